@@ -1,0 +1,55 @@
+"""Every place where Keras 2 (classic stack) and Keras 3 (default stack) differ for this package, and why.
+
+Everything else is written once, against the part of `tf.keras` that both share.
+"""
+
+import tensorflow as tf
+
+keras = tf.keras
+
+# `keras.version` came with Keras 3; `tf.keras.__version__` is missing in the classic stack.
+IS_KERAS_3 = hasattr(keras, "version")
+
+
+def keras_version():
+    """Version of the Keras behind `tf.keras`, as a string."""
+    if IS_KERAS_3:
+        return keras.version()
+    from importlib.metadata import version
+
+    return version("keras")
+
+
+def loss_dtype(layer):
+    """The dtype in which `layer` computes losses: float64 for a float64 layer, else float32.
+
+    Keras 2 keeps the policy's variable and compute dtypes under the same public names, so one rule serves both.
+    """
+    return "float64" if layer.compute_dtype == "float64" else "float32"
+
+
+def use_xla_only_on_accelerators(model):
+    """Keeps Keras 3's automatic `jit_compile` off where there is no accelerator.
+
+    Keras 3 jits every model by default; on a CPU XLA runs convolutions at roughly half the speed of the plain graph
+    and compiles for tens of seconds first. An explicit `compile(jit_compile=True)` is still honoured. Keras 2 never
+    jits by itself.
+    """
+    if IS_KERAS_3:
+        model.supports_jit = bool(tf.config.list_physical_devices("GPU"))
+
+
+def scale_loss(optimizer, loss):
+    """The loss whose gradient the optimizer wants: scaled where it is a loss-scaling optimizer (mixed_float16)."""
+    if IS_KERAS_3:
+        return optimizer.scale_loss(loss)
+    if isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
+        return optimizer.get_scaled_loss(loss)
+    return loss
+
+
+def apply_gradients(optimizer, gradients, variables):
+    """Applies gradients of `scale_loss(...)`. Keras 3 unscales inside the optimizer, Keras 2 leaves that to the step."""
+    if not IS_KERAS_3 and isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
+        gradients = optimizer.get_unscaled_gradients(gradients)
+    optimizer.apply_gradients(zip(gradients, variables))

@@ -1,0 +1,85 @@
+"""The interface of a tuple miner, and the registry."""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from s2sd_tf.keras_compat import keras
+from s2sd_tf.registry import Registry
+
+
+class Triplets(NamedTuple):
+    """Index triplets of fixed number T, so that they have a static shape under XLA.
+
+    Attributes:
+        anchor, positive, negative: int32 `(T,)`, positions in the batch.
+        valid: bool `(T,)`; an entry that is False stands for no triplet, and its indices mean nothing.
+    """
+
+    anchor: tf.Tensor
+    positive: tf.Tensor
+    negative: tf.Tensor
+    valid: tf.Tensor
+
+
+class Miner:
+    """Chooses triplets from a batch. Stateless: a stochastic miner draws from the seed it is handed.
+
+    A miner is called with `distances` `(batch, batch)`, the Euclidean distances between l2-normalised embeddings;
+    `labels` `(batch,)`; `dim`, the embedding dimension; and `seed`, an integer tensor `(2,)`. It returns `Triplets`.
+    The same arguments give the same triplets, in a graph, eagerly and under XLA.
+    """
+
+    def __call__(self, distances, labels, *, dim, seed):
+        raise NotImplementedError
+
+    def get_config(self):
+        """Constructor arguments, complete."""
+        return {}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+def pair_masks(labels):
+    """`(positive, negative)`: bool `(batch, batch)` masks of equal and of different labels, the diagonal in neither."""
+    same = tf.equal(labels[:, None], labels[None, :])
+    others = tf.logical_not(tf.eye(tf.shape(labels)[0], dtype=tf.bool))
+    return same & others, tf.logical_not(same)
+
+
+def one_negative_a_positive(negative, valid):
+    """Triplets of every ordered pair (a, p), from the negative index chosen for it and whether there is one.
+
+    Args:
+        negative: int32 `(batch, batch)`; `negative[a, p]` goes with anchor a and positive p.
+        valid: bool `(batch, batch)`.
+    """
+    batch = tf.shape(negative)[0]
+    positions = tf.range(batch, dtype=tf.int32)
+    anchor = tf.reshape(tf.broadcast_to(positions[:, None], (batch, batch)), [-1])
+    positive = tf.reshape(tf.broadcast_to(positions[None, :], (batch, batch)), [-1])
+    return Triplets(anchor, positive, tf.reshape(negative, [-1]), tf.reshape(valid, [-1]))
+
+
+_registry = Registry("miner", Miner)
+names = _registry.names
+
+
+def register(name):
+    """Class decorator: makes a miner known by `name`, and known to Keras for saving."""
+
+    def add(cls):
+        return _registry.add(name, keras.utils.register_keras_serializable("s2sd_tf")(cls))
+
+    return add
+
+
+def get(identifier, **settings):
+    """A miner from its registered name and settings, or the miner given.
+
+    Raises:
+        ValueError: an unknown name, or settings beside an instance.
+    """
+    return _registry.get(identifier, **settings)

@@ -1,0 +1,57 @@
+"""Distance-weighted negatives."""
+
+import tensorflow as tf
+
+from s2sd_tf.mining.base import Miner, one_negative_a_positive, pair_masks, register
+
+
+@register("distance_weighted")
+class DistanceWeighted(Miner):
+    """For every ordered positive pair one negative, drawn with probability proportional to 1 / q(d).
+
+    q(d) = d^(n-2) (1 - d^2/4)^((n-3)/2) is the density of the distance of two random points on the sphere in n
+    dimensions (Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, eq. 4 and 5). Distances below
+    `lower_cutoff` count as `lower_cutoff`; negatives beyond `upper_cutoff` are drawn only where an anchor has no
+    nearer one, then uniformly.
+
+    Args:
+        lower_cutoff: float in (0, 2).
+        upper_cutoff: float, > `lower_cutoff`.
+    """
+
+    def __init__(self, lower_cutoff=0.5, upper_cutoff=1.4):
+        if not 0 < lower_cutoff < 2 or not upper_cutoff > lower_cutoff:
+            raise ValueError(
+                "DistanceWeighted: expected 0 < lower_cutoff < 2 and upper_cutoff > lower_cutoff. "
+                f"Received: lower_cutoff={lower_cutoff}, upper_cutoff={upper_cutoff}"
+            )
+        self.lower_cutoff = lower_cutoff
+        self.upper_cutoff = upper_cutoff
+
+    def get_config(self):
+        return {"lower_cutoff": self.lower_cutoff, "upper_cutoff": self.upper_cutoff}
+
+    def probabilities(self, distances, labels, dim):
+        """Probability `(batch, batch)` with which anchor i draws j; rows of anchors without a negative are 0."""
+        _, negative = pair_masks(labels)
+        near = negative & (distances < self.upper_cutoff)
+        clipped = tf.clip_by_value(distances, self.lower_cutoff, 1.999)
+        log_weights = (2.0 - dim) * tf.math.log(clipped) - (dim - 3.0) / 2.0 * tf.math.log1p(-tf.square(clipped) / 4.0)
+        lowest = distances.dtype.min
+        log_weights = tf.where(near, log_weights, lowest)
+        log_weights -= tf.reduce_max(log_weights, axis=1, keepdims=True)
+        weights = tf.where(near, tf.exp(log_weights), 0.0)
+        weights = tf.where(tf.reduce_any(near, axis=1, keepdims=True), weights, tf.cast(negative, distances.dtype))
+        return tf.math.divide_no_nan(weights, tf.reduce_sum(weights, axis=1, keepdims=True))
+
+    def __call__(self, distances, labels, *, dim, seed):
+        positive, negative = pair_masks(labels)
+        probabilities = self.probabilities(distances, labels, dim)
+        cumulative = tf.cumsum(probabilities, axis=1)
+        # Inverse-CDF sampling in O(batch) memory an anchor. Drawing from (0, total] keeps columns of probability 0
+        # out: the first column whose cumulative sum reaches the draw has a positive probability.
+        draws = 1.0 - tf.random.stateless_uniform(tf.shape(distances), seed, dtype=distances.dtype, alg="philox")
+        draws = tf.maximum(draws * cumulative[:, -1:], distances.dtype.as_numpy_dtype(1e-12))
+        choice = tf.searchsorted(cumulative, tf.minimum(draws, cumulative[:, -1:]), side="left")
+        choice = tf.minimum(choice, tf.shape(labels)[0] - 1)
+        return one_negative_a_positive(choice, positive & tf.reduce_any(negative, axis=1, keepdims=True))

@@ -1,0 +1,48 @@
+"""Backbones by name: models from images to feature maps."""
+
+from s2sd_tf.keras_compat import keras
+
+
+def conv_blocks(input_shape, filters=(64, 64, 64, 64)):
+    """A small convolutional network: one block of 3 x 3 convolution, batch normalisation, ReLU and 2 x 2 max pooling
+    for every entry of `filters` (the 4 x 64 "Conv-4" of the few-shot literature: Vinyals et al., NeurIPS 2016).
+
+    A block pools only where both sides are at least 4, so that the last feature map keeps some extent.
+
+    Args:
+        input_shape: `(height, width, channels)`.
+        filters: ints >= 1, output channels of each block.
+
+    Returns:
+        A `keras.Model` from `(batch, height, width, channels)` to `(batch, h, w, filters[-1])`.
+    """
+    if not filters or not all(isinstance(count, int) and count >= 1 for count in filters):
+        raise ValueError(f"filters: expected one int >= 1 a block. Received: {filters!r}")
+    images = keras.Input(input_shape, name="images")
+    features = images
+    for block, count in enumerate(filters):
+        features = keras.layers.Conv2D(count, 3, padding="same", use_bias=False, name=f"conv{block}")(features)
+        features = keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=f"norm{block}")(features)
+        features = keras.layers.ReLU(name=f"relu{block}")(features)
+        if min(features.shape[1:3]) >= 4:
+            features = keras.layers.MaxPooling2D(2, name=f"pool{block}")(features)
+    return keras.Model(images, features, name="conv_blocks")
+
+
+_BACKBONES = {"conv_blocks": conv_blocks}
+
+
+def names():
+    """Names that `get` knows."""
+    return sorted(_BACKBONES)
+
+
+def get(name, input_shape, **settings):
+    """The backbone of that name for images of `input_shape`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in _BACKBONES:
+        raise ValueError(f"backbone: expected one of {names()}. Received: {name!r}")
+    return _BACKBONES[name](input_shape, **settings)

@@ -1,0 +1,40 @@
+"""The variants of the S2SD paper as settings of `S2SDModel`."""
+
+import copy
+
+_BASE = {
+    "target_dims": (512, 1024, 1536, 2048),
+    "target_pooling": "avg",
+    "temperature": 1.0,
+    "distill_weight": 50.0,
+    "feature_distill": False,
+    "feature_distill_weight": 50.0,
+    "feature_distill_delay": 1000,
+}
+
+PRESETS = {
+    "plain": {**_BASE, "target_dims": ()},
+    "dsd": {**_BASE, "target_dims": (2048,)},
+    "msd": _BASE,
+    "msda": {**_BASE, "target_pooling": "avg+max"},
+    "msdf": {**_BASE, "feature_distill": True},
+    "msdfa": {**_BASE, "target_pooling": "avg+max", "feature_distill": True},
+}
+
+
+def preset(name):
+    """Settings of `S2SDModel` for a variant of the paper (S2SD, section 3; the published hyperparameters).
+
+    Args:
+        name: "dsd" (one target space), "msd" (several), "msda" (+ average and max pooling for the targets), "msdf"
+            (+ feature distillation), "msdfa" (both), or "plain" (the objective alone). Case does not matter.
+
+    Example:
+        >>> model = s2sd_tf.S2SDModel(backbone, 128, **s2sd_tf.preset("msdfa"))
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if str(name).lower() not in PRESETS:
+        raise ValueError(f"preset: expected one of {sorted(PRESETS)}. Received: {name!r}")
+    return copy.deepcopy(PRESETS[name.lower()])

@@ -1,0 +1,403 @@
+"""The model that trains an embedding by simultaneous similarity-based self-distillation."""
+
+import types
+
+import tensorflow as tf
+
+from s2sd_tf import objectives
+from s2sd_tf.distillation import distillation_weight, similarity_kl
+from s2sd_tf.keras_compat import apply_gradients, keras, loss_dtype, scale_loss, use_xla_only_on_accelerators
+from s2sd_tf.models.heads import AuxiliaryHead, EmbeddingHead
+
+POOLINGS = ("avg", "avg+max")
+GROUPS = ("backbone", "heads", "objectives")
+
+
+@keras.utils.register_keras_serializable("s2sd_tf")
+class S2SDModel(keras.Model):
+    """An image-retrieval embedding trained with S2SD (Roth et al., ICML 2021, arXiv 2009.08348).
+
+    With the backbone's pooled features f, the model trains a base embedding z = norm(W f + b) together with auxiliary
+    target embeddings q_k = norm(MLP_k(f')), each under a metric-learning objective, and distils the in-batch
+    similarity structure of every target, and of the features themselves, into the base embedding:
+
+        loss = (L(z) + mean_k L_k(q_k)) / 2 + w * mean_k KL(S(q_k) -> S(z)) + w_f * KL(S(norm(f')) -> S(z))
+
+    The last term starts at step `feature_distill_delay`. Calling the model and `predict` give z, `(batch,
+    embedding_dim)` with unit-norm rows. With `target_dims=()` and `feature_distill=False` it is the plain objective.
+    `fit` takes batches `(images, labels)`, labels being integers `(batch,)`.
+
+    Args:
+        backbone: `keras.Model` from images to feature maps `(batch, h, w, features)` or to pooled features
+            `(batch, features)`.
+        embedding_dim: int >= 1, dimension of the base embedding.
+        objective: name of a registered objective or an `objectives.Objective`, for the base embedding.
+        target_objective: the same for the targets, each of which gets an instance of its own. Default: the base's.
+        target_dims: dimensions of the target embeddings, each >= 1.
+        pooling: "avg" or "avg+max" (their sum): how feature maps become the f of the base embedding.
+        target_pooling: the same for f', which feeds the targets and is the feature teacher.
+        temperature: float > 0, T of the divergences.
+        distill_weight: float >= 0, w.
+        distill_warmup_steps: int >= 0; w is reached by a linear ramp of so many steps.
+        feature_distill: bool, whether the features teach too.
+        feature_distill_weight: float >= 0, w_f.
+        feature_distill_delay: int >= 0, steps before the features begin to teach.
+        feature_distill_warmup_steps: int >= 0, length of the ramp of w_f after the delay.
+        num_classes: int, number of training classes, for objectives by name that have weights a class.
+        l2: float >= 0; adds `l2 * weight` to the gradient of every trainable weight of backbone and heads: L2 coupled
+            to the optimizer, as opposed to the decoupled decay of AdamW.
+        learning_rate_multipliers: factors on the updates of the groups "backbone", "heads" and "objectives" (the
+            latter on top of each objective's own multiplier). They scale what the optimizer does to a weight, so they
+            mean the same with every Keras optimizer. Default: 1 each.
+        log_per_target: bool, log every target's objective and divergence beside their means.
+        similarity_kl_implementation: "auto", "fused" or "composed"; see `similarity_kl`.
+        name, dtype: as for any Keras model.
+
+    Attributes:
+        step: int64 variable, training steps taken; saved with the model.
+        embedding_head, auxiliary_heads, objective, target_objectives: the layers.
+
+    Raises:
+        ValueError: an argument out of its range; the message names it.
+
+    Example:
+        >>> model = s2sd_tf.S2SDModel(backbone, 128, objective="multi_similarity", **s2sd_tf.preset("msdfa"))
+        >>> model.compile(optimizer="adam")
+        >>> model.fit(batches, epochs=50, steps_per_epoch=24)
+    """
+
+    def __init__(
+        self,
+        backbone,
+        embedding_dim,
+        *,
+        objective="multi_similarity",
+        target_objective=None,
+        target_dims=(512, 1024, 1536, 2048),
+        pooling="avg",
+        target_pooling="avg",
+        temperature=1.0,
+        distill_weight=50.0,
+        distill_warmup_steps=0,
+        feature_distill=True,
+        feature_distill_weight=50.0,
+        feature_distill_delay=1000,
+        feature_distill_warmup_steps=0,
+        num_classes=None,
+        l2=0.0,
+        learning_rate_multipliers=None,
+        log_per_target=False,
+        similarity_kl_implementation="auto",
+        name=None,
+        **kwargs,
+    ):
+        super().__init__(name=name, **kwargs)
+        _check_at_least("embedding_dim", embedding_dim, 1)
+        for dim in target_dims:
+            _check_at_least("target_dims", dim, 1)
+        _check_choice("pooling", pooling, POOLINGS)
+        _check_choice("target_pooling", target_pooling, POOLINGS)
+        if not temperature > 0:
+            raise ValueError(f"temperature: expected a number > 0. Received: {temperature}")
+        for argument, value in [
+            ("distill_weight", distill_weight),
+            ("distill_warmup_steps", distill_warmup_steps),
+            ("feature_distill_weight", feature_distill_weight),
+            ("feature_distill_delay", feature_distill_delay),
+            ("feature_distill_warmup_steps", feature_distill_warmup_steps),
+            ("l2", l2),
+        ]:
+            _check_at_least(argument, value, 0)
+        multipliers = dict(learning_rate_multipliers or {})
+        for group, value in multipliers.items():
+            _check_choice("learning_rate_multipliers", group, GROUPS)
+            _check_at_least(f"learning_rate_multipliers[{group!r}]", value, 0)
+
+        self.embedding_dim = int(embedding_dim)
+        self.target_dims = tuple(int(dim) for dim in target_dims)
+        self.pooling = pooling
+        self.target_pooling = target_pooling
+        self.temperature = temperature
+        self.distill_weight = distill_weight
+        self.distill_warmup_steps = distill_warmup_steps
+        self.feature_distill = feature_distill
+        self.feature_distill_weight = feature_distill_weight
+        self.feature_distill_delay = feature_distill_delay
+        self.feature_distill_warmup_steps = feature_distill_warmup_steps
+        self.num_classes = num_classes
+        self.l2 = l2
+        self.learning_rate_multipliers = types.MappingProxyType({**dict.fromkeys(GROUPS, 1.0), **multipliers})
+        self.log_per_target = log_per_target
+        self.similarity_kl_implementation = similarity_kl_implementation
+
+        self.backbone = backbone
+        self.embedding_head = EmbeddingHead(self.embedding_dim, dtype=self.dtype_policy, name="embedding_head")
+        self.auxiliary_heads = [
+            AuxiliaryHead(dim, dtype=self.dtype_policy, name=f"auxiliary_head{k}_{dim}")
+            for k, dim in enumerate(self.target_dims)
+        ]
+        self.objective = self._make_objective(objective)
+        template = self.objective if target_objective is None else self._make_objective(target_objective)
+        # A proxy, as Keras would take a dict for a container of layers.
+        self._target_objective = types.MappingProxyType(keras.utils.serialize_keras_object(template))
+        self.target_objectives = [self._copy_of(template, k) for k in range(len(self.target_dims))]
+        self.step = self.add_weight(name="step", shape=(), dtype="int64", initializer="zeros", trainable=False)
+        self._make_metrics()
+        use_xla_only_on_accelerators(self)
+        if backbone.built:
+            self.build(backbone.input_shape)
+
+    def build(self, input_shape):
+        """Makes all weights, for images of `input_shape` `(batch, ...)`."""
+        if self.built:
+            return
+        if not self.backbone.built:
+            self.backbone.build(input_shape)
+        shape = tuple(self.backbone.compute_output_shape(input_shape))
+        if len(shape) not in (2, 4) or shape[-1] is None:
+            raise ValueError(
+                "backbone: expected an output of shape (batch, h, w, features) or (batch, features). "
+                f"Received: {shape}"
+            )
+        if len(shape) == 2 and "avg+max" in (self.pooling, self.target_pooling):
+            raise ValueError(
+                f"pooling: 'avg+max' needs a backbone that gives feature maps; this one gives pooled features {shape}. "
+                "Received: "
+                f"pooling={self.pooling!r}, target_pooling={self.target_pooling!r}"
+            )
+        self.embedding_head.build((None, shape[-1]))
+        self.objective.build((None, self.embedding_dim))
+        for head, target_objective, dim in zip(self.auxiliary_heads, self.target_objectives, self.target_dims):
+            head.build((None, shape[-1]))
+            target_objective.build((None, dim))
+        self.built = True
+
+    def call(self, inputs, training=None):
+        """The base embedding z, `(batch, embedding_dim)`, of images."""
+        return self.embedding_head(_pool(self.backbone(inputs, training=training), self.pooling))
+
+    def compute_losses(self, inputs, labels, training=False):
+        """Every term of the loss of one batch, as a dict of tensors.
+
+        Args:
+            inputs: images, as the backbone takes them.
+            labels: integer tensor `(batch,)`.
+            training: bool, for backbone and miners.
+
+        Returns:
+            "loss", "objective" (scalars), and where there is a target or feature teacher "target_objectives" `(K,)`,
+            "distill_kls" `(K,)` and "feature_kl" (scalar): unweighted terms.
+        """
+        features = self.backbone(inputs, training=training)
+        embedding = self.embedding_head(_pool(features, self.pooling))
+        losses = {"objective": self.objective(embedding, labels, training=training)}
+        teachers, weights = [], []
+        loss = losses["objective"]
+
+        target_features = _pool(features, self.target_pooling)
+        if self.target_dims:
+            teachers = [head(target_features) for head in self.auxiliary_heads]
+            losses["target_objectives"] = tf.stack(
+                [
+                    objective(teacher, labels, training=training)
+                    for objective, teacher in zip(self.target_objectives, teachers)
+                ]
+            )
+            loss = (loss + tf.reduce_mean(losses["target_objectives"])) / 2.0
+            weight = distillation_weight(
+                self.distill_weight, self.step, 0, self.distill_warmup_steps, embedding.dtype
+            )
+            weights = [weight / len(self.target_dims)] * len(self.target_dims)
+        if self.feature_distill:
+            features = tf.cast(tf.stop_gradient(target_features), embedding.dtype)
+            teachers.append(tf.math.l2_normalize(features, axis=1, epsilon=1e-12))
+            weights.append(
+                distillation_weight(
+                    self.feature_distill_weight,
+                    self.step,
+                    self.feature_distill_delay,
+                    self.feature_distill_warmup_steps,
+                    embedding.dtype,
+                )
+            )
+        if teachers:
+            # One call for all teachers, as they share the student's similarities.
+            total, kls = similarity_kl(
+                embedding, teachers, self.temperature, tf.stack(weights), self.similarity_kl_implementation
+            )
+            loss += tf.cast(total, loss.dtype)
+            if self.target_dims:
+                losses["distill_kls"] = kls[: len(self.target_dims)]
+            if self.feature_distill:
+                losses["feature_kl"] = kls[-1]
+        return {"loss": loss, **losses}
+
+    def train_step(self, data):
+        """One optimizer step on a batch `(images, labels)`; returns the running means of the logged terms."""
+        inputs, labels = _unpack(data)
+        with tf.GradientTape() as tape:
+            losses = self.compute_losses(inputs, labels, training=True)
+            loss = losses["loss"] + self._regularization(losses["loss"].dtype)
+            # Keras sums the gradients of the replicas of a distribution strategy.
+            loss /= tf.cast(tf.distribute.get_strategy().num_replicas_in_sync, loss.dtype)
+            loss = scale_loss(self.optimizer, loss)
+        variables = self.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        scaled = self._scaled_variables()
+        before = [tf.identity(variable) for variable, _ in scaled]
+        apply_gradients(self.optimizer, gradients, variables)
+        for (variable, multiplier), old in zip(scaled, before):
+            variable.assign(old + multiplier * (tf.convert_to_tensor(variable) - old))
+        self.step.assign_add(1)
+        return self._log(losses)
+
+    def test_step(self, data):
+        """The terms of the loss of a batch `(images, labels)`, without training."""
+        inputs, labels = _unpack(data)
+        return self._log(self.compute_losses(inputs, labels, training=False))
+
+    @property
+    def metrics(self):
+        """Running means of the logged terms."""
+        return [getattr(self, attribute) for attribute in self._metric_attributes]
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "backbone": keras.utils.serialize_keras_object(self.backbone),
+            "embedding_dim": self.embedding_dim,
+            "objective": keras.utils.serialize_keras_object(self.objective),
+            "target_objective": dict(self._target_objective),
+            "target_dims": list(self.target_dims),
+            "pooling": self.pooling,
+            "target_pooling": self.target_pooling,
+            "temperature": self.temperature,
+            "distill_weight": self.distill_weight,
+            "distill_warmup_steps": self.distill_warmup_steps,
+            "feature_distill": self.feature_distill,
+            "feature_distill_weight": self.feature_distill_weight,
+            "feature_distill_delay": self.feature_distill_delay,
+            "feature_distill_warmup_steps": self.feature_distill_warmup_steps,
+            "num_classes": self.num_classes,
+            "l2": self.l2,
+            "learning_rate_multipliers": dict(self.learning_rate_multipliers),
+            "log_per_target": self.log_per_target,
+            "similarity_kl_implementation": self.similarity_kl_implementation,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        for key in ("backbone", "objective", "target_objective"):
+            if isinstance(config[key], dict):
+                config[key] = keras.utils.deserialize_keras_object(config[key], custom_objects=custom_objects)
+        return cls(**config)
+
+    def _make_objective(self, identifier):
+        if not isinstance(identifier, str):
+            return objectives.get(identifier)
+        settings = {"dtype": loss_dtype(self), "name": identifier}
+        if objectives.lookup(identifier).uses_classes:
+            settings["num_classes"] = self.num_classes
+        return objectives.get(identifier, **settings)
+
+    def _copy_of(self, template, k):
+        """A fresh instance of the objective for target k, with draws of its own where it draws."""
+        config = {**template.get_config(), "name": f"target{k}_{template.name}"}
+        if "seed" in config:
+            config["seed"] += k + 1
+        return type(template).from_config(config)
+
+    def _regularization(self, dtype):
+        total = tf.zeros([], dtype)
+        for loss in self.losses:
+            total += tf.cast(loss, dtype)
+        if self.l2:
+            for layer in (self.backbone, self.embedding_head, *self.auxiliary_heads):
+                for variable in layer.trainable_variables:
+                    total += self.l2 * tf.cast(tf.nn.l2_loss(tf.convert_to_tensor(variable)), dtype)
+        return total
+
+    def _scaled_variables(self):
+        """`(variable, multiplier)` of the trainable variables whose update is not taken as the optimizer makes it."""
+        groups = [
+            (self.backbone, self.learning_rate_multipliers["backbone"]),
+            *((head, self.learning_rate_multipliers["heads"]) for head in (self.embedding_head, *self.auxiliary_heads)),
+            *(
+                (objective, self.learning_rate_multipliers["objectives"] * objective.learning_rate_multiplier)
+                for objective in (self.objective, *self.target_objectives)
+            ),
+        ]
+        return [
+            (variable, multiplier)
+            for layer, multiplier in groups
+            if multiplier != 1.0
+            for variable in layer.trainable_variables
+        ]
+
+    def _make_metrics(self):
+        names = ["loss", "objective"]
+        if self.target_dims:
+            names += ["target_objective", "distill_kl"]
+            if self.log_per_target:
+                names += [f"target{k}_{dim}_objective" for k, dim in enumerate(self.target_dims)]
+                names += [f"target{k}_{dim}_kl" for k, dim in enumerate(self.target_dims)]
+        if self.feature_distill:
+            names.append("feature_kl")
+        self._metric_attributes = tuple(f"_mean_{name}" for name in names)
+        for attribute, name in zip(self._metric_attributes, names):
+            # One attribute each: Keras 2 would take metrics in a list for layers.
+            setattr(self, attribute, keras.metrics.Mean(name=name))
+
+    def _log(self, losses):
+        values = {"loss": losses["loss"], "objective": losses["objective"]}
+        if self.target_dims:
+            values["target_objective"] = tf.reduce_mean(losses["target_objectives"])
+            values["distill_kl"] = tf.reduce_mean(losses["distill_kls"])
+            if self.log_per_target:
+                for k, dim in enumerate(self.target_dims):
+                    values[f"target{k}_{dim}_objective"] = losses["target_objectives"][k]
+                    values[f"target{k}_{dim}_kl"] = losses["distill_kls"][k]
+        if self.feature_distill:
+            values["feature_kl"] = losses["feature_kl"]
+        for metric in self.metrics:
+            metric.update_state(values[metric.name])
+        return {metric.name: metric.result() for metric in self.metrics}
+
+
+def _pool(features, pooling):
+    """Feature maps `(batch, h, w, features)` to `(batch, features)`; pooled features stay as they are."""
+    if features.shape.rank == 2:
+        return features
+    pooled = tf.reduce_mean(features, axis=[1, 2])
+    return pooled + _global_max(features) if pooling == "avg+max" else pooled
+
+
+def _global_max(features):
+    # ReLU maps are often 0 throughout: the gradient goes to the first of equal maxima, as the published implementation
+    # has it, where reduce_max would share it out.
+    shape = tf.shape(features)
+    positions = tf.reshape(features, [shape[0], shape[1] * shape[2], features.shape[3]])
+    first = tf.one_hot(
+        tf.argmax(positions, axis=1), shape[1] * shape[2], on_value=True, off_value=False, axis=1, dtype=tf.bool
+    )
+    return tf.reduce_sum(tf.where(first, positions, tf.zeros_like(positions)), axis=1)
+
+
+def _unpack(data):
+    inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    if labels is None:
+        raise ValueError("data: expected batches (images, labels); received batches without labels")
+    if sample_weight is not None:
+        raise ValueError("data: expected batches (images, labels); sample weights are not supported")
+    return inputs, labels
+
+
+def _check_at_least(argument, value, least):
+    if isinstance(value, bool) or not value >= least:
+        raise ValueError(f"{argument}: expected a number >= {least}. Received: {value!r}")
+
+
+def _check_choice(argument, value, choices):
+    if value not in choices:
+        raise ValueError(f"{argument}: expected one of {list(choices)}. Received: {value!r}")

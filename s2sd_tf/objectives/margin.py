@@ -1,0 +1,107 @@
+"""Margin loss."""
+
+import tensorflow as tf
+
+from s2sd_tf.keras_compat import keras
+from s2sd_tf.mining.base import pair_masks
+from s2sd_tf.objectives.base import TupleObjective, euclidean_distances, register
+
+
+@register("margin")
+class Margin(TupleObjective):
+    """Margin loss (Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, eq. 7), on Euclidean distances
+    of l2-normalised embeddings:
+
+        sum over triplets of max(0, margin + d(a, p) - beta_a) + max(0, margin - d(a, n) + beta_a)
+
+    divided by the number of hinges that are above 0. The boundary beta is learned for every class, or is one for all
+    without `num_classes`.
+
+    Args:
+        margin: float >= 0.
+        beta: float, the boundary at the start.
+        nu: float >= 0, weight of the penalty on beta (eq. 8): nu times the sum of the boundaries over the triplets,
+            divided as the hinges are.
+        learnable_beta: bool; False keeps beta at its start.
+        miner: name or `mining.Miner`. With "all" every valid triplet counts, in O(batch^2).
+        learning_rate_multiplier: the published protocol trains beta at 5e-4 beside 1e-5 for the network: 50 times.
+        **kwargs: `seed` of the miner, and arguments of `Objective`.
+    """
+
+    uses_classes = True
+
+    def __init__(
+        self,
+        margin=0.2,
+        beta=1.2,
+        nu=0.0,
+        learnable_beta=True,
+        miner="distance_weighted",
+        learning_rate_multiplier=50.0,
+        **kwargs,
+    ):
+        super().__init__(miner=miner, learning_rate_multiplier=learning_rate_multiplier, **kwargs)
+        if not margin >= 0 or not nu >= 0:
+            raise ValueError(f"Margin: expected margin >= 0 and nu >= 0. Received: margin={margin}, nu={nu}")
+        self.margin = margin
+        self.beta = beta
+        self.nu = nu
+        self.learnable_beta = learnable_beta
+
+    def build(self, input_shape):
+        self.betas = self.add_weight(
+            name="betas",
+            shape=(self.num_classes or 1,),
+            initializer=keras.initializers.Constant(self.beta),
+            trainable=self.learnable_beta,
+        )
+        super().build(input_shape)
+
+    def compute_triplets(self, embeddings, labels, triplets):
+        distances = euclidean_distances(embeddings)
+        to_positive = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.positive], axis=1))
+        to_negative = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.negative], axis=1))
+        betas = tf.gather(self._anchor_betas(labels), triplets.anchor)
+        valid = tf.cast(triplets.valid, distances.dtype)
+        return self._reduce(
+            betas, self.margin + to_positive - betas, self.margin + betas - to_negative, valid, valid, valid
+        )
+
+    def compute_all(self, embeddings, labels):
+        # Every positive pair of an anchor meets each of its negatives and the other way round, so the triplets only
+        # weigh the pairs.
+        distances = euclidean_distances(embeddings)
+        positive, negative = (tf.cast(mask, distances.dtype) for mask in pair_masks(labels))
+        positives = tf.reduce_sum(positive, axis=1, keepdims=True)
+        negatives = tf.reduce_sum(negative, axis=1, keepdims=True)
+        betas = self._anchor_betas(labels)[:, None]
+        return self._reduce(
+            betas,
+            self.margin + distances - betas,
+            self.margin + betas - distances,
+            positive * negatives,
+            negative * positives,
+            positives * negatives,
+        )
+
+    def _anchor_betas(self, labels):
+        betas = tf.convert_to_tensor(self.betas)
+        return tf.gather(betas, labels if self.num_classes else tf.zeros_like(labels))
+
+    def _reduce(self, betas, positive_hinges, negative_hinges, positive_weights, negative_weights, anchor_weights):
+        dtype = positive_hinges.dtype
+        total = tf.reduce_sum(tf.nn.relu(positive_hinges) * positive_weights)
+        total += tf.reduce_sum(tf.nn.relu(negative_hinges) * negative_weights)
+        total += self.nu * tf.reduce_sum(betas * anchor_weights)
+        active = tf.reduce_sum(tf.cast(positive_hinges > 0, dtype) * positive_weights)
+        active += tf.reduce_sum(tf.cast(negative_hinges > 0, dtype) * negative_weights)
+        return tf.math.divide_no_nan(total, active)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "margin": self.margin,
+            "beta": self.beta,
+            "nu": self.nu,
+            "learnable_beta": self.learnable_beta,
+        }

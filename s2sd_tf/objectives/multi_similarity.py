@@ -1,0 +1,58 @@
+"""Multi-similarity loss."""
+
+import tensorflow as tf
+
+from s2sd_tf.mining.base import pair_masks
+from s2sd_tf.objectives.base import Objective, masked_logsumexp, mean_where, register
+
+
+@register("multi_similarity")
+class MultiSimilarity(Objective):
+    """Multi-similarity loss (Wang et al., CVPR 2019), on cosine similarities s:
+
+        L_i = 1/alpha log(1 + sum_p exp(-alpha (s_ip - lambda_))) + 1/beta log(1 + sum_n exp(beta (s_in - lambda_)))
+
+    Pair mining (eq. 11 and 12) keeps a negative with s_in + epsilon > min_p s_ip and a positive with
+    s_ip - epsilon < max_n s_in. The loss is the mean over the anchors that keep both a positive and a negative.
+
+    Args:
+        alpha, beta: float > 0, the sharpness for positives and for negatives.
+        lambda_: float, the similarity margin.
+        epsilon: float, the mining margin; below 0 there is no mining: all pairs count, and the mean is over all anchors.
+        **kwargs: arguments of `Objective`.
+    """
+
+    def __init__(self, alpha=2.0, beta=40.0, lambda_=0.5, epsilon=0.1, **kwargs):
+        super().__init__(**kwargs)
+        if not alpha > 0 or not beta > 0:
+            raise ValueError(f"MultiSimilarity: expected alpha > 0 and beta > 0. Received: alpha={alpha}, beta={beta}")
+        self.alpha = alpha
+        self.beta = beta
+        self.lambda_ = lambda_
+        self.epsilon = epsilon
+
+    def compute(self, embeddings, labels, training):
+        del training
+        similarities = tf.matmul(embeddings, embeddings, transpose_b=True)
+        positive, negative = pair_masks(labels)
+        anchors = tf.ones_like(labels, dtype=tf.bool)
+        if self.epsilon >= 0:
+            top, low = similarities.dtype.max, similarities.dtype.min
+            fixed = tf.stop_gradient(similarities)
+            least_positive = tf.reduce_min(tf.where(positive, fixed, top), axis=1, keepdims=True)
+            greatest_negative = tf.reduce_max(tf.where(negative, fixed, low), axis=1, keepdims=True)
+            positive &= fixed - self.epsilon < greatest_negative
+            negative &= fixed + self.epsilon > least_positive
+            anchors = tf.reduce_any(positive, axis=1) & tf.reduce_any(negative, axis=1)
+        losses = masked_logsumexp(-self.alpha * (similarities - self.lambda_), positive, axis=1) / self.alpha
+        losses += masked_logsumexp(self.beta * (similarities - self.lambda_), negative, axis=1) / self.beta
+        return mean_where(losses, anchors)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "alpha": self.alpha,
+            "beta": self.beta,
+            "lambda_": self.lambda_,
+            "epsilon": self.epsilon,
+        }
