@@ -46,19 +46,25 @@ class Registry:
                 f"Received: {identifier!r}"
             )
         cls = self.lookup(identifier)
-        unknown = set(settings) - set(inspect.signature(cls).parameters) - {"name", "dtype"}
+        known = parameters(cls)
+        unknown = sorted(set(settings) - set(known))
         if unknown:
-            raise ValueError(
-                f"{self._kind} {identifier!r}: expected settings out of {sorted(defaults(cls))}. "
-                f"Received: {sorted(unknown)}"
-            )
+            raise ValueError(f"{self._kind} {identifier!r}: expected settings out of {sorted(known)}. Received: {unknown}")
         return cls(**settings)
 
 
-def defaults(cls):
-    """Constructor arguments of `cls` that have a default, as a dict."""
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(cls).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
+def parameters(cls):
+    """Constructor arguments of `cls`, with those it hands on to its bases as `**kwargs`; name to default."""
+    found = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        signature = inspect.signature(base.__init__).parameters
+        for name, parameter in list(signature.items())[1:]:
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                found.setdefault(name, parameter.default)
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in signature.values()):
+            break
+        if base.__mro__[1].__module__.split(".")[0] != cls.__module__.split(".")[0]:
+            break
+    return found

@@ -1,0 +1,26 @@
+r"""Handwritten digits, embedded in scikit-learn: trains on 0-4, retrieves the unseen 5-9. Nothing to download.
+
+    s2sd-train --config=configs/digits.py --workdir=runs/digits
+
+`--config=configs/digits.py:msd` trains another variant (plain, dsd, msd, msda, msdf, msdfa).
+"""
+
+from s2sd_tf.training import default_config, preset_config
+
+
+def get_config(variant="msdfa"):
+    config = default_config()
+    config.data.name = "digits"
+    config.data.classes_per_batch = 5
+    config.data.samples_per_class = 16
+    config.model.filters = (32, 64, 64)
+    config.model.embedding_dim = 4
+    config.objective.name = "multi_similarity"
+    config.s2sd.target_dims = (64, 128, 256)
+    config.s2sd.feature_distill_delay = 100
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 1e-3
+    config.train.epochs = 40
+    config.train.steps_per_epoch = 11
+    config.eval.every = 2
+    return preset_config(config, variant)

@@ -1,0 +1,28 @@
+r"""Zero-shot retrieval of handwritten characters: Omniglot's two small archives, 136 characters to 106 unseen ones.
+
+    s2sd-train --config=configs/omniglot.py --config.data.root=<folder with the two zip files> \
+        --workdir=runs/omniglot
+
+`--config=configs/omniglot.py:msd` trains another variant (plain, dsd, msd, msda, msdf, msdfa).
+"""
+
+from s2sd_tf.training import default_config, preset_config
+
+
+def get_config(variant="msdfa"):
+    config = default_config()
+    config.data.name = "omniglot"
+    config.data.image_size = 28
+    config.data.classes_per_batch = 28
+    config.data.samples_per_class = 4
+    config.model.filters = (64, 64, 64, 64)
+    config.model.embedding_dim = 16
+    config.objective.name = "multi_similarity"
+    config.s2sd.target_dims = (128, 256, 512)
+    config.s2sd.feature_distill_delay = 300
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 1e-3
+    config.train.epochs = 50
+    config.train.steps_per_epoch = 24
+    config.eval.every = 5
+    return preset_config(config, variant)

@@ -1,0 +1,1 @@
+"""The command-line programs; each is an absl binary."""

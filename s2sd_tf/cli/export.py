@@ -1,0 +1,32 @@
+"""s2sd-export: writes the encoder of a finished run as a SavedModel.
+
+    s2sd-export --workdir=runs/digits8 --output=encoder
+"""
+
+from s2sd_tf.cli import app
+
+# isort: split
+import os
+
+from absl import flags
+
+from s2sd_tf.export import export_encoder
+from s2sd_tf.training import load_run
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write; default: saved_model in the work directory.")
+
+
+def main():
+    app.run(_main)
+
+
+def _main(_):
+    model, _, preprocessing = load_run(_WORKDIR.value)
+    output = _OUTPUT.value or os.path.join(_WORKDIR.value, "saved_model")
+    export_encoder(model, preprocessing, output)
+    print(f"SavedModel with signatures serving_default and encoded_images: {output}")
+
+
+if __name__ == "__main__":
+    main()

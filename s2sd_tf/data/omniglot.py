@@ -1,0 +1,47 @@
+"""Omniglot's two small background archives, as a zero-shot retrieval task."""
+
+import os
+import zipfile
+
+import numpy as np
+
+from s2sd_tf.data.image_set import ImageSet
+from s2sd_tf.data.preprocessing import Preprocessing
+
+ARCHIVES = ("images_background_small1.zip", "images_background_small2.zip")
+TEST_ALPHABETS = ("Japanese_(katakana)", "Sanskrit", "Tagalog")
+
+
+def load_omniglot(data_dir, size=28):
+    """`(train, test, preprocessing)` of Omniglot's small archives (Lake et al., Science 2015; MIT licence).
+
+    The 136 characters of the first archive train; the 106 characters of Japanese (katakana), Sanskrit and Tagalog in
+    the second test, 20 drawings each. Greek and Latin, which are in both, only train. This is not the standard
+    few-shot split of Omniglot.
+
+    Args:
+        data_dir: folder with the two zip files as published; they are read in place.
+        size: int, side of the images that the model gets, in pixels (the drawings have 105).
+
+    Raises:
+        FileNotFoundError: an archive is not there.
+    """
+    train = _read_archive(os.path.join(data_dir, ARCHIVES[0]))
+    test = _read_archive(os.path.join(data_dir, ARCHIVES[1])).select_by_name([f"{name}/*" for name in TEST_ALPHABETS])
+    # Ink 1, paper 0.
+    return train, test, Preprocessing(size, size, channels=1, invert=True)
+
+
+def _read_archive(path):
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"data_dir: expected Omniglot's archive {os.path.basename(path)}. Received: {path}")
+    images, characters = [], []
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(archive.namelist()):
+            if name.endswith(".png"):
+                images.append(archive.read(name))
+                characters.append("/".join(name.split("/")[1:3]))
+    class_names, labels = np.unique(characters, return_inverse=True)
+    array = np.empty(len(images), dtype=object)
+    array[:] = images
+    return ImageSet(array, labels.astype(np.int32), tuple(class_names.tolist()))

@@ -1,0 +1,45 @@
+"""Retrieval on unseen classes while a model trains."""
+
+from s2sd_tf.evaluation.metrics import retrieval_metrics
+from s2sd_tf.keras_compat import keras
+
+
+class RetrievalEvaluation(keras.callbacks.Callback):
+    """Evaluates retrieval every n epochs and adds the metrics to the epoch's logs.
+
+    The logs then hold `val_recall@1`, `val_map@r` and so on, for the progress bar, TensorBoard, `History` and any
+    callback after this one in the list.
+
+    Args:
+        images: what `model.predict` takes: an array `(n, height, width, channels)`, or a finite `tf.data.Dataset` of
+            image batches in the order of `labels`.
+        labels: integer array `(n,)`.
+        every: int >= 1, epochs between evaluations; the last epoch of `fit` is always evaluated.
+        prefix: str, goes before the names of the metrics.
+        ks: ints >= 1, for recall@k.
+        method: "exact" or "scann".
+
+    Attributes:
+        latest: the metrics of the last evaluation, without the prefix.
+    """
+
+    def __init__(self, images, labels, every=1, prefix="val_", ks=(1, 2, 4, 8), method="exact"):
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"every: expected an int >= 1. Received: {every}")
+        self.images = images
+        self.labels = labels
+        self.every = every
+        self.prefix = prefix
+        self.ks = tuple(ks)
+        self.method = method
+        self.latest = None
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every and epoch + 1 != self.params.get("epochs"):
+            return
+        embeddings = self.model.predict(self.images, verbose=0)
+        metrics = retrieval_metrics(embeddings, self.labels, ks=self.ks, method=self.method)
+        self.latest = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        if logs is not None:
+            logs.update({self.prefix + name: value for name, value in self.latest.items()})

@@ -1,0 +1,96 @@
+"""What people would rather look at: curves over epochs, and queries with their neighbours."""
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from s2sd_tf.files import replacing
+
+RIGHT, WRONG = "#2e8b57", "#c0392b"
+_CURVES = ("#1f5fa8", "#d1701f", "#2e8b57", "#8e44ad", "#7f8c8d", "#c0392b")
+
+
+def save_curves(path, panels):
+    """Writes a PNG of line plots side by side.
+
+    Args:
+        path: file to write.
+        panels: dict from the panel's title to a dict from a curve's label to `(x, y)` or `(x, y, deviation)`, sequences
+            of equal length; a deviation is drawn as a band.
+    """
+    figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
+    for position, (title, curves) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), position + 1)
+        for color, (label, curve) in zip(_cycle(len(curves)), curves.items()):
+            x, y = np.asarray(curve[0], float), np.asarray(curve[1], float)
+            axes.plot(x, y, label=label, color=color, linewidth=1.8, marker="o" if len(x) < 12 else None, markersize=4)
+            if len(curve) > 2:
+                band = np.asarray(curve[2], float)
+                axes.fill_between(x, y - band, y + band, color=color, alpha=0.15, linewidth=0)
+        axes.set_title(title)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def save_gallery(path, images, labels, neighbors, queries, class_names, title=""):
+    """Writes a PNG of queries, one a row, with their nearest neighbours framed green (same class) or red.
+
+    Args:
+        path: file to write.
+        images: float array `(n, height, width, channels)`; scaled to the range of its values.
+        labels: integer array `(n,)`.
+        neighbors: integer array `(n, k)` of positions in `images`, -1 for none.
+        queries: positions of the queries to show.
+        class_names: name of each label.
+        title: str above the picture.
+    """
+    rows, columns = len(queries), neighbors.shape[1] + 1
+    figure = Figure(figsize=(1.25 * columns, 1.4 * rows + 0.5), layout="constrained")
+    low, high = float(np.min(images)), float(np.max(images))
+    for row, query in enumerate(queries):
+        for column, item in enumerate([query, *neighbors[query]]):
+            if item < 0:
+                continue
+            axes = figure.add_subplot(rows, columns, row * columns + column + 1)
+            axes.imshow(np.squeeze((images[item] - low) / max(high - low, 1e-12)), cmap="gray", vmin=0, vmax=1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            right = labels[item] == labels[query]
+            color = "black" if column == 0 else RIGHT if right else WRONG
+            for spine in axes.spines.values():
+                spine.set(color=color, linewidth=1 if column == 0 else 3)
+            mark = "query: " if column == 0 else "" if right else "\u2717 "
+            axes.set_title(mark + _short(class_names[labels[item]]), fontsize=7, color=color, pad=2)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def choose_queries(labels, neighbors, count, seed=0):
+    """Positions of `count` queries to show: half of them among those whose neighbours are not all of their class, where
+    there are so many, in the order of their number of wrong ones.
+    """
+    wrong = np.sum((labels[np.maximum(neighbors, 0)] != labels[:, None]) & (neighbors >= 0), axis=1)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    faulty = order[wrong[order] > 0][: count // 2]
+    others = np.setdiff1d(order, faulty, assume_unique=True)
+    clean = np.concatenate([others[wrong[others] == 0], others[wrong[others] > 0]])[: count - len(faulty)]
+    chosen = np.concatenate([clean, faulty])
+    return chosen[np.argsort(wrong[chosen], kind="stable")]
+
+
+def _cycle(count):
+    return [_CURVES[k % len(_CURVES)] for k in range(count)]
+
+
+def _short(name, length=16):
+    return name if len(name) <= length else "\u2026" + name[-(length - 1) :]
+
+
+def _save(figure, path):
+    FigureCanvasAgg(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

@@ -1,0 +1,39 @@
+"""Files that are either whole or not there."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary path beside `path`, with its extension; what is written there takes the place of `path` at
+    the end, and is removed if the block raises. A folder takes the place of a folder.
+    """
+    path = os.path.abspath(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=".writing-", dir=os.path.dirname(path))
+    temporary = os.path.join(folder, os.path.basename(path))
+    try:
+        yield temporary
+        if os.path.isdir(path):
+            # A folder cannot be replaced in one step; the old one moves aside into what is removed below.
+            os.rename(path, os.path.join(folder, "old"))
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(path, value):
+    """Writes `value` as indented JSON, whole or not at all."""
+    with replacing(path) as temporary, open(temporary, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
+def read_json(path):
+    """What `write_json` wrote."""
+    with open(path) as file:
+        return json.load(file)

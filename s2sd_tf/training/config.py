@@ -1,0 +1,145 @@
+"""The configuration of a training run: every key there is, with its default."""
+
+import json
+
+import ml_collections
+from ml_collections import config_dict
+
+from s2sd_tf import objectives
+from s2sd_tf.models.presets import preset
+from s2sd_tf.registry import parameters
+
+
+def default_config():
+    """A locked `ConfigDict` with every key; a config file changes some of them and returns it.
+
+    A key that is not here is refused. The comments are the reference of the keys.
+    """
+    config = ml_collections.ConfigDict()
+    # Of everything random: initial weights, batches, miners.
+    config.seed = 0
+
+    config.data = ml_collections.ConfigDict()
+    # "digits" (embedded), "omniglot" or "folder".
+    config.data.name = "digits"
+    # Folder with the data: Omniglot's archives, or class folders.
+    config.data.root = ""
+    # "folder": a second root with the classes to test on; or else classes of the first one, by name or shell pattern
+    # separated by commas; or else this share of its classes, the last ones.
+    config.data.test_root = ""
+    config.data.test_classes = ""
+    config.data.test_fraction = 0.5
+    # "folder": "raise" or "skip" for files that cannot be decoded.
+    config.data.on_corrupt = "raise"
+    # "folder" and "omniglot": size of the model's input in pixels; "folder": channels (1 or 3), side to which the
+    # shorter side is scaled before the centre crop (0: no crop), and whether to invert.
+    config.data.image_size = 28
+    config.data.channels = 3
+    config.data.resize_size = 0
+    config.data.invert = False
+    # Training classes that are held out to choose the best checkpoint on; 0: train on all, and the last is the best.
+    config.data.validation_classes = 0
+    # P and M of a batch.
+    config.data.classes_per_batch = 4
+    config.data.samples_per_class = 16
+
+    config.model = ml_collections.ConfigDict()
+    config.model.backbone = "conv_blocks"
+    # "conv_blocks": channels of each block.
+    config.model.filters = (64, 64, 64, 64)
+    config.model.embedding_dim = 128
+    config.model.pooling = "avg"
+
+    # `objective.name` chooses; the settings of each objective stand under its own name.
+    config.objective = ml_collections.ConfigDict({"name": "multi_similarity"})
+    for name in objectives.names():
+        settings = parameters(objectives.lookup(name))
+        config.objective[name] = {key: value for key, value in settings.items() if key not in _GIVEN_BY_THE_RUN}
+
+    config.s2sd = ml_collections.ConfigDict()
+    # False: the objective alone.
+    config.s2sd.enabled = True
+    # Name of the targets' objective; empty: the base's.
+    config.s2sd.target_objective = ""
+    config.s2sd.update(preset("msdfa"))
+    config.s2sd.distill_warmup_steps = 0
+    config.s2sd.feature_distill_warmup_steps = 0
+    config.s2sd.log_per_target = False
+
+    config.optimizer = ml_collections.ConfigDict()
+    # Class name of a Keras optimizer.
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 1e-3
+    # Coupled L2: added to the gradient of backbone and heads.
+    config.optimizer.l2 = 0.0
+    config.optimizer.backbone_multiplier = 1.0
+    config.optimizer.heads_multiplier = 1.0
+    config.optimizer.objectives_multiplier = 1.0
+
+    config.train = ml_collections.ConfigDict()
+    config.train.epochs = 20
+    # 0: one pass over the training images.
+    config.train.steps_per_epoch = 0
+    config.train.checkpoint_every = 1
+    # The same weights, bit by bit, from the same seed and number of threads.
+    config.train.deterministic = True
+    # Threads of TensorFlow's kernels; 0: as many as cores.
+    config.train.threads = 0
+
+    config.eval = ml_collections.ConfigDict()
+    # Epochs between evaluations on the held-out and on the test classes; 0: never but at the end.
+    config.eval.every = 1
+    config.eval.ks = (1, 2, 4, 8)
+    # The metric on held-out classes by which the best checkpoint is chosen.
+    config.eval.select_by = "map@r"
+    return config.lock()
+
+
+def preset_config(config, name):
+    """Sets `config.s2sd` to a variant of the paper (see `s2sd_tf.preset`), keeping the keys that variants share."""
+    config.s2sd.enabled = name != "plain"
+    for key in ("feature_distill", "target_pooling"):
+        config.s2sd[key] = preset(name)[key]
+    if name == "dsd":
+        config.s2sd.target_dims = config.s2sd.target_dims[-1:]
+    return config
+
+
+def resolve(config):
+    """A frozen copy of `config`, after checks that no later step makes.
+
+    Raises:
+        ValueError: an unknown key, a missing one, or a value out of its range; the message names it.
+    """
+    known = default_config()
+    _check_keys(config, known, "config")
+    config = config_dict.FrozenConfigDict(json.loads(config.to_json()))
+    for key, least in [
+        ("train.epochs", 1),
+        ("train.steps_per_epoch", 0),
+        ("train.checkpoint_every", 1),
+        ("train.threads", 0),
+        ("eval.every", 0),
+    ]:
+        section, name = key.split(".")
+        if not config[section][name] >= least:
+            raise ValueError(f"config.{key}: expected an int >= {least}. Received: {config[section][name]!r}")
+    names = ("precision@1", "r_precision", "map@r", *(f"recall@{k}" for k in config.eval.ks))
+    if config.eval.select_by not in names:
+        raise ValueError(f"config.eval.select_by: expected one of {names}. Received: {config.eval.select_by!r}")
+    return config
+
+
+def _check_keys(config, known, path):
+    for key in config:
+        if key not in known:
+            raise ValueError(f"{path}: expected keys out of {sorted(known)}. Received: {key!r}")
+    for key in known:
+        if key not in config:
+            raise ValueError(f"{path}: expected a key {key!r}. Received: {sorted(config)}")
+        if isinstance(known[key], ml_collections.ConfigDict):
+            _check_keys(config[key], known[key], f"{path}.{key}")
+
+
+# Settings of an objective that the run gives or that Keras layers have.
+_GIVEN_BY_THE_RUN = ("num_classes", "seed", "name", "dtype")

@@ -1,0 +1,354 @@
+"""One training run in a work directory: train, resume, choose, evaluate, export, draw."""
+
+import csv
+import os
+import shutil
+import sys
+import time
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+from ml_collections import config_dict
+
+from s2sd_tf import objectives
+from s2sd_tf.data import Preprocessing, class_balanced_batches, evaluation_batches
+from s2sd_tf.evaluation import RetrievalEvaluation, find_neighbors, retrieval_metrics
+from s2sd_tf.evaluation.pictures import choose_queries, save_curves, save_gallery
+from s2sd_tf.export import export_encoder
+from s2sd_tf.files import read_json, replacing, write_json
+from s2sd_tf.keras_compat import keras, keras_version
+from s2sd_tf.models import S2SDModel, backbones
+from s2sd_tf.registry import parameters
+from s2sd_tf.training.config import resolve
+from s2sd_tf.training.datasets import load_data
+
+CHECKPOINTS_KEPT = 2
+
+
+def train(config, workdir):
+    """Trains as `config` says, in `workdir`; called again, goes on where it was and ends with the same weights.
+
+    The work directory holds `config.json`, `checkpoints/`, `best.keras`, `history.csv`, `tensorboard/`, and at the end
+    `results.json`, `curves.png`, `gallery.png` and `saved_model/`.
+
+    Args:
+        config: `ConfigDict` with the keys of `default_config`.
+        workdir: folder; made if it is missing.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        ValueError: a bad config, data that do not fit it, or a work directory written by another config.
+    """
+    config = resolve(config)
+    _claim(config, workdir)
+    results_path = os.path.join(workdir, "results.json")
+    if os.path.exists(results_path):
+        logging.info("%s is finished; its results are in %s", workdir, results_path)
+        return read_json(results_path)
+
+    if config.train.threads:
+        tf.config.threading.set_intra_op_parallelism_threads(config.train.threads)
+        tf.config.threading.set_inter_op_parallelism_threads(config.train.threads)
+    if config.train.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    keras.utils.set_random_seed(config.seed)
+    run_data = load_data(config)
+    steps = config.train.steps_per_epoch or max(
+        1, len(run_data.train) // (config.data.classes_per_batch * config.data.samples_per_class)
+    )
+
+    state = _State(workdir)
+    model = state.restore()
+    if model is None:
+        model = build_model(config, run_data)
+    else:
+        logging.info("Resuming after epoch %d from %s", state.epoch, state.path)
+    batches = class_balanced_batches(
+        run_data.train,
+        run_data.preprocessing,
+        config.data.classes_per_batch,
+        config.data.samples_per_class,
+        steps_per_epoch=steps,
+        seed=config.seed,
+        start_epoch=state.epoch,
+    )
+    if state.epoch < config.train.epochs:
+        model.fit(
+            batches,
+            epochs=config.train.epochs,
+            initial_epoch=state.epoch,
+            steps_per_epoch=steps,
+            callbacks=_callbacks(config, run_data, workdir, state),
+            verbose=1 if sys.stdout.isatty() else 2,
+        )
+    return _finish(config, run_data, workdir, state, model)
+
+
+def build_model(config, run_data):
+    """The compiled `S2SDModel` of a resolved config."""
+    backbone = backbones.get(
+        config.model.backbone, run_data.preprocessing.output_shape, filters=tuple(config.model.filters)
+    )
+    enabled = config.s2sd.enabled
+    target = config.s2sd.target_objective or config.objective.name
+    model = S2SDModel(
+        backbone,
+        config.model.embedding_dim,
+        objective=_objective(config, config.objective.name, run_data),
+        target_objective=_objective(config, target, run_data),
+        target_dims=config.s2sd.target_dims if enabled else (),
+        pooling=config.model.pooling,
+        target_pooling=config.s2sd.target_pooling if enabled else config.model.pooling,
+        temperature=config.s2sd.temperature,
+        distill_weight=config.s2sd.distill_weight,
+        distill_warmup_steps=config.s2sd.distill_warmup_steps,
+        feature_distill=config.s2sd.feature_distill and enabled,
+        feature_distill_weight=config.s2sd.feature_distill_weight,
+        feature_distill_delay=config.s2sd.feature_distill_delay,
+        feature_distill_warmup_steps=config.s2sd.feature_distill_warmup_steps,
+        num_classes=run_data.train.num_classes,
+        l2=config.optimizer.l2,
+        learning_rate_multipliers={
+            "backbone": config.optimizer.backbone_multiplier,
+            "heads": config.optimizer.heads_multiplier,
+            "objectives": config.optimizer.objectives_multiplier,
+        },
+        log_per_target=config.s2sd.log_per_target,
+    )
+    optimizer = keras.optimizers.get(
+        {"class_name": config.optimizer.name, "config": {"learning_rate": config.optimizer.learning_rate}}
+    )
+    model.compile(optimizer=optimizer)
+    return model
+
+
+def load_run(workdir):
+    """`(model, config, preprocessing)` of a finished work directory; the model is the chosen one.
+
+    Raises:
+        FileNotFoundError: no finished run there.
+    """
+    paths = {name: os.path.join(workdir, name) for name in ("config.json", "preprocessing.json", "best.keras")}
+    for name, path in paths.items():
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"workdir: expected a finished run, with {name}. Received: {workdir!r}")
+    config = config_dict.FrozenConfigDict(read_json(paths["config.json"]))
+    preprocessing = Preprocessing(**read_json(paths["preprocessing.json"]))
+    return load_model(paths["best.keras"]), config, preprocessing
+
+
+def load_model(path):
+    """A saved `S2SDModel`, ready to go on training."""
+    return keras.models.load_model(path)
+
+
+def embed(model, images, preprocessing):
+    """Embeddings float32 `(n, embedding_dim)` of an `ImageSet`, in its order."""
+    return model.predict(evaluation_batches(images, preprocessing), verbose=0)
+
+
+class _State:
+    """Where a run stands: its last checkpoint, best checkpoint and history."""
+
+    def __init__(self, workdir):
+        self.folder = os.path.join(workdir, "checkpoints")
+        self.best_path = os.path.join(workdir, "best.keras")
+        self.epoch = 0
+        self.best_epoch = 0
+        self.best_value = None
+        self.history = []
+        self.seconds = 0.0
+
+    @property
+    def path(self):
+        return os.path.join(self.folder, f"epoch_{self.epoch:06d}")
+
+    def restore(self):
+        """The model of the last checkpoint, or None."""
+        if not os.path.isdir(self.folder):
+            return None
+        found = sorted(name for name in os.listdir(self.folder) if name.startswith("epoch_"))
+        if not found:
+            return None
+        folder = os.path.join(self.folder, found[-1])
+        vars(self).update(read_json(os.path.join(folder, "state.json")))
+        return load_model(os.path.join(folder, "model.keras"))
+
+    def save(self, model):
+        """Writes a checkpoint, and removes those before the last few."""
+        fields = {name: getattr(self, name) for name in ("epoch", "best_epoch", "best_value", "history", "seconds")}
+        with replacing(self.path) as folder:
+            os.makedirs(folder)
+            model.save(os.path.join(folder, "model.keras"))
+            write_json(os.path.join(folder, "state.json"), fields)
+        found = sorted(name for name in os.listdir(self.folder) if name.startswith("epoch_"))
+        for name in found[:-CHECKPOINTS_KEPT]:
+            shutil.rmtree(os.path.join(self.folder, name))
+
+    def save_best(self, model):
+        with replacing(self.best_path) as temporary:
+            model.save(temporary)
+
+
+class _Checkpoints(keras.callbacks.Callback):
+    """Keeps the history, the best model and the checkpoints; comes after whatever adds to the logs."""
+
+    def __init__(self, config, workdir, state, has_validation):
+        super().__init__()
+        self.config = config
+        self.history_path = os.path.join(workdir, "history.csv")
+        self.state = state
+        self.metric = f"val_{config.eval.select_by}" if has_validation else None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._begin = time.monotonic()
+
+    def on_epoch_end(self, epoch, logs=None):
+        state = self.state
+        state.epoch = epoch + 1
+        state.seconds += time.monotonic() - self._begin
+        state.history.append({"epoch": state.epoch, **{key: float(value) for key, value in (logs or {}).items()}})
+        value = (logs or {}).get(self.metric)
+        if value is not None and (state.best_value is None or value > state.best_value):
+            state.best_value, state.best_epoch = float(value), state.epoch
+            state.save_best(self.model)
+        if state.epoch % self.config.train.checkpoint_every == 0 or state.epoch == self.config.train.epochs:
+            state.save(self.model)
+            _write_history(self.history_path, state.history)
+
+
+def _claim(config, workdir):
+    """Makes `workdir` this config's, or refuses one that is another's."""
+    path = os.path.join(workdir, "config.json")
+    wanted = config.to_dict()
+    if os.path.exists(path):
+        differing = sorted(_differences(config_dict.FrozenConfigDict(read_json(path)).to_dict(), wanted))
+        if differing:
+            raise ValueError(
+                f"workdir: expected a new folder or one written by this config. Received: {workdir!r}, whose config "
+                f"differs in {', '.join(differing)}"
+            )
+    elif os.path.isdir(workdir) and os.listdir(workdir):
+        raise ValueError(f"workdir: expected a new or empty folder, or that of a run. Received: {workdir!r}")
+    else:
+        write_json(path, wanted)
+
+
+def _differences(one, other, prefix=""):
+    for key in one.keys() | other.keys():
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key} ({a!r} there, {b!r} here)"
+
+
+def _objective(config, name, run_data):
+    cls = objectives.lookup(name)
+    settings = dict(config.objective[name])
+    if "seed" in parameters(cls):
+        settings["seed"] = config.seed
+    if cls.uses_classes:
+        settings["num_classes"] = run_data.train.num_classes
+    return objectives.get(name, **settings)
+
+
+def _callbacks(config, run_data, workdir, state):
+    callbacks = []
+    if run_data.validation is not None:
+        callbacks.append(_evaluation(run_data.validation, run_data, "val_", config, max(config.eval.every, 1)))
+    if config.eval.every:
+        callbacks.append(_evaluation(run_data.test, run_data, "test_", config, config.eval.every))
+    callbacks.append(keras.callbacks.TensorBoard(os.path.join(workdir, "tensorboard"), write_graph=False))
+    callbacks.append(_Checkpoints(config, workdir, state, run_data.validation is not None))
+    return callbacks
+
+
+def _evaluation(images, run_data, prefix, config, every):
+    batches = evaluation_batches(images, run_data.preprocessing)
+    return RetrievalEvaluation(batches.cache(), images.labels, every=every, prefix=prefix, ks=config.eval.ks)
+
+
+def _finish(config, run_data, workdir, state, model):
+    """Chooses the model, evaluates it on the test classes, exports it and draws the pictures."""
+    steps = int(tf.convert_to_tensor(model.step))
+    if run_data.validation is None:
+        state.best_epoch = state.epoch
+        state.save_best(model)
+    else:
+        model = load_model(state.best_path)
+    embeddings = embed(model, run_data.test, run_data.preprocessing)
+    labels = run_data.test.labels
+    results = {
+        "test": {
+            method: retrieval_metrics(embeddings, labels, ks=config.eval.ks, method=method)
+            for method in ("exact", "scann")
+        },
+        "best_epoch": state.best_epoch,
+        "selected_by": f"{config.eval.select_by} on held-out training classes" if run_data.validation else "last epoch",
+        "best_value": state.best_value,
+        "epochs": state.epoch,
+        "steps": steps,
+        "train_seconds": round(state.seconds, 2),
+        "counts": {
+            part: {"classes": images.num_classes, "images": len(images)}
+            for part, images in [("train", run_data.train), ("validation", run_data.validation), ("test", run_data.test)]
+            if images is not None
+        },
+        "embedding_dim": config.model.embedding_dim,
+        "parameters": {
+            "encoder": _count((model.backbone, model.embedding_head)),
+            "training_only": _count((*model.auxiliary_heads, model.objective, *model.target_objectives)),
+        },
+        "versions": {"tensorflow": tf.__version__, "keras": keras_version()},
+    }
+    export_encoder(model, run_data.preprocessing, os.path.join(workdir, "saved_model"))
+    write_json(os.path.join(workdir, "preprocessing.json"), run_data.preprocessing.get_config())
+    _write_history(os.path.join(workdir, "history.csv"), state.history)
+    _draw(workdir, state.history, run_data, embeddings)
+    write_json(os.path.join(workdir, "results.json"), results)
+    return results
+
+
+def _count(layers):
+    return int(sum(np.prod(variable.shape) for layer in layers for variable in layer.trainable_variables))
+
+
+def _draw(workdir, history, run_data, embeddings):
+    """Writes `curves.png` and `gallery.png`."""
+    panels = {"loss": {}, "retrieval on unseen classes": {}}
+    for name in ("loss", "objective", "target_objective"):
+        panels["loss"].update(_curve(history, name, name.replace("_", " ")))
+    for prefix, part in (("val_", "held-out training classes"), ("test_", "test classes")):
+        for metric in ("recall@1", "map@r"):
+            panels["retrieval on unseen classes"].update(_curve(history, prefix + metric, f"{metric}, {part}"))
+    save_curves(os.path.join(workdir, "curves.png"), {title: curves for title, curves in panels.items() if curves})
+    images = np.concatenate(list(evaluation_batches(run_data.test, run_data.preprocessing).as_numpy_iterator()))
+    ids = np.arange(len(images))
+    found = find_neighbors(embeddings, embeddings, 6, ids, ids).indices
+    save_gallery(
+        os.path.join(workdir, "gallery.png"),
+        images,
+        run_data.test.labels,
+        found,
+        choose_queries(run_data.test.labels, found, 8),
+        run_data.test.class_names,
+        "Queries of unseen classes and their nearest neighbours",
+    )
+
+
+def _curve(history, name, label):
+    rows = [row for row in history if name in row]
+    return {label: ([row["epoch"] for row in rows], [row[name] for row in rows])} if rows else {}
+
+
+def _write_history(path, history):
+    """Writes the epochs' logs as CSV, whole or not at all; what an epoch did not log is empty."""
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)
