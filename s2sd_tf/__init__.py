@@ -1,8 +1,18 @@
 """s2sd_tf: image-retrieval embeddings in TensorFlow with simultaneous similarity-based self-distillation."""
 
-from s2sd_tf import objectives
+from s2sd_tf import data, evaluation, export, mining, models, objectives
 from s2sd_tf.distillation import similarity_kl
 from s2sd_tf.models import S2SDModel, preset
 
 __version__ = "0.1.0"
-__all__ = ["S2SDModel", "objectives", "preset", "similarity_kl"]
+__all__ = [
+    "S2SDModel",
+    "data",
+    "evaluation",
+    "export",
+    "mining",
+    "models",
+    "objectives",
+    "preset",
+    "similarity_kl",
+]

@@ -34,6 +34,17 @@ class Registry:
             raise ValueError(f"{self._kind}: expected one of {self.names()}. Received: {name!r}")
         return self._classes[name]
 
+    def settings(self, name):
+        """Constructor arguments of the class registered under `name`, its bases' included, as a dict to their defaults."""
+        cls = self.lookup(name)
+        found = {}
+        for ancestor in cls.__mro__[: cls.__mro__.index(self._base) + 1]:
+            if "__init__" in vars(ancestor):
+                for key, parameter in list(inspect.signature(ancestor.__init__).parameters.items())[1:]:
+                    if parameter.kind != parameter.VAR_KEYWORD:
+                        found.setdefault(key, parameter.default)
+        return found
+
     def get(self, identifier, **settings):
         """An instance: `identifier` itself, or of the class of that name with `settings`."""
         if isinstance(identifier, self._base):
@@ -46,25 +57,8 @@ class Registry:
                 f"Received: {identifier!r}"
             )
         cls = self.lookup(identifier)
-        known = parameters(cls)
+        known = self.settings(identifier)
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ValueError(f"{self._kind} {identifier!r}: expected settings out of {sorted(known)}. Received: {unknown}")
         return cls(**settings)
-
-
-def parameters(cls):
-    """Constructor arguments of `cls`, with those it hands on to its bases as `**kwargs`; name to default."""
-    found = {}
-    for base in cls.__mro__:
-        if "__init__" not in vars(base):
-            continue
-        signature = inspect.signature(base.__init__).parameters
-        for name, parameter in list(signature.items())[1:]:
-            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                found.setdefault(name, parameter.default)
-        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in signature.values()):
-            break
-        if base.__mro__[1].__module__.split(".")[0] != cls.__module__.split(".")[0]:
-            break
-    return found

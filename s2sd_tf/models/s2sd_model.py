@@ -165,11 +165,16 @@ class S2SDModel(keras.Model):
                 "Received: "
                 f"pooling={self.pooling!r}, target_pooling={self.target_pooling!r}"
             )
-        self.embedding_head.build((None, shape[-1]))
-        self.objective.build((None, self.embedding_dim))
-        for head, target_objective, dim in zip(self.auxiliary_heads, self.target_objectives, self.target_dims):
-            head.build((None, shape[-1]))
-            target_objective.build((None, dim))
+        layers = [
+            (self.embedding_head, shape[-1]),
+            (self.objective, self.embedding_dim),
+            *((head, shape[-1]) for head in self.auxiliary_heads),
+            *zip(self.target_objectives, self.target_dims),
+        ]
+        for layer, dim in layers:
+            # A loaded objective comes built.
+            if not layer.built:
+                layer.build((None, dim))
         self.built = True
 
     def call(self, inputs, training=None):

@@ -150,6 +150,7 @@ def mean_where(values, mask):
 _registry = Registry("objective", Objective)
 names = _registry.names
 lookup = _registry.lookup
+settings = _registry.settings
 
 
 def register(name):

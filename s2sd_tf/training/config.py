@@ -7,7 +7,10 @@ from ml_collections import config_dict
 
 from s2sd_tf import objectives
 from s2sd_tf.models.presets import preset
-from s2sd_tf.registry import parameters
+
+
+# Settings of an objective that the run gives.
+_GIVEN_BY_THE_RUN = ("num_classes", "seed", "name", "dtype")
 
 
 def default_config():
@@ -45,16 +48,18 @@ def default_config():
 
     config.model = ml_collections.ConfigDict()
     config.model.backbone = "conv_blocks"
-    # "conv_blocks": channels of each block.
+    # "conv_blocks": channels of each block, and how many of the blocks halve the resolution.
     config.model.filters = (64, 64, 64, 64)
+    config.model.pools = 4
     config.model.embedding_dim = 128
     config.model.pooling = "avg"
 
     # `objective.name` chooses; the settings of each objective stand under its own name.
     config.objective = ml_collections.ConfigDict({"name": "multi_similarity"})
     for name in objectives.names():
-        settings = parameters(objectives.lookup(name))
-        config.objective[name] = {key: value for key, value in settings.items() if key not in _GIVEN_BY_THE_RUN}
+        config.objective[name] = {
+            key: value for key, value in objectives.settings(name).items() if key not in _GIVEN_BY_THE_RUN
+        }
 
     config.s2sd = ml_collections.ConfigDict()
     # False: the objective alone.
@@ -139,7 +144,3 @@ def _check_keys(config, known, path):
             raise ValueError(f"{path}: expected a key {key!r}. Received: {sorted(config)}")
         if isinstance(known[key], ml_collections.ConfigDict):
             _check_keys(config[key], known[key], f"{path}.{key}")
-
-
-# Settings of an objective that the run gives or that Keras layers have.
-_GIVEN_BY_THE_RUN = ("num_classes", "seed", "name", "dtype")

@@ -19,7 +19,6 @@ from s2sd_tf.export import export_encoder
 from s2sd_tf.files import read_json, replacing, write_json
 from s2sd_tf.keras_compat import keras, keras_version
 from s2sd_tf.models import S2SDModel, backbones
-from s2sd_tf.registry import parameters
 from s2sd_tf.training.config import resolve
 from s2sd_tf.training.datasets import load_data
 
@@ -90,7 +89,10 @@ def train(config, workdir):
 def build_model(config, run_data):
     """The compiled `S2SDModel` of a resolved config."""
     backbone = backbones.get(
-        config.model.backbone, run_data.preprocessing.output_shape, filters=tuple(config.model.filters)
+        config.model.backbone,
+        run_data.preprocessing.output_shape,
+        filters=tuple(config.model.filters),
+        pools=config.model.pools,
     )
     enabled = config.s2sd.enabled
     target = config.s2sd.target_objective or config.objective.name
@@ -247,11 +249,10 @@ def _differences(one, other, prefix=""):
 
 
 def _objective(config, name, run_data):
-    cls = objectives.lookup(name)
     settings = dict(config.objective[name])
-    if "seed" in parameters(cls):
+    if "seed" in objectives.settings(name):
         settings["seed"] = config.seed
-    if cls.uses_classes:
+    if objectives.lookup(name).uses_classes:
         settings["num_classes"] = run_data.train.num_classes
     return objectives.get(name, **settings)
 

@@ -1,0 +1,134 @@
+r"""What S2SD gains on real images: Omniglot, plain objective against S2SD over embedding dimensions.
+
+    python benchmarks/omniglot_s2sd.py --data_dir=<folder with Omniglot's two small archives> --workdir=runs/omniglot_study
+
+Trains every run of `configs/omniglot.py` (136 characters to train on, 106 unseen ones to retrieve; 50 epochs of 24
+batches of 28 x 4): at dimension 16 with 5 seeds, at 4, 8, 32 and 64 with 3, plain and with S2SD, and the plain
+objective at 512 dimensions with 3 seeds. Writes `omniglot_s2sd.json`, `.md` and `.png` into `--results`. Runs that are
+finished in `--workdir` are not trained again.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import platform
+
+from absl import app, flags
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from s2sd_tf.files import replacing, write_json
+from s2sd_tf.training.compare import run_all, summarize
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with Omniglot's two small archives.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_study", "Folder of the runs.")
+_RESULTS = flags.DEFINE_string("results", os.path.join(_HERE, "results"), "Folder of the tables and the picture.")
+_DIMS = flags.DEFINE_list("dims", ["4", "8", "16", "32", "64"], "Embedding dimensions.")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds a dimension.", lower_bound=1)
+_MAIN_DIM = flags.DEFINE_integer("main_dim", 16, "The dimension that gets more seeds.")
+_MAIN_SEEDS = flags.DEFINE_integer("main_seeds", 5, "Seeds of that dimension.", lower_bound=1)
+_REFERENCE_DIM = flags.DEFINE_integer("reference_dim", 512, "Dimension of a plain model for comparison; 0: none.")
+_JOBS = flags.DEFINE_integer("jobs", 0, "Runs at a time, one thread each; 0: one a core.", lower_bound=0)
+_FLAGS = flags.DEFINE_list("config_flags", [], "Flags for every run, such as --config.s2sd.distill_weight=20.")
+
+METRICS = ("recall@1", "recall@2", "recall@4", "recall@8", "map@r")
+
+
+def main(_):
+    config = os.path.join(_HERE, "..", "configs", "omniglot.py")
+    groups = {}
+    for dim in [int(dim) for dim in _DIMS.value]:
+        seeds = range(_MAIN_SEEDS.value if dim == _MAIN_DIM.value else _SEEDS.value)
+        groups[dim, "plain"] = [_run(config, dim, seed, False) for seed in seeds]
+        groups[dim, "s2sd"] = [_run(config, dim, seed, True) for seed in seeds]
+    if _REFERENCE_DIM.value:
+        groups[_REFERENCE_DIM.value, "plain"] = [
+            _run(config, _REFERENCE_DIM.value, seed, False) for seed in range(_SEEDS.value)
+        ]
+    # The most wanted first.
+    ordered = sorted(groups, key=lambda group: group[0] != _MAIN_DIM.value)
+    results = run_all(dict(run for group in ordered for run in groups[group]), _JOBS.value)
+
+    rows = []
+    for (dim, kind), runs in groups.items():
+        found = [results[workdir] for workdir, _ in runs]
+        rows.append({"dim": dim, "kind": kind, "seeds": len(found), **summarize(found)})
+    lines = _table(rows)
+    print("\n".join(lines))
+    versions = next(iter(results.values()))["versions"]
+    write_json(
+        os.path.join(_RESULTS.value, "omniglot_s2sd.json"),
+        {
+            "rows": rows,
+            "config_flags": _FLAGS.value,
+            "versions": {**versions, "python": platform.python_version()},
+            "runs": {os.path.relpath(w, _WORKDIR.value): r["test"]["exact"] for w, r in results.items()},
+        },
+    )
+    with replacing(os.path.join(_RESULTS.value, "omniglot_s2sd.md")) as path, open(path, "w") as file:
+        file.write("\n".join(lines) + "\n")
+    _draw(rows, os.path.join(_RESULTS.value, "omniglot_s2sd.png"))
+
+
+def _run(config, dim, seed, enabled):
+    workdir = os.path.join(_WORKDIR.value, f"{'s2sd' if enabled else 'plain'}_dim{dim}_seed{seed}")
+    arguments = [
+        f"--config={config}",
+        f"--config.data.root={_DATA_DIR.value}",
+        f"--config.model.embedding_dim={dim}",
+        f"--config.seed={seed}",
+        f"--config.s2sd.enabled={enabled}",
+        *_FLAGS.value,
+    ]
+    return workdir, arguments
+
+
+def _table(rows):
+    lines = [
+        f"| dimension | training | seeds | {' | '.join(METRICS)} | gain in recall@1 |",
+        f"|---|---|---|{'---|' * len(METRICS)}---|",
+    ]
+    for row in rows:
+        cells = [f"{100 * row[metric][0]:.1f} ± {100 * row[metric][1]:.1f}" for metric in METRICS]
+        plain = next((r for r in rows if r["dim"] == row["dim"] and r["kind"] == "plain"), None)
+        gain = f"{100 * (row['recall@1'][0] - plain['recall@1'][0]):+.1f}" if row["kind"] == "s2sd" else ""
+        name = "with S2SD" if row["kind"] == "s2sd" else "plain objective"
+        lines.append(f"| {row['dim']} | {name} | {row['seeds']} | {' | '.join(cells)} | {gain} |")
+    return lines
+
+
+def _draw(rows, path):
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    dims = sorted({row["dim"] for row in rows if row["kind"] == "s2sd"})
+    for kind, label, color in (("plain", "plain objective", "#7f8c8d"), ("s2sd", "with S2SD", "#1f5fa8")):
+        chosen = sorted((row for row in rows if row["kind"] == kind and row["dim"] in dims), key=lambda row: row["dim"])
+        axes.errorbar(
+            [row["dim"] for row in chosen],
+            [100 * row["recall@1"][0] for row in chosen],
+            [100 * row["recall@1"][1] for row in chosen],
+            label=label,
+            color=color,
+            marker="o",
+            capsize=3,
+        )
+    for row in rows:
+        if row["dim"] not in dims:
+            label = f"plain objective, {row['dim']} dimensions"
+            axes.axhline(100 * row["recall@1"][0], color="#d1701f", linestyle="--", linewidth=1.2, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(dims, [str(dim) for dim in dims])
+    axes.set_xlabel("embedding dimension")
+    axes.set_ylabel("recall@1 on 106 unseen characters, %")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    FigureCanvasAgg(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+if __name__ == "__main__":
+    app.run(main)

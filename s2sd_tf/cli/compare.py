@@ -1,0 +1,99 @@
+"""s2sd-compare: the plain objective against S2SD under the same budget and seeds.
+
+    s2sd-compare --config=configs/digits.py --workdir=runs/digits --seeds=0,1,2
+"""
+
+from s2sd_tf.cli import app
+
+# isort: split
+import os
+import shutil
+import sys
+
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from s2sd_tf.cli.tables import metrics_table
+from s2sd_tf.evaluation.pictures import save_curves
+from s2sd_tf.files import read_json, replacing, write_json
+from s2sd_tf.training import resolve
+from s2sd_tf.training.compare import run_all, summarize
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison; a run's folder each goes into runs/.", required=True)
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, separated by commas.")
+_JOBS = flags.DEFINE_integer("jobs", 0, "Runs at a time, one thread each; 0: one a core.", lower_bound=0)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and --config.key=value to change a key of it.")
+flags.mark_flag_as_required("config")
+
+PLAIN, S2SD = "plain objective", "with S2SD"
+
+
+def main():
+    app.run(_main)
+
+
+def _main(_):
+    if not all(seed.isdigit() for seed in _SEEDS.value):
+        raise ValueError(f"--seeds: expected integers >= 0 separated by commas. Received: {','.join(_SEEDS.value)}")
+    config = resolve(_CONFIG.value)
+    passed_on = [argument for argument in sys.argv[1:] if argument.lstrip("-").startswith("config")]
+    runs, groups = {}, {PLAIN: [], S2SD: []}
+    for seed in _SEEDS.value:
+        for name, folder, enabled in ((PLAIN, "plain", False), (S2SD, "s2sd", True)):
+            workdir = os.path.join(_WORKDIR.value, "runs", f"{folder}_seed{seed}")
+            runs[workdir] = [*passed_on, f"--config.seed={seed}", f"--config.s2sd.enabled={enabled}"]
+            groups[name].append(workdir)
+    results = run_all(runs, _JOBS.value)
+    rows = {name: summarize([results[workdir] for workdir in workdirs]) for name, workdirs in groups.items()}
+    write_json(
+        os.path.join(_WORKDIR.value, "results.json"),
+        {
+            name: {
+                "mean": {metric: value[0] for metric, value in row.items()},
+                "standard_deviation": {metric: value[1] for metric, value in row.items()},
+                "runs": {os.path.relpath(w, _WORKDIR.value): results[w]["test"]["exact"] for w in groups[name]},
+            }
+            for name, row in rows.items()
+        },
+    )
+    _draw(groups)
+    shown = groups[S2SD][0]
+    shutil.copyfile(os.path.join(shown, "gallery.png"), os.path.join(_WORKDIR.value, "gallery.png"))
+    with replacing(os.path.join(_WORKDIR.value, "saved_model")) as temporary:
+        shutil.copytree(os.path.join(shown, "saved_model"), temporary)
+
+    print(f"\nRetrieval on classes never trained on, in percent: mean +- deviation over {len(_SEEDS.value)} seeds,")
+    print(f"{config.model.embedding_dim} dimensions, the same steps and batches for both.\n")
+    columns = [*(f"recall@{k}" for k in config.eval.ks), "map@r"]
+    rows = {name: {column: row[column] for column in columns} for name, row in rows.items()}
+    gain = {c: (rows[S2SD][c][0] - rows[PLAIN][c][0]) for c in columns}
+    print(metrics_table({**rows, "gained": gain}))
+    print(f"\nresults.json, curves.png, gallery.png and saved_model/ are in {_WORKDIR.value}")
+
+
+def _draw(groups):
+    panels = {}
+    for metric in ("recall@1", "map@r"):
+        curves = {}
+        for name, workdirs in groups.items():
+            histories = [read_json_history(workdir) for workdir in workdirs]
+            rows = [[row for row in history if f"test_{metric}" in row] for history in histories]
+            if not all(rows):
+                continue
+            values = np.array([[100 * row[f"test_{metric}"] for row in history] for history in rows])
+            curves[name] = ([row["epoch"] for row in rows[0]], values.mean(axis=0), values.std(axis=0))
+        if curves:
+            panels[f"{metric} on unseen classes, %"] = curves
+    if panels:
+        save_curves(os.path.join(_WORKDIR.value, "curves.png"), panels)
+
+
+def read_json_history(workdir):
+    """The epochs' logs of a run, from its last checkpoint."""
+    folder = os.path.join(workdir, "checkpoints")
+    return read_json(os.path.join(folder, max(os.listdir(folder)), "state.json"))["history"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Runs side by side: the plain objective against S2SD, over seeds."""
+
+import concurrent.futures
+import os
+import subprocess
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+from s2sd_tf.files import read_json
+
+
+def run_all(runs, jobs=None):
+    """Trains every run in a process of its own, and returns their results.
+
+    Runs that are finished are only read, unfinished ones are resumed. A run's output goes to `log.txt` beside its work
+    directory.
+
+    Args:
+        runs: dict from work directory to the list of `--config...` flags of `s2sd-train`.
+        jobs: int >= 1, processes at a time, one thread each. Default: one a core.
+
+    Returns:
+        dict from work directory to the content of its `results.json`.
+
+    Raises:
+        RuntimeError: a run failed; the message holds the end of its log.
+    """
+    jobs = jobs or os.cpu_count() or 1
+    bar = tqdm(total=len(runs), desc="Training", unit="run")
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(_run, workdir, arguments): workdir for workdir, arguments in runs.items()}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            bar.close()
+    return {workdir: read_json(os.path.join(workdir, "results.json")) for workdir in runs}
+
+
+def summarize(results):
+    """`(mean, standard deviation)` of each test metric over runs, from their results (exact search).
+
+    The deviation is that of the sample (n - 1), 0 for one run.
+    """
+    metrics = [result["test"]["exact"] for result in results]
+    return {
+        name: (
+            float(np.mean([m[name] for m in metrics])),
+            float(np.std([m[name] for m in metrics], ddof=1)) if len(metrics) > 1 else 0.0,
+        )
+        for name, value in metrics[0].items()
+        if isinstance(value, float)
+    }
+
+
+def _run(workdir, arguments):
+    if os.path.exists(os.path.join(workdir, "results.json")):
+        return
+    os.makedirs(os.path.dirname(os.path.abspath(workdir)), exist_ok=True)
+    command = [sys.executable, "-m", "s2sd_tf.cli.train", *arguments, "--config.train.threads=1", f"--workdir={workdir}"]
+    log_path = f"{os.path.abspath(workdir)}.log.txt"
+    with open(log_path, "a") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if status:
+        with open(log_path) as log:
+            end = "".join(log.readlines()[-15:])
+        raise RuntimeError(f"{' '.join(command)} failed with status {status}; the end of {log_path}:\n{end}")

@@ -1,0 +1,257 @@
+"""Data: sets and splits, folders with bad files, P x M batches, preprocessing, Omniglot's archives."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from s2sd_tf import data
+
+
+def write_image(path, seed=0, size=(9, 7), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two plain and two nested classes, 3 images each, in several formats and cases."""
+    for c, name in enumerate(["cat", "dog", "birds/crow", "birds/owl"]):
+        for k, extension in enumerate(["png", "JPG", "bmp"]):
+            write_image(tmp_path / name / f"image {k}.{extension}", seed=10 * c + k)
+    write_image(tmp_path / "dog" / "gray.jpeg", mode="L")
+    return tmp_path
+
+
+class TestImageFolder:
+    def test_classes_are_folders_that_hold_images(self, folder):
+        images = data.load_image_folder(str(folder))
+        assert images.class_names == ("birds/crow", "birds/owl", "cat", "dog")
+        assert images.class_counts().tolist() == [3, 3, 3, 4]
+        assert images.kind == "paths"
+        assert images.labels.dtype == np.int32
+
+    def test_bad_files_are_told_by_path_and_skipped_or_refused(self, folder, caplog):
+        (folder / "cat" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
+        whole = (folder / "cat" / "image 1.JPG").read_bytes()
+        (folder / "cat" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+        (folder / "cat" / "empty.jpg").write_bytes(b"")
+        (folder / "cat" / "notes.txt").write_text("no image")
+        (folder / "stray.png").write_bytes(b"")
+        (folder / "cat" / ".DS_Store").write_bytes(b"")
+        bad = ["broken.png", "cut.jpg", "empty.jpg", "notes.txt", "stray.png"]
+        with pytest.raises(ValueError, match="5 files under") as refused:
+            data.load_image_folder(str(folder))
+        assert all(name in str(refused.value) for name in bad)
+        assert ".DS_Store" not in str(refused.value)
+        images = data.load_image_folder(str(folder), on_corrupt="skip")
+        assert images.class_counts().tolist() == [3, 3, 3, 4]
+        assert not any(path.endswith(name) for path in images.images for name in bad)
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(ValueError, match="expected images as <class>"):
+            data.load_image_folder(str(tmp_path))
+        with pytest.raises(FileNotFoundError, match="root"):
+            data.load_image_folder(str(tmp_path / "missing"))
+        with pytest.raises(ValueError, match="on_corrupt"):
+            data.load_image_folder(str(tmp_path), on_corrupt="ignore")
+
+
+class TestSplits:
+    @pytest.fixture
+    def images(self):
+        labels = np.repeat(np.arange(6), 4).astype(np.int32)
+        pixels = np.arange(24, dtype=np.uint8).reshape(24, 1, 1, 1)
+        return data.ImageSet(pixels, labels, ("a/x", "a/y", "b/x", "b/y", "c[1]", "d"))
+
+    def check(self, images, train, test, names):
+        assert test.class_names == names
+        assert set(train.class_names) | set(test.class_names) == set(images.class_names)
+        assert not set(train.class_names) & set(test.class_names)
+        for part in (train, test):
+            for pixel, label in zip(part.images.ravel(), part.labels):
+                assert images.class_names[images.labels[pixel]] == part.class_names[label]
+
+    def test_by_names_and_patterns(self, images):
+        self.check(images, *data.split_classes(images, test_classes=["b/*", "c[1]"]), ("b/x", "b/y", "c[1]"))
+
+    def test_by_fraction_takes_the_last(self, images):
+        self.check(images, *data.split_classes(images, test_fraction=0.5), ("b/y", "c[1]", "d"))
+        self.check(images, *data.split_classes(images, test_fraction=0.01), ("d",))
+
+    def test_hold_out(self, images):
+        train, held_out = data.hold_out_classes(images, 2, seed=1)
+        self.check(images, train, held_out, held_out.class_names)
+        assert held_out.num_classes == 2
+        assert data.hold_out_classes(images, 2, seed=1)[1].class_names == held_out.class_names
+        with pytest.raises(ValueError, match="at least 2 classes held out and 2 left"):
+            data.hold_out_classes(images, 5)
+
+    def test_errors(self, images):
+        for arguments, words in [
+            ({}, "exactly one"),
+            ({"test_classes": ["d"], "test_fraction": 0.5}, "exactly one"),
+            ({"test_classes": ["zebra"]}, "zebra"),
+            ({"test_classes": ["*"]}, "at least one class to train"),
+            ({"test_fraction": 1.0}, "test_fraction"),
+        ]:
+            with pytest.raises(ValueError, match=words):
+                data.split_classes(images, **arguments)
+
+    def test_an_image_set_checks_its_labels(self, images):
+        with pytest.raises(ValueError, match="one for each"):
+            data.ImageSet(images.images, images.labels[:-1], images.class_names)
+        with pytest.raises(ValueError, match=r"\[0, 5\)"):
+            data.ImageSet(images.images, images.labels, images.class_names[:-1])
+
+
+class TestBatches:
+    labels = np.repeat(np.arange(7), [3, 9, 4, 5, 3, 8, 6])
+
+    @pytest.mark.parametrize(("p", "m"), [(3, 2), (7, 3), (1, 1), (4, 3)])
+    def test_p_classes_m_samples_without_repeats(self, p, m):
+        for epoch in range(20):
+            for batch in data.class_balanced_indices(self.labels, p, m, 11, seed=3, epoch=epoch):
+                assert len(np.unique(batch)) == p * m
+                classes, counts = np.unique(self.labels[batch], return_counts=True)
+                assert len(classes) == p
+                assert set(counts) == {m}
+
+    def test_everything_is_seen_before_anything_is_seen_much_more(self):
+        labels = np.repeat(np.arange(6), 8)
+        batches = data.class_balanced_indices(labels, 3, 4, 12, seed=0, epoch=0)
+        assert np.bincount(batches.ravel(), minlength=48).tolist() == [3] * 48
+
+    def test_a_function_of_seed_and_epoch(self):
+        def draw(seed, epoch):
+            return data.class_balanced_indices(self.labels, 3, 2, 5, seed, epoch).tolist()
+
+        assert draw(0, 1) == draw(0, 1)
+        assert draw(0, 1) != draw(0, 2) != draw(1, 2)
+
+    @pytest.mark.parametrize(
+        ("p", "m", "words"),
+        [
+            (3, 4, "samples_per_class: expected at least 4.*class 0 with 3"),
+            (8, 1, "classes_per_batch: expected at most 7"),
+            (0, 1, "classes_per_batch >= 1"),
+        ],
+    )
+    def test_errors(self, p, m, words):
+        with pytest.raises(ValueError, match=words):
+            data.class_balanced_indices(self.labels, p, m, 1, 0, 0)
+
+    @pytest.mark.parametrize("cache", [True, False])
+    def test_resuming_gives_the_batches_that_were_due(self, cache):
+        train, _, preprocessing = data.load_digits()
+
+        def take(start, skip):
+            batches = data.class_balanced_batches(
+                train, preprocessing, 3, 4, steps_per_epoch=5, seed=2, start_epoch=start, cache=cache
+            )
+            return list(batches.skip(skip).take(7).as_numpy_iterator())
+
+        for (images, labels), (others, other_labels) in zip(take(0, 10), take(2, 0)):
+            np.testing.assert_array_equal(images, others)
+            np.testing.assert_array_equal(labels, other_labels)
+            assert images.shape == (12, 8, 8, 1)
+
+    def test_cached_or_not_is_the_same(self, folder):
+        images, preprocessing = data.load_image_folder(str(folder)), data.Preprocessing(6, 5, 3, resize_size=8)
+        one, other = (
+            next(iter(data.class_balanced_batches(images, preprocessing, 4, 3, seed=1, cache=cache)))
+            for cache in (True, False)
+        )
+        np.testing.assert_allclose(one[0], other[0])
+        np.testing.assert_array_equal(one[1], other[1])
+
+    def test_fit_asks_for_the_steps_of_an_endless_dataset(self, small_model):
+        train, _, preprocessing = data.load_digits()
+        batches = data.class_balanced_batches(train, preprocessing, 3, 4)
+        assert batches.cardinality() == tf.data.INFINITE_CARDINALITY
+        model = small_model()
+        model.compile(optimizer="adam")
+        with pytest.raises(ValueError, match="steps_per_epoch"):
+            model.fit(batches, verbose=0)
+
+    def test_evaluation_batches_keep_the_order(self):
+        _, test, preprocessing = data.load_digits()
+        batches = list(data.evaluation_batches(test, preprocessing, 100).as_numpy_iterator())
+        assert [len(batch) for batch in batches] == [100] * 8 + [96]
+        np.testing.assert_allclose(np.concatenate(batches), test.images / 255.0, atol=1e-6)
+
+
+class TestPreprocessing:
+    def test_bytes_paths_and_pixels_agree(self, folder):
+        preprocessing = data.Preprocessing(6, 5, 3, mean=(0.5, 0.4, 0.3), std=0.2)
+        path = str(folder / "cat" / "image 0.png")
+        pixels = np.array(Image.open(path))
+        expected = preprocessing.from_pixels(pixels)
+        assert expected.shape == (6, 5, 3)
+        with open(path, "rb") as file:
+            np.testing.assert_allclose(preprocessing.from_bytes(file.read()), expected)
+        np.testing.assert_allclose(preprocessing.from_path(path), expected)
+
+    def test_the_right_size_is_only_normalised(self):
+        pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 1), dtype=np.uint8)
+        preprocessing = data.Preprocessing(4, 5, 1, invert=True, mean=0.25, std=0.5)
+        np.testing.assert_allclose(preprocessing.from_pixels(pixels), (0.75 - pixels / 255.0) / 0.5, rtol=1e-6)
+
+    def test_shorter_side_and_centre_crop(self):
+        image = np.zeros((20, 40, 1), np.float32)
+        image[:, 20:] = 1.0
+        out = data.Preprocessing(8, 8, 1, resize_size=10)(image).numpy()
+        assert out.shape == (8, 8, 1)
+        np.testing.assert_allclose(out, out[:, ::-1] * -1 + 1, atol=1e-6)
+        assert data.Preprocessing(8, 8, 1, resize_size=10)(image.transpose(1, 0, 2)).shape == (8, 8, 1)
+
+    def test_channels(self):
+        gray = np.random.default_rng(0).integers(0, 256, (4, 4, 1), dtype=np.uint8)
+        assert data.Preprocessing(4, 4, 3).from_pixels(gray).shape == (4, 4, 3)
+        assert data.Preprocessing(4, 4, 1).from_pixels(np.repeat(gray, 3, -1)).shape == (4, 4, 1)
+
+    def test_config_and_errors(self):
+        preprocessing = data.Preprocessing(8, 6, 1, resize_size=9, invert=True, mean=0.1, std=0.2)
+        assert data.Preprocessing(**preprocessing.get_config()).get_config() == preprocessing.get_config()
+        for arguments in ({"channels": 2}, {"height": 0}, {"resize_size": 5}):
+            with pytest.raises(ValueError, match="expected"):
+                data.Preprocessing(**{"height": 8, "width": 6, **arguments})
+
+
+def test_digits():
+    train, test, preprocessing = data.load_digits()
+    assert train.class_names == ("0", "1", "2", "3", "4")
+    assert test.class_names == ("5", "6", "7", "8", "9")
+    assert len(train) + len(test) == 1797
+    assert preprocessing.output_shape == train.images.shape[1:]
+
+
+def test_omniglot_archives_in_their_layout(tmp_path):
+    def drawing(seed):
+        buffer = io.BytesIO()
+        pixels = np.random.default_rng(seed).random((105, 105)) > 0.1
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    for number, alphabets in ((1, ["Greek", "Latin"]), (2, ["Greek", "Sanskrit", "Tagalog", "Japanese_(katakana)"])):
+        root = f"images_background_small{number}"
+        with zipfile.ZipFile(tmp_path / f"{root}.zip", "w") as archive:
+            for alphabet in alphabets:
+                for character in (1, 2):
+                    for k in range(3):
+                        name = f"{root}/{alphabet}/character{character:02d}/0{character}_{k:02d}.png"
+                        archive.writestr(name, drawing(character * 10 + k))
+    train, test, preprocessing = data.load_omniglot(str(tmp_path), size=14)
+    assert train.class_names == tuple(f"{a}/character0{c}" for a in ("Greek", "Latin") for c in (1, 2))
+    assert {name.split("/")[0] for name in test.class_names} == {"Sanskrit", "Tagalog", "Japanese_(katakana)"}
+    assert len(train) == 12
+    assert len(test) == 18
+    batch, _ = next(iter(data.class_balanced_batches(train, preprocessing, 4, 3)))
+    assert batch.shape == (12, 14, 14, 1)
+    assert 0.02 < float(tf.reduce_mean(batch)) < 0.3  # ink is 1
+    with pytest.raises(FileNotFoundError, match="images_background_small1"):
+        data.load_omniglot(str(tmp_path / "nowhere"))

@@ -1,0 +1,311 @@
+"""`S2SDModel`: golden values, training, saving, learning-rate groups, L2, schedules, errors."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import s2sd_tf
+from s2sd_tf.keras_compat import IS_KERAS_3, keras
+
+VARIANTS = ("s2sd_dsd", "s2sd_msd", "s2sd_msda", "s2sd_msdf_before_delay", "s2sd_msdf_at_delay", "s2sd_msdfa")
+HEAD_WEIGHTS = ("kernel1", "bias1", "kernel2", "bias2")
+
+
+def identity_backbone(shape, dtype="float32"):
+    features = keras.Input(shape, dtype=dtype)
+    return keras.Model(features, keras.layers.Activation("linear", dtype=dtype)(features))
+
+
+def golden_model(values, dtype):
+    model = s2sd_tf.S2SDModel(
+        identity_backbone(values["features"].shape[1:], dtype),
+        values["embed_bias"].shape[0],
+        target_dims=values["dims"].tolist(),
+        target_pooling="avg+max" if values["pool_avg_plus_max"] else "avg",
+        temperature=float(values["temperature"]),
+        distill_weight=float(values["distill_weight"]),
+        feature_distill=bool(values["feature_distill"]),
+        feature_distill_weight=float(values["feature_distill_weight"]),
+        feature_distill_delay=int(values["feature_distill_delay"]),
+        dtype=dtype,
+    )
+    model.step.assign(int(values["step"]))
+    model.embedding_head.set_weights([values["embed_kernel"], values["embed_bias"]])
+    for k, head in enumerate(model.auxiliary_heads):
+        head.set_weights([values[f"head{k}_{name}"] for name in HEAD_WEIGHTS])
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("float32", 1e-4)])
+def test_golden_loss_and_every_gradient(golden, variant, dtype, tolerance):
+    values = golden(variant)
+    model = golden_model(values, dtype)
+    features = tf.constant(values["features"], dtype)
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        loss = model.compute_losses(features, values["labels"], training=True)["loss"]
+    assert loss.dtype == dtype
+    np.testing.assert_allclose(loss, values["loss"], atol=tolerance, rtol=0)
+
+    wanted = {"features": features}
+    wanted.update(zip(("embed_kernel", "embed_bias"), model.embedding_head.trainable_variables))
+    for k, head in enumerate(model.auxiliary_heads):
+        wanted.update(zip((f"head{k}_{name}" for name in HEAD_WEIGHTS), head.trainable_variables))
+    assert {f"grad_{name}" for name in wanted} == {name for name in values.files if name.startswith("grad_")}
+    for name, gradient in tape.gradient(loss, wanted).items():
+        np.testing.assert_allclose(gradient, values[f"grad_{name}"], atol=tolerance, rtol=0, err_msg=name)
+
+
+def images_and_labels(batch=12, classes=3, seed=0):
+    generator = np.random.default_rng(seed)
+    return generator.normal(size=(batch, 8, 8, 1)).astype(np.float32), np.arange(batch) % classes
+
+
+def test_prediction_is_the_normalised_base_embedding(small_model):
+    model = small_model(embedding_dim=5)
+    images, _ = images_and_labels()
+    embeddings = model.predict(images, verbose=0)
+    assert embeddings.shape == (12, 5)
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1.0, atol=1e-6)
+    np.testing.assert_allclose(model(images, training=False), embeddings, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", s2sd_tf.objectives.names())
+def test_fit_lowers_the_loss_and_logs_every_term(small_model, objective):
+    model = small_model(objective=objective, num_classes=3, log_per_target=True, feature_distill_delay=0)
+    model.compile(optimizer=keras.optimizers.Adam(1e-2))
+    images, labels = images_and_labels()
+    dataset = tf.data.Dataset.from_tensors((images, labels)).repeat()
+    history = model.fit(dataset, epochs=15, steps_per_epoch=3, verbose=0).history
+    assert set(history) == {
+        "loss", "objective", "target_objective", "distill_kl", "feature_kl",
+        "target0_8_objective", "target1_12_objective", "target0_8_kl", "target1_12_kl",
+    }  # fmt: skip
+    assert np.isfinite(list(history.values())).all()
+    assert history["objective"][-1] < history["objective"][0]
+    assert int(tf.convert_to_tensor(model.step)) == 45
+    logs = model.evaluate(dataset, steps=1, verbose=0, return_dict=True)
+    assert logs["target_objective"] == pytest.approx(
+        (logs["target0_8_objective"] + logs["target1_12_objective"]) / 2, abs=1e-6
+    )
+    loss = (logs["objective"] + logs["target_objective"]) / 2 + 50 * (logs["distill_kl"] + logs["feature_kl"])
+    assert logs["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_without_teachers_it_is_the_plain_objective(small_model):
+    model = small_model(target_dims=(), feature_distill=False)
+    images, labels = images_and_labels()
+    losses = model.compute_losses(images, labels)
+    assert set(losses) == {"loss", "objective"}
+    plain = s2sd_tf.objectives.get("multi_similarity")(model(images), labels)
+    np.testing.assert_allclose(losses["loss"], plain, rtol=1e-6)
+    assert not model.auxiliary_heads
+    model.compile(optimizer="sgd")
+    assert set(model.fit(images, labels, batch_size=12, verbose=0).history) == {"loss", "objective"}
+
+
+def test_the_batch_order_does_not_matter(small_model):
+    model = small_model(feature_distill_delay=0, target_pooling="avg+max")
+    images, labels = images_and_labels()
+    order = np.random.default_rng(1).permutation(len(labels))
+    one, other = model.compute_losses(images, labels), model.compute_losses(images[order], labels[order])
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], atol=1e-5)
+
+
+def test_the_teachers_learn_nothing_from_the_divergences(small_model):
+    model = small_model(feature_distill_delay=0)
+    images, labels = images_and_labels(classes=12)  # no positives: every objective is 0
+    with tf.GradientTape() as tape:
+        losses = model.compute_losses(images, labels, training=True)
+    variables = {"heads": [v for h in model.auxiliary_heads for v in h.trainable_variables]}
+    variables["embedding"] = model.embedding_head.trainable_variables
+    gradients = tape.gradient(losses["loss"], variables, unconnected_gradients="zero")
+    assert float(losses["loss"]) > 0
+    assert all(np.all(g.numpy() == 0) for g in gradients["heads"])
+    assert any(np.any(g.numpy() != 0) for g in gradients["embedding"])
+
+
+def settings_of(model):
+    """The config without the backbone, of which Keras records also how it was built."""
+    config = model.get_config()
+    for key in ("objective", "target_objective"):
+        config[key] = config[key]["config"]
+    return {key: value for key, value in config.items() if key != "backbone"}
+
+
+@pytest.mark.parametrize("objective", ["multi_similarity", "margin", "proxy_anchor"])
+def test_saved_model_is_the_same_class_and_goes_on_training(small_model, tmp_path, objective):
+    model = small_model(
+        objective=objective, target_objective="margin", num_classes=3, target_pooling="avg+max", l2=1e-3,
+        learning_rate_multipliers={"heads": 2.0}, distill_warmup_steps=3, name="encoder",
+    )  # fmt: skip
+    model.compile(optimizer=keras.optimizers.Adam(1e-2))
+    images, labels = images_and_labels()
+    model.fit(images, labels, batch_size=12, shuffle=False, epochs=3, verbose=0)
+    path = str(tmp_path / "model.keras")
+    model.save(path)
+    loaded = keras.models.load_model(path)
+    assert type(loaded) is s2sd_tf.S2SDModel
+    assert settings_of(loaded) == settings_of(model)
+    assert int(tf.convert_to_tensor(loaded.step)) == 3
+    np.testing.assert_allclose(loaded.predict(images, verbose=0), model.predict(images, verbose=0), atol=1e-6)
+    # Optimizer state, draws of the miners and the step were saved too: both go on alike.
+    for which in (model, loaded):
+        which.fit(images, labels, batch_size=12, shuffle=False, epochs=3, verbose=0)
+    for one, other in zip(model.get_weights(), loaded.get_weights()):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+def test_config_round_trip(small_model):
+    model = small_model(**s2sd_tf.preset("MSDFA"), objective=s2sd_tf.objectives.Triplet(margin=0.4, miner="semi_hard"))
+    copy = s2sd_tf.S2SDModel.from_config(model.get_config())
+    assert settings_of(copy) == settings_of(model)
+    assert copy.objective.margin == 0.4
+    assert [o.margin for o in copy.target_objectives] == [0.4] * 4
+    assert len({o.seed for o in (copy.objective, *copy.target_objectives)}) == 5
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop", "AdamW", "Nadam"])
+def test_learning_rate_multipliers_scale_what_the_optimizer_does(small_model, optimizer):
+    images, labels = images_and_labels()
+
+    def updates(multipliers):
+        keras.utils.set_random_seed(0)
+        objective = s2sd_tf.objectives.ProxyAnchor(num_classes=3, learning_rate_multiplier=2.0)
+        model = small_model(objective=objective, learning_rate_multipliers=multipliers)
+        model.compile(optimizer=getattr(keras.optimizers, optimizer)(1e-2))
+        groups = {
+            "backbone": model.backbone.trainable_variables,
+            "heads": [v for h in (model.embedding_head, *model.auxiliary_heads) for v in h.trainable_variables],
+            "objectives": [o.proxies for o in (model.objective, *model.target_objectives)],
+        }
+        before = {name: [v.numpy() for v in variables] for name, variables in groups.items()}
+        model.train_on_batch(images, labels)
+        return {n: [v.numpy() - old for v, old in zip(vs, before[n])] for n, vs in groups.items()}
+
+    plain = updates(None)
+    scaled = updates({"backbone": 0.0, "heads": 3.0, "objectives": 0.5})
+    assert all(np.any(change != 0) for change in plain["backbone"])
+    assert all(np.all(change == 0) for change in scaled["backbone"])
+    for group, factor in (("heads", 3.0), ("objectives", 0.5)):
+        for one, other in zip(plain[group], scaled[group]):
+            np.testing.assert_allclose(other, factor * one, atol=2e-6, err_msg=group)
+
+
+def test_coupled_l2_adds_to_the_gradient_of_backbone_and_heads_only(small_model):
+    images, labels = images_and_labels()
+    changes = {}
+    for l2 in (0.0, 0.1):
+        keras.utils.set_random_seed(0)
+        model = small_model(objective="proxy_anchor", num_classes=3, l2=l2)
+        before = [v.numpy() for v in model.trainable_variables]
+        model.compile(optimizer=keras.optimizers.SGD(1.0))
+        logs = model.train_on_batch(images, labels, return_dict=True)
+        changes[l2] = [v.numpy() - old for v, old in zip(model.trainable_variables, before)]
+    proxies = {id(o.proxies) for o in (model.objective, *model.target_objectives)}
+    for variable, old, without, with_l2 in zip(model.trainable_variables, before, changes[0.0], changes[0.1]):
+        decay = 0.0 if id(variable) in proxies else -0.1 * old
+        np.testing.assert_allclose(with_l2 - without, decay, atol=1e-5)
+    assert logs["loss"] == pytest.approx(float(model.compute_losses(images, labels)["loss"]), rel=10)
+
+
+def test_delay_and_ramps_follow_the_step(small_model):
+    model = small_model(
+        feature_distill_delay=3, feature_distill_warmup_steps=2, feature_distill_weight=10.0,
+        distill_weight=8.0, distill_warmup_steps=4,
+    )  # fmt: skip
+    images, labels = images_and_labels()
+    for step, w, w_f in [(0, 2, 0), (1, 4, 0), (2, 6, 0), (3, 8, 5), (4, 8, 10), (100, 8, 10)]:
+        model.step.assign(step)
+        losses = {name: np.asarray(value) for name, value in model.compute_losses(images, labels).items()}
+        expected = (losses["objective"] + losses["target_objectives"].mean()) / 2
+        expected += w * losses["distill_kls"].mean() + w_f * losses["feature_kl"]
+        np.testing.assert_allclose(losses["loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision_trains(policy):
+    previous = keras.mixed_precision.global_policy() if not IS_KERAS_3 else keras.mixed_precision.dtype_policy()
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(6, 8))
+        model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(8,), feature_distill_delay=0, l2=1e-4)
+        model.compile(optimizer=keras.optimizers.Adam(1e-3))
+        images, labels = images_and_labels()
+        history = model.fit(images, labels, batch_size=12, epochs=5, verbose=0).history
+        assert np.isfinite(history["loss"]).all()
+        embeddings = model.predict(images, verbose=0)
+        assert embeddings.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1.0, atol=1e-5)
+    finally:
+        keras.mixed_precision.set_global_policy(previous)
+
+
+@pytest.mark.parametrize("objective", s2sd_tf.objectives.names())
+def test_jitted_training(small_model, objective):
+    model = small_model(objective=objective, num_classes=3)
+    model.compile(optimizer="adam", jit_compile=True)
+    images, labels = images_and_labels()
+    assert np.isfinite(model.fit(images, labels, batch_size=12, verbose=0).history["loss"]).all()
+
+
+def test_pooled_features_and_unbuilt_backbones():
+    images = np.random.default_rng(0).normal(size=(6, 10)).astype(np.float32)
+    backbone = keras.Sequential([keras.layers.Dense(7, activation="relu")])
+    model = s2sd_tf.S2SDModel(backbone, 3, target_dims=(4,))
+    assert model(images).shape == (6, 3)
+    model.compile(optimizer="adam")
+    model.fit(images, np.arange(6) % 2, batch_size=6, verbose=0)
+    with pytest.raises(ValueError, match=r"avg\+max"):
+        s2sd_tf.S2SDModel(identity_backbone((7,)), 3, target_pooling="avg+max")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"embedding_dim": 0}, "embedding_dim.*Received: 0"),
+        ({"temperature": 0.0}, "temperature.*Received: 0"),
+        ({"target_dims": (8, 0)}, "target_dims.*Received: 0"),
+        ({"objective": "nonsense"}, "objective: expected one of .*multi_similarity.*Received: 'nonsense'"),
+        ({"objective": "proxy_anchor"}, "num_classes"),
+        ({"pooling": "sum"}, "pooling.*Received: 'sum'"),
+        ({"target_pooling": "max"}, "target_pooling"),
+        ({"distill_weight": -1.0}, "distill_weight"),
+        ({"feature_distill_delay": -1}, "feature_distill_delay"),
+        ({"l2": -1e-4}, "l2"),
+        ({"learning_rate_multipliers": {"tail": 1.0}}, "tail"),
+        ({"learning_rate_multipliers": {"heads": -1.0}}, "heads"),
+    ],
+)
+def test_errors_name_the_argument(small_model, change, words):
+    with pytest.raises(ValueError, match=words):
+        small_model(**change)
+
+
+def test_labels_out_of_range_are_refused(small_model):
+    model = small_model(objective="proxy_anchor", num_classes=3)
+    model.compile(optimizer="adam")
+    images, labels = images_and_labels(classes=4)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"labels: expected integers in \[0, 3\)"):
+        model.fit(images, labels, batch_size=12, verbose=0)
+
+
+def test_missing_labels_and_sample_weights_are_refused(small_model):
+    model = small_model()
+    model.compile(optimizer="adam")
+    images, labels = images_and_labels()
+    with pytest.raises(ValueError, match="without labels"):
+        model.train_step((images,))
+    with pytest.raises(ValueError, match="sample weights"):
+        model.train_step((images, labels, np.ones(12)))
+
+
+def test_presets():
+    assert s2sd_tf.preset("dsd")["target_dims"] == (2048,)
+    assert s2sd_tf.preset("msdfa")["feature_distill"]
+    assert s2sd_tf.preset("MSDA")["target_pooling"] == "avg+max"
+    assert not s2sd_tf.preset("plain")["target_dims"]
+    with pytest.raises(ValueError, match="preset"):
+        s2sd_tf.preset("xyz")
