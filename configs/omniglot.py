@@ -16,10 +16,15 @@ def get_config(variant="msdfa"):
     config.data.classes_per_batch = 28
     config.data.samples_per_class = 4
     config.model.filters = (64, 64, 64, 64)
+    # The last feature map keeps 3 x 3 positions, so that maximum and average pooling differ.
+    config.model.pools = 3
     config.model.embedding_dim = 16
     config.objective.name = "multi_similarity"
     config.s2sd.target_dims = (128, 256, 512)
+    # Without the ramps the untrained targets teach from the first step on, and the base embedding loses ten epochs.
+    config.s2sd.distill_warmup_steps = 300
     config.s2sd.feature_distill_delay = 300
+    config.s2sd.feature_distill_warmup_steps = 300
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-3
     config.train.epochs = 50

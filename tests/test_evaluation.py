@@ -139,8 +139,8 @@ def test_callback_logs_every_n_epochs_and_the_last(small_model):
     callback = evaluation.RetrievalEvaluation(
         data.evaluation_batches(test, preprocessing), test.labels, every=2, prefix="unseen_", ks=(1, 5)
     )
-    batches = data.class_balanced_batches(train, preprocessing, 3, 4)
-    history = model.fit(batches, epochs=5, steps_per_epoch=1, verbose=0, callbacks=[callback, After()]).history
+    batches = data.class_balanced_batches(train, preprocessing, 3, 4, steps_per_epoch=1)
+    history = model.fit(batches, epochs=5, verbose=0, callbacks=[callback, After()]).history
     names = {"unseen_recall@1", "unseen_recall@5", "unseen_precision@1", "unseen_r_precision", "unseen_map@r"}
     assert seen == [set(), names, set(), names, names]
     assert len(history["unseen_map@r"]) == 3

@@ -1,16 +1,18 @@
-"""What the programs share: quiet libraries, and errors of the user's making told in one line."""
+"""What the programs share: errors of the user's making are told in one line."""
 
 import os
 import sys
 
-# Before TensorFlow is imported by whoever imports this.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from absl import app, flags
 
-from absl import app, flags  # noqa: E402
+from s2sd_tf.training.compare import RunFailed
 
 
 def run(main):
-    """Runs an absl `main(argv)`; a bad argument, config or file ends in one line on stderr and exit status 2."""
+    """Runs an absl `main(argv)`; a bad argument, config or file ends in one message on stderr and exit status 2.
+
+    With the environment variable `S2SD_TF_TRACEBACK` set, the error is raised instead.
+    """
     program = os.path.basename(sys.argv[0])
     try:
         app.run(_told(main, program), flags_parser=_parse)
@@ -28,7 +30,7 @@ def _parse(argv):
     except flags.Error:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # What ml_collections raises for unknown keys and config files.
+        # What ml_collections raises for an unknown key; the first argument is its text without a KeyError's quotes.
         raise _BadConfig(error.args[0] if error.args else error) from error
 
 
@@ -38,7 +40,7 @@ def _told(main, program):
             _fail(program, f"unexpected arguments {argv[1:]}")
         try:
             return main(argv)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, FileNotFoundError, RunFailed) as error:
             if os.environ.get("S2SD_TF_TRACEBACK"):
                 raise
             _fail(program, error)
@@ -47,5 +49,5 @@ def _told(main, program):
 
 
 def _fail(program, error):
-    print(f"{program}: error: {error}", file=sys.stderr)
+    print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)

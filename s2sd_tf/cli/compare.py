@@ -3,17 +3,14 @@
     s2sd-compare --config=configs/digits.py --workdir=runs/digits --seeds=0,1,2
 """
 
-from s2sd_tf.cli import app
-
-# isort: split
 import os
 import shutil
 import sys
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
+from s2sd_tf.cli import app, configs
 from s2sd_tf.cli.tables import metrics_table
 from s2sd_tf.evaluation.pictures import save_curves
 from s2sd_tf.files import read_json, replacing, write_json
@@ -23,8 +20,7 @@ from s2sd_tf.training.compare import run_all, summarize
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison; a run's folder each goes into runs/.", required=True)
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, separated by commas.")
 _JOBS = flags.DEFINE_integer("jobs", 0, "Runs at a time, one thread each; 0: one a core.", lower_bound=0)
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and --config.key=value to change a key of it.")
-flags.mark_flag_as_required("config")
+_CONFIG = configs.define()
 
 PLAIN, S2SD = "plain objective", "with S2SD"
 
@@ -36,7 +32,7 @@ def main():
 def _main(_):
     if not all(seed.isdigit() for seed in _SEEDS.value):
         raise ValueError(f"--seeds: expected integers >= 0 separated by commas. Received: {','.join(_SEEDS.value)}")
-    config = resolve(_CONFIG.value)
+    config = resolve(configs.value(_CONFIG))
     passed_on = [argument for argument in sys.argv[1:] if argument.lstrip("-").startswith("config")]
     runs, groups = {}, {PLAIN: [], S2SD: []}
     for seed in _SEEDS.value:

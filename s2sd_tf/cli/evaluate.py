@@ -3,13 +3,11 @@
     s2sd-evaluate --workdir=runs/digits8
 """
 
-from s2sd_tf.cli import app
-
-# isort: split
 import os
 
 from absl import flags
 
+from s2sd_tf.cli import app
 from s2sd_tf.cli.tables import metrics_table
 from s2sd_tf.evaluation import retrieval_metrics
 from s2sd_tf.files import write_json

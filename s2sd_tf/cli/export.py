@@ -3,13 +3,11 @@
     s2sd-export --workdir=runs/digits8 --output=encoder
 """
 
-from s2sd_tf.cli import app
-
-# isort: split
 import os
 
 from absl import flags
 
+from s2sd_tf.cli import app
 from s2sd_tf.export import export_encoder
 from s2sd_tf.training import load_run
 

@@ -1,5 +1,7 @@
 """Batches: P classes x M samples to train on, and images in order to evaluate on."""
 
+import itertools
+
 import numpy as np
 import tensorflow as tf
 
@@ -72,17 +74,19 @@ def class_balanced_batches(
     start_epoch=0,
     cache=None,
 ):
-    """An endless `tf.data.Dataset` of `(images, labels)` with P classes x M samples a batch, for `model.fit`.
+    """A `tf.data.Dataset` of `(images, labels)` with P classes x M samples a batch, for `model.fit`.
 
-    Every epoch is a function of `(seed, epoch)`: a run that goes on at `start_epoch` gets the batches it would have got.
+    Every pass over it is an epoch with batches of its own, as after a reshuffle: the first pass is epoch `start_epoch`,
+    the next one the epoch after. An epoch is a function of `(seed, epoch)`, so that a run that goes on at `start_epoch`
+    gets the batches it would have got.
 
     Args:
         images: `ImageSet`; labels go out as they are in it.
         preprocessing: `Preprocessing`.
         classes_per_batch, samples_per_class: P and M, int >= 1.
-        steps_per_epoch: int >= 1, batches an epoch; pass the same to `fit`. Default: one pass, `len(images) // (P * M)`.
+        steps_per_epoch: int >= 1, batches an epoch. Default: `len(images) // (P * M)`, as many as hold every image once.
         seed: int >= 0.
-        start_epoch: int >= 0, the epoch to begin with.
+        start_epoch: int >= 0, the epoch of the first pass.
         cache: bool, keep all preprocessed images in memory. Default: where they take at most 512 MiB.
 
     Returns:
@@ -97,14 +101,16 @@ def class_balanced_batches(
     # Drawn once here so that what cannot be drawn is told at once and not by the first training step.
     class_balanced_indices(labels, classes_per_batch, samples_per_class, 1, seed, start_epoch)
 
-    def epoch_indices(epoch):
-        return class_balanced_indices(labels, classes_per_batch, samples_per_class, steps, seed, int(epoch))
+    epochs = itertools.count(start_epoch)
 
-    def epoch_batches(epoch):
-        indices = tf.numpy_function(epoch_indices, [epoch], tf.int64)
+    def next_epoch():
+        return class_balanced_indices(labels, classes_per_batch, samples_per_class, steps, seed, next(epochs))
+
+    def one_pass(_):
+        indices = tf.numpy_function(next_epoch, [], tf.int64)
         return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(indices, [steps, batch]))
 
-    dataset = tf.data.Dataset.range(start_epoch, np.iinfo(np.int64).max).flat_map(epoch_batches)
+    dataset = tf.data.Dataset.range(1).flat_map(one_pass)
     cache = _cached_size(images, preprocessing) <= CACHE_BYTES if cache is None else cache
     if cache:
         pixels = tf.constant(_preprocess_all(images, preprocessing))
@@ -112,7 +118,7 @@ def class_balanced_batches(
         dataset = dataset.map(lambda chosen: (tf.gather(pixels, chosen), tf.gather(known, chosen)))
     else:
         dataset = _load(dataset.unbatch(), images, preprocessing).batch(batch, drop_remainder=True)
-    dataset = dataset.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY))
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
     return dataset.prefetch(tf.data.AUTOTUNE)
 
 

@@ -63,7 +63,7 @@ class S2SDModel(keras.Model):
     Example:
         >>> model = s2sd_tf.S2SDModel(backbone, 128, objective="multi_similarity", **s2sd_tf.preset("msdfa"))
         >>> model.compile(optimizer="adam")
-        >>> model.fit(batches, epochs=50, steps_per_epoch=24)
+        >>> model.fit(batches, epochs=50)
     """
 
     def __init__(

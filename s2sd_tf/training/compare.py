@@ -11,6 +11,10 @@ from tqdm import tqdm
 from s2sd_tf.files import read_json
 
 
+class RunFailed(Exception):
+    """A run ended with an error; the message holds the end of its log."""
+
+
 def run_all(runs, jobs=None):
     """Trains every run in a process of its own, and returns their results.
 
@@ -25,7 +29,7 @@ def run_all(runs, jobs=None):
         dict from work directory to the content of its `results.json`.
 
     Raises:
-        RuntimeError: a run failed; the message holds the end of its log.
+        RunFailed: a run ended with an error.
     """
     jobs = jobs or os.cpu_count() or 1
     bar = tqdm(total=len(runs), desc="Training", unit="run")
@@ -69,5 +73,7 @@ def _run(workdir, arguments):
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     if status:
         with open(log_path) as log:
-            end = "".join(log.readlines()[-15:])
-        raise RuntimeError(f"{' '.join(command)} failed with status {status}; the end of {log_path}:\n{end}")
+            lines = log.readlines()
+        told = [line for line in lines if ": error: " in line][-1:]
+        end = "".join(told or lines[-15:])
+        raise RunFailed(f"{' '.join(command)} failed with status {status}; {log_path} ends with:\n{end}")

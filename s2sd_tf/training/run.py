@@ -42,7 +42,7 @@ def train(config, workdir):
         ValueError: a bad config, data that do not fit it, or a work directory written by another config.
     """
     config = resolve(config)
-    _claim(config, workdir)
+    _check_workdir(config, workdir)
     results_path = os.path.join(workdir, "results.json")
     if os.path.exists(results_path):
         logging.info("%s is finished; its results are in %s", workdir, results_path)
@@ -55,9 +55,6 @@ def train(config, workdir):
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.seed)
     run_data = load_data(config)
-    steps = config.train.steps_per_epoch or max(
-        1, len(run_data.train) // (config.data.classes_per_batch * config.data.samples_per_class)
-    )
 
     state = _State(workdir)
     model = state.restore()
@@ -70,16 +67,17 @@ def train(config, workdir):
         run_data.preprocessing,
         config.data.classes_per_batch,
         config.data.samples_per_class,
-        steps_per_epoch=steps,
+        steps_per_epoch=config.train.steps_per_epoch or None,
         seed=config.seed,
         start_epoch=state.epoch,
     )
+    # Only now, as a config that cannot be trained should leave nothing behind.
+    write_json(os.path.join(workdir, "config.json"), config.to_dict())
     if state.epoch < config.train.epochs:
         model.fit(
             batches,
             epochs=config.train.epochs,
             initial_epoch=state.epoch,
-            steps_per_epoch=steps,
             callbacks=_callbacks(config, run_data, workdir, state),
             verbose=1 if sys.stdout.isatty() else 2,
         )
@@ -120,10 +118,7 @@ def build_model(config, run_data):
         },
         log_per_target=config.s2sd.log_per_target,
     )
-    optimizer = keras.optimizers.get(
-        {"class_name": config.optimizer.name, "config": {"learning_rate": config.optimizer.learning_rate}}
-    )
-    model.compile(optimizer=optimizer)
+    model.compile(optimizer=_optimizer(config))
     return model
 
 
@@ -222,21 +217,19 @@ class _Checkpoints(keras.callbacks.Callback):
             _write_history(self.history_path, state.history)
 
 
-def _claim(config, workdir):
-    """Makes `workdir` this config's, or refuses one that is another's."""
+def _check_workdir(config, workdir):
+    """Refuses a work directory that another config wrote, or that is something else."""
     path = os.path.join(workdir, "config.json")
-    wanted = config.to_dict()
     if os.path.exists(path):
-        differing = sorted(_differences(config_dict.FrozenConfigDict(read_json(path)).to_dict(), wanted))
+        there = config_dict.FrozenConfigDict(read_json(path)).to_dict()
+        differing = sorted(_differences(there, config.to_dict()))
         if differing:
             raise ValueError(
                 f"workdir: expected a new folder or one written by this config. Received: {workdir!r}, whose config "
                 f"differs in {', '.join(differing)}"
             )
-    elif os.path.isdir(workdir) and os.listdir(workdir):
+    elif os.path.exists(workdir) and (not os.path.isdir(workdir) or os.listdir(workdir)):
         raise ValueError(f"workdir: expected a new or empty folder, or that of a run. Received: {workdir!r}")
-    else:
-        write_json(path, wanted)
 
 
 def _differences(one, other, prefix=""):
@@ -246,6 +239,16 @@ def _differences(one, other, prefix=""):
             yield from _differences(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key} ({a!r} there, {b!r} here)"
+
+
+def _optimizer(config):
+    settings = {"learning_rate": config.optimizer.learning_rate}
+    try:
+        return keras.optimizers.get({"class_name": config.optimizer.name, "config": settings})
+    except ValueError as error:
+        raise ValueError(
+            f"config.optimizer.name: expected the name of a Keras optimizer. Received: {config.optimizer.name!r}"
+        ) from error
 
 
 def _objective(config, name, run_data):

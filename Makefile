@@ -1,0 +1,30 @@
+# `make train` and `make test` need Python 3.10-3.13, g++ and make, and nothing else: the virtual environment is made here.
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+RUN := $(VENV)/bin
+
+.PHONY: train test lint clean
+.DELETE_ON_ERROR:
+
+# Plain objective against S2SD on the embedded digits: a table, and runs/digits with curves, gallery and SavedModel.
+train: $(VENV)/installed
+	$(RUN)/s2sd-compare --config=configs/digits.py --workdir=runs/digits --seeds=0,1,2
+
+test: $(VENV)/installed
+	$(RUN)/python -m pytest -n 2
+
+lint: $(VENV)/installed
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+
+$(VENV)/installed: pyproject.toml setup.py
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.13 found; name one with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --upgrade pip
+	$(RUN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,301 @@
+"""Runs: what they leave, resuming after a kill, choosing on held-out classes, the programs, errors."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import ml_collections
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from s2sd_tf.files import read_json
+from s2sd_tf.keras_compat import keras
+from s2sd_tf.training import default_config, preset_config, resolve, train
+from s2sd_tf.training.compare import summarize
+
+CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
+DIGITS = f"--config={CONFIGS}/digits.py"
+SMALL = (
+    DIGITS,
+    "--config.model.filters=(8,8)",
+    "--config.s2sd.target_dims=(16,)",
+    "--config.data.classes_per_batch=3",
+    "--config.data.samples_per_class=4",
+)
+
+
+def command(program, *arguments):
+    return [sys.executable, "-m", f"s2sd_tf.cli.{program}", *map(str, arguments)]
+
+
+def call(program, *arguments, status=0):
+    done = subprocess.run(command(program, *arguments), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Work directory and output of a small finished run that chose on held-out classes."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    arguments = (
+        *SMALL,
+        "--config.data.validation_classes=2",
+        "--config.train.epochs=4",
+        "--config.train.steps_per_epoch=5",
+        "--config.eval.every=2",
+        f"--workdir={workdir}",
+    )
+    return workdir, arguments, call("train", *arguments).stdout
+
+
+class TestARun:
+    def test_leaves_what_it_should(self, finished):
+        workdir, _, output = finished
+        assert {path.name for path in workdir.iterdir()} == {
+            "config.json", "preprocessing.json", "checkpoints", "best.keras", "history.csv", "tensorboard",
+            "results.json", "curves.png", "gallery.png", "saved_model",
+        }  # fmt: skip
+        results = read_json(workdir / "results.json")
+        assert results["steps"] == 20
+        assert results["counts"] == {
+            "train": {"classes": 3, "images": results["counts"]["train"]["images"]},
+            "validation": {"classes": 2, "images": 901 - results["counts"]["train"]["images"]},
+            "test": {"classes": 5, "images": 896},
+        }
+        assert set(results["test"]) == {"exact", "scann"}
+        assert results["test"]["exact"] == pytest.approx(results["test"]["scann"], abs=1e-4)
+        assert f"{100 * results['test']['exact']['recall@1']:.1f}" in output
+        for name in ("curves.png", "gallery.png"):
+            assert np.array(Image.open(workdir / name)).std() > 1
+        assert any(name.startswith("events") for _, _, names in os.walk(workdir / "tensorboard") for name in names)
+
+    def test_history_has_every_epoch(self, finished):
+        with open(finished[0] / "history.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+        assert [bool(row["val_map@r"]) for row in rows] == [False, True, False, True]
+        assert {"loss", "objective", "target_objective", "distill_kl", "feature_kl", "test_recall@1"} <= set(rows[0])
+
+    def test_chooses_on_held_out_training_classes(self, finished):
+        workdir = finished[0]
+        results = read_json(workdir / "results.json")
+        with open(workdir / "history.csv") as file:
+            values = {int(row["epoch"]): float(row["val_map@r"]) for row in csv.DictReader(file) if row["val_map@r"]}
+        assert results["best_epoch"] == max(values, key=values.get)
+        best = keras.models.load_model(workdir / "best.keras")
+        assert int(tf.convert_to_tensor(best.step)) == 5 * results["best_epoch"]
+
+    def test_the_same_command_again_reads_the_results(self, finished):
+        workdir, arguments, output = finished
+        before = os.stat(workdir / "results.json").st_mtime_ns
+        again = call("train", *arguments).stdout
+        assert again.splitlines()[-5:] == output.splitlines()[-5:]
+        assert os.stat(workdir / "results.json").st_mtime_ns == before
+
+    def test_another_config_is_refused(self, finished):
+        workdir, arguments, _ = finished
+        done = call("train", *arguments, "--config.optimizer.learning_rate=0.5", status=2)
+        assert "workdir" in done.stderr
+        assert "optimizer.learning_rate (0.001 there, 0.5 here)" in done.stderr
+        assert "Traceback" not in done.stderr
+
+    def test_evaluate_and_export(self, finished, tmp_path):
+        workdir = finished[0]
+        output = call("evaluate", f"--workdir={workdir}", "--ks=1,3", f"--output={tmp_path / 'metrics.json'}").stdout
+        found = read_json(tmp_path / "metrics.json")
+        exact = read_json(workdir / "results.json")["test"]["exact"]
+        assert found["exact"]["recall@1"] == pytest.approx(exact["recall@1"])
+        assert "recall@3" in output
+        call("export", f"--workdir={workdir}", f"--output={tmp_path / 'encoder'}")
+        assert tf.saved_model.contains_saved_model(str(tmp_path / "encoder"))
+        assert "finished run" in call("export", f"--workdir={tmp_path}", status=2).stderr
+
+
+def test_killed_in_an_epoch_it_goes_on_to_the_same_weights(tmp_path):
+    arguments = (
+        *SMALL,
+        # A stochastic miner, whose draws have to go on too.
+        "--config.objective.name=margin",
+        "--config.train.epochs=5",
+        "--config.train.steps_per_epoch=100",
+        "--config.train.threads=1",
+        "--config.eval.every=0",
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    call("train", *arguments, f"--workdir={whole}")
+
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(command("train", *arguments, f"--workdir={killed}"), stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not (killed / "checkpoints" / "epoch_000002").exists() and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not (killed / "results.json").exists()
+    assert sorted(os.listdir(killed / "checkpoints"))[-1] < "epoch_000005"
+    resumed = call("train", *arguments, f"--workdir={killed}")
+    assert "Resuming after epoch" in resumed.stderr
+
+    one, other = (keras.models.load_model(path / "best.keras") for path in (whole, killed))
+    assert read_json(whole / "results.json")["steps"] == read_json(killed / "results.json")["steps"] == 500
+    assert int(tf.convert_to_tensor(other.step)) == 500
+    for a, b in zip(one.get_weights(), other.get_weights()):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(one.optimizer.variables, other.optimizer.variables):
+        np.testing.assert_array_equal(tf.convert_to_tensor(a), tf.convert_to_tensor(b))
+    with open(whole / "history.csv") as a, open(killed / "history.csv") as b:
+        assert a.read() == b.read()
+
+
+def test_compare_prints_a_table_and_leaves_the_pictures(tmp_path):
+    arguments = (
+        *SMALL,
+        "--config.train.epochs=2",
+        "--config.train.steps_per_epoch=3",
+        "--config.eval.every=1",
+        f"--workdir={tmp_path / 'both'}",
+        "--seeds=0,1",
+    )
+    output = call("compare", *arguments).stdout
+    results = read_json(tmp_path / "both" / "results.json")
+    assert set(results) == {"plain objective", "with S2SD"}
+    for name, row in results.items():
+        values = [run["recall@1"] for run in row["runs"].values()]
+        assert len(values) == 2
+        assert row["mean"]["recall@1"] == pytest.approx(np.mean(values))
+        assert row["standard_deviation"]["recall@1"] == pytest.approx(np.std(values, ddof=1))
+        line = next(line for line in output.splitlines() if line.startswith(name))
+        assert f"{100 * np.mean(values):.1f} +- " in line
+    names = {path.name for path in (tmp_path / "both").iterdir()}
+    assert {"results.json", "curves.png", "gallery.png", "saved_model", "runs"} <= names
+    plain = read_json(tmp_path / "both" / "runs" / "plain_seed0" / "config.json")
+    assert plain["s2sd"]["enabled"] is False
+    assert read_json(tmp_path / "both" / "runs" / "plain_seed0" / "results.json")["steps"] == 6
+    failed = call("compare", *SMALL, "--config.data.samples_per_class=1000", f"--workdir={tmp_path / 'no'}", status=2)
+    assert "samples_per_class" in failed.stderr
+
+
+def test_summarize():
+    runs = [{"test": {"exact": {"recall@1": value, "queries": 3}}} for value in (0.5, 0.7)]
+    assert summarize(runs)["recall@1"] == pytest.approx((0.6, np.std([0.5, 0.7], ddof=1)))
+    assert summarize(runs[:1]) == {"recall@1": (0.5, 0.0)}
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ((DIGITS, "--config.model.embeding_dim=8", "--workdir=never"), "embeding_dim"),
+            (("--config=missing.py", "--workdir=never"), "missing.py"),
+            ((DIGITS,), "workdir"),
+            ((DIGITS, "--config.objective.name=nonsense", "--workdir=never"), "nonsense"),
+        ],
+    )
+    def test_on_the_command_line_are_one_line(self, tmp_path, monkeypatch, arguments, words):
+        monkeypatch.chdir(tmp_path)
+        done = call("train", *arguments, status=2)
+        assert "Traceback" not in done.stderr
+        message = [line for line in done.stderr.splitlines() if "error:" in line]
+        assert len(message) == 1
+        assert words in message[0]
+        assert not os.path.exists("never")
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"model.embedding_dim": 0}, "embedding_dim: expected a number >= 1. Received: 0"),
+            ({"s2sd.temperature": 0.0}, "temperature"),
+            ({"objective.name": "nonsense"}, "objective: expected one of"),
+            ({"s2sd.target_objective": "nonsense"}, "objective: expected one of"),
+            ({"data.name": "nonsense"}, "config.data.name"),
+            ({"data.samples_per_class": 200}, "samples_per_class: expected at least 200 images in every class"),
+            ({"data.classes_per_batch": 6}, "classes_per_batch: expected at most 5"),
+            ({"data.validation_classes": 4}, "at least 2 classes held out"),
+            ({"model.backbone": "nonsense"}, "backbone"),
+            ({"optimizer.name": "nonsense"}, "config.optimizer.name"),
+            ({"train.epochs": 0}, "config.train.epochs"),
+            ({"eval.select_by": "luck"}, "config.eval.select_by"),
+        ],
+    )
+    def test_name_the_key_and_leave_nothing_behind(self, tmp_path, change, words):
+        config = default_config()
+        config.train.deterministic = False  # a setting of the process, which other tests share
+        for key, value in change.items():
+            config.update_from_flattened_dict({key: value})
+        with pytest.raises(ValueError, match=words):
+            train(config, str(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+    def test_folders(self, tmp_path):
+        config = default_config()
+        config.train.deterministic = False
+        config.data.name, config.data.root = "folder", str(tmp_path / "images")
+        (tmp_path / "images").mkdir()
+        with pytest.raises(ValueError, match="expected images as <class>"):
+            train(config, str(tmp_path / "run"))
+        config.data.root = str(tmp_path / "nowhere")
+        with pytest.raises(FileNotFoundError, match="root"):
+            train(config, str(tmp_path / "run"))
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "file").write_text("not of a run")
+        with pytest.raises(ValueError, match="new or empty folder"):
+            train(config, str(tmp_path / "other"))
+
+    def test_unknown_keys(self):
+        config = ml_collections.ConfigDict(default_config().to_dict())
+        config.model.depth = 3
+        with pytest.raises(ValueError, match=r"config.model: expected keys out of .* Received: 'depth'"):
+            resolve(config)
+        with pytest.raises(AttributeError, match="embeding_dim"):
+            default_config().model.embeding_dim = 3
+
+
+def test_folders_of_images_train_with_two_roots(tmp_path):
+    for root, names in (("a", ["x", "y", "z"]), ("b", ["z", "p/q", "p/r"])):
+        for name in names:
+            (tmp_path / root / name).mkdir(parents=True)
+            for k in range(4):
+                pixels = np.random.default_rng(k).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / root / name / f"{k}.jpg")
+    (tmp_path / "b" / "p" / "q" / "broken.jpg").write_bytes(b"nothing")
+    config = default_config()
+    config.train.deterministic = False
+    config.data.update(name="folder", root=str(tmp_path / "a"), test_root=str(tmp_path / "b"), image_size=16)
+    config.data.update(resize_size=18, classes_per_batch=3, samples_per_class=2)
+    config.model.filters = (8, 8)
+    config.s2sd.target_dims = (16,)
+    config.train.epochs = 1
+    with pytest.raises(ValueError, match=r"broken.jpg"):
+        train(config, str(tmp_path / "run"))
+    config.data.on_corrupt = "skip"
+    with pytest.raises(ValueError, match="both roots, \\['z'\\]"):
+        train(config, str(tmp_path / "run"))
+    config.data.test_classes = "p/*"
+    results = train(config, str(tmp_path / "run"))
+    assert results["counts"] == {"train": {"classes": 3, "images": 12}, "test": {"classes": 2, "images": 8}}
+
+
+def test_variants_of_a_config():
+    for name, targets, features, pooling in [
+        ("dsd", 1, False, "avg"),
+        ("msd", 4, False, "avg"),
+        ("msda", 4, False, "avg+max"),
+        ("msdf", 4, True, "avg"),
+        ("msdfa", 4, True, "avg+max"),
+    ]:
+        config = preset_config(default_config(), name)
+        assert len(config.s2sd.target_dims) == targets
+        assert config.s2sd.feature_distill == features
+        assert config.s2sd.target_pooling == pooling
+        assert config.s2sd.enabled
+    assert not preset_config(default_config(), "plain").s2sd.enabled
+    with pytest.raises(ValueError, match="preset"):
+        preset_config(default_config(), "xyz")
