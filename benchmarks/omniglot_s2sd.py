@@ -1,6 +1,7 @@
 r"""What S2SD gains on real images: Omniglot, plain objective against S2SD over embedding dimensions.
 
-    python benchmarks/omniglot_s2sd.py --data_dir=<folder with Omniglot's two small archives> --workdir=runs/omniglot_study
+    python benchmarks/omniglot_s2sd.py --data_dir=<folder with Omniglot's two small archives> \
+        --workdir=runs/omniglot_study
 
 Trains every run of `configs/omniglot.py` (136 characters to train on, 106 unseen ones to retrieve; 50 epochs of 24
 batches of 28 x 4): at dimension 16 with 5 seeds, at 4, 8, 32 and 64 with 3, plain and with S2SD, and the plain

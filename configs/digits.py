@@ -14,13 +14,18 @@ def get_config(variant="msdfa"):
     config.data.classes_per_batch = 5
     config.data.samples_per_class = 16
     config.model.filters = (32, 64, 64)
-    config.model.embedding_dim = 4
+    # 8 x 8 pixels leave little to halve.
+    config.model.pools = 1
+    config.model.embedding_dim = 8
     config.objective.name = "multi_similarity"
     config.s2sd.target_dims = (64, 128, 256)
-    config.s2sd.feature_distill_delay = 100
+    config.s2sd.distill_warmup_steps = 300
+    config.s2sd.feature_distill_delay = 300
+    config.s2sd.feature_distill_warmup_steps = 300
     config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 1e-3
-    config.train.epochs = 40
+    config.optimizer.learning_rate = 3e-4
+    config.train.epochs = 120
     config.train.steps_per_epoch = 11
-    config.eval.every = 2
+    config.train.checkpoint_every = 10
+    config.eval.every = 10
     return preset_config(config, variant)

@@ -49,7 +49,7 @@ def scale_loss(optimizer, loss):
 
 
 def apply_gradients(optimizer, gradients, variables):
-    """Applies gradients of `scale_loss(...)`. Keras 3 unscales inside the optimizer, Keras 2 leaves that to the step."""
+    """Applies gradients of `scale_loss(...)`. Keras 3 unscales in the optimizer, Keras 2 leaves that to the step."""
     if not IS_KERAS_3 and isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
         gradients = optimizer.get_unscaled_gradients(gradients)
     optimizer.apply_gradients(zip(gradients, variables))

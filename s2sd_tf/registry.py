@@ -35,7 +35,7 @@ class Registry:
         return self._classes[name]
 
     def settings(self, name):
-        """Constructor arguments of the class registered under `name`, its bases' included, as a dict to their defaults."""
+        """Constructor arguments of the class of that name, its bases' included, as a dict to their defaults."""
         cls = self.lookup(name)
         found = {}
         for ancestor in cls.__mro__[: cls.__mro__.index(self._base) + 1]:
@@ -60,5 +60,7 @@ class Registry:
         known = self.settings(identifier)
         unknown = sorted(set(settings) - set(known))
         if unknown:
-            raise ValueError(f"{self._kind} {identifier!r}: expected settings out of {sorted(known)}. Received: {unknown}")
+            raise ValueError(
+                f"{self._kind} {identifier!r}: expected settings out of {sorted(known)}. Received: {unknown}"
+            )
         return cls(**settings)

@@ -53,7 +53,9 @@ def test_naive_rederivation(method, own, monkeypatch):
     generator = np.random.default_rng(0)
     gallery, gallery_labels = generator.normal(size=(60, 5)), generator.integers(0, 9, 60)
     gallery_labels[0] = 77  # a class of one
-    queries, query_labels = (gallery, gallery_labels) if own else (generator.normal(size=(23, 5)), generator.integers(0, 12, 23))
+    queries, query_labels = (
+        (gallery, gallery_labels) if own else (generator.normal(size=(23, 5)), generator.integers(0, 12, 23))
+    )
     ks = (1, 3, 1000)
     expected = naive_metrics(queries, query_labels, gallery, gallery_labels, ks, own)
     rest = () if own else (gallery, gallery_labels)
@@ -61,9 +63,7 @@ def test_naive_rederivation(method, own, monkeypatch):
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, abs=1e-6), name
     assert found["queries"] == len(queries)
-    assert found["queries_without_positive"] == sum(
-        np.sum(gallery_labels == label) - own < 1 for label in query_labels
-    )
+    assert found["queries_without_positive"] == sum(np.sum(gallery_labels == label) - own < 1 for label in query_labels)
 
 
 @pytest.mark.parametrize("method", ["exact", "scann"])
@@ -157,7 +157,9 @@ def test_pictures(tmp_path):
     labels, found = np.array([0, 0, 1, 1, 2, 2]), np.array([[1, 2], [0, -1], [3, 0], [2, 1], [5, 0], [4, 0]])
     queries = choose_queries(labels, found, 4)
     assert len(set(queries)) == 4
-    save_gallery(tmp_path / "gallery.png", images, labels, found, queries, ["zero", "one", "a long name of a class"], "title")
+    save_gallery(
+        tmp_path / "gallery.png", images, labels, found, queries, ["zero", "one", "a long name of a class"], "title"
+    )
     for name in ("curves.png", "gallery.png"):
         assert np.array(Image.open(tmp_path / name)).std() > 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "gallery.png"]

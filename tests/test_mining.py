@@ -51,7 +51,9 @@ def test_semi_hard_is_the_nearest_farther_negative(unit_rows):
     for a, p, n in valid_triplets(mine("semi_hard", rows, labels)):
         negatives = [j for j in range(14) if labels[j] != labels[a]]
         farther = [j for j in negatives if distances[a, j] > distances[a, p]]
-        expected = min(farther, key=lambda j: distances[a, j]) if farther else max(negatives, key=lambda j: distances[a, j])
+        expected = (
+            min(farther, key=lambda j: distances[a, j]) if farther else max(negatives, key=lambda j: distances[a, j])
+        )
         assert n == expected
 
 

@@ -99,10 +99,10 @@ class TestARun:
         assert os.stat(workdir / "results.json").st_mtime_ns == before
 
     def test_another_config_is_refused(self, finished):
-        workdir, arguments, _ = finished
+        _, arguments, _ = finished
         done = call("train", *arguments, "--config.optimizer.learning_rate=0.5", status=2)
         assert "workdir" in done.stderr
-        assert "optimizer.learning_rate (0.001 there, 0.5 here)" in done.stderr
+        assert "optimizer.learning_rate (0.0003 there, 0.5 here)" in done.stderr
         assert "Traceback" not in done.stderr
 
     def test_evaluate_and_export(self, finished, tmp_path):

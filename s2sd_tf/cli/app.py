@@ -30,8 +30,11 @@ def _parse(argv):
     except flags.Error:
         raise
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # What ml_collections raises for an unknown key; the first argument is its text without a KeyError's quotes.
-        raise _BadConfig(error.args[0] if error.args else error) from error
+        # What ml_collections raises for an unknown key: an error around a KeyError, whose argument is the text.
+        text = error
+        while isinstance(text, BaseException) and text.args:
+            text = text.args[0]
+        raise _BadConfig(f"config: unknown or unusable key {text}") from error
 
 
 def _told(main, program):

@@ -1,6 +1,6 @@
 """s2sd-compare: the plain objective against S2SD under the same budget and seeds.
 
-    s2sd-compare --config=configs/digits.py --workdir=runs/digits --seeds=0,1,2
+s2sd-compare --config=configs/digits.py --workdir=runs/digits --seeds=0,1,2
 """
 
 import os
@@ -17,7 +17,9 @@ from s2sd_tf.files import read_json, replacing, write_json
 from s2sd_tf.training import resolve
 from s2sd_tf.training.compare import run_all, summarize
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the comparison; a run's folder each goes into runs/.", required=True)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the comparison; a run's folder each goes into runs/.", required=True
+)
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, separated by commas.")
 _JOBS = flags.DEFINE_integer("jobs", 0, "Runs at a time, one thread each; 0: one a core.", lower_bound=0)
 _CONFIG = configs.define()

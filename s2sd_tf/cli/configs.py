@@ -6,9 +6,7 @@ from ml_collections import config_flags
 
 def define():
     """Defines `--config`; the result goes to `value`."""
-    flag = config_flags.DEFINE_config_file(
-        "config", None, "Config file, and --config.key=value to change a key of it."
-    )
+    flag = config_flags.DEFINE_config_file("config", None, "Config file, and --config.key=value to change a key of it.")
     flags.mark_flag_as_required("config")
     return flag
 

@@ -1,6 +1,6 @@
 """s2sd-evaluate: retrieval metrics of a finished run's model on its test classes.
 
-    s2sd-evaluate --workdir=runs/digits8
+s2sd-evaluate --workdir=runs/digits8
 """
 
 import os

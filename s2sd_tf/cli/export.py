@@ -1,6 +1,6 @@
 """s2sd-export: writes the encoder of a finished run as a SavedModel.
 
-    s2sd-export --workdir=runs/digits8 --output=encoder
+s2sd-export --workdir=runs/digits8 --output=encoder
 """
 
 import os

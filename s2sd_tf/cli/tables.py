@@ -16,7 +16,10 @@ def metrics_table(rows):
     lines = [["", *columns]]
     lines += [[name, *(_percent(metrics[column]) for column in columns)] for name, metrics in rows.items()]
     widths = [max(len(line[column]) for line in lines) for column in range(len(columns) + 1)]
-    text = ["  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(line, widths))) for line in lines]
+    text = [
+        "  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(line, widths)))
+        for line in lines
+    ]
     text.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(text)
 

@@ -1,6 +1,6 @@
 """s2sd-train: trains from a config file, and resumes when called again.
 
-    s2sd-train --config=configs/digits.py --config.model.embedding_dim=8 --workdir=runs/digits8
+s2sd-train --config=configs/digits.py --config.model.embedding_dim=8 --workdir=runs/digits8
 """
 
 from absl import flags

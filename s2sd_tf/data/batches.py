@@ -84,7 +84,7 @@ def class_balanced_batches(
         images: `ImageSet`; labels go out as they are in it.
         preprocessing: `Preprocessing`.
         classes_per_batch, samples_per_class: P and M, int >= 1.
-        steps_per_epoch: int >= 1, batches an epoch. Default: `len(images) // (P * M)`, as many as hold every image once.
+        steps_per_epoch: int >= 1, batches an epoch. Default: `len(images) // (P * M)`, about one look at every image.
         seed: int >= 0.
         start_epoch: int >= 0, the epoch of the first pass.
         cache: bool, keep all preprocessed images in memory. Default: where they take at most 512 MiB.

@@ -53,7 +53,7 @@ class Preprocessing:
         return (images - tf.constant(self.mean, images.dtype)) / tf.constant(self.std, images.dtype)
 
     def decode(self, encoded):
-        """An encoded PNG, JPEG, GIF (first frame) or BMP image, a scalar string, to float `(h, w, channels)` in [0, 1]."""
+        """A PNG, JPEG, BMP or GIF (first frame) image, a string scalar, to float `(h, w, channels)` up to 1."""
         image = tf.io.decode_image(encoded, channels=self.channels, expand_animations=False)
         image.set_shape([None, None, self.channels])
         return tf.cast(image, tf.float32) / 255.0

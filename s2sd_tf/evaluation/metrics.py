@@ -30,8 +30,8 @@ def retrieval_metrics(
     - `mrr@k`, with k = `mrr_depth`: 1 / rank of the first positive, 0 where that is beyond the k nearest. A k of the
       gallery's size or more is the mean reciprocal rank of the whole ranking.
 
-    Each is a mean over the queries that have a positive; the number of the others is reported. A k above the size of the
-    gallery counts the whole gallery.
+    Each is a mean over the queries that have a positive; the number of the others is reported. A k above the gallery's
+    size counts the whole gallery.
 
     Args:
         queries: float array `(queries, dim)`.
@@ -70,7 +70,9 @@ def retrieval_metrics(
     positives = positives - (ids is not None)
     answerable = np.flatnonzero(positives > 0)
     if not len(answerable):
-        raise ValueError("gallery_labels: expected at least one query to have a positive in the gallery. Received: none")
+        raise ValueError(
+            "gallery_labels: expected at least one query to have a positive in the gallery. Received: none"
+        )
 
     depth = min(len(gallery), max(*ks, int(positives.max()), mrr_depth or 1))
     sums = {}

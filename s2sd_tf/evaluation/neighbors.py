@@ -101,7 +101,9 @@ def _scann(queries, gallery, k, query_ids, gallery_ids):
         leaves = int(np.sqrt(len(gallery)))
         searcher = (
             builder.tree(
-                num_leaves=leaves, num_leaves_to_search=min(leaves, max(20, leaves // 10)), training_sample_size=min(len(gallery), 250_000)
+                num_leaves=leaves,
+                num_leaves_to_search=min(leaves, max(20, leaves // 10)),
+                training_sample_size=min(len(gallery), 250_000),
             )
             .score_ah(2, anisotropic_quantization_threshold=0.2)
             .reorder(max(4 * wanted, 100))

@@ -1,7 +1,7 @@
 """Tuple miners: which triplets of a batch an objective looks at."""
 
-from s2sd_tf.mining.base import Miner, Triplets, get, names, register
 from s2sd_tf.mining.all_triplets import AllTriplets
+from s2sd_tf.mining.base import Miner, Triplets, get, names, register
 from s2sd_tf.mining.distance_weighted import DistanceWeighted
 from s2sd_tf.mining.semi_hard import SemiHard
 

@@ -156,8 +156,7 @@ class S2SDModel(keras.Model):
         shape = tuple(self.backbone.compute_output_shape(input_shape))
         if len(shape) not in (2, 4) or shape[-1] is None:
             raise ValueError(
-                "backbone: expected an output of shape (batch, h, w, features) or (batch, features). "
-                f"Received: {shape}"
+                f"backbone: expected an output of shape (batch, h, w, features) or (batch, features). Received: {shape}"
             )
         if len(shape) == 2 and "avg+max" in (self.pooling, self.target_pooling):
             raise ValueError(
@@ -209,9 +208,7 @@ class S2SDModel(keras.Model):
                 ]
             )
             loss = (loss + tf.reduce_mean(losses["target_objectives"])) / 2.0
-            weight = distillation_weight(
-                self.distill_weight, self.step, 0, self.distill_warmup_steps, embedding.dtype
-            )
+            weight = distillation_weight(self.distill_weight, self.step, 0, self.distill_warmup_steps, embedding.dtype)
             weights = [weight / len(self.target_dims)] * len(self.target_dims)
         if self.feature_distill:
             features = tf.cast(tf.stop_gradient(target_features), embedding.dtype)

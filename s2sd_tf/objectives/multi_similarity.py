@@ -18,7 +18,7 @@ class MultiSimilarity(Objective):
     Args:
         alpha, beta: float > 0, the sharpness for positives and for negatives.
         lambda_: float, the similarity margin.
-        epsilon: float, the mining margin; below 0 there is no mining: all pairs count, and the mean is over all anchors.
+        epsilon: float, the mining margin; below 0 all pairs count, and the mean is over all anchors.
         **kwargs: arguments of `Objective`.
     """
 

@@ -67,7 +67,14 @@ def _run(workdir, arguments):
     if os.path.exists(os.path.join(workdir, "results.json")):
         return
     os.makedirs(os.path.dirname(os.path.abspath(workdir)), exist_ok=True)
-    command = [sys.executable, "-m", "s2sd_tf.cli.train", *arguments, "--config.train.threads=1", f"--workdir={workdir}"]
+    command = [
+        sys.executable,
+        "-m",
+        "s2sd_tf.cli.train",
+        *arguments,
+        "--config.train.threads=1",
+        f"--workdir={workdir}",
+    ]
     log_path = f"{os.path.abspath(workdir)}.log.txt"
     with open(log_path, "a") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode

@@ -8,7 +8,6 @@ from ml_collections import config_dict
 from s2sd_tf import objectives
 from s2sd_tf.models.presets import preset
 
-
 # Settings of an objective that the run gives.
 _GIVEN_BY_THE_RUN = ("num_classes", "seed", "name", "dtype")
 

@@ -299,7 +299,11 @@ def _finish(config, run_data, workdir, state, model):
         "train_seconds": round(state.seconds, 2),
         "counts": {
             part: {"classes": images.num_classes, "images": len(images)}
-            for part, images in [("train", run_data.train), ("validation", run_data.validation), ("test", run_data.test)]
+            for part, images in [
+                ("train", run_data.train),
+                ("validation", run_data.validation),
+                ("test", run_data.test),
+            ]
             if images is not None
         },
         "embedding_dim": config.model.embedding_dim,

@@ -1,0 +1,47 @@
+"""The README's scripts run as they are printed, and what it names is there."""
+
+import re
+
+import numpy as np
+import tensorflow as tf
+from conftest import REPOSITORY
+from PIL import Image
+
+import s2sd_tf
+from s2sd_tf import data
+from s2sd_tf.keras_compat import keras
+
+README = (REPOSITORY / "README.md").read_text()
+SCRIPTS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_script_runs_and_what_it_leaves_can_be_loaded(tmp_path, run_python):
+    script, load = SCRIPTS
+    assert len(script.strip().splitlines()) <= 25
+    (tmp_path / "script.py").write_text(script)
+    output = run_python("script.py", cwd=tmp_path).stdout
+    assert "'recall@1':" in output
+
+    model = keras.models.load_model(str(tmp_path / "digits.keras"))
+    assert type(model) is s2sd_tf.S2SDModel
+    _, test, preprocessing = data.load_digits()
+    Image.fromarray(test.images[3, :, :, 0]).save(tmp_path / "query.png")
+    (tmp_path / "load.py").write_text(load + "\nprint(*embedding.numpy()[0])\n")
+    found = np.array(run_python("load.py", cwd=tmp_path).stdout.split(), float)
+    expected = model.predict(preprocessing.from_pixels(test.images[3:4]), verbose=0)[0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    train, _, _ = data.load_digits()
+    before = int(tf.convert_to_tensor(model.step))
+    model.fit(data.class_balanced_batches(train, preprocessing, 5, 16), epochs=1, verbose=0)
+    assert int(tf.convert_to_tensor(model.step)) == before + 901 // 80
+
+
+def test_links_and_names():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        if target.startswith("s2sd_tf/"):
+            __import__(target.removesuffix(".py").replace("/", "."))
+        else:
+            assert (REPOSITORY / target).exists(), target
+    listed = ", ".join(f"`{name}`" for name in s2sd_tf.objectives.names())
+    assert listed in README
