@@ -32,7 +32,7 @@ _MAIN_DIM = flags.DEFINE_integer("main_dim", 16, "The dimension that gets more s
 _MAIN_SEEDS = flags.DEFINE_integer("main_seeds", 5, "Seeds of that dimension.", lower_bound=1)
 _REFERENCE_DIM = flags.DEFINE_integer("reference_dim", 512, "Dimension of a plain model for comparison; 0: none.")
 _JOBS = flags.DEFINE_integer("jobs", 0, "Runs at a time, one thread each; 0: one a core.", lower_bound=0)
-_FLAGS = flags.DEFINE_list("config_flags", [], "Flags for every run, such as --config.s2sd.distill_weight=20.")
+_FLAGS = flags.DEFINE_multi_string("config_flags", [], "A flag for every run: --config_flags=--config.seed=7")
 
 METRICS = ("recall@1", "recall@2", "recall@4", "recall@8", "map@r")
 
@@ -81,6 +81,7 @@ def _run(config, dim, seed, enabled):
         f"--config.model.embedding_dim={dim}",
         f"--config.seed={seed}",
         f"--config.s2sd.enabled={enabled}",
+        "--config.train.threads=1",
         *_FLAGS.value,
     ]
     return workdir, arguments

@@ -6,6 +6,9 @@ import os
 import shutil
 import tempfile
 
+# How the names of folders begin in which something is being written; one that stays is the rest of a killed process.
+LEFTOVER = ".writing-"
+
 
 @contextlib.contextmanager
 def replacing(path):
@@ -14,7 +17,7 @@ def replacing(path):
     """
     path = os.path.abspath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=".writing-", dir=os.path.dirname(path))
+    folder = tempfile.mkdtemp(prefix=LEFTOVER, dir=os.path.dirname(path))
     temporary = os.path.join(folder, os.path.basename(path))
     try:
         yield temporary
@@ -24,6 +27,13 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder):
+    """Removes what killed writers left in `folder`; nobody else may be writing there."""
+    for name in os.listdir(folder):
+        if name.startswith(LEFTOVER):
+            shutil.rmtree(os.path.join(folder, name))
 
 
 def write_json(path, value):

@@ -28,6 +28,16 @@ def loss_dtype(layer):
     return "float64" if layer.compute_dtype == "float64" else "float32"
 
 
+def dtype_policy_config(model):
+    """The dtype policy of a model for its config; Keras 2 leaves it out of a model's own."""
+    return keras.utils.serialize_keras_object(model.dtype_policy) if IS_KERAS_3 else model.dtype_policy.name
+
+
+def raw_variable(variable):
+    """The `tf.Variable` that a Keras variable is in Keras 2, and wraps in Keras 3."""
+    return variable.value if IS_KERAS_3 else variable
+
+
 def use_xla_only_on_accelerators(model):
     """Keeps Keras 3's automatic `jit_compile` off where there is no accelerator.
 

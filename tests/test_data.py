@@ -217,6 +217,18 @@ class TestPreprocessing:
         assert data.Preprocessing(4, 4, 3).from_pixels(gray).shape == (4, 4, 3)
         assert data.Preprocessing(4, 4, 1).from_pixels(np.repeat(gray, 3, -1)).shape == (4, 4, 1)
 
+    @pytest.mark.parametrize(
+        ("kind", "mode"), [("PNG", "1"), ("PNG", "RGBA"), ("BMP", "RGB"), ("GIF", "P"), ("JPEG", "CMYK")]
+    )
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_every_format_that_the_check_lets_pass_can_be_read(self, tmp_path, kind, mode, channels):
+        for k in range(2):
+            write_image(tmp_path / "class" / f"{k}.{kind.lower()}", seed=k, mode=mode)
+        images = data.load_image_folder(str(tmp_path))
+        batch = next(iter(data.evaluation_batches(images, data.Preprocessing(6, 5, channels))))
+        assert batch.shape == (2, 6, 5, channels)
+        assert np.isfinite(batch).all()
+
     def test_config_and_errors(self):
         preprocessing = data.Preprocessing(8, 6, 1, resize_size=9, invert=True, mean=0.1, std=0.2)
         assert data.Preprocessing(**preprocessing.get_config()).get_config() == preprocessing.get_config()

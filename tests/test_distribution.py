@@ -26,7 +26,8 @@ def train(strategy, images, labels):
     dataset = tf.data.Dataset.from_tensors((images, labels))
     history = model.fit(dataset, epochs=5, verbose=0).history
     layers = (model.backbone, model.embedding_head, *model.auxiliary_heads, model.objective)
-    return [w.tolist() for layer in layers for w in layer.get_weights()], history["loss"], int(tf.convert_to_tensor(model.step))
+    weights = [w.tolist() for layer in layers for w in layer.get_weights()]
+    return weights, history["loss"], int(tf.convert_to_tensor(model.step))
 
 one = train(tf.distribute.get_strategy(), images, labels)
 # Both replicas get the same images: the mean of their losses is the loss of one.

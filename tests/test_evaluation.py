@@ -116,6 +116,7 @@ def test_empty_sets():
         ({"method": "guess"}, "method"),
         ({"mrr_depth": 0}, "mrr_depth"),
         ({"queries": np.zeros((3, 3), int)}, "floating"),
+        ({"queries": np.full((3, 3), np.nan)}, "finite"),
     ],
 )
 def test_errors_name_the_argument(arguments, words):
@@ -153,13 +154,13 @@ def test_callback_logs_every_n_epochs_and_the_last(small_model):
 
 def test_pictures(tmp_path):
     save_curves(tmp_path / "curves.png", {"a": {"one": ([1, 2], [3, 4])}, "b": {"two": ([1], [2], [0.5])}})
-    images = np.random.default_rng(0).random((6, 5, 5, 1))
+    images = dict(enumerate(np.random.default_rng(0).random((6, 5, 5, 1))))
     labels, found = np.array([0, 0, 1, 1, 2, 2]), np.array([[1, 2], [0, -1], [3, 0], [2, 1], [5, 0], [4, 0]])
     queries = choose_queries(labels, found, 4)
     assert len(set(queries)) == 4
-    save_gallery(
-        tmp_path / "gallery.png", images, labels, found, queries, ["zero", "one", "a long name of a class"], "title"
-    )
+    names = [["zero", "one", "a long name of a class"][label] for label in labels]
+    rows = np.concatenate([queries[:, None], found[queries]], axis=1)
+    save_gallery(tmp_path / "gallery.png", images, rows, names, "title")
     for name in ("curves.png", "gallery.png"):
         assert np.array(Image.open(tmp_path / name)).std() > 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "gallery.png"]

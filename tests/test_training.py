@@ -124,6 +124,7 @@ def test_killed_in_an_epoch_it_goes_on_to_the_same_weights(tmp_path):
         "--config.objective.name=margin",
         "--config.train.epochs=5",
         "--config.train.steps_per_epoch=100",
+        "--config.train.checkpoint_every=1",
         "--config.train.threads=1",
         "--config.eval.every=0",
     )
@@ -140,10 +141,12 @@ def test_killed_in_an_epoch_it_goes_on_to_the_same_weights(tmp_path):
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert not (killed / "results.json").exists()
-    assert sorted(os.listdir(killed / "checkpoints"))[-1] < "epoch_000005"
+    assert max(os.listdir(killed / "checkpoints")) < "epoch_000005"
+    (killed / ".writing-something").mkdir()
     resumed = call("train", *arguments, f"--workdir={killed}")
     assert "Resuming after epoch" in resumed.stderr
 
+    assert not list(killed.rglob(".writing-*"))
     one, other = (keras.models.load_model(path / "best.keras") for path in (whole, killed))
     assert read_json(whole / "results.json")["steps"] == read_json(killed / "results.json")["steps"] == 500
     assert int(tf.convert_to_tensor(other.step)) == 500
@@ -179,6 +182,9 @@ def test_compare_prints_a_table_and_leaves_the_pictures(tmp_path):
     plain = read_json(tmp_path / "both" / "runs" / "plain_seed0" / "config.json")
     assert plain["s2sd"]["enabled"] is False
     assert read_json(tmp_path / "both" / "runs" / "plain_seed0" / "results.json")["steps"] == 6
+    # Finished runs of another config are not taken for this one's.
+    other = call("compare", *arguments, "--config.model.embedding_dim", "5", status=2)
+    assert "model.embedding_dim (8 there, 5 here)" in other.stderr
     failed = call("compare", *SMALL, "--config.data.samples_per_class=1000", f"--workdir={tmp_path / 'no'}", status=2)
     assert "samples_per_class" in failed.stderr
 
@@ -203,7 +209,7 @@ class TestErrors:
         monkeypatch.chdir(tmp_path)
         done = call("train", *arguments, status=2)
         assert "Traceback" not in done.stderr
-        message = [line for line in done.stderr.splitlines() if "error:" in line]
+        message = [line for line in done.stderr.splitlines() if line.startswith("train.py: error:")]
         assert len(message) == 1
         assert words in message[0]
         assert not os.path.exists("never")
@@ -290,12 +296,13 @@ def test_variants_of_a_config():
         ("msda", 4, False, "avg+max"),
         ("msdf", 4, True, "avg"),
         ("msdfa", 4, True, "avg+max"),
+        ("DSD", 1, False, "avg"),
     ]:
         config = preset_config(default_config(), name)
         assert len(config.s2sd.target_dims) == targets
         assert config.s2sd.feature_distill == features
         assert config.s2sd.target_pooling == pooling
         assert config.s2sd.enabled
-    assert not preset_config(default_config(), "plain").s2sd.enabled
+    assert not preset_config(default_config(), "Plain").s2sd.enabled
     with pytest.raises(ValueError, match="preset"):
         preset_config(default_config(), "xyz")

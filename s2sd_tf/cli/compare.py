@@ -13,9 +13,10 @@ from absl import flags
 from s2sd_tf.cli import app, configs
 from s2sd_tf.cli.tables import metrics_table
 from s2sd_tf.evaluation.pictures import save_curves
-from s2sd_tf.files import read_json, replacing, write_json
+from s2sd_tf.files import replacing, write_json
 from s2sd_tf.training import resolve
 from s2sd_tf.training.compare import run_all, summarize
+from s2sd_tf.training.run import read_history
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the comparison; a run's folder each goes into runs/.", required=True
@@ -35,7 +36,11 @@ def _main(_):
     if not all(seed.isdigit() for seed in _SEEDS.value):
         raise ValueError(f"--seeds: expected integers >= 0 separated by commas. Received: {','.join(_SEEDS.value)}")
     config = resolve(configs.value(_CONFIG))
-    passed_on = [argument for argument in sys.argv[1:] if argument.lstrip("-").startswith("config")]
+    if len(set(_SEEDS.value)) < len(_SEEDS.value):
+        raise ValueError(f"--seeds: expected different seeds. Received: {','.join(_SEEDS.value)}")
+    passed_on = _config_flags(sys.argv[1:])
+    if not config.train.threads:
+        passed_on.append("--config.train.threads=1")
     runs, groups = {}, {PLAIN: [], S2SD: []}
     for seed in _SEEDS.value:
         for name, folder, enabled in ((PLAIN, "plain", False), (S2SD, "s2sd", True)):
@@ -75,22 +80,27 @@ def _draw(groups):
     for metric in ("recall@1", "map@r"):
         curves = {}
         for name, workdirs in groups.items():
-            histories = [read_json_history(workdir) for workdir in workdirs]
+            histories = [read_history(workdir) for workdir in workdirs]
             rows = [[row for row in history if f"test_{metric}" in row] for history in histories]
             if not all(rows):
                 continue
             values = np.array([[100 * row[f"test_{metric}"] for row in history] for history in rows])
-            curves[name] = ([row["epoch"] for row in rows[0]], values.mean(axis=0), values.std(axis=0))
+            deviation = values.std(axis=0, ddof=1) if len(values) > 1 else 0.0 * values[0]
+            curves[name] = ([row["epoch"] for row in rows[0]], values.mean(axis=0), deviation)
         if curves:
             panels[f"{metric} on unseen classes, %"] = curves
     if panels:
         save_curves(os.path.join(_WORKDIR.value, "curves.png"), panels)
 
 
-def read_json_history(workdir):
-    """The epochs' logs of a run, from its last checkpoint."""
-    folder = os.path.join(workdir, "checkpoints")
-    return read_json(os.path.join(folder, max(os.listdir(folder)), "state.json"))["history"]
+def _config_flags(arguments):
+    """Those of the arguments that are the config's, as `--flag=value`, however they were written."""
+    found = []
+    for position, argument in enumerate(arguments):
+        name = argument.lstrip("-")
+        if argument.startswith("-") and (name == "config" or name.startswith(("config=", "config."))):
+            found.append(argument if "=" in argument else f"{argument}={arguments[position + 1]}")
+    return found
 
 
 if __name__ == "__main__":

@@ -111,8 +111,7 @@ def class_balanced_batches(
         return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(indices, [steps, batch]))
 
     dataset = tf.data.Dataset.range(1).flat_map(one_pass)
-    cache = _cached_size(images, preprocessing) <= CACHE_BYTES if cache is None else cache
-    if cache:
+    if _is_cached(cache, images, preprocessing):
         pixels = tf.constant(_preprocess_all(images, preprocessing))
         known = tf.constant(labels)
         dataset = dataset.map(lambda chosen: (tf.gather(pixels, chosen), tf.gather(known, chosen)))
@@ -122,11 +121,21 @@ def class_balanced_batches(
     return dataset.prefetch(tf.data.AUTOTUNE)
 
 
-def evaluation_batches(images, preprocessing, batch_size=256):
-    """A `tf.data.Dataset` of preprocessed images `(batch, height, width, channels)` in the order of the `ImageSet`."""
+def evaluation_batches(images, preprocessing, batch_size=256, cache=False):
+    """A `tf.data.Dataset` of preprocessed images `(batch, height, width, channels)` in the order of the `ImageSet`.
+
+    Args:
+        images: `ImageSet`.
+        preprocessing: `Preprocessing`.
+        batch_size: int >= 1; the last batch may be smaller.
+        cache: bool, keep the preprocessed images in memory after the first pass, for what is passed over again
+            and again. None: where they take at most 512 MiB.
+    """
     indices = tf.data.Dataset.range(len(images))
-    dataset = _load(indices, images, preprocessing).map(lambda pixels, label: pixels)
-    return dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+    dataset = _load(indices, images, preprocessing).map(lambda pixels, label: pixels).batch(batch_size)
+    if _is_cached(cache, images, preprocessing):
+        dataset = dataset.cache()
+    return dataset.prefetch(tf.data.AUTOTUNE)
 
 
 def _load(indices, images, preprocessing):
@@ -150,5 +159,5 @@ def _preprocess_all(images, preprocessing):
     return np.concatenate(list(evaluation_batches(images, preprocessing).as_numpy_iterator()))
 
 
-def _cached_size(images, preprocessing):
-    return 4 * len(images) * int(np.prod(preprocessing.output_shape))
+def _is_cached(cache, images, preprocessing):
+    return 4 * len(images) * int(np.prod(preprocessing.output_shape)) <= CACHE_BYTES if cache is None else cache

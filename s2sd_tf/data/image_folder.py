@@ -9,6 +9,7 @@ from absl import logging
 from tqdm import tqdm
 
 from s2sd_tf.data.image_set import ImageSet
+from s2sd_tf.data.preprocessing import decode_rgb
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif")
 
@@ -38,11 +39,12 @@ def load_image_folder(root, on_corrupt="raise", check=True):
     if check:
         bad += _undecodable([path for path, _ in files])
     if bad:
-        shown = "\n".join(f"  {path}: {why}" for path, why in bad[:20])
-        message = f"{len(bad)} files under {root!r} are not readable images (the first {min(len(bad), 20)}):\n{shown}"
+        lines = [f"  {path}: {why}" for path, why in bad]
+        message = f"{len(bad)} files under {root!r} are not readable images"
         if on_corrupt == "raise":
-            raise ValueError(f"{message}\nPass on_corrupt='skip' to train without them.")
-        logging.warning("Skipped: %s", message)
+            shown = "\n".join(lines[:20] + ["  ..."] * (len(lines) > 20))
+            raise ValueError(f"{message}:\n{shown}\nPass on_corrupt='skip' to train without them.")
+        logging.warning("%s and are skipped:\n%s", message, "\n".join(lines))
     left_out = {path for path, _ in bad}
     files = [(path, name) for path, name in files if path not in left_out]
     if not files:
@@ -91,7 +93,7 @@ def _decode_error(path):
         if not content:
             return "empty file"
         with tf.device("CPU:0"):
-            tf.io.decode_image(content, expand_animations=False)
+            decode_rgb(content)
     except (OSError, tf.errors.OpError) as error:
         return str(error).strip().splitlines()[0][:200]
     return None

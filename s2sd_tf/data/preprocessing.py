@@ -3,6 +3,13 @@
 import tensorflow as tf
 
 
+def decode_rgb(encoded):
+    """An encoded image, a string scalar, to float RGB `(h, w, 3)` up to 1: the form that every format decodes to."""
+    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    image.set_shape([None, None, 3])
+    return tf.cast(image, tf.float32) / 255.0
+
+
 class Preprocessing:
     """Resizing, centre crop, inversion and normalisation of images.
 
@@ -54,9 +61,8 @@ class Preprocessing:
 
     def decode(self, encoded):
         """A PNG, JPEG, BMP or GIF (first frame) image, a string scalar, to float `(h, w, channels)` up to 1."""
-        image = tf.io.decode_image(encoded, channels=self.channels, expand_animations=False)
-        image.set_shape([None, None, self.channels])
-        return tf.cast(image, tf.float32) / 255.0
+        image = decode_rgb(encoded)
+        return tf.image.rgb_to_grayscale(image) if self.channels == 1 else image
 
     def from_pixels(self, pixels):
         """uint8 images `(..., h, w, c)` to the model's input; grayscale is repeated or RGB averaged as asked."""

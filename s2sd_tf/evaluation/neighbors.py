@@ -40,7 +40,7 @@ def find_neighbors(queries, gallery, k, query_ids=None, gallery_ids=None, method
         `Neighbors`. Among equal similarities "exact" puts the lower position first.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown method, or only one of the ids given.
+        ValueError: shapes that do not fit, values that are not finite, an unknown method, or only one of the ids given.
     """
     queries, gallery = _normalized("queries", queries), _normalized("gallery", gallery)
     if queries.shape[1] != gallery.shape[1]:
@@ -69,14 +69,15 @@ def find_neighbors(queries, gallery, k, query_ids=None, gallery_ids=None, method
 def _exact(queries, gallery, k, query_ids, gallery_ids):
     rows = max(1, BLOCK_BYTES // (4 * len(gallery)))
     k = min(k, len(gallery))
-    gallery_tensor = tf.constant(gallery)
     indices, similarities = [], []
     for start in range(0, len(queries), rows):
-        block = tf.matmul(queries[start : start + rows], gallery_tensor, transpose_b=True)
-        if query_ids is not None:
-            same = query_ids[start : start + rows, None] == gallery_ids[None, :]
-            block = tf.where(same, -np.inf, block)
-        values, positions = tf.math.top_k(block, k)
+        # On the CPU, as GPUs multiply in TensorFloat-32 by default.
+        with tf.device("CPU:0"):
+            block = tf.matmul(queries[start : start + rows], gallery, transpose_b=True)
+            if query_ids is not None:
+                same = query_ids[start : start + rows, None] == gallery_ids[None, :]
+                block = tf.where(same, -np.inf, block)
+            values, positions = tf.math.top_k(block, k)
         similarities.append(values.numpy())
         indices.append(positions.numpy().astype(np.int64))
     indices, similarities = np.concatenate(indices), np.concatenate(similarities)
@@ -126,6 +127,11 @@ def _normalized(name, embeddings):
     if embeddings.ndim != 2 or not np.issubdtype(embeddings.dtype, np.floating):
         raise ValueError(
             f"{name}: expected a floating array of shape (n, dim). Received: {embeddings.dtype} {embeddings.shape}"
+        )
+    if not np.isfinite(embeddings).all():
+        bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+        raise ValueError(
+            f"{name}: expected finite values. Received: NaN or infinity in {len(bad)} rows, first row {bad[0]}"
         )
     norms = np.linalg.norm(embeddings.astype(np.float64), axis=1, keepdims=True)
     return (embeddings / np.maximum(norms, 1e-12)).astype(np.float32)

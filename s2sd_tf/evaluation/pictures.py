@@ -35,35 +35,33 @@ def save_curves(path, panels):
     _save(figure, path)
 
 
-def save_gallery(path, images, labels, neighbors, queries, class_names, title=""):
+def save_gallery(path, images, rows, names, title=""):
     """Writes a PNG of queries, one a row, with their nearest neighbours framed green (same class) or red.
 
     Args:
         path: file to write.
-        images: float array `(n, height, width, channels)`; scaled to the range of its values.
-        labels: integer array `(n,)`.
-        neighbors: integer array `(n, k)` of positions in `images`, -1 for none.
-        queries: positions of the queries to show.
-        class_names: name of each label.
+        images: dict from position to float array `(height, width, channels)`; scaled to the range of all values.
+        rows: integer array `(queries, 1 + k)` of positions, the query first; -1 for none.
+        names: class name of every position.
         title: str above the picture.
     """
-    rows, columns = len(queries), neighbors.shape[1] + 1
-    figure = Figure(figsize=(1.25 * columns, 1.4 * rows + 0.5), layout="constrained")
-    low, high = float(np.min(images)), float(np.max(images))
-    for row, query in enumerate(queries):
-        for column, item in enumerate([query, *neighbors[query]]):
+    low = min(float(np.min(image)) for image in images.values())
+    high = max(float(np.max(image)) for image in images.values())
+    figure = Figure(figsize=(1.25 * rows.shape[1], 1.4 * len(rows) + 0.5), layout="constrained")
+    for row, items in enumerate(rows.tolist()):
+        for column, item in enumerate(items):
             if item < 0:
                 continue
-            axes = figure.add_subplot(rows, columns, row * columns + column + 1)
+            axes = figure.add_subplot(*rows.shape, row * rows.shape[1] + column + 1)
             axes.imshow(np.squeeze((images[item] - low) / max(high - low, 1e-12)), cmap="gray", vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
-            right = labels[item] == labels[query]
+            right = names[item] == names[items[0]]
             color = "black" if column == 0 else RIGHT if right else WRONG
             for spine in axes.spines.values():
                 spine.set(color=color, linewidth=1 if column == 0 else 3)
             mark = "query: " if column == 0 else "" if right else "\u2717 "
-            axes.set_title(mark + _short(class_names[labels[item]]), fontsize=7, color=color, pad=2)
+            axes.set_title(mark + _short(names[item]), fontsize=7, color=color, pad=2)
     if title:
         figure.suptitle(title, fontsize=10)
     _save(figure, path)

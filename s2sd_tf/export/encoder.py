@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from s2sd_tf.files import replacing
+from s2sd_tf.keras_compat import raw_variable
 
 
 def export_encoder(model, preprocessing, path):
@@ -32,7 +33,7 @@ class _Encoder(tf.Module):
     def __init__(self, model, preprocessing):
         super().__init__()
         # What the graphs below capture has to be tracked, and nothing else.
-        self._variables = [_raw(v) for v in (*model.backbone.variables, *model.embedding_head.variables)]
+        self._variables = [raw_variable(v) for v in (*model.backbone.variables, *model.embedding_head.variables)]
 
         def encode(images):
             return {"embedding": tf.cast(model(preprocessing(images), training=False), tf.float32)}
@@ -51,8 +52,3 @@ class _Encoder(tf.Module):
         self.from_encoded_images = tf.function(
             encode_bytes, input_signature=[tf.TensorSpec([None], tf.string, "encoded_images")]
         )
-
-
-def _raw(variable):
-    """The TensorFlow variable behind a Keras one."""
-    return getattr(variable, "value", variable) if not isinstance(variable, tf.Variable) else variable

@@ -6,7 +6,14 @@ import tensorflow as tf
 
 from s2sd_tf import objectives
 from s2sd_tf.distillation import distillation_weight, similarity_kl
-from s2sd_tf.keras_compat import apply_gradients, keras, loss_dtype, scale_loss, use_xla_only_on_accelerators
+from s2sd_tf.keras_compat import (
+    apply_gradients,
+    dtype_policy_config,
+    keras,
+    loss_dtype,
+    scale_loss,
+    use_xla_only_on_accelerators,
+)
 from s2sd_tf.models.heads import AuxiliaryHead, EmbeddingHead
 
 POOLINGS = ("avg", "avg+max")
@@ -48,7 +55,8 @@ class S2SDModel(keras.Model):
             to the optimizer, as opposed to the decoupled decay of AdamW.
         learning_rate_multipliers: factors on the updates of the groups "backbone", "heads" and "objectives" (the
             latter on top of each objective's own multiplier). They scale what the optimizer does to a weight, so they
-            mean the same with every Keras optimizer. Default: 1 each.
+            mean the same with every Keras optimizer; an update below the float32 spacing of the weight (1e-7 of it)
+            is lost before it is scaled. Default: 1 each.
         log_per_target: bool, log every target's objective and divergence beside their means.
         similarity_kl_implementation: "auto", "fused" or "composed"; see `similarity_kl`.
         name, dtype: as for any Keras model.
@@ -192,6 +200,8 @@ class S2SDModel(keras.Model):
             "loss", "objective" (scalars), and where there is a target or feature teacher "target_objectives" `(K,)`,
             "distill_kls" `(K,)` and "feature_kl" (scalar): unweighted terms.
         """
+        if not self.built:
+            self.build(inputs.shape)
         features = self.backbone(inputs, training=training)
         embedding = self.embedding_head(_pool(features, self.pooling))
         losses = {"objective": self.objective(embedding, labels, training=training)}
@@ -244,7 +254,11 @@ class S2SDModel(keras.Model):
             loss /= tf.cast(tf.distribute.get_strategy().num_replicas_in_sync, loss.dtype)
             loss = scale_loss(self.optimizer, loss)
         variables = self.trainable_variables
-        gradients = tape.gradient(loss, variables)
+        # Dense, as Keras 3's optimizers square the entries of a sparse gradient before they add up repeated ones.
+        gradients = [
+            tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
+            for gradient in tape.gradient(loss, variables)
+        ]
         scaled = self._scaled_variables()
         before = [tf.identity(variable) for variable, _ in scaled]
         apply_gradients(self.optimizer, gradients, variables)
@@ -266,6 +280,7 @@ class S2SDModel(keras.Model):
     def get_config(self):
         return {
             **super().get_config(),
+            "dtype": dtype_policy_config(self),
             "backbone": keras.utils.serialize_keras_object(self.backbone),
             "embedding_dim": self.embedding_dim,
             "objective": keras.utils.serialize_keras_object(self.objective),

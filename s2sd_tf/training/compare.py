@@ -18,12 +18,12 @@ class RunFailed(Exception):
 def run_all(runs, jobs=None):
     """Trains every run in a process of its own, and returns their results.
 
-    Runs that are finished are only read, unfinished ones are resumed. A run's output goes to `log.txt` beside its work
-    directory.
+    Runs that are finished are only read, unfinished ones are resumed, and those of another config are refused. A run's
+    output goes to `<work directory>.log.txt`.
 
     Args:
         runs: dict from work directory to the list of `--config...` flags of `s2sd-train`.
-        jobs: int >= 1, processes at a time, one thread each. Default: one a core.
+        jobs: int >= 1, processes at a time. Default: one a core, so the flags should say `--config.train.threads=1`.
 
     Returns:
         dict from work directory to the content of its `results.json`.
@@ -64,23 +64,14 @@ def summarize(results):
 
 
 def _run(workdir, arguments):
-    if os.path.exists(os.path.join(workdir, "results.json")):
-        return
     os.makedirs(os.path.dirname(os.path.abspath(workdir)), exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "s2sd_tf.cli.train",
-        *arguments,
-        "--config.train.threads=1",
-        f"--workdir={workdir}",
-    ]
+    command = [sys.executable, "-m", "s2sd_tf.cli.train", *arguments, f"--workdir={workdir}"]
     log_path = f"{os.path.abspath(workdir)}.log.txt"
-    with open(log_path, "a") as log:
+    with open(log_path, "w") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     if status:
         with open(log_path) as log:
             lines = log.readlines()
-        told = [line for line in lines if ": error: " in line][-1:]
+        told = [line for line in lines if ": error: " in line and not line[:1].isdigit()][-1:]
         end = "".join(told or lines[-15:])
         raise RunFailed(f"{' '.join(command)} failed with status {status}; {log_path} ends with:\n{end}")

@@ -91,7 +91,7 @@ def default_config():
     config.train.threads = 0
 
     config.eval = ml_collections.ConfigDict()
-    # Epochs between evaluations on the held-out and on the test classes; 0: never but at the end.
+    # Epochs between evaluations on the held-out and on the test classes; 0: only after the last.
     config.eval.every = 1
     config.eval.ks = (1, 2, 4, 8)
     # The metric on held-out classes by which the best checkpoint is chosen.
@@ -101,9 +101,11 @@ def default_config():
 
 def preset_config(config, name):
     """Sets `config.s2sd` to a variant of the paper (see `s2sd_tf.preset`), keeping the keys that variants share."""
+    settings = preset(name)
+    name = name.lower()
     config.s2sd.enabled = name != "plain"
     for key in ("feature_distill", "target_pooling"):
-        config.s2sd[key] = preset(name)[key]
+        config.s2sd[key] = settings[key]
     if name == "dsd":
         config.s2sd.target_dims = config.s2sd.target_dims[-1:]
     return config

@@ -1,6 +1,7 @@
 """One training run in a work directory: train, resume, choose, evaluate, export, draw."""
 
 import csv
+import dataclasses
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ from s2sd_tf.data import Preprocessing, class_balanced_batches, evaluation_batch
 from s2sd_tf.evaluation import RetrievalEvaluation, find_neighbors, retrieval_metrics
 from s2sd_tf.evaluation.pictures import choose_queries, save_curves, save_gallery
 from s2sd_tf.export import export_encoder
-from s2sd_tf.files import read_json, replacing, write_json
+from s2sd_tf.files import LEFTOVER, read_json, remove_leftovers, replacing, write_json
 from s2sd_tf.keras_compat import keras, keras_version
 from s2sd_tf.models import S2SDModel, backbones
 from s2sd_tf.training.config import resolve
@@ -71,6 +72,8 @@ def train(config, workdir):
         seed=config.seed,
         start_epoch=state.epoch,
     )
+    if os.path.isdir(workdir):
+        remove_leftovers(workdir)
     # Only now, as a config that cannot be trained should leave nothing behind.
     write_json(os.path.join(workdir, "config.json"), config.to_dict())
     if state.epoch < config.train.epochs:
@@ -152,7 +155,6 @@ class _State:
 
     def __init__(self, workdir):
         self.folder = os.path.join(workdir, "checkpoints")
-        self.best_path = os.path.join(workdir, "best.keras")
         self.epoch = 0
         self.best_epoch = 0
         self.best_value = None
@@ -161,13 +163,20 @@ class _State:
 
     @property
     def path(self):
+        """Folder of the checkpoint of the present epoch."""
         return os.path.join(self.folder, f"epoch_{self.epoch:06d}")
+
+    @property
+    def best_path(self):
+        """The model of the best epoch so far, whose checkpoint is kept."""
+        return os.path.join(self.folder, f"epoch_{self.best_epoch:06d}", "model.keras")
 
     def restore(self):
         """The model of the last checkpoint, or None."""
         if not os.path.isdir(self.folder):
             return None
-        found = sorted(name for name in os.listdir(self.folder) if name.startswith("epoch_"))
+        remove_leftovers(self.folder)
+        found = self._checkpoints()
         if not found:
             return None
         folder = os.path.join(self.folder, found[-1])
@@ -175,19 +184,18 @@ class _State:
         return load_model(os.path.join(folder, "model.keras"))
 
     def save(self, model):
-        """Writes a checkpoint, and removes those before the last few."""
+        """Writes a checkpoint, and removes the others but for the last before it and the best."""
         fields = {name: getattr(self, name) for name in ("epoch", "best_epoch", "best_value", "history", "seconds")}
         with replacing(self.path) as folder:
             os.makedirs(folder)
             model.save(os.path.join(folder, "model.keras"))
             write_json(os.path.join(folder, "state.json"), fields)
-        found = sorted(name for name in os.listdir(self.folder) if name.startswith("epoch_"))
-        for name in found[:-CHECKPOINTS_KEPT]:
-            shutil.rmtree(os.path.join(self.folder, name))
+        for name in self._checkpoints()[:-CHECKPOINTS_KEPT]:
+            if name != f"epoch_{self.best_epoch:06d}":
+                shutil.rmtree(os.path.join(self.folder, name))
 
-    def save_best(self, model):
-        with replacing(self.best_path) as temporary:
-            model.save(temporary)
+    def _checkpoints(self):
+        return sorted(name for name in os.listdir(self.folder) if name.startswith("epoch_"))
 
 
 class _Checkpoints(keras.callbacks.Callback):
@@ -208,11 +216,11 @@ class _Checkpoints(keras.callbacks.Callback):
         state.epoch = epoch + 1
         state.seconds += time.monotonic() - self._begin
         state.history.append({"epoch": state.epoch, **{key: float(value) for key, value in (logs or {}).items()}})
-        value = (logs or {}).get(self.metric)
+        value, improved = (logs or {}).get(self.metric), False
         if value is not None and (state.best_value is None or value > state.best_value):
             state.best_value, state.best_epoch = float(value), state.epoch
-            state.save_best(self.model)
-        if state.epoch % self.config.train.checkpoint_every == 0 or state.epoch == self.config.train.epochs:
+            improved = True
+        if improved or state.epoch % self.config.train.checkpoint_every == 0 or state.epoch == self.config.train.epochs:
             state.save(self.model)
             _write_history(self.history_path, state.history)
 
@@ -228,7 +236,9 @@ def _check_workdir(config, workdir):
                 f"workdir: expected a new folder or one written by this config. Received: {workdir!r}, whose config "
                 f"differs in {', '.join(differing)}"
             )
-    elif os.path.exists(workdir) and (not os.path.isdir(workdir) or os.listdir(workdir)):
+    elif os.path.exists(workdir) and (
+        not os.path.isdir(workdir) or any(not name.startswith(LEFTOVER) for name in os.listdir(workdir))
+    ):
         raise ValueError(f"workdir: expected a new or empty folder, or that of a run. Received: {workdir!r}")
 
 
@@ -252,38 +262,41 @@ def _optimizer(config):
 
 
 def _objective(config, name, run_data):
+    uses_classes = objectives.lookup(name).uses_classes
     settings = dict(config.objective[name])
     if "seed" in objectives.settings(name):
         settings["seed"] = config.seed
-    if objectives.lookup(name).uses_classes:
+    if uses_classes:
         settings["num_classes"] = run_data.train.num_classes
     return objectives.get(name, **settings)
 
 
 def _callbacks(config, run_data, workdir, state):
     callbacks = []
+    every = config.eval.every or config.train.epochs
     if run_data.validation is not None:
-        callbacks.append(_evaluation(run_data.validation, run_data, "val_", config, max(config.eval.every, 1)))
-    if config.eval.every:
-        callbacks.append(_evaluation(run_data.test, run_data, "test_", config, config.eval.every))
+        callbacks.append(_evaluation(run_data.validation, run_data, "val_", config, every))
+    callbacks.append(_evaluation(run_data.test, run_data, "test_", config, every))
     callbacks.append(keras.callbacks.TensorBoard(os.path.join(workdir, "tensorboard"), write_graph=False))
     callbacks.append(_Checkpoints(config, workdir, state, run_data.validation is not None))
     return callbacks
 
 
 def _evaluation(images, run_data, prefix, config, every):
-    batches = evaluation_batches(images, run_data.preprocessing)
-    return RetrievalEvaluation(batches.cache(), images.labels, every=every, prefix=prefix, ks=config.eval.ks)
+    batches = evaluation_batches(images, run_data.preprocessing, cache=None)
+    return RetrievalEvaluation(batches, images.labels, every=every, prefix=prefix, ks=config.eval.ks)
 
 
 def _finish(config, run_data, workdir, state, model):
     """Chooses the model, evaluates it on the test classes, exports it and draws the pictures."""
     steps = int(tf.convert_to_tensor(model.step))
+    best_path = os.path.join(workdir, "best.keras")
     if run_data.validation is None:
         state.best_epoch = state.epoch
-        state.save_best(model)
     else:
         model = load_model(state.best_path)
+    with replacing(best_path) as temporary:
+        model.save(temporary)
     embeddings = embed(model, run_data.test, run_data.preprocessing)
     labels = run_data.test.labels
     results = {
@@ -334,16 +347,18 @@ def _draw(workdir, history, run_data, embeddings):
         for metric in ("recall@1", "map@r"):
             panels["retrieval on unseen classes"].update(_curve(history, prefix + metric, f"{metric}, {part}"))
     save_curves(os.path.join(workdir, "curves.png"), {title: curves for title, curves in panels.items() if curves})
-    images = np.concatenate(list(evaluation_batches(run_data.test, run_data.preprocessing).as_numpy_iterator()))
-    ids = np.arange(len(images))
+    ids = np.arange(len(run_data.test))
     found = find_neighbors(embeddings, embeddings, 6, ids, ids).indices
+    queries = choose_queries(run_data.test.labels, found, 8)
+    rows = np.concatenate([queries[:, None], found[queries]], axis=1)
+    shown = np.unique(rows[rows >= 0])
+    part = dataclasses.replace(run_data.test, images=run_data.test.images[shown], labels=run_data.test.labels[shown])
+    pixels = evaluation_batches(part, run_data.preprocessing).unbatch().as_numpy_iterator()
     save_gallery(
         os.path.join(workdir, "gallery.png"),
-        images,
-        run_data.test.labels,
-        found,
-        choose_queries(run_data.test.labels, found, 8),
-        run_data.test.class_names,
+        dict(zip(shown.tolist(), pixels)),
+        rows,
+        [run_data.test.class_names[label] for label in run_data.test.labels],
         "Queries of unseen classes and their nearest neighbours",
     )
 
@@ -351,6 +366,12 @@ def _draw(workdir, history, run_data, embeddings):
 def _curve(history, name, label):
     rows = [row for row in history if name in row]
     return {label: ([row["epoch"] for row in rows], [row[name] for row in rows])} if rows else {}
+
+
+def read_history(workdir):
+    """The epochs' logs of a run: a list of dicts of floats, without what an epoch did not log."""
+    with open(os.path.join(workdir, "history.csv"), newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def _write_history(path, history):
