@@ -229,6 +229,15 @@ class TestPreprocessing:
         assert batch.shape == (2, 6, 5, channels)
         assert np.isfinite(batch).all()
 
+    def test_gray_stays_as_it_is(self):
+        gray = np.random.default_rng(0).integers(0, 256, (4, 5, 1), dtype=np.uint8)
+        preprocessing = data.Preprocessing(4, 5, 1)
+        buffer = io.BytesIO()
+        Image.fromarray(gray[..., 0]).save(buffer, "PNG")
+        np.testing.assert_allclose(preprocessing.from_bytes(buffer.getvalue()), gray / 255.0, atol=1e-6)
+        rgb = np.repeat(gray, 3, axis=-1)
+        np.testing.assert_allclose(preprocessing.from_pixels(rgb), gray / 255.0, atol=1e-6)
+
     def test_config_and_errors(self):
         preprocessing = data.Preprocessing(8, 6, 1, resize_size=9, invert=True, mean=0.1, std=0.2)
         assert data.Preprocessing(**preprocessing.get_config()).get_config() == preprocessing.get_config()

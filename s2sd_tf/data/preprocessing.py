@@ -10,6 +10,11 @@ def decode_rgb(encoded):
     return tf.cast(image, tf.float32) / 255.0
 
 
+def _to_grayscale(images):
+    # TensorFlow's own weights add up to 0.9999, which would darken what is gray already.
+    return tf.reduce_sum(images * tf.constant([0.299, 0.587, 0.114]), axis=-1, keepdims=True)
+
+
 class Preprocessing:
     """Resizing, centre crop, inversion and normalisation of images.
 
@@ -62,13 +67,13 @@ class Preprocessing:
     def decode(self, encoded):
         """A PNG, JPEG, BMP or GIF (first frame) image, a string scalar, to float `(h, w, channels)` up to 1."""
         image = decode_rgb(encoded)
-        return tf.image.rgb_to_grayscale(image) if self.channels == 1 else image
+        return _to_grayscale(image) if self.channels == 1 else image
 
     def from_pixels(self, pixels):
-        """uint8 images `(..., h, w, c)` to the model's input; grayscale is repeated or RGB averaged as asked."""
+        """uint8 images `(..., h, w, c)` to the model's input; gray is repeated to RGB, or RGB becomes gray, as asked."""
         images = tf.cast(pixels, tf.float32) / 255.0
         if images.shape[-1] != self.channels:
-            images = tf.image.rgb_to_grayscale(images) if self.channels == 1 else tf.image.grayscale_to_rgb(images)
+            images = _to_grayscale(images) if self.channels == 1 else tf.image.grayscale_to_rgb(images)
         return self(images)
 
     def from_bytes(self, encoded):
