@@ -10,7 +10,7 @@ RUN := $(VENV)/bin
 
 # Plain objective against S2SD on the embedded digits: a table, and runs/digits with curves, gallery and SavedModel.
 train: $(VENV)/installed
-	$(RUN)/s2sd-compare --config=configs/digits.py --workdir=runs/digits --seeds=0,1,2
+	TF_CPP_MIN_LOG_LEVEL=3 $(RUN)/s2sd-compare --config=configs/digits.py --workdir=runs/digits --seeds=0,1,2
 
 test: $(VENV)/installed
 	$(RUN)/python -m pytest -n 2

@@ -70,7 +70,7 @@ class Preprocessing:
         return _to_grayscale(image) if self.channels == 1 else image
 
     def from_pixels(self, pixels):
-        """uint8 images `(..., h, w, c)` to the model's input; gray is repeated to RGB, or RGB becomes gray, as asked."""
+        """uint8 images `(..., h, w, c)` to the model's input; gray becomes RGB or RGB gray as asked."""
         images = tf.cast(pixels, tf.float32) / 255.0
         if images.shape[-1] != self.channels:
             images = _to_grayscale(images) if self.channels == 1 else tf.image.grayscale_to_rgb(images)
