@@ -38,15 +38,15 @@ def raw_variable(variable):
     return variable.value if IS_KERAS_3 else variable
 
 
-def use_xla_only_on_accelerators(model):
-    """Keeps Keras 3's automatic `jit_compile` off where there is no accelerator.
+def resolve_jit_compile(jit_compile):
+    """What `Model.compile` is handed for `jit_compile="auto"`: Keras's own choice with a GPU, else no XLA.
 
     Keras 3 jits every model by default; on a CPU XLA runs convolutions at roughly half the speed of the plain graph
-    and compiles for tens of seconds first. An explicit `compile(jit_compile=True)` is still honoured. Keras 2 never
-    jits by itself.
+    and compiles for tens of seconds first. Keras 2 knows no "auto" and never jits by itself.
     """
-    if IS_KERAS_3:
-        model.supports_jit = bool(tf.config.list_physical_devices("GPU"))
+    if jit_compile != "auto":
+        return jit_compile
+    return "auto" if IS_KERAS_3 and tf.config.list_physical_devices("GPU") else False
 
 
 def scale_loss(optimizer, loss):

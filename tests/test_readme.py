@@ -38,7 +38,8 @@ def test_the_script_runs_and_what_it_leaves_can_be_loaded(tmp_path, run_python):
 
 
 def test_links_and_names():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         if target.startswith("s2sd_tf/"):
             __import__(target.removesuffix(".py").replace("/", "."))
         else:

@@ -268,7 +268,16 @@ def test_jitted_training(small_model, objective):
     model = small_model(objective=objective, num_classes=3)
     model.compile(optimizer="adam", jit_compile=True)
     images, labels = images_and_labels()
-    assert np.isfinite(model.fit(images, labels, batch_size=12, verbose=0).history["loss"]).all()
+    assert model.jit_compile
+    history = model.fit(images, labels, batch_size=12, epochs=2, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert int(tf.convert_to_tensor(model.step)) == 2
+
+
+def test_without_a_gpu_nothing_is_jitted_unasked(small_model):
+    model = small_model()
+    model.compile(optimizer="adam")
+    assert not model.jit_compile
 
 
 def test_pooled_features_and_unbuilt_backbones():

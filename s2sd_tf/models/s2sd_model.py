@@ -11,8 +11,8 @@ from s2sd_tf.keras_compat import (
     dtype_policy_config,
     keras,
     loss_dtype,
+    resolve_jit_compile,
     scale_loss,
-    use_xla_only_on_accelerators,
 )
 from s2sd_tf.models.heads import AuxiliaryHead, EmbeddingHead
 
@@ -151,7 +151,6 @@ class S2SDModel(keras.Model):
         self.target_objectives = [self._copy_of(template, k) for k in range(len(self.target_dims))]
         self.step = self.add_weight(name="step", shape=(), dtype="int64", initializer="zeros", trainable=False)
         self._make_metrics()
-        use_xla_only_on_accelerators(self)
         if backbone.built:
             self.build(backbone.input_shape)
 
@@ -183,6 +182,16 @@ class S2SDModel(keras.Model):
             if not layer.built:
                 layer.build((None, dim))
         self.built = True
+
+    def compile(self, *args, jit_compile="auto", **kwargs):
+        """As for any Keras model; `jit_compile="auto"` jits where there is a GPU."""
+        super().compile(*args, jit_compile=resolve_jit_compile(jit_compile), **kwargs)
+
+    def compile_from_config(self, config):
+        """Compiles a loaded model; Keras leaves that to classes with a `compile` of their own."""
+        self.compile(**keras.utils.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
 
     def call(self, inputs, training=None):
         """The base embedding z, `(batch, embedding_dim)`, of images."""

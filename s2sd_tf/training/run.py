@@ -81,6 +81,8 @@ def train(config, workdir):
             batches,
             epochs=config.train.epochs,
             initial_epoch=state.epoch,
+            # Keras 3 would warn that it cannot shuffle a dataset.
+            shuffle=False,
             callbacks=_callbacks(config, run_data, workdir, state),
             verbose=1 if sys.stdout.isatty() else 2,
         )
