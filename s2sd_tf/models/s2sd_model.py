@@ -190,7 +190,8 @@ class S2SDModel(keras.Model):
     def compile_from_config(self, config):
         """Compiles a loaded model; Keras leaves that to classes with a `compile` of their own."""
         self.compile(**keras.utils.deserialize_keras_object(config))
-        if self.built:
+        # Keras 2's legacy optimizers make their variables at the first step.
+        if self.built and hasattr(self.optimizer, "build"):
             self.optimizer.build(self.trainable_variables)
 
     def call(self, inputs, training=None):

@@ -254,13 +254,15 @@ def _differences(one, other, prefix=""):
 
 
 def _optimizer(config):
-    settings = {"learning_rate": config.optimizer.learning_rate}
-    try:
-        return keras.optimizers.get({"class_name": config.optimizer.name, "config": settings})
-    except ValueError as error:
-        raise ValueError(
-            f"config.optimizer.name: expected the name of a Keras optimizer. Received: {config.optimizer.name!r}"
-        ) from error
+    # Not by `keras.optimizers.get`, which gives Keras 2's legacy optimizers, whose state a saved model does not hold.
+    base = keras.optimizers.Optimizer
+    found = {name.lower(): getattr(keras.optimizers, name) for name in dir(keras.optimizers)}
+    found = {
+        name: cls for name, cls in found.items() if isinstance(cls, type) and issubclass(cls, base) and cls != base
+    }
+    if config.optimizer.name.lower() not in found:
+        raise ValueError(f"config.optimizer.name: expected one of {sorted(found)}. Received: {config.optimizer.name!r}")
+    return found[config.optimizer.name.lower()](learning_rate=config.optimizer.learning_rate)
 
 
 def _objective(config, name, run_data):
