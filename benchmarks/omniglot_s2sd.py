@@ -16,9 +16,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import platform
 
 from absl import app, flags
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from s2sd_tf.evaluation.pictures import save_figure
 from s2sd_tf.files import replacing, write_json
 from s2sd_tf.training.compare import run_all, summarize
 
@@ -127,9 +127,7 @@ def _draw(rows, path):
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    FigureCanvasAgg(figure)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    save_figure(path, figure)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 
-import numpy as np
 from absl import flags
 
 from s2sd_tf.cli import app, configs
@@ -15,7 +14,7 @@ from s2sd_tf.cli.tables import metrics_table
 from s2sd_tf.evaluation.pictures import save_curves
 from s2sd_tf.files import replacing, write_json
 from s2sd_tf.training import resolve
-from s2sd_tf.training.compare import run_all, summarize
+from s2sd_tf.training.compare import mean_and_deviation, run_all, summarize
 from s2sd_tf.training.run import read_history
 
 _WORKDIR = flags.DEFINE_string(
@@ -84,9 +83,8 @@ def _draw(groups):
             rows = [[row for row in history if f"test_{metric}" in row] for history in histories]
             if not all(rows):
                 continue
-            values = np.array([[100 * row[f"test_{metric}"] for row in history] for history in rows])
-            deviation = values.std(axis=0, ddof=1) if len(values) > 1 else 0.0 * values[0]
-            curves[name] = ([row["epoch"] for row in rows[0]], values.mean(axis=0), deviation)
+            values = [[100 * row[f"test_{metric}"] for row in history] for history in rows]
+            curves[name] = ([row["epoch"] for row in rows[0]], *mean_and_deviation(values))
         if curves:
             panels[f"{metric} on unseen classes, %"] = curves
     if panels:

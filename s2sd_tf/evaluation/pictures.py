@@ -32,7 +32,7 @@ def save_curves(path, panels):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(path, figure)
 
 
 def save_gallery(path, images, rows, names, title=""):
@@ -64,7 +64,7 @@ def save_gallery(path, images, rows, names, title=""):
             axes.set_title(mark + _short(names[item]), fontsize=7, color=color, pad=2)
     if title:
         figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save_figure(path, figure)
 
 
 def choose_queries(labels, neighbors, count, seed=0):
@@ -80,15 +80,16 @@ def choose_queries(labels, neighbors, count, seed=0):
     return chosen[np.argsort(wrong[chosen], kind="stable")]
 
 
+def save_figure(path, figure):
+    """Writes a matplotlib `Figure` as PNG, whole or not at all."""
+    FigureCanvasAgg(figure)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
 def _cycle(count):
     return [_CURVES[k % len(_CURVES)] for k in range(count)]
 
 
 def _short(name, length=16):
     return name if len(name) <= length else "\u2026" + name[-(length - 1) :]
-
-
-def _save(figure, path):
-    FigureCanvasAgg(figure)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")

@@ -53,14 +53,15 @@ def summarize(results):
     The deviation is that of the sample (n - 1), 0 for one run.
     """
     metrics = [result["test"]["exact"] for result in results]
-    return {
-        name: (
-            float(np.mean([m[name] for m in metrics])),
-            float(np.std([m[name] for m in metrics], ddof=1)) if len(metrics) > 1 else 0.0,
-        )
-        for name, value in metrics[0].items()
-        if isinstance(value, float)
-    }
+    names = [name for name, value in metrics[0].items() if isinstance(value, float)]
+    means, deviations = mean_and_deviation([[row[name] for name in names] for row in metrics])
+    return dict(zip(names, zip(means.tolist(), deviations.tolist())))
+
+
+def mean_and_deviation(values):
+    """Mean and sample deviation over the rows of `(runs, n)`, two arrays `(n,)`; the deviation of one run is 0."""
+    values = np.asarray(values, np.float64)
+    return values.mean(axis=0), values.std(axis=0, ddof=min(1, len(values) - 1))
 
 
 def _run(workdir, arguments):

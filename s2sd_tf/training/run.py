@@ -29,8 +29,8 @@ CHECKPOINTS_KEPT = 2
 def train(config, workdir):
     """Trains as `config` says, in `workdir`; called again, goes on where it was and ends with the same weights.
 
-    The work directory holds `config.json`, `checkpoints/`, `best.keras`, `history.csv`, `tensorboard/`, and at the end
-    `results.json`, `curves.png`, `gallery.png` and `saved_model/`.
+    The work directory holds `config.json`, `checkpoints/`, `history.csv`, `tensorboard/`, and at the end `best.keras`,
+    `preprocessing.json`, `results.json`, `curves.png`, `gallery.png` and `saved_model/`.
 
     Args:
         config: `ConfigDict` with the keys of `default_config`.
@@ -201,7 +201,7 @@ class _State:
 
 
 class _Checkpoints(keras.callbacks.Callback):
-    """Keeps the history, the best model and the checkpoints; comes after whatever adds to the logs."""
+    """Keeps the history and the checkpoints, the best epoch's among them; comes after whatever adds to the logs."""
 
     def __init__(self, config, workdir, state, has_validation):
         super().__init__()
@@ -294,12 +294,11 @@ def _evaluation(images, run_data, prefix, config, every):
 def _finish(config, run_data, workdir, state, model):
     """Chooses the model, evaluates it on the test classes, exports it and draws the pictures."""
     steps = int(tf.convert_to_tensor(model.step))
-    best_path = os.path.join(workdir, "best.keras")
     if run_data.validation is None:
         state.best_epoch = state.epoch
     else:
         model = load_model(state.best_path)
-    with replacing(best_path) as temporary:
+    with replacing(os.path.join(workdir, "best.keras")) as temporary:
         model.save(temporary)
     embeddings = embed(model, run_data.test, run_data.preprocessing)
     labels = run_data.test.labels
