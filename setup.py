@@ -1,5 +1,53 @@
-"""Everything about the package is declared in pyproject.toml; this file is the entry point of tools that need one."""
+"""What pyproject.toml cannot say: the C++ sources travel with the package, and are built where that is possible.
+
+An installation without build isolation (`pip install --no-build-isolation .`) sees TensorFlow and builds the fused op
+then; all others build it at its first use. `S2SD_TF_BUILD_CUDA=1` builds it with CUDA kernels.
+"""
+
+import importlib.util
+import os
+import pathlib
+import shutil
+import sys
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
+from setuptools.dist import Distribution
 
-setup()
+HERE = pathlib.Path(__file__).parent
+SOURCES = pathlib.Path("custom_ops", "similarity_kl")
+PREBUILT = pathlib.Path("s2sd_tf", "distillation", "prebuilt")
+
+
+class BuildWithOp(build_py):
+    """Copies the C++ sources into the package, and builds the op where TensorFlow and a compiler are present."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        target = pathlib.Path(self.build_lib, "s2sd_tf") / SOURCES
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(HERE / SOURCES, target, ignore=shutil.ignore_patterns("*_test.cc", "BUILD"))
+        if importlib.util.find_spec("tensorflow") is None:
+            return
+        spec = importlib.util.spec_from_file_location("libraries", HERE / "s2sd_tf" / "distillation" / "libraries.py")
+        libraries = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(libraries)
+        cuda = os.environ.get("S2SD_TF_BUILD_CUDA") == "1"
+        try:
+            for library in (libraries.OP, libraries.XLA):
+                print(f"built {libraries.build(library, pathlib.Path(self.build_lib) / PREBUILT, cuda)}")
+        except libraries.BuildError as error:
+            print(f"s2sd_tf: the fused op is not built now, but at its first use: {error}", file=sys.stderr)
+        pathlib.Path(self.build_lib, PREBUILT, ".lock").unlink(missing_ok=True)
+
+
+class WithOp(Distribution):
+    """A package that may hold libraries for this platform."""
+
+    def has_ext_modules(self):
+        return importlib.util.find_spec("tensorflow") is not None
+
+
+setup(cmdclass={"build_py": BuildWithOp}, distclass=WithOp)

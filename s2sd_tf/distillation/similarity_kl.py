@@ -4,11 +4,23 @@ import os
 
 import tensorflow as tf
 
+from s2sd_tf.distillation import fused
+
 IMPLEMENTATIONS = ("auto", "fused", "composed")
 KERNEL_VARIABLE = "S2SD_TF_KERNEL"
 
 
-def similarity_kl(student, teachers, temperature=1.0, weights=None, implementation="auto"):
+def similarity_kl(
+    student,
+    teachers,
+    temperature=1.0,
+    weights=None,
+    implementation="auto",
+    *,
+    rows=None,
+    compute_gradient=True,
+    jit_compile=None,
+):
     """KL divergence from every teacher's in-batch similarity structure to the student's (S2SD, section 3).
 
     With the cosine similarities S(a) = a a^T of l2-normalised rows, diagonal kept, and P(a) the row-wise softmax of
@@ -16,65 +28,125 @@ def similarity_kl(student, teachers, temperature=1.0, weights=None, implementati
 
         KL_k = T^2 / B * sum_ij P(q_k)_ij * (log P(q_k)_ij - log P(z)_ij)
 
+    The composed implementation makes 2 (K + 1) matrices of batch x batch and as many for the gradient. The fused one
+    makes none: on the CPU it takes a workspace of at most `S2SD_TF_WORKSPACE_MIB` (an environment variable, default 256)
+    MiB, kept for the next call. On a GPU the fused op wants rows whose squared length is within 8 T of 1, and gives NaN
+    for others; on the CPU any length will do.
+
     Args:
         student: float tensor `(batch, dim)`, the rows l2-normalised. float64 computes in float64; float32, float16
             and bfloat16 accumulate in float32.
         teachers: sequence of K >= 1 float tensors `(batch, dim_k)`; the dims may differ. No gradient flows into them.
-        temperature: float > 0.
+        temperature: float > 0. No gradient flows into it.
         weights: K floats, or a float tensor `(K,)`, by which the divergences are summed. Default: 1 / K each.
         implementation: "auto" (the fused op where it can be had, else composed), "composed" (TensorFlow ops) or
-            "fused". The environment variable `S2SD_TF_KERNEL` stands in for "auto" where it is set.
+            "fused". The environment variable `S2SD_TF_KERNEL` stands in for "auto" where it is set. float64 is always
+            composed.
+        rows: `(offset, count)`, two ints or an int32 tensor `(2,)`: only the rows [offset, offset + count) of the
+            similarity matrices are compared, over all columns, and averaged. The gradient has the part of the rows and
+            that of the columns. For a replica that holds `count` of `batch` gathered embeddings: the mean over replicas
+            of equal count is the divergence of the whole batch. Default: all.
+        compute_gradient: False spares the fused op the gradient, where only the value is wanted.
+        jit_compile: whether the surrounding `tf.function` is compiled by XLA. None, not known: the fused op is then used
+            inside of a `tf.function` only where it works with XLA too.
 
     Returns:
-        `(total, per_teacher)`: the weighted sum, a scalar differentiable in `student`; and the K single divergences
-        `(K,)`, which carry no gradient. Both are float32, or float64 for a float64 student.
+        `(total, per_teacher)`: the weighted sum, a scalar differentiable in `student` and `weights`; and the K single
+        divergences `(K,)`, which carry no gradient. Both are float32, or float64 for a float64 student.
 
     Raises:
         tf.errors.InvalidArgumentError: wrong rank, no teacher, batch sizes that differ, a weight too many or too few,
-            or a temperature that is not > 0.
-        NotImplementedError: "fused" was asked for and there is no fused op in this installation.
+            a temperature that is not > 0, rows outside of the batch, or "fused" asked for in float64.
+        NotImplementedError: "fused" was asked for and cannot be had; the message says why.
         ValueError: an unknown implementation.
     """
-    _check_implementation(implementation)
+    chosen = _chosen_implementation(implementation)
     student = tf.convert_to_tensor(student)
     teachers = [tf.convert_to_tensor(teacher) for teacher in teachers]
     _check_shapes(student, teachers, temperature, weights)
-
-    dtype = tf.float64 if student.dtype == tf.float64 else tf.float32
+    rows = _rows(rows, student)
     if weights is None:
         weights = [1.0 / len(teachers)] * len(teachers)
-    per_teacher = _composed(
-        tf.cast(student, dtype), [tf.stop_gradient(tf.cast(teacher, dtype)) for teacher in teachers], temperature
-    )
-    total = tf.reduce_sum(tf.cast(tf.convert_to_tensor(weights), dtype) * per_teacher)
+    if _use_fused(chosen, student, jit_compile):
+        dtype = student.dtype if all(teacher.dtype == student.dtype for teacher in teachers) else tf.float32
+        total, per_teacher = fused.fused_similarity_kl(
+            tf.cast(student, dtype),
+            [tf.cast(teacher, dtype) for teacher in teachers],
+            temperature,
+            weights,
+            tf.stack([0, tf.shape(student)[0]]) if rows is None else rows,
+            compute_gradient,
+        )
+    else:
+        dtype = tf.float64 if student.dtype == tf.float64 else tf.float32
+        per_teacher = _composed(
+            tf.cast(student, dtype),
+            [tf.stop_gradient(tf.cast(teacher, dtype)) for teacher in teachers],
+            tf.stop_gradient(tf.cast(temperature, dtype)),
+            rows,
+        )
+        total = tf.reduce_sum(tf.cast(tf.convert_to_tensor(weights), dtype) * per_teacher)
     return total, tf.stop_gradient(per_teacher)
 
 
-def _composed(student, teachers, temperature):
-    """The K divergences `(K,)` by plain TensorFlow ops: 2 (K + 1) matrices of batch x batch."""
-    log_student = _log_softmax_similarities(student, temperature)
+def _composed(student, teachers, temperature, rows):
+    """The K divergences `(K,)` by plain TensorFlow ops."""
+    log_student = _log_softmax_similarities(student, temperature, rows)
     divergences = []
     for teacher in teachers:
-        log_teacher = _log_softmax_similarities(teacher, temperature)
+        log_teacher = _log_softmax_similarities(teacher, temperature, rows)
         divergences.append(tf.reduce_sum(tf.exp(log_teacher) * (log_teacher - log_student)))
-    batch = tf.cast(tf.shape(student)[0], student.dtype)
-    return tf.stack(divergences) * (temperature**2) / batch
+    count = tf.cast(tf.shape(log_student)[0], student.dtype)
+    return tf.stack(divergences) * (temperature**2) / count
 
 
-def _log_softmax_similarities(embeddings, temperature):
-    return tf.nn.log_softmax(tf.matmul(embeddings, embeddings, transpose_b=True) / temperature, axis=1)
+def _log_softmax_similarities(embeddings, temperature, rows):
+    anchors = embeddings if rows is None else tf.slice(embeddings, [rows[0], 0], [rows[1], -1])
+    return tf.nn.log_softmax(tf.matmul(anchors, embeddings, transpose_b=True) / temperature, axis=1)
 
 
-def _check_implementation(implementation):
+def _chosen_implementation(implementation):
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected one of {IMPLEMENTATIONS}. Received: {implementation!r}")
     chosen = os.environ.get(KERNEL_VARIABLE, "auto") if implementation == "auto" else implementation
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(f"{KERNEL_VARIABLE}: expected one of {IMPLEMENTATIONS}. Received: {chosen!r}")
+    return chosen
+
+
+def _use_fused(chosen, student, jit_compile):
+    if chosen == "composed":
+        return False
+    if student.dtype not in fused.DTYPES:
+        if chosen == "fused":
+            _refuse(f"implementation='fused': expected float32, float16 or bfloat16. Received: {student.dtype.name}")
+        return False
     if chosen == "fused":
-        raise NotImplementedError(
-            "implementation='fused': this installation has no fused similarity-KL op; use 'auto' or 'composed'."
-        )
+        reason = fused.unavailable(xla=bool(jit_compile))
+        if reason:
+            raise NotImplementedError(f"implementation='fused': {reason}")
+        if jit_compile is None and tf.inside_function():
+            fused.unavailable(xla=True)  # loads what there is
+        return True
+    return not fused.unavailable(xla=tf.inside_function() if jit_compile is None else jit_compile)
+
+
+def _rows(rows, student):
+    """`rows` as an int32 tensor `(2,)`, or None for all of them."""
+    if rows is None:
+        return None
+    rows = tf.convert_to_tensor(rows, tf.int32)
+    if not rows.shape.is_compatible_with([2]):
+        _refuse(f"rows: expected (offset, count). Received: shape {rows.shape}")
+    known = tf.get_static_value(rows)
+    if known is not None and student.shape[0] is not None:
+        offset, count = known.tolist()
+        if offset < 0 or count < 1 or offset + count > student.shape[0]:
+            _refuse(
+                f"rows: expected offset >= 0, count >= 1 and offset + count <= {student.shape[0]}. "
+                f"Received: ({offset}, {count})"
+            )
+    return rows
 
 
 def _check_shapes(student, teachers, temperature, weights):

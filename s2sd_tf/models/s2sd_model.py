@@ -137,6 +137,7 @@ class S2SDModel(keras.Model):
         self.learning_rate_multipliers = types.MappingProxyType({**dict.fromkeys(GROUPS, 1.0), **multipliers})
         self.log_per_target = log_per_target
         self.similarity_kl_implementation = similarity_kl_implementation
+        self._steps_are_jitted = None  # not known before `compile`
 
         self.backbone = backbone
         self.embedding_head = EmbeddingHead(self.embedding_dim, dtype=self.dtype_policy, name="embedding_head")
@@ -186,6 +187,7 @@ class S2SDModel(keras.Model):
     def compile(self, *args, jit_compile="auto", **kwargs):
         """As for any Keras model; `jit_compile="auto"` jits where there is a GPU."""
         super().compile(*args, jit_compile=resolve_jit_compile(jit_compile), **kwargs)
+        self._steps_are_jitted = bool(self.jit_compile)
 
     def compile_from_config(self, config):
         """Compiles a loaded model; Keras leaves that to classes with a `compile` of their own."""
@@ -245,7 +247,13 @@ class S2SDModel(keras.Model):
         if teachers:
             # One call for all teachers, as they share the student's similarities.
             total, kls = similarity_kl(
-                embedding, teachers, self.temperature, tf.stack(weights), self.similarity_kl_implementation
+                embedding,
+                teachers,
+                self.temperature,
+                tf.stack(weights),
+                self.similarity_kl_implementation,
+                compute_gradient=training,
+                jit_compile=self._steps_are_jitted,
             )
             loss += tf.cast(total, loss.dtype)
             if self.target_dims:

@@ -1,0 +1,100 @@
+// The inner loops of the CPU kernel, as one table of functions for every set of vector instructions.
+//
+// The files that implement them are compiled with instructions that the running processor may lack. They therefore
+// define nothing with external linkage but their table, and use no inline function of the standard library: the linker
+// might otherwise keep their copy of it for everyone.
+
+#ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_SIMD_H_
+#define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_SIMD_H_
+
+#include <cstdint>
+
+#include "similarity_kl.h"
+
+namespace s2sd {
+
+// A word is the unit of packed operands: one float, or two neighbouring bfloat16 of a row.
+//
+// A panel is `SimdKernels::width` rows of a matrix, transposed: word after word of the depth, `width` words each.
+
+// A block of similarities, row-major.
+struct Tile {
+  float* values;
+  int64_t stride;
+  int rows;
+  int columns;
+};
+
+// What turns a dot product s into an exponential: exp((s - constant) / T), or, where the pointers are not null,
+// exp((s - rows[i]) / T) seen from the row and exp((s - columns[j]) / T) seen from the column.
+struct Shift {
+  float inverse_temperature;
+  float constant;
+  const float* rows;
+  const float* columns;
+};
+
+// The factors of the exponentials in the gradient's weights: two numbers for every teacher and row (or column), the
+// teacher's own and the student's, in arrays that are `stride` floats apart.
+struct Factors {
+  const float* rows;
+  const float* columns;  // null: the columns have no part in the weights
+  int64_t stride;
+};
+
+struct SimdKernels {
+  int width;      // a power of two, at most kTileGranularity
+  bool bfloat16;  // the words of bfloat16 matrices are pairs; else all words are floats
+
+  // Packs the words [first_word, first_word + words) of `count` rows into ceil(count / width) panels, each `words` deep.
+  // The rows start at `rows`, `dim` scalars apart; what lies outside of them is filled with 0.
+  void (*pack)(Scalar scalar, const void* rows, int64_t dim, int count, int64_t first_word, int64_t words,
+               float* panels);
+
+  // Packs `count` rows, columns [first, first + width * panels), untransposed: panel after panel, `count` deep, as floats.
+  void (*pack_rows)(Scalar scalar, const void* rows, int64_t dim, int count, int64_t first, int panels, float* packed);
+
+  // tile = (or +=) a b^T over `words` words of packed a and b, whose panels are `panel_stride` floats apart. `pairs`: the
+  // words are pairs of bfloat16. `upper`: a and b are the same rows, and only what is on or above the diagonal is needed.
+  void (*products)(const float* a, const float* b, int64_t panel_stride, int64_t words, bool pairs, bool accumulate,
+                   bool upper, const Tile& tile);
+
+  // out (rows x width * panels) = (or +=) h z, where z is packed by `pack_rows`; `transpose`: h^T z, of h's columns.
+  void (*multiply)(const Tile& h, bool transpose, const float* z, int panels, bool accumulate, float* out);
+
+  // Copies what is above the diagonal to below it.
+  void (*mirror)(const Tile& tile);
+
+  // row_max[i] = max(row_max[i], dots), and the same for the columns where column_max is not null.
+  void (*maxima)(const Tile& dots, float* row_max, float* column_max);
+
+  // The first pass over the student's dot products: logits = dots / T (less the constant shift), tile = exponentials
+  // seen from the row; their sums over the columns, and over the rows where column_z is not null.
+  void (*student_sums)(const Tile& tile, const Shift& shift, float* logits, float* row_z, float* column_z);
+
+  // The same for a teacher, and the sums of exponential * (logit - student's logit).
+  void (*teacher_sums)(const Tile& tile, const Shift& shift, const float* logits, float* row_z, float* row_a,
+                       float* column_z, float* column_a);
+
+  // h = (or +=) e_student student_factor + e_teacher own_factor, seen from the row and, added to that, from the column,
+  // for one teacher's dots and the student's. Both halves of this difference are about the same, so it is taken first.
+  void (*weigh_dots)(const Tile& student, const Tile& teacher, const Shift& student_shift, const Shift& teacher_shift,
+                     const Factors& factors, bool accumulate, float* h);
+
+  // The same for kept exponentials, added up over the teachers. The tiles of student and teachers are `matrix_stride`
+  // floats apart.
+  void (*weigh_kept)(const Tile& student, int64_t matrix_stride, int teachers, const Factors& factors, float* h);
+};
+
+constexpr int kTileGranularity = 16;  // tiles are of whole vectors, and of whole micro tiles, at every width
+
+extern const SimdKernels kPortableKernels;
+#if defined(__x86_64__)
+extern const SimdKernels kAvx2Kernels;
+extern const SimdKernels kAvx512Kernels;
+extern const SimdKernels kAvx512Bf16Kernels;
+#endif
+
+}  // namespace s2sd
+
+#endif  // S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_SIMD_H_

@@ -1,0 +1,230 @@
+// The op S2sd>SimilarityKl: its signature, and its kernels for the CPU and, in a build with CUDA, for a GPU.
+
+#if S2SD_TF_CUDA
+#define EIGEN_USE_GPU
+#endif
+
+#include <string>
+#include <vector>
+
+#include "cpu_kernel.h"
+#include "pool_tasks.h"
+#include "similarity_kl.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/lib/core/threadpool.h"
+
+#if S2SD_TF_CUDA
+#include "cuda_kernel.h"
+#include "unsupported/Eigen/CXX11/Tensor"
+#endif
+
+namespace s2sd {
+namespace {
+
+namespace tf = ::tensorflow;
+using tf::shape_inference::DimensionHandle;
+using tf::shape_inference::InferenceContext;
+using tf::shape_inference::ShapeHandle;
+
+// TensorFlow 2.15 and 2.20 both have these names for a status, under different types.
+using Status = decltype(tf::errors::InvalidArgument(""));
+
+Status ShapeFunction(InferenceContext* context) {
+  const int num_teachers = context->num_inputs() - 4;
+  ShapeHandle student;
+  TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 2, &student));
+  DimensionHandle batch = context->Dim(student, 0);
+  for (int k = 0; k < num_teachers; ++k) {
+    ShapeHandle teacher;
+    TF_RETURN_IF_ERROR(context->WithRank(context->input(1 + k), 2, &teacher));
+    TF_RETURN_IF_ERROR(context->Merge(batch, context->Dim(teacher, 0), &batch));
+  }
+  ShapeHandle unused;
+  DimensionHandle unused_dim;
+  TF_RETURN_IF_ERROR(context->WithRank(context->input(1 + num_teachers), 0, &unused));
+  TF_RETURN_IF_ERROR(context->WithRank(context->input(2 + num_teachers), 1, &unused));
+  TF_RETURN_IF_ERROR(context->WithValue(context->Dim(unused, 0), num_teachers, &unused_dim));
+  TF_RETURN_IF_ERROR(context->WithRank(context->input(3 + num_teachers), 1, &unused));
+  TF_RETURN_IF_ERROR(context->WithValue(context->Dim(unused, 0), 2, &unused_dim));
+  bool compute_gradient;
+  TF_RETURN_IF_ERROR(context->GetAttr("compute_gradient", &compute_gradient));
+  context->set_output(0, context->Scalar());
+  context->set_output(1, context->Vector(num_teachers));
+  context->set_output(2, compute_gradient ? context->Matrix(batch, context->Dim(student, 1)) : context->Matrix(0, 0));
+  return Status();
+}
+
+REGISTER_OP("S2sd>SimilarityKl")
+    .Input("student: T")
+    .Input("teachers: K * T")
+    .Input("temperature: float")
+    .Input("weights: float")
+    .Input("rows: int32")
+    .Output("total: float")
+    .Output("per_teacher: float")
+    .Output("student_gradient: float")
+    .Attr("T: {float, half, bfloat16}")
+    .Attr("K: int >= 1")
+    .Attr("compute_gradient: bool = true")
+    .Attr("allow_tf32: bool = false")
+    .SetShapeFn(ShapeFunction)
+    .Doc(R"doc(
+The KL divergences from the row-wise softmax of the similarity matrix of every teacher to that of the student, and the
+gradient of their weighted sum by the student. Rows are expected to be l2-normalised.
+
+student: (B, D).
+teachers: K matrices (B, D_k).
+temperature: a scalar T > 0, by which the similarities are divided.
+weights: (K), by which the divergences are summed.
+rows: an offset and a count; the mean is taken over these rows of the similarity matrices, (0, B) for all.
+total: a scalar, the weighted sum of the divergences.
+per_teacher: (K), the divergences, scaled by T^2.
+student_gradient: (B, D), the derivative of total by student; (0, 0) unless compute_gradient.
+allow_tf32: whether a GPU may multiply float32 in TF32.
+)doc");
+
+template <typename T>
+constexpr Scalar ScalarOf() {
+  if (tf::DataTypeToEnum<T>::value == tf::DT_FLOAT) return Scalar::kFloat32;
+  return tf::DataTypeToEnum<T>::value == tf::DT_HALF ? Scalar::kFloat16 : Scalar::kBfloat16;
+}
+
+class SimilarityKlOpBase : public tf::OpKernel {
+ public:
+  explicit SimilarityKlOpBase(tf::OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("compute_gradient", &compute_gradient_));
+    OP_REQUIRES_OK(context, context->GetAttr("allow_tf32", &allow_tf32_));
+  }
+
+  void Compute(tf::OpKernelContext* context) override {
+    const int num_teachers = context->num_inputs() - 4;
+    const tf::Tensor& student = context->input(0);
+    const tf::Tensor& temperature = context->input(1 + num_teachers);
+    const tf::Tensor& weights = context->input(2 + num_teachers);
+    const tf::Tensor& rows = context->input(3 + num_teachers);
+    OP_REQUIRES(context, tf::TensorShapeUtils::IsMatrix(student.shape()),
+                tf::errors::InvalidArgument("student must be a matrix, got the shape ", student.shape().DebugString()));
+    const tf::int64 columns = student.dim_size(0);
+    OP_REQUIRES(context, columns > 0, tf::errors::InvalidArgument("student must have at least one row"));
+    std::vector<Matrix> matrices;
+    for (int k = 0; k < num_teachers; ++k) {
+      const tf::Tensor& teacher = context->input(1 + k);
+      const std::string shape = teacher.shape().DebugString();
+      OP_REQUIRES(context, tf::TensorShapeUtils::IsMatrix(teacher.shape()),
+                  tf::errors::InvalidArgument("teachers[", k, "] must be a matrix, got the shape ", shape));
+      OP_REQUIRES(context, teacher.dim_size(0) == columns,
+                  tf::errors::InvalidArgument("teachers[", k, "] must have as many rows as student, ", columns,
+                                              ", got the shape ", shape));
+      matrices.push_back({teacher.tensor_data().data(), teacher.dim_size(1)});
+    }
+    OP_REQUIRES(context, tf::TensorShapeUtils::IsScalar(temperature.shape()),
+                tf::errors::InvalidArgument("temperature must be a scalar, got the shape ",
+                                            temperature.shape().DebugString()));
+    OP_REQUIRES(context, weights.dims() == 1 && weights.dim_size(0) == num_teachers,
+                tf::errors::InvalidArgument("weights must be one number per teacher, ", num_teachers,
+                                            ", got the shape ", weights.shape().DebugString()));
+    OP_REQUIRES(context, rows.NumElements() == 2,
+                tf::errors::InvalidArgument("rows must be two numbers, an offset and a count, got ",
+                                            rows.NumElements()));
+    const tf::int64 offset = rows.flat<tf::int32>()(0), count = rows.flat<tf::int32>()(1);
+    OP_REQUIRES(context, offset >= 0 && count > 0 && offset + count <= columns,
+                tf::errors::InvalidArgument("rows: ", count, " rows from row ", offset, " on do not lie within the ",
+                                            columns, " rows of student"));
+
+    tf::Tensor *total, *per_teacher, *gradient;
+    OP_REQUIRES_OK(context, context->allocate_output(0, {}, &total));
+    OP_REQUIRES_OK(context, context->allocate_output(1, {num_teachers}, &per_teacher));
+    OP_REQUIRES_OK(context, context->allocate_output(
+                                2, compute_gradient_ ? student.shape() : tf::TensorShape({0, 0}), &gradient));
+    const Problem problem{scalar(),
+                          columns,
+                          offset,
+                          count,
+                          {student.tensor_data().data(), student.dim_size(1)},
+                          matrices.data(),
+                          num_teachers,
+                          temperature.flat<float>().data(),
+                          weights.flat<float>().data()};
+    Run(context, problem,
+        {total->flat<float>().data(), per_teacher->flat<float>().data(),
+         compute_gradient_ ? gradient->flat<float>().data() : nullptr});
+  }
+
+ protected:
+  bool allow_tf32() const { return allow_tf32_; }
+
+ private:
+  virtual Scalar scalar() const = 0;
+  virtual void Run(tf::OpKernelContext* context, const Problem& problem, const Outputs& outputs) = 0;
+
+  bool compute_gradient_;
+  bool allow_tf32_;
+};
+
+template <typename T>
+class SimilarityKlCpuOp : public SimilarityKlOpBase {
+ public:
+  using SimilarityKlOpBase::SimilarityKlOpBase;
+
+ private:
+  Scalar scalar() const override { return ScalarOf<T>(); }
+
+  void Run(tf::OpKernelContext* context, const Problem& problem, const Outputs& outputs) override {
+    auto* workers = context->device()->tensorflow_cpu_worker_threads()->workers;
+    const CpuOptions options = PooledCpuOptions(
+        workers->NumThreads(), [workers](std::function<void()> run) { workers->Schedule(std::move(run)); });
+    const std::string wrong = SimilarityKlCpu(problem, options, outputs);
+    OP_REQUIRES(context, wrong.empty(), tf::errors::InvalidArgument(wrong));
+  }
+};
+
+#define REGISTER_CPU(T)                                                                              \
+  REGISTER_KERNEL_BUILDER(Name("S2sd>SimilarityKl").Device(tf::DEVICE_CPU).TypeConstraint<T>("T"), \
+                          SimilarityKlCpuOp<T>)
+REGISTER_CPU(float);
+REGISTER_CPU(Eigen::half);
+REGISTER_CPU(Eigen::bfloat16);
+#undef REGISTER_CPU
+
+#if S2SD_TF_CUDA
+
+template <typename T>
+class SimilarityKlCudaOp : public SimilarityKlOpBase {
+ public:
+  using SimilarityKlOpBase::SimilarityKlOpBase;
+
+ private:
+  Scalar scalar() const override { return ScalarOf<T>(); }
+
+  void Run(tf::OpKernelContext* context, const Problem& problem, const Outputs& outputs) override {
+    OP_REQUIRES(context, problem.num_teachers <= kCudaMaxTeachers && problem.columns <= kCudaMaxColumns,
+                tf::errors::InvalidArgument("on a GPU at most ", kCudaMaxTeachers, " teachers and ", kCudaMaxColumns,
+                                            " rows, got ", problem.num_teachers, " and ", problem.columns));
+    tf::Tensor workspace;
+    tf::AllocatorAttributes attributes;
+    const tf::int64 bytes = SimilarityKlCudaWorkspaceBytes(problem, outputs.gradient != nullptr);
+    OP_REQUIRES_OK(context, context->allocate_temp(tf::DT_INT8, {bytes}, &workspace, attributes));
+    CudaOptions options;
+    options.allow_tf32 = allow_tf32();
+    const char* wrong = SimilarityKlCuda(problem, options, outputs, workspace.flat<tf::int8>().data(),
+                                         context->eigen_gpu_device().stream());
+    OP_REQUIRES(context, wrong == nullptr, tf::errors::Internal(wrong));
+  }
+};
+
+#define REGISTER_GPU(T)                                                                              \
+  REGISTER_KERNEL_BUILDER(                                                                           \
+      Name("S2sd>SimilarityKl").Device(tf::DEVICE_GPU).TypeConstraint<T>("T").HostMemory("rows"), \
+      SimilarityKlCudaOp<T>)
+REGISTER_GPU(float);
+REGISTER_GPU(Eigen::half);
+REGISTER_GPU(Eigen::bfloat16);
+#undef REGISTER_GPU
+
+#endif  // S2SD_TF_CUDA
+
+}  // namespace
+}  // namespace s2sd

@@ -1,0 +1,57 @@
+"""Builds the libraries of the fused similarity-KL op and tries them:
+
+    python -m s2sd_tf.distillation.build
+
+Without this command the op is built at its first use. Here it can be built before, with CUDA kernels for GPUs that this
+machine does not have, or into another folder.
+"""
+
+import platform
+import time
+
+import tensorflow as tf
+from absl import app, flags
+
+from s2sd_tf.distillation import libraries, similarity_kl
+
+_CUDA = flags.DEFINE_enum("cuda", "auto", ["auto", "on", "off"], "CUDA kernels: auto builds them where there is a GPU.")
+_XLA = flags.DEFINE_bool("xla", True, "Build the library for jit_compile=True as well.")
+_FOLDER = flags.DEFINE_string("folder", None, "Where to put the libraries. Default: the user's cache.")
+
+
+def main(_):
+    gpus = tf.config.list_physical_devices("GPU")
+    cuda = _CUDA.value == "on" or (_CUDA.value == "auto" and bool(gpus))
+    print(f"TensorFlow {tf.__version__}, {platform.machine()}, {len(gpus)} GPU(s)")
+    try:
+        print(f"C++ compiler: {libraries.compiler()}")
+        print(f"CUDA compiler: {libraries.cuda_compiler() if cuda else 'not used'}")
+        print(f"sources: {libraries.sources()}")
+        for library in (libraries.OP, libraries.XLA) if _XLA.value else (libraries.OP,):
+            found = None if _FOLDER.value else libraries.find(library, cuda)
+            start = time.monotonic()
+            path = found or libraries.build(library, _FOLDER.value, cuda)
+            print(f"{path}: {'is there' if found else f'built in {time.monotonic() - start:.0f} s'}")
+    except libraries.BuildError as error:
+        raise SystemExit(f"not built: {error}") from error
+    if not _FOLDER.value:
+        _try_out()
+
+
+def _try_out():
+    student = tf.math.l2_normalize(tf.random.stateless_normal((41, 8), [0, 1]), 1)
+    teacher = tf.math.l2_normalize(tf.random.stateless_normal((41, 16), [0, 2]), 1)
+    expected, _ = similarity_kl(student, [teacher], implementation="composed")
+    for jit in (False, True) if _XLA.value else (False,):
+        step = tf.function(
+            lambda s, t, jit=jit: similarity_kl(s, [t], implementation="fused", jit_compile=jit)[0], jit_compile=jit
+        )
+        try:
+            difference = abs(float(step(student, teacher)) - float(expected))
+        except NotImplementedError as error:
+            raise SystemExit(str(error)) from error
+        print(f"tried with jit_compile={jit}: within {difference:.1e} of the composed version")
+
+
+if __name__ == "__main__":
+    app.run(main)

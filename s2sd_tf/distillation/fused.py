@@ -1,0 +1,122 @@
+"""The fused similarity-KL op: its libraries are loaded at the first use, and built before that where they are missing."""
+
+import functools
+import logging
+import time
+
+import tensorflow as tf
+
+from s2sd_tf.distillation import libraries
+
+DTYPES = (tf.float32, tf.float16, tf.bfloat16)
+
+
+def unavailable(xla=False):
+    """None where the fused op can be used, else why not, in one line that has been logged once.
+
+    Args:
+        xla: whether the op has to work under `jit_compile=True` too, which takes a second library.
+    """
+    for library in (libraries.OP, libraries.XLA)[: 2 if xla else 1]:
+        _, reason = _load(library)
+        if reason:
+            return reason
+    return None
+
+
+def fused_similarity_kl(student, teachers, temperature, weights, rows, compute_gradient):
+    """`(total, per_teacher)` by the fused op; the arguments are tensors that `similarity_kl` has checked.
+
+    The tensors have one dtype of `DTYPES`; `rows` is int32 `(2,)`. Without `compute_gradient` the op does less, and
+    whoever differentiates nevertheless has it run again.
+    """
+    total, per_teacher, _ = _op()(
+        student=student,
+        teachers=teachers,
+        temperature=tf.cast(temperature, tf.float32),
+        weights=tf.cast(weights, tf.float32),
+        rows=rows,
+        compute_gradient=compute_gradient,
+        allow_tf32=tf.config.experimental.tensor_float_32_execution_enabled(),
+    )
+    return total, per_teacher
+
+
+@tf.RegisterGradient("S2sd>SimilarityKl")
+def _similarity_kl_gradient(op, total_gradient, *_):
+    """The student's gradient was made in the forward pass: the upstream gradient is one number."""
+    student, *teachers = op.inputs[:-3]
+    temperature, weights, rows = op.inputs[-3:]
+    per_teacher, student_gradient = op.outputs[1:]
+    if not op.get_attr("compute_gradient"):
+        _, per_teacher, student_gradient = _op()(
+            student=student,
+            teachers=teachers,
+            temperature=temperature,
+            weights=weights,
+            rows=rows,
+            compute_gradient=True,
+            allow_tf32=op.get_attr("allow_tf32"),
+        )
+    student_gradient = tf.cast(total_gradient * _once_differentiable(student_gradient), student.dtype)
+    return [student_gradient, *[None] * len(teachers), None, total_gradient * _once_differentiable(per_teacher), None]
+
+
+@tf.custom_gradient
+def _once_differentiable(x):
+    def gradient(*_):
+        raise NotImplementedError(
+            "similarity_kl: the fused op has no second derivative; use implementation='composed' for it."
+        )
+
+    return tf.identity(x), gradient
+
+
+def _op():
+    module, reason = _load(libraries.OP)
+    if reason:
+        raise NotImplementedError(reason)
+    return module.s2sd_similarity_kl
+
+
+@functools.lru_cache(maxsize=None)
+def _load(library):
+    """`(module, None)`, or `(None, why not)`; builds the library where it is missing."""
+    log = logging.getLogger(__name__)
+    try:
+        module = _find_or_build(library, log)
+        return module, None
+    except (libraries.BuildError, tf.errors.OpError, OSError) as error:
+        message = (error.message if isinstance(error, tf.errors.OpError) else str(error)).splitlines()[0]
+        use = "under jit_compile" if library == libraries.XLA else "and the composed version is used"
+        reason = f"s2sd_tf: no fused similarity-KL op {use}: {message}"
+        log.warning("%s", reason)
+        return None, reason
+
+
+def _find_or_build(library, log):
+    gpus = tf.config.list_physical_devices("GPU")
+    cuda = _compute_capabilities(gpus) if gpus and libraries.cuda_compiler() else False
+    if library == libraries.XLA and cuda and tf.__version__.startswith("2.15."):
+        raise libraries.BuildError("TensorFlow 2.15 has no interface for it on a GPU")
+    path = libraries.find(library, cuda=True) if gpus else libraries.find(library)
+    if path is None:
+        if gpus and not cuda:
+            raise libraries.BuildError("there is a GPU, but no nvcc to build its kernels")
+        libraries.compiler()
+        others = libraries.others(library)
+        log.warning(
+            "s2sd_tf: building the fused similarity-KL op%s for TensorFlow %s, once%s ...",
+            " for XLA" if library == libraries.XLA else "",
+            tf.__version__,
+            f" ({', '.join(others)} does not fit)" if others else "",
+        )
+        start = time.monotonic()
+        path = libraries.build(library, cuda=cuda)
+        log.warning("s2sd_tf: built %s in %.0f s.", path, time.monotonic() - start)
+    return tf.load_op_library(str(path))
+
+
+def _compute_capabilities(gpus):
+    details = [tf.config.experimental.get_device_details(gpu).get("compute_capability") for gpu in gpus]
+    return sorted({10 * major + minor for major, minor in filter(None, details)})

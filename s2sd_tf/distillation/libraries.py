@@ -1,0 +1,209 @@
+"""Building and finding the libraries of the fused similarity-KL op.
+
+There are two: "similarity_kl", the op, and "similarity_kl_xla", which makes it known to XLA and takes longer to build. A
+library loads only in the TensorFlow minor version that it was built for, so its name says for which version, for which
+processor, and from which sources it was built. It is looked for beside this file, where `setup.py` puts it, then in the
+user's cache.
+
+`setup.py` loads this file by its path: it imports nothing of the package, and TensorFlow only when it is called.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+
+OP = "similarity_kl"
+XLA = "similarity_kl_xla"
+CACHE_VARIABLE = "S2SD_TF_CACHE_DIR"
+
+PREBUILT = pathlib.Path(__file__).parent / "prebuilt"
+
+_KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-ffp-contract=fast"]
+_AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+_KERNEL_SOURCES = {"cpu_kernel.cc": [], "cpu_simd_portable.cc": []}
+_X86_SOURCES = {
+    "cpu_simd_avx2.cc": ["-mavx2", "-mfma", "-mf16c"],
+    "cpu_simd_avx512.cc": _AVX512_FLAGS,
+    "cpu_simd_avx512_bf16.cc": [*_AVX512_FLAGS, "-mavx512bf16"],
+}
+_CUDA_SOURCE = "cuda_kernel.cu"
+_CUDA_ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
+_NOT_BUILT = ("cpu_kernel_test", "cuda_kernel_test", "cuda_host_harness", "cuda_program")
+_OP_SOURCES = {OP: "op.cc", XLA: "xla.cc"}
+
+
+class BuildError(RuntimeError):
+    """A library could not be built; the message says why in one line."""
+
+
+def find(library, cuda=False):
+    """Path of a built library that fits this TensorFlow, processor and source tree, or None."""
+    for folder in (PREBUILT, cache_folder()):
+        path = folder / _file_name(library, cuda)
+        if path.exists():
+            return path
+    return None
+
+
+def others(library):
+    """Names of prebuilt libraries of the same kind that do not fit."""
+    fitting = {_file_name(library, cuda) for cuda in (False, True)}
+    return sorted(path.name for path in PREBUILT.glob(f"{library}-tf*.so") if path.name not in fitting)
+
+
+def cache_folder():
+    """Where libraries that are built at their first use are kept."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return pathlib.Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "s2sd_tf"
+
+
+def build(library, folder=None, cuda=False):
+    """Builds `library` into `folder` (default: the user's cache) and returns its path.
+
+    One process builds at a time; one that had to wait finds the other's library.
+
+    Args:
+        library: `OP` or `XLA`.
+        folder: where to put it.
+        cuda: False, or True for a library with CUDA kernels for all architectures that the compiler knows, or a list of
+            compute capabilities such as `[90]`.
+
+    Raises:
+        BuildError: no compiler, no sources, or the compiler's message.
+    """
+    folder = pathlib.Path(folder) if folder else cache_folder()
+    path = folder / _file_name(library, bool(cuda))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder):
+            for leftover in folder.glob(".writing-*"):  # of a process that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            if not path.exists():
+                _build(library, path, cuda)
+    except OSError as error:
+        raise BuildError(f"{folder} cannot be written: {error}") from error
+    return path
+
+
+def sources():
+    """Folder of the C++ sources: beside the modules of an installed package, above them in a source tree."""
+    package = pathlib.Path(__file__).parents[1]
+    for folder in (package / "custom_ops", package.parent / "custom_ops"):
+        if (folder / OP / "op.cc").exists():
+            return folder / OP
+    raise BuildError("the C++ sources are not installed")
+
+
+def compiler():
+    """The C++ compiler: `$CXX`, else g++, c++ or clang++."""
+    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
+        if name and shutil.which(name):
+            return shutil.which(name)
+    raise BuildError("there is no C++ compiler (g++, c++, clang++ or $CXX)")
+
+
+def cuda_compiler():
+    """Path of nvcc, or None."""
+    candidates = [shutil.which("nvcc")]
+    candidates += [os.path.join(os.environ.get(name, ""), "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH")]
+    candidates.append("/usr/local/cuda/bin/nvcc")
+    return next((path for path in candidates if path and os.path.exists(path)), None)
+
+
+def _build(library, path, cuda):
+    import tensorflow as tf
+
+    cxx, folder = compiler(), sources()
+    tensorflow_flags = [*tf.sysconfig.get_compile_flags(), "-Wno-deprecated-declarations"]
+    kernel_sources = dict(_KERNEL_SOURCES)
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        kernel_sources.update(_X86_SOURCES)
+    link_flags = ["-shared", *tf.sysconfig.get_link_flags()]
+    if library == XLA:
+        link_flags.append("-l:libtensorflow_cc.so.2")
+
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as work:
+        commands = []
+        op_flags = ["-O2", *tensorflow_flags]
+        if cuda:
+            nvcc = cuda_compiler()
+            if nvcc is None:
+                raise BuildError("there is no nvcc")
+            toolkit = pathlib.Path(nvcc).resolve().parents[1]
+            op_flags += ["-DS2SD_TF_CUDA=1", "-DGOOGLE_CUDA=1", f"-I{toolkit / 'include'}"]
+            command = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", cxx]
+            commands.append([*command, *_cuda_targets(nvcc, cuda), "-c", folder / _CUDA_SOURCE])
+            # TensorFlow's own library has stand-ins for the CUDA runtime's functions: this library uses its own copy.
+            runtime = next(iter(toolkit.glob("**/libcudart_static.a")), "-lcudart_static")
+            link_flags[1:1] = [runtime, "-Wl,--exclude-libs,libcudart_static.a"]
+            link_flags += ["-lpthread", "-ldl", "-lrt"]
+        commands.append([cxx, *_KERNEL_FLAGS, *op_flags, "-c", folder / _OP_SOURCES[library]])
+        commands += [[cxx, *_KERNEL_FLAGS, *flags, "-c", folder / source] for source, flags in kernel_sources.items()]
+        objects = [os.path.join(work, f"{index}.o") for index in range(len(commands))]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(_run, [[*command, "-o", target] for command, target in zip(commands, objects)]))
+        built = os.path.join(work, path.name)
+        _run([cxx, *objects, *link_flags, "-o", built])
+        os.replace(built, path)
+
+
+def _run(command):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+        source = next((str(part) for part in command if str(part).endswith((".cc", ".cu"))), "linking")
+        raise BuildError(f"{os.path.basename(source)}: {lines[0].strip() if lines else f'exit {done.returncode}'}")
+
+
+def _cuda_targets(nvcc, cuda):
+    """nvcc's options for the architectures, and for code that later ones translate."""
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    wanted = _CUDA_ARCHITECTURES if cuda is True else sorted(cuda)
+    chosen = [number for number in wanted if f"sm_{number}" in known and number >= 80]
+    if not chosen:
+        raise BuildError(f"nvcc has none of the architectures {list(wanted)} that are at least 80")
+    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
+    return [*targets, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
+
+
+def _file_name(library, cuda):
+    import tensorflow as tf
+
+    minor = ".".join(tf.__version__.split(".")[:2])
+    try:
+        digest = _digest()
+    except BuildError:
+        digest = "unknown"
+    return f"{library}-tf{minor}-{platform.machine().lower()}-{digest}{'-cuda' if cuda else ''}.so"
+
+
+@functools.lru_cache(maxsize=1)
+def _digest():
+    """Ten hexadecimal digits that change with the sources, and with how they are compiled."""
+    digest = hashlib.sha256(pathlib.Path(__file__).read_bytes())
+    for path in sorted(sources().iterdir()):
+        if path.suffix in (".cc", ".h", ".cu", ".cuh") and path.stem not in _NOT_BUILT:
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+@contextlib.contextmanager
+def _lock(folder):
+    try:
+        import fcntl
+    except ImportError:  # not a Unix: two processes may build at once, each moves a whole file into place
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
