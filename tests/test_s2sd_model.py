@@ -280,6 +280,40 @@ def test_without_a_gpu_nothing_is_jitted_unasked(small_model):
     assert not model.jit_compile
 
 
+def trained(small_model, implementation, steps, learning_rate=0.05, **compile_settings):
+    """Losses of every step, and the weights at the end."""
+    keras.utils.set_random_seed(3)
+    model = small_model(feature_distill_delay=10, similarity_kl_implementation=implementation)
+    model.compile(optimizer=keras.optimizers.SGD(learning_rate), **compile_settings)
+    labels = np.repeat(np.arange(12), 4)
+    images = np.random.default_rng(0).normal(size=(48, 8, 8, 1)).astype(np.float32)
+    history = model.fit(images, labels, batch_size=48, epochs=steps, shuffle=False, verbose=0).history
+    return np.array(history["loss"]), [weight.numpy() for weight in model.trainable_variables]
+
+
+def test_fused_and_composed_training_agree(small_model):
+    fused, composed = (trained(small_model, implementation, 50)[0] for implementation in ("fused", "composed"))
+    assert composed[-1] < composed[0]
+    np.testing.assert_allclose(fused, composed, rtol=1e-4)
+
+
+def test_a_jitted_step_with_the_fused_op_is_the_plain_one(small_model):
+    """Loss, and by the weights after one step at learning rate 1 the gradients."""
+    (loss, weights), (jitted_loss, jitted_weights) = (
+        trained(small_model, "fused", 1, 1.0, jit_compile=jit) for jit in (False, True)
+    )
+    np.testing.assert_allclose(jitted_loss, loss, atol=1e-5)
+    for one, other in zip(weights, jitted_weights):
+        np.testing.assert_allclose(other, one, atol=1e-5)
+
+
+@pytest.mark.parametrize("compile_settings", [{}, {"jit_compile": True}, {"run_eagerly": True}], ids=str)
+@pytest.mark.parametrize("implementation", ["auto", "fused", "composed"])
+def test_every_kernel_trains_under_every_way_of_compiling(small_model, implementation, compile_settings):
+    losses, _ = trained(small_model, implementation, 2, **compile_settings)
+    assert np.all(np.isfinite(losses))
+
+
 def test_pooled_features_and_unbuilt_backbones():
     images = np.random.default_rng(0).normal(size=(6, 10)).astype(np.float32)
     backbone = keras.Sequential([keras.layers.Dense(7, activation="relu")])

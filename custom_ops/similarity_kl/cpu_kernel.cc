@@ -2,8 +2,9 @@
 // before the next tile, so that no matrix of columns x columns ever exists.
 //
 // Pass 1 adds up the rows' normalisers Z and the sums A of exponential * difference of logits; pass 2, which needs all
-// of a row's and a column's normalisers, weighs the same exponentials, kept from pass 1 or computed again, and multiplies
-// them with the student's rows. In the square form every tile above the diagonal stands for its mirror image as well.
+// of a row's and a column's normalisers, weighs the same exponentials, kept from pass 1 or computed again, and
+// multiplies them with the student's rows. In the square form every tile above the diagonal stands for its mirror image
+// as well.
 //
 // Tiles add to the rows of their row block and of their column block. For a result that does not depend on which thread
 // was faster, every block is added to in a fixed order: a tile knows its turn at its two blocks, and waits for it. The
@@ -34,10 +35,10 @@ namespace {
 
 constexpr int64_t kDepthWords = 192;  // of a packed block: 48 of its rows fill three quarters of a 48 KiB L1 cache
 constexpr int kTileSizes[] = {384, 336, 288, 240, 192, 144, 96, 48, 32};
-constexpr int kTilesPerThread = 8;  // at least, for an even load, where the batch is large enough
-constexpr int64_t kPackedBytes = int64_t{20} << 20;  // packed whole at the start up to this size, else block by block
+constexpr int kTilesPerThread = 8;                    // at least, for an even load, where the batch is large enough
+constexpr int64_t kPackedBytes = int64_t{20} << 20;   // packed whole at the start up to this size, else block by block
 constexpr int64_t kScratchBytes = int64_t{40} << 20;  // of all threads together
-constexpr int64_t kGradientWidth = 192;  // columns of the student that pass 2 multiplies at once
+constexpr int64_t kGradientWidth = 192;               // columns of the student that pass 2 multiplies at once
 
 // Normalisers within these bounds come from exponentials that neither left the range of float32 nor lost their largest.
 constexpr double kSmallestZ = 1e-13, kLargestZ = 1e30;
@@ -158,8 +159,8 @@ struct Game {
   int row_turn, column_turn;
 };
 
-// The tiles in the order in which they are taken: along the rows, so that the threads share one block's rows in the last
-// cache; in the square form the diagonal last, whose tiles are half the work and even out the load at the end.
+// The tiles in the order in which they are taken: along the rows, so that the threads share one block's rows in the
+// last cache; in the square form the diagonal last, whose tiles are half the work and even out the load at the end.
 std::vector<Game> Games(int row_blocks, int column_blocks, bool square) {
   std::vector<Game> games;
   std::vector<int> row_turns(row_blocks, 0), own_column_turns(column_blocks, 0);
@@ -210,9 +211,9 @@ class Computation {
         factors_(2 * problem.num_teachers * padded_rows_),
         shifts_(matrices_),
         block_kl_(row_blocks_ * problem.num_teachers),
-        arena_(plan_.kept_bytes + ((packed_whole_ ? PackedFloats() : 0) +
-                                   options.num_threads * ScratchFloats(plan_.tile, matrices_)) *
-                                      sizeof(float)) {
+        arena_(plan_.kept_bytes +
+               ((packed_whole_ ? PackedFloats() : 0) + options.num_threads * ScratchFloats(plan_.tile, matrices_)) *
+                   sizeof(float)) {
     float* floats = arena_->Floats(plan_.kept_bytes / sizeof(float));
     for (int thread = 0; thread < options.num_threads; ++thread) {
       scratch_.emplace_back(floats, plan_.tile, matrices_);
@@ -226,7 +227,8 @@ class Computation {
   }
 
   void Run() {
-    RunPhases({&Computation::Prepare, &Computation::SumTile, &Computation::NormaliseBlock, &Computation::GradientTile, &Computation::AddRows});
+    RunPhases({&Computation::Prepare, &Computation::SumTile, &Computation::NormaliseBlock, &Computation::GradientTile,
+               &Computation::AddRows});
     if (out_of_range_.load()) {
       general_ = true;
       std::fill(z_.begin(), z_.end(), 0);
@@ -272,8 +274,8 @@ class Computation {
     return games_.size();
   }
 
-  // Every thread takes item after item; an item waits until all of the phase before it are done. Nobody waits for an item
-  // that no thread has begun, so the order and the overlap of the tasks do not matter.
+  // Every thread takes item after item; an item waits until all of the phase before it are done. Nobody waits for an
+  // item that no thread has begun, so the order and the overlap of the tasks do not matter.
   void RunPhases(const std::vector<Phase>& phases) {
     std::vector<int64_t> ends;
     for (Phase phase : phases) ends.push_back((ends.empty() ? 0 : ends.back()) + ItemsOf(phase));
@@ -303,7 +305,9 @@ class Computation {
   // ---- Tiles ----
 
   int RowsOf(int block) const { return std::min<int64_t>(plan_.tile, problem_.rows - int64_t{block} * plan_.tile); }
-  int ColumnsOf(int block) const { return std::min<int64_t>(plan_.tile, problem_.columns - int64_t{block} * plan_.tile); }
+  int ColumnsOf(int block) const {
+    return std::min<int64_t>(plan_.tile, problem_.columns - int64_t{block} * plan_.tile);
+  }
   const Matrix& MatrixOf(int matrix) const { return matrix == 0 ? problem_.student : problem_.teachers[matrix - 1]; }
 
   Tile TileOf(const Game& game, float* values) const {
@@ -367,8 +371,8 @@ class Computation {
                   Packed(matrix, rows, block));
   }
 
-  // The dot product of the first row with itself, which every other row's is about. It is made as all are made: where all
-  // rows are equal, every logit less this shift is 0, and nothing is lost to rounding.
+  // The dot product of the first row with itself, which every other row's is about. It is made as all are made: where
+  // all rows are equal, every logit less this shift is 0, and nothing is lost to rounding.
   float FirstDot(int matrix, const Scratch& scratch) const {
     Dots(matrix, {0, 0, 0, 0}, {scratch.dots, plan_.tile, 1, 1}, scratch, true);
     return scratch.dots[0];
@@ -376,8 +380,8 @@ class Computation {
 
   // A block of rows or of columns; in the square form they are the same.
   float* Packed(int matrix, bool rows, int block) const {
-    return packed_[matrix] + ((rows && !square_ ? padded_columns_ : 0) + int64_t{block} * plan_.tile) *
-                                 WordsOf(MatrixOf(matrix));
+    return packed_[matrix] +
+           ((rows && !square_ ? padded_columns_ : 0) + int64_t{block} * plan_.tile) * WordsOf(MatrixOf(matrix));
   }
 
   // The dot products of one matrix's rows and columns.
@@ -390,10 +394,10 @@ class Computation {
     for (int64_t first = 0; first < words; first += kDepthWords) {
       const int64_t depth = std::min(kDepthWords, words - first);
       if (packed_whole_) {
-        kernels_.products(Packed(matrix, true, game.row_block) + first * kernels_.width,
-                          Packed(matrix, diagonal, diagonal ? game.row_block : game.column_block) +
-                              first * kernels_.width,
-                          words * kernels_.width, depth, Pairs(), first > 0, diagonal, tile);
+        kernels_.products(
+            Packed(matrix, true, game.row_block) + first * kernels_.width,
+            Packed(matrix, diagonal, diagonal ? game.row_block : game.column_block) + first * kernels_.width,
+            words * kernels_.width, depth, Pairs(), first > 0, diagonal, tile);
         continue;
       }
       kernels_.pack(problem_.scalar, rows, of.dim, tile.rows, first, depth, scratch.packed_rows);
@@ -539,12 +543,12 @@ class Computation {
     AddProduct(weights, false, column, (square_ ? outputs_.gradient : row_gradient_.data()) + row * dim,
                game.row_turn == 0, scratch, [&](const auto& add) { AtRows(game, pass, add); });
     if (OnDiagonal(game)) return;
-    AddProduct(weights, true, problem_.row_offset + row, outputs_.gradient + column * dim, game.column_turn == 0, scratch,
-               [&](const auto& add) { AtColumns(game, pass, add); });
+    AddProduct(weights, true, problem_.row_offset + row, outputs_.gradient + column * dim, game.column_turn == 0,
+               scratch, [&](const auto& add) { AtColumns(game, pass, add); });
   }
 
-  // gradient = (or +=) weights * the student's rows from `student_row` on, or transposed weights * these. `in_turn` calls
-  // what it is given when it is this tile's turn; the products before that need no waiting.
+  // gradient = (or +=) weights * the student's rows from `student_row` on, or transposed weights * these. `in_turn`
+  // calls what it is given when it is this tile's turn; the products before that need no waiting.
   template <class InTurn>
   void AddProduct(const Tile& weights, bool transpose, int64_t student_row, float* gradient, bool first,
                   const Scratch& scratch, const InTurn& in_turn) const {
@@ -613,9 +617,9 @@ class Computation {
   std::vector<float> maxima_;        // of every row's dot products: (matrices, rows); in the general case only
   std::vector<double> block_kl_;     // (row blocks, teachers)
   std::vector<float> row_gradient_;  // of the rectangular form's rows
-  const ArenaLoan arena_;         // kept exponentials, the threads' buffers, packed matrices
-  std::vector<Scratch> scratch_;  // one a thread
-  std::vector<float*> packed_;    // of every matrix its columns, then, in the rectangular form, its rows
+  const ArenaLoan arena_;            // kept exponentials, the threads' buffers, packed matrices
+  std::vector<Scratch> scratch_;     // one a thread
+  std::vector<float*> packed_;       // of every matrix its columns, then, in the rectangular form, its rows
   std::atomic<bool> out_of_range_{false};
   bool general_ = false;  // rows are shifted by their own maxima
 };

@@ -39,10 +39,10 @@ std::string SimilarityKlCpu(const Problem& problem, const CpuOptions& options, c
 
 // How the problem is cut: the choice is a pure function of the arguments.
 struct CpuPlan {
-  int tile;           // rows and columns of a tile
-  int64_t tiles;      // tiles of the similarity matrices; those on or above the diagonal in the square form
-  int64_t kept;       // of these, the tiles whose exponentials are kept in the workspace
-  int64_t kept_bytes; // bytes of the workspace
+  int tile;            // rows and columns of a tile
+  int64_t tiles;       // tiles of the similarity matrices; those on or above the diagonal in the square form
+  int64_t kept;        // of these, the tiles whose exponentials are kept in the workspace
+  int64_t kept_bytes;  // bytes of the workspace
 };
 
 CpuPlan PlanCpu(const Problem& problem, int64_t workspace_bytes, int num_threads, bool gradient);

@@ -3,6 +3,8 @@
 //
 //   cpu_kernel_test [cases] [seed]
 
+#include "cpu_kernel.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -13,8 +15,6 @@
 #include <string>
 #include <thread>
 #include <vector>
-
-#include "cpu_kernel.h"
 
 namespace s2sd {
 namespace {
@@ -44,7 +44,10 @@ uint16_t ToHalf(float value) {  // the nearest by search: slow, and independent 
   uint16_t low = 0, high = 0x7BFF;
   while (low < high) {
     const uint16_t middle = (low + high + 1) / 2;
-    if (FromHalf(middle) <= magnitude) low = middle; else high = middle - 1;
+    if (FromHalf(middle) <= magnitude)
+      low = middle;
+    else
+      high = middle - 1;
   }
   if (low < 0x7BFF && FromHalf(low + 1) - magnitude < magnitude - FromHalf(low)) ++low;
   return sign | low;
@@ -119,8 +122,15 @@ struct Case {
   Problem problem(std::vector<Matrix>& storage) const {
     storage.clear();
     for (const Data& teacher : teachers) storage.push_back(teacher.matrix());
-    return {scalar,         columns,          row_offset,   rows, student.matrix(), storage.data(),
-            static_cast<int>(storage.size()), &temperature, weights.data()};
+    return {scalar,
+            columns,
+            row_offset,
+            rows,
+            student.matrix(),
+            storage.data(),
+            static_cast<int>(storage.size()),
+            &temperature,
+            weights.data()};
   }
 };
 
@@ -227,8 +237,9 @@ Floats Compute(const Case& c, CpuOptions options, bool gradient = true) {
   result.per_teacher.resize(c.teachers.size());
   if (gradient) result.gradient.assign(c.columns * c.student.dim, NAN);
   std::vector<Matrix> storage;
-  const std::string error = SimilarityKlCpu(
-      c.problem(storage), options, {&result.total, result.per_teacher.data(), gradient ? result.gradient.data() : nullptr});
+  const std::string error =
+      SimilarityKlCpu(c.problem(storage), options,
+                      {&result.total, result.per_teacher.data(), gradient ? result.gradient.data() : nullptr});
   Expect(error.empty(), c.name + ": " + error);
   return result;
 }
@@ -265,7 +276,8 @@ void CheckCase(const Case& c, std::mt19937& random, double scale) {
            name + ": gradient off by " + std::to_string(gradient / gradient_tolerance) + " tolerances");
     Expect(Compute(c, options) == got, name + ": a second run differs");
     const Floats loss_only = Compute(c, options, false);
-    Expect(loss_only.total == got.total && loss_only.per_teacher == got.per_teacher, name + ": differs without gradient");
+    Expect(loss_only.total == got.total && loss_only.per_teacher == got.per_teacher,
+           name + ": differs without gradient");
   }
 }
 
@@ -290,7 +302,8 @@ void TestAnyLength(int cases, unsigned seed) {
     for (int64_t row = 0; row < c.columns; ++row) {
       const auto squares = [&](const Data& data) {
         double square = 0;
-        for (int64_t d = 0; d < data.dim; ++d) square += data.exact[row * data.dim + d] * data.exact[row * data.dim + d];
+        for (int64_t d = 0; d < data.dim; ++d)
+          square += data.exact[row * data.dim + d] * data.exact[row * data.dim + d];
         return square;
       };
       longest = std::max(longest, squares(c.student));
@@ -337,7 +350,8 @@ void TestErrors() {
   };
   static const float zero = 0, infinite = INFINITY, nan = NAN;
   for (const float* temperature : {&zero, &infinite, &nan}) {
-    Expect(error_of([&](Problem& p) { p.temperature = temperature; }).find("temperature") == 0, "temperature is checked");
+    Expect(error_of([&](Problem& p) { p.temperature = temperature; }).find("temperature") == 0,
+           "temperature is checked");
   }
   Expect(error_of([](Problem& p) { p.rows = 5, p.row_offset = 5; }).find("rows") == 0, "rows are checked");
   Expect(error_of([](Problem& p) { p.row_offset = -1; }).find("rows") == 0, "a negative offset is refused");
@@ -363,7 +377,8 @@ void TestPlan() {
       Expect(PlanCpu(problem, tile_bytes, threads, true).kept == 1, "room for one");
       Expect(PlanCpu(problem, tile_bytes - 1, threads, true).kept == 0, "room for none");
       Expect(PlanCpu(problem, int64_t{1} << 40, threads, false).kept == 0, "nothing is kept without a gradient");
-      Expect(PlanCpu(problem, kDefaultWorkspaceBytes, threads, true).kept_bytes <= kDefaultWorkspaceBytes, "the budget");
+      Expect(PlanCpu(problem, kDefaultWorkspaceBytes, threads, true).kept_bytes <= kDefaultWorkspaceBytes,
+             "the budget");
     }
   }
   std::printf("plan\n");

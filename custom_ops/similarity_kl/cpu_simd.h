@@ -46,16 +46,18 @@ struct SimdKernels {
   int width;      // a power of two, at most kTileGranularity
   bool bfloat16;  // the words of bfloat16 matrices are pairs; else all words are floats
 
-  // Packs the words [first_word, first_word + words) of `count` rows into ceil(count / width) panels, each `words` deep.
-  // The rows start at `rows`, `dim` scalars apart; what lies outside of them is filled with 0.
+  // Packs the words [first_word, first_word + words) of `count` rows into ceil(count / width) panels, each `words`
+  // deep. The rows start at `rows`, `dim` scalars apart; what lies outside of them is filled with 0.
   void (*pack)(Scalar scalar, const void* rows, int64_t dim, int count, int64_t first_word, int64_t words,
                float* panels);
 
-  // Packs `count` rows, columns [first, first + width * panels), untransposed: panel after panel, `count` deep, as floats.
+  // Packs `count` rows, columns [first, first + width * panels), untransposed: panel after panel, `count` deep, as
+  // floats.
   void (*pack_rows)(Scalar scalar, const void* rows, int64_t dim, int count, int64_t first, int panels, float* packed);
 
-  // tile = (or +=) a b^T over `words` words of packed a and b, whose panels are `panel_stride` floats apart. `pairs`: the
-  // words are pairs of bfloat16. `upper`: a and b are the same rows, and only what is on or above the diagonal is needed.
+  // tile = (or +=) a b^T over `words` words of packed a and b, whose panels are `panel_stride` floats apart. `pairs`:
+  // the words are pairs of bfloat16. `upper`: a and b are the same rows, and only what is on or above the diagonal is
+  // needed.
   void (*products)(const float* a, const float* b, int64_t panel_stride, int64_t words, bool pairs, bool accumulate,
                    bool upper, const Tile& tile);
 

@@ -46,7 +46,9 @@ inline Ints Lanes() {
 }
 
 // The vector with every lane from `count` on set to 0.
-inline Vector Keep(Vector v, int count) { return reinterpret_cast<Vector>(reinterpret_cast<Ints>(v) & (Lanes() < count)); }
+inline Vector Keep(Vector v, int count) {
+  return reinterpret_cast<Vector>(reinterpret_cast<Ints>(v) & (Lanes() < count));
+}
 
 // e^x within 1 unit in the last place; 0 below -87, infinity above 88.7, NaN for NaN.
 inline Vector Exp(Vector x) {
@@ -110,7 +112,8 @@ struct HalfWords {
   static Vector Load(const void* row, int64_t word) {
     const uint16_t* from = static_cast<const uint16_t*>(row) + word;
 #if defined(__AVX512F__)
-    return reinterpret_cast<Vector>(_mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+    return reinterpret_cast<Vector>(
+        _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__AVX2__)
     return reinterpret_cast<Vector>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
@@ -200,11 +203,13 @@ void PackWords(const void* rows, int64_t dim, int count, int64_t first_word, int
         for (int row = 0; row < W; ++row) block[row] = Words::Load(base + row * row_bytes, first_word + word);
       } else {
         for (int row = 0; row < W; ++row) {
-          block[row] = first + row < count ? LoadWords<Words>(base + row * row_bytes, dim, first_word + word) : Vector{};
+          block[row] =
+              first + row < count ? LoadWords<Words>(base + row * row_bytes, dim, first_word + word) : Vector{};
         }
       }
       if (inside) {
-        // The rows are too far apart for the processor to foresee: ask for the next rows, or for the next words of the first.
+        // The rows are too far apart for the processor to foresee: ask for the next rows, or for the next words of the
+        // first.
         const bool more = first + 2 * W <= count;
         const char* next = (more ? base + W * row_bytes : static_cast<const char*>(rows)) +
                            (first_word + word + (more ? 0 : words)) * Words::kScalars * Words::kBytes;
@@ -242,7 +247,8 @@ template <class Words>
 void PackRowsOf(const void* rows, int64_t dim, int count, int64_t first, int panels, float* packed) {
   for (int panel = 0; panel < panels; ++panel) {
     for (int row = 0; row < count; ++row, packed += W) {
-      Store(LoadWords<Words>(static_cast<const char*>(rows) + row * dim * Words::kBytes, dim, first + panel * W), packed);
+      Store(LoadWords<Words>(static_cast<const char*>(rows) + row * dim * Words::kBytes, dim, first + panel * W),
+            packed);
     }
   }
 }
@@ -267,9 +273,8 @@ struct FloatProduct {
 #if defined(S2SD_BFLOAT16_PAIRS)
 struct PairProduct {
   static Vector Add(Vector sum, float a, Vector b) {
-    return reinterpret_cast<Vector>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
-                                                     reinterpret_cast<__m512bh>(Splat(a)),
-                                                     reinterpret_cast<__m512bh>(b)));
+    return reinterpret_cast<Vector>(_mm512_dpbf16_ps(
+        reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(Splat(a)), reinterpret_cast<__m512bh>(b)));
   }
 };
 #endif
@@ -387,7 +392,8 @@ void Maxima(const Tile& dots, float* row_max, float* column_max) {
       // A NaN stays, whichever of the two it is.
       most = most >= dot || most != most ? most : dot;
       if (column_max) {
-        column_max[column] = column_max[column] >= dot || column_max[column] != column_max[column] ? column_max[column] : dot;
+        column_max[column] =
+            column_max[column] >= dot || column_max[column] != column_max[column] ? column_max[column] : dot;
       }
     }
     row_max[row] = most;
@@ -540,7 +546,7 @@ const SimdKernels S2SD_KERNELS = {
 #else
     false,
 #endif
-    Pack,      PackRows,    Products,    Multiply, Mirror, Maxima, StudentSums, TeacherSums, WeighDots, WeighKept,
+    Pack, PackRows, Products, Multiply, Mirror, Maxima, StudentSums, TeacherSums, WeighDots, WeighKept,
 };
 
 }  // namespace s2sd

@@ -18,7 +18,8 @@ struct CudaOptions {
   bool allow_tf32 = false;
 };
 
-// Bytes of device memory that SimilarityKlCuda needs; O(columns), no matrix of columns x columns.
+// Bytes of device memory that SimilarityKlCuda needs. O(columns): matrices of columns x columns are in it only up to
+// 256 columns.
 int64_t SimilarityKlCudaWorkspaceBytes(const Problem& problem, bool gradient);
 
 // Enqueues the computation on `stream` (a cudaStream_t) and returns without waiting. `workspace` is device memory,

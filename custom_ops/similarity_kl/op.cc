@@ -4,6 +4,8 @@
 #define EIGEN_USE_GPU
 #endif
 
+#include "tensorflow/core/framework/op.h"
+
 #include <string>
 #include <vector>
 
@@ -11,7 +13,6 @@
 #include "pool_tasks.h"
 #include "similarity_kl.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
-#include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/lib/core/threadpool.h"
@@ -120,15 +121,15 @@ class SimilarityKlOpBase : public tf::OpKernel {
                                               ", got the shape ", shape));
       matrices.push_back({teacher.tensor_data().data(), teacher.dim_size(1)});
     }
-    OP_REQUIRES(context, tf::TensorShapeUtils::IsScalar(temperature.shape()),
-                tf::errors::InvalidArgument("temperature must be a scalar, got the shape ",
-                                            temperature.shape().DebugString()));
+    OP_REQUIRES(
+        context, tf::TensorShapeUtils::IsScalar(temperature.shape()),
+        tf::errors::InvalidArgument("temperature must be a scalar, got the shape ", temperature.shape().DebugString()));
     OP_REQUIRES(context, weights.dims() == 1 && weights.dim_size(0) == num_teachers,
                 tf::errors::InvalidArgument("weights must be one number per teacher, ", num_teachers,
                                             ", got the shape ", weights.shape().DebugString()));
-    OP_REQUIRES(context, rows.NumElements() == 2,
-                tf::errors::InvalidArgument("rows must be two numbers, an offset and a count, got ",
-                                            rows.NumElements()));
+    OP_REQUIRES(
+        context, rows.NumElements() == 2,
+        tf::errors::InvalidArgument("rows must be two numbers, an offset and a count, got ", rows.NumElements()));
     const tf::int64 offset = rows.flat<tf::int32>()(0), count = rows.flat<tf::int32>()(1);
     OP_REQUIRES(context, offset >= 0 && count > 0 && offset + count <= columns,
                 tf::errors::InvalidArgument("rows: ", count, " rows from row ", offset, " on do not lie within the ",
@@ -137,8 +138,8 @@ class SimilarityKlOpBase : public tf::OpKernel {
     tf::Tensor *total, *per_teacher, *gradient;
     OP_REQUIRES_OK(context, context->allocate_output(0, {}, &total));
     OP_REQUIRES_OK(context, context->allocate_output(1, {num_teachers}, &per_teacher));
-    OP_REQUIRES_OK(context, context->allocate_output(
-                                2, compute_gradient_ ? student.shape() : tf::TensorShape({0, 0}), &gradient));
+    OP_REQUIRES_OK(
+        context, context->allocate_output(2, compute_gradient_ ? student.shape() : tf::TensorShape({0, 0}), &gradient));
     const Problem problem{scalar(),
                           columns,
                           offset,
@@ -181,9 +182,8 @@ class SimilarityKlCpuOp : public SimilarityKlOpBase {
   }
 };
 
-#define REGISTER_CPU(T)                                                                              \
-  REGISTER_KERNEL_BUILDER(Name("S2sd>SimilarityKl").Device(tf::DEVICE_CPU).TypeConstraint<T>("T"), \
-                          SimilarityKlCpuOp<T>)
+#define REGISTER_CPU(T) \
+  REGISTER_KERNEL_BUILDER(Name("S2sd>SimilarityKl").Device(tf::DEVICE_CPU).TypeConstraint<T>("T"), SimilarityKlCpuOp<T>)
 REGISTER_CPU(float);
 REGISTER_CPU(Eigen::half);
 REGISTER_CPU(Eigen::bfloat16);
@@ -215,10 +215,9 @@ class SimilarityKlCudaOp : public SimilarityKlOpBase {
   }
 };
 
-#define REGISTER_GPU(T)                                                                              \
-  REGISTER_KERNEL_BUILDER(                                                                           \
-      Name("S2sd>SimilarityKl").Device(tf::DEVICE_GPU).TypeConstraint<T>("T").HostMemory("rows"), \
-      SimilarityKlCudaOp<T>)
+#define REGISTER_GPU(T)                                                                                               \
+  REGISTER_KERNEL_BUILDER(Name("S2sd>SimilarityKl").Device(tf::DEVICE_GPU).TypeConstraint<T>("T").HostMemory("rows"), \
+                          SimilarityKlCudaOp<T>)
 REGISTER_GPU(float);
 REGISTER_GPU(Eigen::half);
 REGISTER_GPU(Eigen::bfloat16);

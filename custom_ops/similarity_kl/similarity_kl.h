@@ -7,7 +7,8 @@
 //
 // and the derivative of total by every row of z, both as row i and as column j of S(z):
 //
-//   d total / d z_i = sum_j (G_ij + G_ji) z_j,   G_ij = T / rows * sum_k w_k (P(z)_ij - P(q_k)_ij) for such rows i, else 0
+//   d total / d z_i = sum_j (G_ij + G_ji) z_j,   G_ij = T / rows * sum_k w_k (P(z)_ij - P(q_k)_ij) for such rows i,
+//   else 0
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_SIMILARITY_KL_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_SIMILARITY_KL_H_

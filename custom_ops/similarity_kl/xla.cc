@@ -102,8 +102,8 @@ ffi::Error ReadCall(ffi::AnyBuffer student, ffi::RemainingArgs arguments, ffi::R
   }
   const size_t num_teachers = per_teacher->dimensions()[0];
   if (arguments.size() != num_teachers + 2) {
-    return ffi::Error::Internal(absl::StrCat(kOp, ": ", num_teachers, " teachers, but ", arguments.size() + 1,
-                                             " arguments"));
+    return ffi::Error::Internal(
+        absl::StrCat(kOp, ": ", num_teachers, " teachers, but ", arguments.size() + 1, " arguments"));
   }
   for (size_t k = 0; k < num_teachers; ++k) {
     ffi::ErrorOr<ffi::AnyBuffer> teacher = arguments.get<ffi::AnyBuffer>(k);
@@ -178,8 +178,7 @@ ffi::Error RunOnCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::An
   const uintptr_t aligned = (reinterpret_cast<uintptr_t>(*memory) + kAlignment - 1) / kAlignment * kAlignment;
   CudaOptions options;
   options.allow_tf32 = allow_tf32;
-  const char* message =
-      SimilarityKlCuda(call.problem, options, call.outputs, reinterpret_cast<void*>(aligned), stream);
+  const char* message = SimilarityKlCuda(call.problem, options, call.outputs, reinterpret_cast<void*>(aligned), stream);
   return message == nullptr ? ffi::Error::Success() : ffi::Error::InvalidArgument(message);
 }
 
@@ -241,9 +240,8 @@ void RunOnCpu(void* result, const void** arguments, const char* opaque, size_t o
   call.outputs = {results[0], results[1], numbers[kGradient] ? results[2] : nullptr};
 
   const int num_threads = static_cast<int>(numbers[kNumThreads]);
-  const CpuOptions options = PooledCpuOptions(num_threads, [num_threads](std::function<void()> run) {
-    Threads(num_threads)->Schedule(std::move(run));
-  });
+  const CpuOptions options = PooledCpuOptions(
+      num_threads, [num_threads](std::function<void()> run) { Threads(num_threads)->Schedule(std::move(run)); });
   std::string message = SimilarityKlCpu(call.problem, options, call.outputs);
   // The wheel declares XlaCustomCallStatusSetFailure but does not export it.
   if (!message.empty()) status->message = std::move(message);
@@ -274,43 +272,40 @@ class SimilarityKlXlaOp : public tf::XlaOpKernel {
     for (int i = 0; i < rows; ++i) {
       auto shape = context->InputXlaShape(i);
       OP_REQUIRES_OK(context, shape.status());
-      OP_REQUIRES(context, shape->is_static(),
-                  absl::UnimplementedError(
-                      absl::StrCat(kOp, ": input ", i, " has a dynamic shape: ", shape->ToString())));
+      OP_REQUIRES(
+          context, shape->is_static(),
+          absl::UnimplementedError(absl::StrCat(kOp, ": input ", i, " has a dynamic shape: ", shape->ToString())));
       arguments.push_back(context->Input(i));
       argument_shapes.push_back(
           xla::ShapeUtil::MakeShapeWithDescendingLayout(shape->element_type(), shape->dimensions()));
     }
 
     const xla::Shape& student = argument_shapes[0];
-    OP_REQUIRES(context, IsMatrix(student),
-                InvalidArgument("student must be a matrix, got the shape ", Text(student)));
+    OP_REQUIRES(context, IsMatrix(student), InvalidArgument("student must be a matrix, got the shape ", Text(student)));
     const int64_t columns = student.dimensions(0);
     OP_REQUIRES(context, columns > 0, InvalidArgument("student must have at least one row"));
     for (int k = 0; k < num_teachers; ++k) {
       const xla::Shape& teacher = argument_shapes[1 + k];
-      OP_REQUIRES(
-          context, IsMatrix(teacher),
-          InvalidArgument("teachers[", k, "] must be a matrix, got the shape ", Text(teacher)));
+      OP_REQUIRES(context, IsMatrix(teacher),
+                  InvalidArgument("teachers[", k, "] must be a matrix, got the shape ", Text(teacher)));
       OP_REQUIRES(context, teacher.dimensions(0) == columns,
-                  InvalidArgument("teachers[", k, "] must have as many rows as student, ", columns,
-                                              ", got the shape ", Text(teacher)));
+                  InvalidArgument("teachers[", k, "] must have as many rows as student, ", columns, ", got the shape ",
+                                  Text(teacher)));
     }
     OP_REQUIRES(context, argument_shapes[temperature].dimensions().empty(),
-                InvalidArgument("temperature must be a scalar, got the shape ",
-                                            Text(argument_shapes[temperature])));
-    OP_REQUIRES(context,
-                argument_shapes[weights].dimensions().size() == 1 &&
-                    argument_shapes[weights].dimensions(0) == num_teachers,
-                InvalidArgument("weights must be one number per teacher, ", num_teachers,
-                                            ", got the shape ", Text(argument_shapes[weights])));
+                InvalidArgument("temperature must be a scalar, got the shape ", Text(argument_shapes[temperature])));
+    OP_REQUIRES(
+        context,
+        argument_shapes[weights].dimensions().size() == 1 && argument_shapes[weights].dimensions(0) == num_teachers,
+        InvalidArgument("weights must be one number per teacher, ", num_teachers, ", got the shape ",
+                        Text(argument_shapes[weights])));
     std::vector<int64_t> range;
     OP_REQUIRES_OK(context, context->ConstantInputAsIntVector(rows, &range));
     OP_REQUIRES(context, range.size() == 2,
                 InvalidArgument("rows must be two numbers, an offset and a count, got ", range.size()));
     OP_REQUIRES(context, range[0] >= 0 && range[1] > 0 && range[0] + range[1] <= columns,
-                InvalidArgument("rows: ", range[1], " rows from row ", range[0],
-                                            " on do not lie within the ", columns, " rows of student"));
+                InvalidArgument("rows: ", range[1], " rows from row ", range[0], " on do not lie within the ", columns,
+                                " rows of student"));
 
     std::vector<xla::Shape> results = {FloatShape({}), FloatShape({num_teachers})};
     if (compute_gradient_) results.push_back(FloatShape({columns, student.dimensions(1)}));
@@ -336,8 +331,7 @@ class SimilarityKlXlaOp : public tf::XlaOpKernel {
     std::string opaque;
     for (int64_t number : numbers) absl::StrAppend(&opaque, number, " ");
     for (int k = 0; k < num_teachers; ++k) absl::StrAppend(&opaque, argument_shapes[1 + k].dimensions(1), " ");
-    constexpr xla::CustomCallApiVersion kApiVersion =
-        xla::CustomCallApiVersion::API_VERSION_STATUS_RETURNING_UNIFIED;
+    constexpr xla::CustomCallApiVersion kApiVersion = xla::CustomCallApiVersion::API_VERSION_STATUS_RETURNING_UNIFIED;
 #endif
     const xla::XlaOp call = xla::CustomCallWithLayout(
         context->builder(), kTarget, arguments, xla::ShapeUtil::MakeTupleShape(results), argument_shapes, opaque,

@@ -1,4 +1,4 @@
-"""The fused similarity-KL op: its libraries are loaded at the first use, and built before that where they are missing."""
+"""The fused similarity-KL op; its libraries are loaded at the first use, and built then where they are missing."""
 
 import functools
 import logging
@@ -79,7 +79,7 @@ def _op():
     return module.s2sd_similarity_kl
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _load(library):
     """`(module, None)`, or `(None, why not)`; builds the library where it is missing."""
     log = logging.getLogger(__name__)

@@ -1,9 +1,9 @@
 """Building and finding the libraries of the fused similarity-KL op.
 
-There are two: "similarity_kl", the op, and "similarity_kl_xla", which makes it known to XLA and takes longer to build. A
-library loads only in the TensorFlow minor version that it was built for, so its name says for which version, for which
-processor, and from which sources it was built. It is looked for beside this file, where `setup.py` puts it, then in the
-user's cache.
+There are two: "similarity_kl", the op, and "similarity_kl_xla", which makes it known to XLA and takes longer to build.
+A library loads only in the TensorFlow minor version that it was built for, so its name says for which version, for
+which processor, and from which sources it was built. It is looked for in `prebuilt/` beside this file, where `setup.py`
+puts it, then in the user's cache.
 
 `setup.py` loads this file by its path: it imports nothing of the package, and TensorFlow only when it is called.
 """
@@ -34,7 +34,7 @@ _X86_SOURCES = {
     "cpu_simd_avx512_bf16.cc": [*_AVX512_FLAGS, "-mavx512bf16"],
 }
 _CUDA_SOURCE = "cuda_kernel.cu"
-_CUDA_ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
+_CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # older ones lack asynchronous copies and TF32
 _NOT_BUILT = ("cpu_kernel_test", "cuda_kernel_test", "cuda_host_harness", "cuda_program")
 _OP_SOURCES = {OP: "op.cc", XLA: "xla.cc"}
 
@@ -104,6 +104,11 @@ def sources():
     raise BuildError("the C++ sources are not installed")
 
 
+def cpu_kernel_sources(machine):
+    """The CPU kernel's files, with the flags for the vector instructions that each is compiled for."""
+    return {**_KERNEL_SOURCES, **(_X86_SOURCES if machine.lower() in ("x86_64", "amd64") else {})}
+
+
 def compiler():
     """The C++ compiler: `$CXX`, else g++, c++ or clang++."""
     for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
@@ -125,9 +130,6 @@ def _build(library, path, cuda):
 
     cxx, folder = compiler(), sources()
     tensorflow_flags = [*tf.sysconfig.get_compile_flags(), "-Wno-deprecated-declarations"]
-    kernel_sources = dict(_KERNEL_SOURCES)
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        kernel_sources.update(_X86_SOURCES)
     link_flags = ["-shared", *tf.sysconfig.get_link_flags()]
     if library == XLA:
         link_flags.append("-l:libtensorflow_cc.so.2")
@@ -148,7 +150,10 @@ def _build(library, path, cuda):
             link_flags[1:1] = [runtime, "-Wl,--exclude-libs,libcudart_static.a"]
             link_flags += ["-lpthread", "-ldl", "-lrt"]
         commands.append([cxx, *_KERNEL_FLAGS, *op_flags, "-c", folder / _OP_SOURCES[library]])
-        commands += [[cxx, *_KERNEL_FLAGS, *flags, "-c", folder / source] for source, flags in kernel_sources.items()]
+        commands += [
+            [cxx, *_KERNEL_FLAGS, *flags, "-c", folder / source]
+            for source, flags in cpu_kernel_sources(platform.machine()).items()
+        ]
         objects = [os.path.join(work, f"{index}.o") for index in range(len(commands))]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(_run, [[*command, "-o", target] for command, target in zip(commands, objects)]))
@@ -169,9 +174,9 @@ def _cuda_targets(nvcc, cuda):
     """nvcc's options for the architectures, and for code that later ones translate."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     wanted = _CUDA_ARCHITECTURES if cuda is True else sorted(cuda)
-    chosen = [number for number in wanted if f"sm_{number}" in known and number >= 80]
+    chosen = [number for number in wanted if f"sm_{number}" in known and number >= _CUDA_ARCHITECTURES[0]]
     if not chosen:
-        raise BuildError(f"nvcc has none of the architectures {list(wanted)} that are at least 80")
+        raise BuildError(f"nvcc can build for none of the compute capabilities {list(wanted)} that are at least 80")
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
     return [*targets, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 

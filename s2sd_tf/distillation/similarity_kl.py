@@ -29,9 +29,9 @@ def similarity_kl(
         KL_k = T^2 / B * sum_ij P(q_k)_ij * (log P(q_k)_ij - log P(z)_ij)
 
     The composed implementation makes 2 (K + 1) matrices of batch x batch and as many for the gradient. The fused one
-    makes none: on the CPU it takes a workspace of at most `S2SD_TF_WORKSPACE_MIB` (an environment variable, default 256)
-    MiB, kept for the next call. On a GPU the fused op wants rows whose squared length is within 8 T of 1, and gives NaN
-    for others; on the CPU any length will do.
+    makes none: on the CPU it takes a workspace of at most `S2SD_TF_WORKSPACE_MIB` (an environment variable, default
+    256) MiB, kept for the next call. On a GPU the fused op wants rows whose squared length is within 8 T of 1, and
+    gives NaN for others; on the CPU any length will do.
 
     Args:
         student: float tensor `(batch, dim)`, the rows l2-normalised. float64 computes in float64; float32, float16
@@ -47,8 +47,8 @@ def similarity_kl(
             that of the columns. For a replica that holds `count` of `batch` gathered embeddings: the mean over replicas
             of equal count is the divergence of the whole batch. Default: all.
         compute_gradient: False spares the fused op the gradient, where only the value is wanted.
-        jit_compile: whether the surrounding `tf.function` is compiled by XLA. None, not known: the fused op is then used
-            inside of a `tf.function` only where it works with XLA too.
+        jit_compile: whether the surrounding `tf.function` is compiled by XLA. None, not known: the fused op is then
+            used inside of a `tf.function` only where it works with XLA too.
 
     Returns:
         `(total, per_teacher)`: the weighted sum, a scalar differentiable in `student` and `weights`; and the K single

@@ -1,0 +1,337 @@
+// What the large and the small path share: parameters, tile numbering, loads, and products on tensor cores.
+
+#ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_COMMON_CUH_
+#define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_COMMON_CUH_
+
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+
+#include "cuda_kernel.h"
+#include "cuda_primitives.cuh"
+
+namespace s2sd {
+namespace cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kMaxDim = 1 << 22;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Row-wise maxima are 1/T for normalised rows, so exp((s - 1) / T) needs no running maximum. With squared norms within
+// 8 T of 1, Cauchy-Schwarz bounds it by exp(8), and the diagonal keeps every row's sum above exp(-8).
+constexpr float kNormSlack = 8.0f;
+constexpr float kMaxExp = 2981.0f;  // exp(8)
+constexpr float kLog2E = 1.44269504f;
+
+// Below, sums of (s - s') / T over a tile would leave the range of float32.
+constexpr float kMinTemperature = 1e-27f;
+
+// The widest load that a matrix's base address and row pitch allow, in bytes.
+enum class Access : int { k16, k4, k2 };
+
+struct DeviceMatrix {
+  const char* data;
+  int dim;
+  int row_bytes;
+  Access access;
+};
+
+// Read and written by single threads between kernels.
+struct Header {
+  int invalid;
+  int max_student_norm;  // a squared norm, the bits of a float that is >= 0, so that integer maxima order it
+  float gradient_scale;  // fixed-point units in 1
+  double gradient_factor;
+  float coefficients[1 + kCudaMaxTeachers];
+};
+
+struct Params {
+  int columns;
+  int row_offset;
+  int rows;
+  bool square;
+  int num_matrices;  // student, then teachers
+  const float* temperature;
+  const float* weights;
+  float* total;
+  float* per_teacher;
+  float* gradient;
+
+  // Large path.
+  Header* header;
+  unsigned long long* exp_sums;    // (num_matrices, rows), fixed point
+  unsigned long long* cross_sums;  // (num_matrices - 1, rows), fixed point
+  unsigned long long* gradient_sums;
+  double* partial_kl;                    // (num_matrices - 1, blocks of the normalising kernel)
+  uint8_t group_ends[kCudaMaxTeachers];  // blocks of y = g see to the teachers up to here, from group_ends[g - 1] on
+  // Small path.
+  float* similarities;  // (num_matrices, rows, columns)
+  double* row_kl;       // (num_matrices - 1, rows)
+  int* invalid;         // (num_matrices, column tiles)
+  // Both.
+  float* inverse_sums;  // (num_matrices, rows)
+
+  DeviceMatrix matrices[1 + kCudaMaxTeachers];
+};
+
+inline __host__ __device__ int CeilDiv(int a, int b) { return (a + b - 1) / b; }
+
+struct Tile {
+  int row;
+  int column;
+};
+
+// The pair (i <= j) of position `index` in (0,0), (0,1), (1,1), (0,2), ...
+inline __host__ __device__ Tile TriangularPair(int index) {
+  // The square root is a first guess; integers settle it.
+  int j = static_cast<int>((sqrtf(8.0f * static_cast<float>(index) + 1.0f) - 1.0f) * 0.5f);
+  while (static_cast<int64_t>(j) * (j + 1) / 2 > index) --j;
+  while (static_cast<int64_t>(j + 1) * (j + 2) / 2 <= index) ++j;
+  return {static_cast<int>(index - static_cast<int64_t>(j) * (j + 1) / 2), j};
+}
+
+inline __host__ __device__ int64_t NumTiles(bool square, int row_tiles, int column_tiles) {
+  const int64_t n = column_tiles;
+  return square ? n * (n + 1) / 2 : row_tiles * n;
+}
+
+// Bands of 8 tile columns, row by row within a band, so that the tiles in flight share their rows in the L2 cache.
+inline __host__ __device__ Tile DecodeTile(bool square, int index, int row_tiles, int column_tiles) {
+  constexpr int kBand = 8;
+  int band;
+  int64_t before;
+  if (square) {
+    band = TriangularPair(index).column / kBand;
+    before = static_cast<int64_t>(band) * kBand * (band * kBand + 1) / 2;
+  } else {
+    band = static_cast<int>(index / (static_cast<int64_t>(kBand) * row_tiles));
+    before = static_cast<int64_t>(band) * kBand * row_tiles;
+  }
+  const int first = band * kBand;
+  const int width = column_tiles - first < kBand ? column_tiles - first : kBand;
+  const int within = static_cast<int>(index - before);
+  const int full_rows = square ? first : row_tiles;
+  if (within < full_rows * width) return {within / width, first + within % width};
+  const Tile corner = TriangularPair(within - full_rows * width);
+  return {first + corner.row, first + corner.column};
+}
+
+__device__ __forceinline__ bool ValidNorm(float squared_norm, float temperature) {
+  return squared_norm <= FLT_MAX && fabsf(squared_norm - 1.0f) <= kNormSlack * temperature;  // false for a NaN
+}
+
+__device__ __forceinline__ bool ValidScalars(const Params& p) {
+  const float t = *p.temperature;
+  bool valid = t >= kMinTemperature && t <= FLT_MAX;
+  for (int k = 0; k < p.num_matrices - 1; ++k) valid = valid && fabsf(p.weights[k]) <= FLT_MAX;
+  return valid;
+}
+
+// exp((s - 1) / T) for scale = log2(e) / T. The cap only acts where rounded products pass the bound of exact ones.
+__device__ __forceinline__ float ShiftedExp(float s, float scale) {
+  return Exp2(fminf((s - 1.0f) * scale, kNormSlack * kLog2E));
+}
+
+template <Scalar kScalar>
+__device__ __forceinline__ float HalfToFloat(uint16_t bits) {
+  return kScalar == Scalar::kFloat16 ? Float16ToFloat(bits) : __uint_as_float(static_cast<unsigned>(bits) << 16);
+}
+
+template <Scalar kScalar>
+__device__ __forceinline__ float LoadScalar(const DeviceMatrix& x, int64_t row, int d) {
+  if constexpr (kScalar == Scalar::kFloat32) {
+    return reinterpret_cast<const float*>(x.data)[row * x.dim + d];
+  } else {
+    return HalfToFloat<kScalar>(reinterpret_cast<const uint16_t*>(x.data)[row * x.dim + d]);
+  }
+}
+
+// 16 bytes of a row from `offset` on, zeros beyond the row's end and where not `valid`. For rows that allow no 16-byte
+// loads.
+__device__ __forceinline__ uint4 LoadChunk(const DeviceMatrix& x, const char* row, int offset, bool valid) {
+  uint4 chunk = make_uint4(0, 0, 0, 0);
+  const int bytes = valid ? x.row_bytes - offset : 0;
+  if (bytes <= 0) return chunk;
+  const char* from = row + offset;
+  if (x.access == Access::k4) {
+    const unsigned* words = reinterpret_cast<const unsigned*>(from);
+    chunk.x = words[0];
+    if (bytes > 4) chunk.y = words[1];
+    if (bytes > 8) chunk.z = words[2];
+    if (bytes > 12) chunk.w = words[3];
+    return chunk;
+  }
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(from);
+  const auto word = [&](int n) -> unsigned {
+    const unsigned low = bytes > 4 * n ? halves[2 * n] : 0u;
+    const unsigned high = bytes > 4 * n + 2 ? halves[2 * n + 1] : 0u;
+    return low | high << 16;
+  };
+  return make_uint4(word(0), word(1), word(2), word(3));
+}
+
+template <Scalar kScalar>
+__device__ __forceinline__ float SquaredNorm(uint4 chunk) {
+  const unsigned words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+  float sum = 0;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    if constexpr (kScalar == Scalar::kFloat32) {
+      const float x = __uint_as_float(words[e]);
+      sum += x * x;
+    } else {
+      const float low = HalfToFloat<kScalar>(static_cast<uint16_t>(words[e]));
+      const float high = HalfToFloat<kScalar>(static_cast<uint16_t>(words[e] >> 16));
+      sum += low * low + high * high;
+    }
+  }
+  return sum;
+}
+
+// A slice is the depth that a quad of lanes holds of a row when each has 8 or 16 consecutive bytes of it: 1 or 2 mma
+// steps. mma wants other elements in a lane than these, so this permutes the depth, alike for both factors, which a dot
+// product does not see, and makes every load wide.
+//
+// A lane's bytes of one row, ready for mma. Split: x = hi + lo with both in TF32, and x y = hi hi + hi lo + lo hi to
+// float32's accuracy (lo lo is beyond it).
+template <bool kSplit, int kWords>
+struct Operand {
+  unsigned hi[kWords];
+  unsigned lo[kSplit ? kWords : 1];
+};
+
+template <Scalar kScalar, bool kSplit, int kWords>
+__device__ __forceinline__ Operand<kSplit, kWords> MakeOperand(const unsigned (&words)[kWords]) {
+  Operand<kSplit, kWords> operand;
+#pragma unroll
+  for (int e = 0; e < kWords; ++e) {
+    if constexpr (kScalar == Scalar::kFloat32) {
+      operand.hi[e] = RoundToTf32(__uint_as_float(words[e]));
+      // Its low bits are for the tensor core to drop: at most one bit, of the weight of float32's last.
+      if constexpr (kSplit) {
+        operand.lo[e] = __float_as_uint(__uint_as_float(words[e]) - __uint_as_float(operand.hi[e]));
+      }
+    } else {
+      operand.hi[e] = words[e];
+    }
+  }
+  return operand;
+}
+
+template <Scalar kScalar, bool kSplit>
+__device__ __forceinline__ Operand<kSplit, 4> MakeOperand(uint4 chunk) {
+  const unsigned words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+  return MakeOperand<kScalar, kSplit>(words);
+}
+
+template <Scalar kScalar, bool kSplit>
+__device__ __forceinline__ Operand<kSplit, 2> MakeOperand(uint2 chunk) {
+  const unsigned words[2] = {chunk.x, chunk.y};
+  return MakeOperand<kScalar, kSplit>(words);
+}
+
+template <Scalar kScalar>
+__device__ __forceinline__ void Mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  if constexpr (kScalar == Scalar::kFloat32) {
+    MmaTf32(c, a, b0, b1);
+  } else if constexpr (kScalar == Scalar::kFloat16) {
+    MmaFloat16(c, a, b0, b1);
+  } else {
+    MmaBfloat16(c, a, b0, b1);
+  }
+}
+
+// acc += one slice's products of 16 rows (`top`: row lane / 4, `bottom`: 8 rows further) with 8 columns a `b`.
+//
+// Tensor cores truncate when they accumulate, a bias that grows with the depth. So they only sum a slice, or one step
+// of a split product, and the adder of the float32 units, which rounds, does the rest.
+template <Scalar kScalar, bool kSplitA, bool kSplitB, int kWords, int kColumns>
+__device__ __forceinline__ void MultiplySlice(const Operand<kSplitA, kWords>& top,
+                                              const Operand<kSplitA, kWords>& bottom,
+                                              const Operand<kSplitB, kWords> (&b)[kColumns],
+                                              float (&acc)[kColumns][4]) {
+  constexpr int kSteps = kWords / 2;
+  constexpr int kStepsInCore = kSplitA ? 1 : kSteps;
+#pragma unroll
+  for (int first = 0; first < kSteps; first += kStepsInCore) {
+    float part[kColumns][4] = {};
+#pragma unroll
+    for (int step = first; step < first + kStepsInCore; ++step) {
+      const int e = 2 * step;
+      const unsigned hi[4] = {top.hi[e], bottom.hi[e], top.hi[e + 1], bottom.hi[e + 1]};
+      if constexpr (kSplitA) {
+        const unsigned lo[4] = {top.lo[e], bottom.lo[e], top.lo[e + 1], bottom.lo[e + 1]};
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) Mma<kScalar>(part[n], lo, b[n].hi[e], b[n].hi[e + 1]);
+      }
+      if constexpr (kSplitB) {
+#pragma unroll
+        for (int n = 0; n < kColumns; ++n) Mma<kScalar>(part[n], hi, b[n].lo[e], b[n].lo[e + 1]);
+      }
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) Mma<kScalar>(part[n], hi, b[n].hi[e], b[n].hi[e + 1]);
+    }
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) acc[n][r] += part[n][r];
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ T WarpSum(T x) {
+#pragma unroll
+  for (int delta = 16; delta > 0; delta /= 2) x += __shfl_xor_sync(kAllLanes, x, delta);
+  return x;
+}
+
+// The gradient is factor * (H z), where H is formed with the weights' signs and proportions only, so that sizes of
+// weights and temperature cannot overflow it: the teachers' coefficients have magnitudes that sum up to 1, and the
+// student's is what cancels them. To be called by a whole warp; returns the factor.
+__device__ __forceinline__ double MakeCoefficients(const Params& p, float* coefficients) {
+  const int lane = threadIdx.x % 32;
+  double magnitude = 0;
+  for (int m = 1 + lane; m < p.num_matrices; m += 32) magnitude += fabs(static_cast<double>(p.weights[m - 1]));
+  magnitude = WarpSum(magnitude);
+  const double scale = magnitude > 0 ? 1 / magnitude : 0;
+  double sum = 0;
+  for (int m = 1 + lane; m < p.num_matrices; m += 32) {
+    const float coefficient = static_cast<float>(-p.weights[m - 1] * scale);
+    coefficients[m] = coefficient;
+    sum -= coefficient;
+  }
+  sum = WarpSum(sum);
+  if (lane == 0) coefficients[0] = static_cast<float>(sum);
+  return magnitude * *p.temperature / p.rows;
+}
+
+// Writes per_teacher and total, by one block. `partial_kl` is (teachers, count): sums over rows, in part.
+__device__ __forceinline__ void WriteResults(const Params& p, const double* partial_kl, int count, bool invalid,
+                                             double* shared) {
+  const int lane = threadIdx.x % 32;
+  const double t = *p.temperature;
+  const int teachers = p.num_matrices - 1;
+  __syncthreads();
+  for (int k = threadIdx.x / 32; k < teachers; k += blockDim.x / 32) {
+    double sum = 0;
+    for (int n = lane; n < count; n += 32) sum += partial_kl[static_cast<int64_t>(k) * count + n];
+    sum = WarpSum(sum) * (t * t / p.rows);
+    if (lane == 0) {
+      shared[k] = sum;
+      p.per_teacher[k] = invalid ? NAN : static_cast<float>(sum);
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double total = 0;
+    for (int k = 0; k < teachers; ++k) total += p.weights[k] * shared[k];
+    *p.total = invalid ? NAN : static_cast<float>(total);
+  }
+}
+
+}  // namespace cuda
+}  // namespace s2sd
+
+#endif  // S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_COMMON_CUH_

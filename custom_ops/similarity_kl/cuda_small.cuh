@@ -1,0 +1,274 @@
+// The small path: one cooperative launch, where launches and latencies cost more than arithmetic.
+//
+//   similarities, a tile of one matrix a block     -> workspace (at most 256 x 256 a matrix)
+//   sums and KL, a row of one teacher a warp       -> workspace
+//   gradient, a row a block; the last block sums the KL up
+//
+// No two blocks add to the same number, so the order in which they run leaves no trace in the bits.
+
+#ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_SMALL_CUH_
+#define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_SMALL_CUH_
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda_common.cuh"
+
+namespace s2sd {
+namespace cuda {
+
+constexpr int kSmallColumns = 256;
+constexpr int kSmallGradientChunk = 128;
+constexpr int kSliceBytes = 64;  // of each row
+static_assert(kSmallColumns <= kThreads, "the gradient has a thread a column");
+static_assert(kSmallColumns * (kMaxDim * int64_t{4}) <= int64_t{1} << 32, "offsets in a matrix have 32 bits");
+
+template <int kTile>
+constexpr int kSmallTileBytes = kWarps * (kTile + 1) * kTile * static_cast<int>(sizeof(float));
+
+// The last phase's shared memory. The sums of the KL, of the last block, and the gradient's come one after the other.
+struct SmallShared {
+  double factor;
+  float coefficients[1 + kCudaMaxTeachers];
+  union {
+    double kl[kCudaMaxTeachers];
+    struct {
+      float of_columns[kSmallColumns];
+      float parts[kWarps][kSmallGradientChunk];
+    } gradient;
+  };
+};
+
+template <int kTile>
+constexpr int kSmallSharedBytes = kSmallTileBytes<kTile> > static_cast<int>(sizeof(SmallShared))
+                                      ? kSmallTileBytes<kTile>
+                                      : sizeof(SmallShared);
+
+// The warps share the depth out, so none reads what another does, and the slices go straight into registers.
+// `kAligned`: the matrix allows 16-byte loads; asked at every load, it would keep them from being in flight together.
+template <Scalar kScalar, bool kCompensated, int kTile, bool kAligned>
+__device__ __forceinline__ void StoreSimilarities(const Params& p, int m, Tile tile, float* shared) {
+  constexpr bool kSplit = kCompensated && kScalar == Scalar::kFloat32;
+  constexpr int kRowUnits = kTile / 16;
+  constexpr int kColumnUnits = kTile / 8;
+  constexpr int kBatch = kTile == 16 ? 4 : 1;  // slices to have in flight
+  const DeviceMatrix& x = p.matrices[m];
+  const int lane = threadIdx.x % 32;
+  const int g = lane / 4;
+  const int t = lane % 4;
+  const int warp = threadIdx.x / 32;
+  const int first_row = p.row_offset + tile.row * kTile;
+  const int end_row = p.row_offset + p.rows;
+  const int first_column = tile.column * kTile;
+  const auto load = [&](int row, int end, int slice) {
+    const char* from = x.data + static_cast<unsigned>(row) * static_cast<unsigned>(x.row_bytes);
+    const int offset = slice * kSliceBytes + 16 * t;
+    if constexpr (kAligned) {
+      return row < end && offset < x.row_bytes ? *reinterpret_cast<const uint4*>(from + offset)
+                                               : make_uint4(0, 0, 0, 0);
+    } else {
+      return LoadChunk(x, from, offset, row < end);
+    }
+  };
+
+  float acc[kRowUnits][kColumnUnits / 2][2][4] = {};
+  float norms[kColumnUnits] = {};
+  const int slices = CeilDiv(x.row_bytes, kSliceBytes);
+#pragma unroll 1
+  for (int first = warp; first < slices; first += kWarps * kBatch) {
+    uint4 a[kBatch][kRowUnits][2];
+    uint4 b[kBatch][kColumnUnits];
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      const int slice = first + n * kWarps;  // beyond the depth these are zeros
+#pragma unroll
+      for (int r = 0; r < kRowUnits; ++r) {
+        a[n][r][0] = load(first_row + 16 * r + g, end_row, slice);
+        a[n][r][1] = load(first_row + 16 * r + 8 + g, end_row, slice);
+      }
+#pragma unroll
+      for (int c = 0; c < kColumnUnits; ++c) b[n][c] = load(first_column + 8 * c + g, p.columns, slice);
+    }
+#pragma unroll
+    for (int n = 0; n < kBatch; ++n) {
+      if (tile.row == 0) {
+#pragma unroll
+        for (int c = 0; c < kColumnUnits; ++c) norms[c] += SquaredNorm<kScalar>(b[n][c]);
+      }
+#pragma unroll
+      for (int c = 0; c < kColumnUnits; c += 2) {
+        const Operand<kSplit, 4> pair[2] = {MakeOperand<kScalar, kSplit>(b[n][c]),
+                                            MakeOperand<kScalar, kSplit>(b[n][c + 1])};
+#pragma unroll
+        for (int r = 0; r < kRowUnits; ++r) {
+          MultiplySlice<kScalar>(MakeOperand<kScalar, kSplit>(a[n][r][0]), MakeOperand<kScalar, kSplit>(a[n][r][1]),
+                                 pair, acc[r][c / 2]);
+        }
+      }
+    }
+  }
+
+  float* shared_norms = shared + kWarps * kTile * kTile;  // (warps, kTile)
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < kRowUnits; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumnUnits; ++c) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const int row = 16 * r + v / 2 * 8 + g;
+        shared[(warp * kTile + row) * kTile + 8 * c + 2 * t + v % 2] = acc[r][c / 2][c % 2][v];
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kColumnUnits; ++c) {
+    norms[c] += __shfl_xor_sync(kAllLanes, norms[c], 1);
+    norms[c] += __shfl_xor_sync(kAllLanes, norms[c], 2);
+    if (t == 0) shared_norms[warp * kTile + 8 * c + g] = norms[c];
+  }
+  __syncthreads();
+
+  float* similarities = p.similarities + static_cast<int64_t>(m) * p.rows * p.columns;
+  for (int n = threadIdx.x; n < kTile * kTile; n += kThreads) {
+    float s = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) s += shared[w * kTile * kTile + n];
+    const int row = tile.row * kTile + n / kTile;
+    const int column = first_column + n % kTile;
+    if (row >= p.rows || column >= p.columns) continue;
+    similarities[row * p.columns + column] = s;
+    if (p.square && tile.row < tile.column) similarities[column * p.columns + row] = s;
+  }
+  // Tiles of the first tile row meet every row of the matrix, as columns.
+  if (tile.row == 0 && warp == 0) {
+    float norm = 0;
+    for (int w = 0; w < kWarps; ++w) norm += shared_norms[w * kTile + lane % kTile];
+    const bool inside = lane < kTile && first_column + lane < p.columns;
+    const unsigned bad = __ballot_sync(kAllLanes, inside && !ValidNorm(norm, *p.temperature));
+    if (lane == 0) p.invalid[m * CeilDiv(p.columns, kTile) + tile.column] = bad != 0;
+  }
+}
+
+__device__ __forceinline__ void StoreRowKl(const Params& p, int row, int m) {
+  const int lane = threadIdx.x % 32;
+  const float temperature = *p.temperature;
+  const float exp_scale = kLog2E / temperature;
+  const float* student = p.similarities + row * p.columns;
+  const float* teacher = student + static_cast<int64_t>(m) * p.rows * p.columns;
+  float student_sum = 0;
+  float teacher_sum = 0;
+  float cross_sum = 0;
+  for (int j = lane; j < p.columns; j += 32) {
+    const float e = ShiftedExp(teacher[j], exp_scale);
+    student_sum += ShiftedExp(student[j], exp_scale);
+    teacher_sum += e;
+    cross_sum += e * (teacher[j] - student[j]);
+  }
+  student_sum = WarpSum(student_sum);
+  teacher_sum = WarpSum(teacher_sum);
+  cross_sum = WarpSum(cross_sum);
+  if (lane != 0) return;
+  if (!(student_sum > 0 && teacher_sum > 0)) p.invalid[0] = 1;  // T beyond the products' resolution
+  p.inverse_sums[m * p.rows + row] = 1.0f / teacher_sum;
+  if (m == 1) p.inverse_sums[row] = 1.0f / student_sum;
+  p.row_kl[(m - 1) * p.rows + row] =
+      static_cast<double>(cross_sum) / temperature / teacher_sum - log(static_cast<double>(teacher_sum) / student_sum);
+}
+
+template <Scalar kScalar>
+__device__ __forceinline__ void WriteGradient(const Params& p, int row, int first_d, bool invalid,
+                                              SmallShared* shared) {
+  const DeviceMatrix& z = p.matrices[0];
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const float exp_scale = kLog2E / *p.temperature;
+  // A row is `local` where its softmax is part of the loss.
+  const int j = threadIdx.x;
+  const int local_row = row - p.row_offset;
+  const int local_j = j - p.row_offset;
+  const bool row_is_local = local_row >= 0 && local_row < p.rows;
+  if (j < p.columns) {
+    const bool j_is_local = local_j >= 0 && local_j < p.rows;
+    float sum = 0;
+    for (int m = 0; m < p.num_matrices; ++m) {
+      const float* similarities = p.similarities + static_cast<int64_t>(m) * p.rows * p.columns;
+      const float* inverse_sums = p.inverse_sums + m * p.rows;
+      float term = 0;
+      if (row_is_local) {
+        term += ShiftedExp(similarities[local_row * p.columns + j], exp_scale) * inverse_sums[local_row];
+      }
+      if (j_is_local) {
+        // In the square form that is the same number, read along the row instead of down the column.
+        const int n = p.square ? row * p.columns + j : local_j * p.columns + row;
+        term += ShiftedExp(similarities[n], exp_scale) * inverse_sums[local_j];
+      }
+      sum += shared->coefficients[m] * term;
+    }
+    shared->gradient.of_columns[j] = sum;
+  }
+  __syncthreads();
+  constexpr int kUnits = kSmallGradientChunk / 32;
+  float acc[kUnits] = {};
+#pragma unroll 4
+  for (int n = warp; n < p.columns; n += kWarps) {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const int d = first_d + 32 * u + lane;
+      if (d < z.dim) acc[u] += shared->gradient.of_columns[n] * LoadScalar<kScalar>(z, n, d);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) shared->gradient.parts[warp][32 * u + lane] = acc[u];
+  __syncthreads();
+  const int d = threadIdx.x;
+  if (d < kSmallGradientChunk && first_d + d < z.dim) {
+    float sum = 0;
+    for (int w = 0; w < kWarps; ++w) sum += shared->gradient.parts[w][d];
+    const int64_t n = static_cast<int64_t>(row) * z.dim + first_d + d;
+    p.gradient[n] = invalid ? NAN : static_cast<float>(sum * shared->factor);
+  }
+}
+
+template <Scalar kScalar, bool kCompensated, int kTile>
+__global__ void __launch_bounds__(kThreads, kTile == 16 ? 2 : 1) SmallKernel(const __grid_constant__ Params p) {
+  const int row_tiles = CeilDiv(p.rows, kTile);
+  const int column_tiles = CeilDiv(p.columns, kTile);
+  const int tiles = static_cast<int>(NumTiles(p.square, row_tiles, column_tiles));
+  for (int n = blockIdx.x; n < tiles * p.num_matrices; n += gridDim.x) {
+    const int m = p.num_matrices - 1 - n / tiles;  // the student, which is small, comes last
+    const Tile tile = DecodeTile(p.square, n % tiles, row_tiles, column_tiles);
+    if (p.matrices[m].access == Access::k16) {
+      StoreSimilarities<kScalar, kCompensated, kTile, true>(p, m, tile, reinterpret_cast<float*>(SharedMemory()));
+    } else {
+      StoreSimilarities<kScalar, kCompensated, kTile, false>(p, m, tile, reinterpret_cast<float*>(SharedMemory()));
+    }
+  }
+  GridSync();
+
+  for (int n = blockIdx.x * kWarps + threadIdx.x / 32; n < p.rows * (p.num_matrices - 1); n += gridDim.x * kWarps) {
+    StoreRowKl(p, n % p.rows, n / p.rows + 1);
+  }
+  GridSync();
+
+  SmallShared* shared = reinterpret_cast<SmallShared*>(SharedMemory());
+  if (threadIdx.x < 32) {
+    const double factor = MakeCoefficients(p, shared->coefficients);
+    if (threadIdx.x == 0) shared->factor = factor;
+  }
+  bool invalid = !ValidScalars(p);
+  for (int n = threadIdx.x; n < p.num_matrices * column_tiles; n += kThreads) invalid = invalid || p.invalid[n] != 0;
+  invalid = __syncthreads_or(invalid) != 0;
+  if (blockIdx.x == gridDim.x - 1) WriteResults(p, p.row_kl, p.rows, invalid, shared->kl);
+  if (p.gradient == nullptr) return;
+  __syncthreads();
+  const int chunks = CeilDiv(p.matrices[0].dim, kSmallGradientChunk);
+  for (int n = blockIdx.x; n < p.columns * chunks; n += gridDim.x) {
+    WriteGradient<kScalar>(p, n / chunks, n % chunks * kSmallGradientChunk, invalid, shared);
+  }
+}
+
+}  // namespace cuda
+}  // namespace s2sd
+
+#endif  // S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_SMALL_CUH_

@@ -1,0 +1,178 @@
+"""Building, finding and refusing the fused op's libraries, and what a user sees of it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tensorflow as tf
+
+from s2sd_tf.distillation import libraries
+
+SCRIPT = """
+import logging, pathlib, sys
+import tensorflow as tf
+from s2sd_tf import similarity_kl
+from s2sd_tf.distillation import libraries
+prebuilt, implementation, mode = sys.argv[1:]
+libraries.PREBUILT = pathlib.Path(prebuilt)
+rows = tf.math.l2_normalize(tf.random.stateless_normal((20, 5), [1, 2]), 1)
+jit_compile = {"graph": False, "jit": True, "unknown": None}[mode]
+
+@tf.function(jit_compile=mode == "jit")
+def step(rows):
+    return similarity_kl(rows, [rows[::-1]], implementation=implementation, jit_compile=jit_compile)[0]
+
+function = step.get_concrete_function(rows)
+value = float(step(rows))
+similarity_kl(rows, [rows])  # a second decision, eagerly
+composed = float(similarity_kl(rows, [rows[::-1]], implementation="composed")[0])
+assert abs(value - composed) < 1e-6, (value, composed)
+print("FUSED" if "S2sd>SimilarityKl" in {op.type for op in function.graph.get_operations()} else "COMPOSED")
+"""
+
+
+@pytest.fixture
+def run(tmp_path, run_python, monkeypatch):
+    """Runs the script in a process with an empty cache and its own folder of prebuilt libraries."""
+    (tmp_path / "prebuilt").mkdir()
+    (tmp_path / "script.py").write_text(SCRIPT)
+    monkeypatch.setenv(libraries.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.delenv("S2SD_TF_KERNEL", raising=False)
+
+    def run(implementation="auto", mode="graph", check=True):
+        done = run_python(tmp_path / "script.py", tmp_path / "prebuilt", implementation, mode, check=check)
+        ours = [line for line in done.stderr.splitlines() if "s2sd_tf: " in line]
+        return done, ours
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def built():
+    """The libraries that fit, by name; built in the user's cache if need be."""
+    return {name: libraries.find(name) or libraries.build(name) for name in (libraries.OP, libraries.XLA)}
+
+
+def fill(folder, built):
+    folder.mkdir(exist_ok=True)
+    for path in built.values():
+        shutil.copy(path, folder)
+
+
+def without_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
+    monkeypatch.delenv("CXX", raising=False)
+
+
+def test_a_fitting_library_is_loaded_without_a_word(run, built, tmp_path, monkeypatch):
+    without_compiler(monkeypatch)
+    fill(tmp_path / "prebuilt", built)
+    for mode in ("graph", "jit", "unknown"):
+        done, lines = run(mode=mode)
+        assert done.stdout.strip() == "FUSED"
+        assert lines == []
+
+
+def test_no_compiler_is_one_line_and_the_composed_version(run, monkeypatch):
+    without_compiler(monkeypatch)
+    for mode in ("graph", "unknown"):
+        done, lines = run(mode=mode)
+        assert done.stdout.strip() == "COMPOSED"
+        assert len(lines) == 1
+        assert "no C++ compiler" in lines[0]
+    done, _ = run("fused", check=False)
+    assert done.returncode != 0
+    assert "NotImplementedError: implementation='fused': s2sd_tf: no fused similarity-KL op" in done.stderr
+
+
+def test_no_word_where_composed_is_asked_for(run, monkeypatch):
+    without_compiler(monkeypatch)
+    monkeypatch.setenv("S2SD_TF_KERNEL", "composed")
+    done, lines = run()
+    assert done.stdout.strip() == "COMPOSED"
+    assert lines == []
+
+
+def test_a_library_of_another_tensorflow_is_not_loaded(run, built, tmp_path, monkeypatch):
+    """Its name says so; the op is then built in the cache, or, without a compiler, composed."""
+    minor = ".".join(tf.__version__.split(".")[:2])
+    for path in built.values():
+        (tmp_path / "prebuilt" / path.name.replace(f"tf{minor}", "tf2.9")).write_text("would not load")
+    with monkeypatch.context() as context:
+        without_compiler(context)
+        done, lines = run()
+        assert done.stdout.strip() == "COMPOSED"
+        assert len(lines) == 1
+    done, lines = run()
+    assert done.stdout.strip() == "FUSED"
+    assert len(lines) == 2  # that it is being built, and what did not fit; that it is there
+    assert "tf2.9" in lines[0]
+    assert [path.name for path in (tmp_path / "cache").glob("*.so")] == [built[libraries.OP].name]
+    done, lines = run()
+    assert done.stdout.strip() == "FUSED"
+    assert lines == []
+
+
+def test_a_library_that_does_not_load_is_one_line(run, built, tmp_path):
+    """As one that was renamed."""
+    for path in built.values():
+        (tmp_path / "prebuilt" / path.name).write_text("would not load")
+    done, lines = run()
+    assert done.stdout.strip() == "COMPOSED"
+    assert len(lines) == 1
+    assert "the composed version is used" in lines[0]
+
+
+def test_without_the_library_for_xla(run, built, tmp_path, monkeypatch):
+    """A jitted function, or one that might be, is composed; what is known not to be jitted is fused."""
+    without_compiler(monkeypatch)
+    fill(tmp_path / "prebuilt", {libraries.OP: built[libraries.OP]})
+    for mode in ("jit", "unknown"):
+        done, lines = run(mode=mode)
+        assert done.stdout.strip() == "COMPOSED"
+        assert len(lines) == 1
+    done, _ = run()
+    assert done.stdout.strip() == "FUSED"
+
+
+def test_killed_while_building(tmp_path, monkeypatch):
+    monkeypatch.setenv(libraries.CACHE_VARIABLE, str(tmp_path))
+    code = "from s2sd_tf.distillation import libraries; libraries.build(libraries.OP)"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    while not list(tmp_path.glob(".writing-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert libraries.find(libraries.OP) is None or libraries.find(libraries.OP).parent != tmp_path
+    path = libraries.build(libraries.OP)
+    assert path.parent == tmp_path
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([".lock", path.name])
+    tf.load_op_library(str(path))
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(libraries.BuildError, match="cannot be written"):
+        libraries.build(libraries.OP, tmp_path / "file")
+
+
+def test_a_compiler_that_fails(tmp_path, monkeypatch):
+    fake = tmp_path / "fake-compiler"
+    fake.write_text("#!/bin/sh\necho 'fatal error: no such header' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    with pytest.raises(libraries.BuildError, match=r"\.cc: fatal error: no such header"):
+        libraries.build(libraries.OP, tmp_path / "folder")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == [".lock"]
+
+
+def test_the_build_command(run_python, built, tmp_path):
+    done = run_python("-m", "s2sd_tf.distillation.build")
+    assert done.stdout.count("is there") == 2
+    assert "tried with jit_compile=True: within" in done.stdout
