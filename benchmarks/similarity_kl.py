@@ -37,7 +37,7 @@ flags.DEFINE_integer("composed_memory_limit", 16384, "The largest batch whose me
 flags.DEFINE_integer("student_dim", 128, "Dimension of the student.")
 flags.DEFINE_list("teacher_dims", ["512", "1024", "1536", "2048", "2048"], "Dimensions of the teachers.")
 flags.DEFINE_integer("threads", 2, "Threads of every implementation.")
-flags.DEFINE_integer("repeats", 9, "Measurements of each; small batches get more.")
+flags.DEFINE_integer("repeats", 9, "Turns of each, of one measurement; of more for small batches.")
 flags.DEFINE_string("output", None, "JSON to write; table and plot get its name.")
 flags.DEFINE_string("memory_of", None, "Internal: measure the memory of IMPLEMENTATION:BATCH in this process.")
 
@@ -170,19 +170,18 @@ def time_all(batch):
     runs = {name: make(name, *data) for name in names}
     product, flops = make_product()
     runs["product"] = product
-    for name, run in runs.items():
-        with workspace(name):
-            run()
     times = {name: [] for name in runs}
-    repeats = FLAGS.repeats * max(1, 2048 // batch) if batch < 2048 else FLAGS.repeats
-    for repeat in tqdm(range(repeats), desc=f"time, batch {batch}", leave=False):
+    calls = max(1, 2048 // batch)
+    for _ in tqdm(range(FLAGS.repeats), desc=f"time, batch {batch}", leave=False):
         for name, run in runs.items():
-            if name == "product" and repeat >= FLAGS.repeats:
-                continue
+            # The threads of the one before may still be spinning, and its data be in the caches.
+            time.sleep(0.05)
             with workspace(name):
-                start = time.perf_counter()
                 run()
-                times[name].append(1000 * (time.perf_counter() - start))
+                for _ in range(1 if name == "product" else calls):
+                    start = time.perf_counter()
+                    run()
+                    times[name].append(1000 * (time.perf_counter() - start))
     rate = flops / np.median(times.pop("product"))
     dims = FLAGS.student_dim + sum(int(dim) for dim in FLAGS.teacher_dims)
     dense = 2.0 * batch * batch * dims / rate

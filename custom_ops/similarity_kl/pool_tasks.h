@@ -27,21 +27,26 @@ void RunPoolTasks(int num_tasks, const std::function<void(int)>& task, const Sch
     std::atomic<int> next{0};
     std::mutex mutex;
     std::condition_variable all_done;
-    int done = 0;
+    std::atomic<int> done{0};
   };
   auto state = std::make_shared<State>();
   auto run = [state, num_tasks, &task] {
     int count = 0;
     for (int i; (i = state->next.fetch_add(1)) < num_tasks; ++count) task(i);
     if (count == 0) return;
+    if (state->done.fetch_add(count) + count < num_tasks) return;
     std::lock_guard<std::mutex> lock(state->mutex);
-    state->done += count;
-    if (state->done == num_tasks) state->all_done.notify_all();
+    state->all_done.notify_all();
   };
   for (int i = 1; i < num_tasks; ++i) schedule(run);
   run();
+  // The others end at about the same time: to sleep and be woken would take longer than most waits.
+  constexpr int kRounds = 20000;
+  for (int round = 0; round < kRounds; ++round) {
+    if (state->done.load() == num_tasks) return;
+  }
   std::unique_lock<std::mutex> lock(state->mutex);
-  state->all_done.wait(lock, [&] { return state->done == num_tasks; });
+  state->all_done.wait(lock, [&] { return state->done.load() == num_tasks; });
 }
 
 // The options of a kernel whose tasks run on the calling thread and on those of a pool with `num_threads` threads.

@@ -46,7 +46,7 @@ class BuildError(RuntimeError):
 def find(library, cuda=False):
     """Path of a built library that fits this TensorFlow, processor and source tree, or None."""
     for folder in (PREBUILT, cache_folder()):
-        path = folder / _file_name(library, cuda)
+        path = folder / file_name(library, cuda)
         if path.exists():
             return path
     return None
@@ -54,7 +54,7 @@ def find(library, cuda=False):
 
 def others(library):
     """Names of prebuilt libraries of the same kind that do not fit."""
-    fitting = {_file_name(library, cuda) for cuda in (False, True)}
+    fitting = {file_name(library, cuda) for cuda in (False, True)}
     return sorted(path.name for path in PREBUILT.glob(f"{library}-tf*.so") if path.name not in fitting)
 
 
@@ -82,7 +82,7 @@ def build(library, folder=None, cuda=False):
         BuildError: no compiler, no sources, or the compiler's message.
     """
     folder = pathlib.Path(folder) if folder else cache_folder()
-    path = folder / _file_name(library, bool(cuda))
+    path = folder / file_name(library, bool(cuda))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
@@ -141,12 +141,12 @@ def _build(library, path, cuda):
             nvcc = cuda_compiler()
             if nvcc is None:
                 raise BuildError("there is no nvcc")
-            toolkit = pathlib.Path(nvcc).resolve().parents[1]
+            toolkit = _toolkit(nvcc)
             op_flags += ["-DS2SD_TF_CUDA=1", "-DGOOGLE_CUDA=1", f"-I{toolkit / 'include'}"]
             command = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", cxx]
             commands.append([*command, *_cuda_targets(nvcc, cuda), "-c", folder / _CUDA_SOURCE])
             # TensorFlow's own library has stand-ins for the CUDA runtime's functions: this library uses its own copy.
-            runtime = next(iter(toolkit.glob("**/libcudart_static.a")), "-lcudart_static")
+            runtime = next(iter(toolkit.glob("lib*/libcudart_static.a")), "-lcudart_static")
             link_flags[1:1] = [runtime, "-Wl,--exclude-libs,libcudart_static.a"]
             link_flags += ["-lpthread", "-ldl", "-lrt"]
         commands.append([cxx, *_KERNEL_FLAGS, *op_flags, "-c", folder / _OP_SOURCES[library]])
@@ -170,6 +170,13 @@ def _run(command):
         raise BuildError(f"{os.path.basename(source)}: {lines[0].strip() if lines else f'exit {done.returncode}'}")
 
 
+def _toolkit(nvcc):
+    """Folder of the CUDA toolkit, as nvcc itself sees it: it may be called through a script."""
+    done = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    tops = [line.split("=", 1)[1] for line in done.stderr.splitlines() if line.startswith("#$ TOP=")]
+    return pathlib.Path(tops[0] if tops else os.path.dirname(os.path.dirname(nvcc))).resolve()
+
+
 def _cuda_targets(nvcc, cuda):
     """nvcc's options for the architectures, and for code that later ones translate."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
@@ -181,7 +188,8 @@ def _cuda_targets(nvcc, cuda):
     return [*targets, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 
 
-def _file_name(library, cuda):
+def file_name(library, cuda):
+    """Name of the library that fits this TensorFlow, this processor and these sources."""
     import tensorflow as tf
 
     minor = ".".join(tf.__version__.split(".")[:2])
