@@ -126,8 +126,11 @@ def make(implementation, student, teachers):
             loss, _ = similarity_kl(student, teachers, implementation=implementation.split()[0], jit_compile=jit)
         return loss, tape.gradient(loss, student)
 
+    # In training one function holds the whole step: what its call costs is not the implementation's.
+    concrete = step.get_concrete_function(student, teachers)
+
     def run():
-        loss, gradient = step(student, teachers)
+        loss, gradient = concrete(student, *teachers)
         return loss.numpy(), gradient.numpy()
 
     return run

@@ -631,6 +631,10 @@ std::string Check(const Problem& problem) {
            ". Received: offset " + std::to_string(problem.row_offset) + ", count " + std::to_string(problem.rows);
   }
   if (problem.num_teachers < 1) return "teachers: expected at least one teacher";
+  if (problem.student.dim < 1) return "student: expected at least one column";
+  for (int k = 0; k < problem.num_teachers; ++k) {
+    if (problem.teachers[k].dim < 1) return "teachers[" + std::to_string(k) + "]: expected at least one column";
+  }
   if (!(*problem.temperature > 0) || std::isinf(*problem.temperature)) {
     return "temperature: expected a finite number > 0. Received: " + std::to_string(*problem.temperature);
   }

@@ -356,6 +356,7 @@ void TestErrors() {
   Expect(error_of([](Problem& p) { p.rows = 5, p.row_offset = 5; }).find("rows") == 0, "rows are checked");
   Expect(error_of([](Problem& p) { p.row_offset = -1; }).find("rows") == 0, "a negative offset is refused");
   Expect(error_of([](Problem& p) { p.num_teachers = 0; }).find("teachers") == 0, "teachers are needed");
+  Expect(error_of([](Problem& p) { p.student.dim = 0; }).find("student") == 0, "a student without columns is refused");
   Expect(error_of([](Problem& p) { p.columns = 0; }).find("the batch") == 0, "an empty batch is refused");
   std::printf("errors\n");
 }

@@ -74,7 +74,7 @@ def similarity_kl(
             [tf.cast(teacher, dtype) for teacher in teachers],
             temperature,
             weights,
-            tf.stack([0, tf.shape(student)[0]]) if rows is None else rows,
+            _all_rows(student) if rows is None else rows,
             compute_gradient,
         )
     else:
@@ -129,6 +129,11 @@ def _use_fused(chosen, student, jit_compile):
             fused.unavailable(xla=True)  # loads what there is
         return True
     return not fused.unavailable(xla=tf.inside_function() if jit_compile is None else jit_compile)
+
+
+def _all_rows(student):
+    known = student.shape[0]
+    return tf.stack([0, tf.shape(student)[0]]) if known is None else tf.constant([0, known])
 
 
 def _rows(rows, student):
