@@ -16,6 +16,7 @@ from setuptools.dist import Distribution
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = pathlib.Path("custom_ops", "similarity_kl")
+NOT_NEEDED = ("*_test.cc", "BUILD", "cuda_program.cu", "cuda_reference.h", "cuda_host_harness.h")
 PREBUILT = pathlib.Path("s2sd_tf", "distillation", "prebuilt")
 
 
@@ -27,8 +28,9 @@ class BuildWithOp(build_py):
         if self.editable_mode:
             return
         target = pathlib.Path(self.build_lib, "s2sd_tf") / SOURCES
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(HERE / SOURCES, target, ignore=shutil.ignore_patterns("*_test.cc", "BUILD"))
+        for left_from_before in (target, pathlib.Path(self.build_lib, PREBUILT)):
+            shutil.rmtree(left_from_before, ignore_errors=True)
+        shutil.copytree(HERE / SOURCES, target, ignore=shutil.ignore_patterns(*NOT_NEEDED))
         if importlib.util.find_spec("tensorflow") is None:
             return
         spec = importlib.util.spec_from_file_location("libraries", HERE / "s2sd_tf" / "distillation" / "libraries.py")
@@ -38,7 +40,7 @@ class BuildWithOp(build_py):
         try:
             for library in (libraries.OP, libraries.XLA):
                 print(f"built {libraries.build(library, pathlib.Path(self.build_lib) / PREBUILT, cuda)}")
-        except libraries.BuildError as error:
+        except Exception as error:  # no reason to fail the installation
             print(f"s2sd_tf: the fused op is not built now, but at its first use: {error}", file=sys.stderr)
         pathlib.Path(self.build_lib, PREBUILT, ".lock").unlink(missing_ok=True)
 

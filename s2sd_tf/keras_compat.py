@@ -46,7 +46,7 @@ def resolve_jit_compile(jit_compile):
     """
     if jit_compile != "auto":
         return jit_compile
-    return "auto" if IS_KERAS_3 and tf.config.list_physical_devices("GPU") else False
+    return "auto" if IS_KERAS_3 and tf.config.get_visible_devices("GPU") else False
 
 
 def scale_loss(optimizer, loss):

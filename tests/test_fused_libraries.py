@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import tensorflow as tf
 
-from s2sd_tf.distillation import libraries
+from s2sd_tf.distillation import fused, libraries
 
 SCRIPT = """
 import logging, pathlib, sys
@@ -86,7 +87,7 @@ def test_no_compiler_is_one_line_and_the_composed_version(run, monkeypatch):
         assert "no C++ compiler" in lines[0]
     done, _ = run("fused", check=False)
     assert done.returncode != 0
-    assert "NotImplementedError: implementation='fused': s2sd_tf: no fused similarity-KL op" in done.stderr
+    assert "NotImplementedError: implementation='fused': no fused similarity-KL op: there is no C++" in done.stderr
 
 
 def test_no_word_where_composed_is_asked_for(run, monkeypatch):
@@ -124,7 +125,7 @@ def test_a_library_that_does_not_load_is_one_line(run, built, tmp_path):
     done, lines = run()
     assert done.stdout.strip() == "COMPOSED"
     assert len(lines) == 1
-    assert "the composed version is used" in lines[0]
+    assert lines[0].endswith("The composed version is used.")
 
 
 def test_without_the_library_for_xla(run, built, tmp_path, monkeypatch):
@@ -171,6 +172,41 @@ def test_a_compiler_that_fails(tmp_path, monkeypatch):
     with pytest.raises(libraries.BuildError, match=r"\.cc: fatal error: no such header"):
         libraries.build(libraries.OP, tmp_path / "folder")
     assert [path.name for path in (tmp_path / "folder").iterdir()] == [".lock"]
+
+
+def test_the_name_tells_the_gpus_that_a_library_is_for(tmp_path, monkeypatch):
+    monkeypatch.setenv(libraries.CACHE_VARIABLE, str(tmp_path))
+    names = [libraries.file_name(libraries.OP, cuda) for cuda in (False, True, [90], [80, 90])]
+    assert len(set(names)) == 4
+    (tmp_path / names[2]).write_text("")
+    assert libraries.find(libraries.OP, [90]).name == names[2]
+    assert libraries.find(libraries.OP, [80, 90]) is None
+    (tmp_path / names[1]).write_text("")
+    assert libraries.find(libraries.OP, [80, 90]).name == names[1]
+
+
+def test_a_gpu_that_is_too_old_is_composed(monkeypatch):
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda _: [types.SimpleNamespace(name="GPU:0")])
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda _: {"compute_capability": (7, 5)})
+    monkeypatch.setattr(fused, "_LOADED", {})
+    assert "GPU:0 is not an NVIDIA GPU of compute capability 8.0 or later" in fused.unavailable()
+
+
+def test_no_home_directory(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(libraries.pathlib.Path, "home", home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv(libraries.CACHE_VARIABLE, raising=False)
+    with pytest.raises(libraries.BuildError, match="Set S2SD_TF_CACHE_DIR"):
+        libraries.cache_folder()
+
+
+def test_a_compiler_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(libraries.BuildError, match=r"\$CXX, no-such-compiler"):
+        libraries.compiler()
 
 
 def test_the_build_command(run_python, built, tmp_path):

@@ -273,6 +273,52 @@ def test_batch_size_may_be_unknown(unit_rows, implementation):
         total(unit_rows(3, 4), unit_rows(4, 4))
 
 
+def test_rows_that_a_jitted_function_computes(unit_rows):
+    """XLA would have to know them to use the fused op."""
+    student, teacher = (tf.cast(unit_rows(12, dim, dim), tf.float32) for dim in (4, 9))
+
+    @tf.function(jit_compile=True)
+    def mean():
+        total = 0.0
+        for first in tf.range(3):
+            total += similarity_kl(student, [teacher], 0.5, rows=tf.stack([4 * first, 4]))[0]
+        return total / 3
+
+    np.testing.assert_allclose(mean(), similarity_kl(student, [teacher], 0.5)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": tf.constant(-1.0)},
+        {"temperature": tf.constant(0.0)},
+        {"rows": (2, 5)},
+        {"weights": [1.0]},
+        {"teachers": np.ones((1, 3))},
+    ],
+    ids=str,
+)
+def test_what_shows_at_run_time_is_refused_then(unit_rows, implementation, change):
+    arguments = {"temperature": tf.constant(1.0), "rows": (0, 6), "weights": [1.0, 2.0], "teachers": unit_rows(6, 3)}
+    arguments = {name: np.asarray(value, np.float32) for name, value in {**arguments, **change}.items()}
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec(()),
+            tf.TensorSpec((2,)),
+            tf.TensorSpec((None,)),
+            tf.TensorSpec((None, None)),
+        ]
+    )
+    def total(temperature, rows, weights, teacher):
+        student = tf.cast(unit_rows(6, 4), tf.float32)
+        rows = tf.cast(rows, tf.int32)
+        return similarity_kl(student, [teacher, teacher], temperature, weights, implementation, rows=rows)[0]
+
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        total(**{"teacher" if name == "teachers" else name: value for name, value in arguments.items()})
+
+
 def test_many_at_once(unit_rows):
     """From several Python threads, on TensorFlow's one thread pool."""
     data = [
@@ -295,6 +341,7 @@ def test_many_at_once(unit_rows):
         ({"student": np.zeros((4, 3), np.int32)}, "floating"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
+        ({"temperature": np.inf}, "temperature"),
         ({"weights": [1.0, 2.0]}, "expected 1 weights"),
         ({"rows": (2, 3)}, r"rows: .*Received: \(2, 3\)"),
         ({"rows": (1, 2, 3)}, "rows: expected"),

@@ -27,6 +27,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "cpu_simd.h"
 
@@ -36,7 +39,6 @@ namespace {
 constexpr int64_t kDepthWords = 192;  // of a packed block: 48 of its rows fill three quarters of a 48 KiB L1 cache
 constexpr int kTileSizes[] = {384, 336, 288, 240, 192, 144, 96, 48, 32};
 constexpr int kTilesPerThread = 8;                    // at least, for an even load, where the batch is large enough
-constexpr int64_t kPackedBytes = int64_t{20} << 20;   // packed whole at the start up to this size, else block by block
 constexpr int64_t kScratchBytes = int64_t{40} << 20;  // of all threads together
 constexpr int64_t kGradientWidth = 192;               // columns of the student that pass 2 multiplies at once
 
@@ -201,7 +203,7 @@ class Computation {
         padded_rows_(RoundUp(problem.rows, kTileGranularity)),
         padded_columns_(RoundUp(problem.columns, kTileGranularity)),
         matrices_(problem.num_teachers + 1),
-        packed_whole_(PackedFloats() * int64_t{sizeof(float)} <= kPackedBytes),
+        packed_whole_(PackedFloats() * int64_t{sizeof(float)} <= options.packed_bytes),
         temperature_(*problem.temperature),
         games_(Games(row_blocks_, column_blocks_, square_)),
         row_turn_(new std::atomic<int>[row_blocks_]),
@@ -210,6 +212,7 @@ class Computation {
         a_(problem.num_teachers * padded_rows_),
         factors_(2 * problem.num_teachers * padded_rows_),
         shifts_(matrices_),
+        student_log_(padded_rows_),
         block_kl_(row_blocks_ * problem.num_teachers),
         arena_(plan_.kept_bytes +
                ((packed_whole_ ? PackedFloats() : 0) + options.num_threads * ScratchFloats(plan_.tile, matrices_)) *
@@ -281,7 +284,7 @@ class Computation {
     for (Phase phase : phases) ends.push_back((ends.empty() ? 0 : ends.back()) + ItemsOf(phase));
     ResetTurns();
     std::atomic<int64_t> next{0}, done{0};
-    const auto task = [&](int thread) {
+    const auto task = [&](int thread) noexcept {
       size_t phase = 0;
       for (int64_t item; (item = next.fetch_add(1)) < ends.back(); done.fetch_add(1, std::memory_order_acq_rel)) {
         while (item >= ends[phase]) ++phase;
@@ -499,7 +502,7 @@ class Computation {
     };
     // The logits of the sums A are shifted in the same way, or not at all.
     const auto shift = [&](int matrix) { return general_ ? 0 : double{shifts_[matrix]} / temperature_; };
-    std::vector<double> student_log(last - first);
+    double* student_log = student_log_.data() + first;
     for (int64_t row = first; row < last; ++row) student_log[row - first] = log_z(0, row);
     for (int k = 0; k < problem_.num_teachers; ++k) {
       float* own = factors_.data() + 2 * k * padded_rows_;
@@ -615,6 +618,7 @@ class Computation {
   std::vector<float> factors_;       // see Factors: (teachers, 2, rows)
   std::vector<float> shifts_;        // of every matrix: the dot product of the first row with itself
   std::vector<float> maxima_;        // of every row's dot products: (matrices, rows); in the general case only
+  std::vector<double> student_log_;  // logarithms of the student's normalisers
   std::vector<double> block_kl_;     // (row blocks, teachers)
   std::vector<float> row_gradient_;  // of the rectangular form's rows
   const ArenaLoan arena_;            // kept exponentials, the threads' buffers, packed matrices

@@ -23,6 +23,8 @@ constexpr int64_t kDefaultWorkspaceBytes = int64_t{256} << 20;
 struct CpuOptions {
   // Bytes for exponentials that the first pass leaves to the second; what does not fit is computed again.
   int64_t workspace_bytes = kDefaultWorkspaceBytes;
+  // Bytes up to which all matrices are packed at once, at the start; larger ones are packed block by block.
+  int64_t packed_bytes = int64_t{20} << 20;
   Simd simd = BestSimd();
   int num_threads = 1;
   // Runs task(0), ..., task(num_threads - 1), as far as possible at the same time, and returns when all have returned.

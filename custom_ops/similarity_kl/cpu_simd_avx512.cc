@@ -1,4 +1,4 @@
-// Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl.
+// Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c.
 
 #if defined(__x86_64__)
 #define S2SD_WIDTH 16

@@ -1,4 +1,4 @@
-// Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16.
+// Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16 -mfma -mf16c.
 
 #if defined(__x86_64__)
 #define S2SD_WIDTH 16

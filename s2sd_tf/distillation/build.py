@@ -20,7 +20,7 @@ _FOLDER = flags.DEFINE_string("folder", None, "Where to put the libraries. Defau
 
 
 def main(_):
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     cuda = _CUDA.value == "on" or (_CUDA.value == "auto" and bool(gpus))
     print(f"TensorFlow {tf.__version__}, {platform.machine()}, {len(gpus)} GPU(s)")
     try:
@@ -34,7 +34,7 @@ def main(_):
             print(f"{path}: {'is there' if found else f'built in {time.monotonic() - start:.0f} s'}")
     except libraries.BuildError as error:
         raise SystemExit(f"not built: {error}") from error
-    if not _FOLDER.value:
+    if not _FOLDER.value and cuda == bool(gpus):
         _try_out()
 
 

@@ -15,6 +15,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -34,7 +35,8 @@ _X86_SOURCES = {
     "cpu_simd_avx512_bf16.cc": [*_AVX512_FLAGS, "-mavx512bf16"],
 }
 _CUDA_SOURCE = "cuda_kernel.cu"
-_CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # older ones lack asynchronous copies and TF32
+_CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+OLDEST_CUDA = _CUDA_ARCHITECTURES[0]  # earlier ones lack asynchronous copies and TF32
 _NOT_BUILT = ("cpu_kernel_test", "cuda_kernel_test", "cuda_host_harness", "cuda_program")
 _OP_SOURCES = {OP: "op.cc", XLA: "xla.cc"}
 
@@ -44,18 +46,24 @@ class BuildError(RuntimeError):
 
 
 def find(library, cuda=False):
-    """Path of a built library that fits this TensorFlow, processor and source tree, or None."""
+    """Path of a built library that fits this TensorFlow, processor and source tree, or None.
+
+    Args:
+        library: `OP` or `XLA`.
+        cuda: as for `build`. A library for all architectures serves where some are asked for.
+    """
     for folder in (PREBUILT, cache_folder()):
-        path = folder / file_name(library, cuda)
-        if path.exists():
-            return path
+        for kind in (cuda, True) if cuda else (False,):
+            path = folder / file_name(library, kind)
+            if path.exists():
+                return path
     return None
 
 
 def others(library):
     """Names of prebuilt libraries of the same kind that do not fit."""
-    fitting = {file_name(library, cuda) for cuda in (False, True)}
-    return sorted(path.name for path in PREBUILT.glob(f"{library}-tf*.so") if path.name not in fitting)
+    fitting = file_name(library, False)[: -len(".so")]
+    return sorted(path.name for path in PREBUILT.glob(f"{library}-tf*.so") if not path.name.startswith(fitting))
 
 
 def cache_folder():
@@ -64,7 +72,10 @@ def cache_folder():
     if chosen:
         return pathlib.Path(chosen)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "s2sd_tf"
+    try:
+        return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "s2sd_tf"
+    except RuntimeError as error:  # no home directory
+        raise BuildError(f"{error} Set {CACHE_VARIABLE}.") from error
 
 
 def build(library, folder=None, cuda=False):
@@ -82,11 +93,11 @@ def build(library, folder=None, cuda=False):
         BuildError: no compiler, no sources, or the compiler's message.
     """
     folder = pathlib.Path(folder) if folder else cache_folder()
-    path = folder / file_name(library, bool(cuda))
+    path = folder / file_name(library, cuda)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
-            for leftover in folder.glob(".writing-*"):  # of a process that was killed
+        with _lock(folder) as alone:
+            for leftover in folder.glob(".writing-*") if alone else ():  # of a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             if not path.exists():
                 _build(library, path, cuda)
@@ -110,11 +121,12 @@ def cpu_kernel_sources(machine):
 
 
 def compiler():
-    """The C++ compiler: `$CXX`, else g++, c++ or clang++."""
-    for name in (os.environ.get("CXX"), "g++", "c++", "clang++"):
-        if name and shutil.which(name):
+    """Path of the C++ compiler: `$CXX`, else g++, c++ or clang++."""
+    chosen = os.environ.get("CXX")
+    for name in (chosen,) if chosen else ("g++", "c++", "clang++"):
+        if shutil.which(name):
             return shutil.which(name)
-    raise BuildError("there is no C++ compiler (g++, c++, clang++ or $CXX)")
+    raise BuildError(f"$CXX, {chosen}, is not a program" if chosen else "there is no C++ compiler (g++ or clang++)")
 
 
 def cuda_compiler():
@@ -165,7 +177,8 @@ def _build(library, path, cuda):
 def _run(command):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+        telling = re.compile("error|cannot find|undefined reference", re.IGNORECASE)
+        lines = [line for line in done.stderr.splitlines() if telling.search(line)] or done.stderr.splitlines()
         source = next((str(part) for part in command if str(part).endswith((".cc", ".cu"))), "linking")
         raise BuildError(f"{os.path.basename(source)}: {lines[0].strip() if lines else f'exit {done.returncode}'}")
 
@@ -179,11 +192,11 @@ def _toolkit(nvcc):
 
 def _cuda_targets(nvcc, cuda):
     """nvcc's options for the architectures, and for code that later ones translate."""
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
     wanted = _CUDA_ARCHITECTURES if cuda is True else sorted(cuda)
-    chosen = [number for number in wanted if f"sm_{number}" in known and number >= _CUDA_ARCHITECTURES[0]]
-    if not chosen:
-        raise BuildError(f"nvcc can build for none of the compute capabilities {list(wanted)} that are at least 80")
+    chosen = [number for number in wanted if f"sm_{number}" in known]
+    if not chosen or (cuda is not True and len(chosen) < len(wanted)):
+        raise BuildError(f"{nvcc} cannot build for the compute capabilities {list(wanted)}")
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
     return [*targets, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 
@@ -197,7 +210,8 @@ def file_name(library, cuda):
         digest = _digest()
     except BuildError:
         digest = "unknown"
-    return f"{library}-tf{minor}-{platform.machine().lower()}-{digest}{'-cuda' if cuda else ''}.so"
+    kind = "-cuda" + "_".join(map(str, () if cuda is True else sorted(cuda))) if cuda else ""
+    return f"{library}-tf{minor}-{platform.machine().lower()}-{digest}{kind}.so"
 
 
 @functools.lru_cache(maxsize=1)
@@ -212,11 +226,12 @@ def _digest():
 
 @contextlib.contextmanager
 def _lock(folder):
+    """Yields whether this process is the only one that builds there."""
     try:
         import fcntl
     except ImportError:  # not a Unix: two processes may build at once, each moves a whole file into place
-        yield
+        yield False
         return
     with open(folder / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield True

@@ -30,8 +30,12 @@ def similarity_kl(
 
     The composed implementation makes 2 (K + 1) matrices of batch x batch and as many for the gradient. The fused one
     makes none: on the CPU it takes a workspace of at most `S2SD_TF_WORKSPACE_MIB` (an environment variable, default
-    256) MiB, kept for the next call. On a GPU the fused op wants rows whose squared length is within 8 T of 1, and
-    gives NaN for others; on the CPU any length will do.
+    256) MiB, and some 60 MiB beside it, which are kept for the next call (those of jitted functions apart); calls at
+    the same time take as much each. On a GPU the fused op wants rows whose squared length is within 8 T of 1, and gives
+    NaN for others, and for a temperature that is a tensor and not > 0; on the CPU any length will do.
+
+    The fused op has no second derivative. A function that is saved to be used without this package should be traced
+    with `implementation="composed"`.
 
     Args:
         student: float tensor `(batch, dim)`, the rows l2-normalised. float64 computes in float64; float32, float16
@@ -40,8 +44,9 @@ def similarity_kl(
         temperature: float > 0. No gradient flows into it.
         weights: K floats, or a float tensor `(K,)`, by which the divergences are summed. Default: 1 / K each.
         implementation: "auto" (the fused op where it can be had, else composed), "composed" (TensorFlow ops) or
-            "fused". The environment variable `S2SD_TF_KERNEL` stands in for "auto" where it is set. float64 is always
-            composed.
+            "fused". The environment variable `S2SD_TF_KERNEL` stands in for "auto" where it is set. "auto" is composed
+            in float64, for `rows` that a jitted function computes, and on a GPU for more than 64 teachers or 131,072
+            rows.
         rows: `(offset, count)`, two ints or an int32 tensor `(2,)`: only the rows [offset, offset + count) of the
             similarity matrices are compared, over all columns, and averaged. The gradient has the part of the rows and
             that of the columns. For a replica that holds `count` of `batch` gathered embeddings: the mean over replicas
@@ -56,7 +61,8 @@ def similarity_kl(
 
     Raises:
         tf.errors.InvalidArgumentError: wrong rank, no teacher, batch sizes that differ, a weight too many or too few,
-            a temperature that is not > 0, rows outside of the batch, or "fused" asked for in float64.
+            a temperature that is not > 0 or not finite, rows outside of the batch, or "fused" asked for in float64.
+            XLA cannot raise for what only shows when it runs.
         NotImplementedError: "fused" was asked for and cannot be had; the message says why.
         ValueError: an unknown implementation.
     """
@@ -67,7 +73,7 @@ def similarity_kl(
     rows = _rows(rows, student)
     if weights is None:
         weights = [1.0 / len(teachers)] * len(teachers)
-    if _use_fused(chosen, student, jit_compile):
+    if _use_fused(chosen, student, teachers, rows, jit_compile):
         dtype = student.dtype if all(teacher.dtype == student.dtype for teacher in teachers) else tf.float32
         total, per_teacher = fused.fused_similarity_kl(
             tf.cast(student, dtype),
@@ -79,8 +85,10 @@ def similarity_kl(
         )
     else:
         dtype = tf.float64 if student.dtype == tf.float64 else tf.float32
+        with tf.control_dependencies(_assertions(student, teachers, temperature, weights, rows)):
+            student = tf.cast(tf.identity(student), dtype)
         per_teacher = _composed(
-            tf.cast(student, dtype),
+            student,
             [tf.stop_gradient(tf.cast(teacher, dtype)) for teacher in teachers],
             tf.stop_gradient(tf.cast(temperature, dtype)),
             rows,
@@ -114,21 +122,27 @@ def _chosen_implementation(implementation):
     return chosen
 
 
-def _use_fused(chosen, student, jit_compile):
+def _use_fused(chosen, student, teachers, rows, jit_compile):
     if chosen == "composed":
         return False
     if student.dtype not in fused.DTYPES:
         if chosen == "fused":
             _refuse(f"implementation='fused': expected float32, float16 or bfloat16. Received: {student.dtype.name}")
         return False
+    maybe_jitted = tf.inside_function() if jit_compile is None else jit_compile
     if chosen == "fused":
         reason = fused.unavailable(xla=bool(jit_compile))
         if reason:
             raise NotImplementedError(f"implementation='fused': {reason}")
-        if jit_compile is None and tf.inside_function():
+        if maybe_jitted:
             fused.unavailable(xla=True)  # loads what there is
         return True
-    return not fused.unavailable(xla=tf.inside_function() if jit_compile is None else jit_compile)
+    if maybe_jitted and rows is not None and tf.get_static_value(rows) is None:
+        return False  # XLA would have to know them
+    too_many = len(teachers) > fused.CUDA_MAX_TEACHERS or (student.shape[0] or 0) > fused.CUDA_MAX_BATCH
+    if fused.on_gpu() and too_many:
+        return False
+    return not fused.unavailable(xla=maybe_jitted)
 
 
 def _all_rows(student):
@@ -143,15 +157,36 @@ def _rows(rows, student):
     rows = tf.convert_to_tensor(rows, tf.int32)
     if not rows.shape.is_compatible_with([2]):
         _refuse(f"rows: expected (offset, count). Received: shape {rows.shape}")
-    known = tf.get_static_value(rows)
-    if known is not None and student.shape[0] is not None:
+    known, batch = tf.get_static_value(rows), student.shape[0]
+    if known is not None:
         offset, count = known.tolist()
-        if offset < 0 or count < 1 or offset + count > student.shape[0]:
+        if offset < 0 or count < 1 or (batch is not None and offset + count > batch):
+            batch = "the batch size" if batch is None else batch
             _refuse(
-                f"rows: expected offset >= 0, count >= 1 and offset + count <= {student.shape[0]}. "
-                f"Received: ({offset}, {count})"
+                f"rows: expected offset >= 0, count >= 1 and offset + count <= {batch}. Received: ({offset}, {count})"
             )
     return rows
+
+
+def _assertions(student, teachers, temperature, weights, rows):
+    """Ops that refuse what could not be seen when the function was traced; the fused op has its own."""
+    assertions = []
+    batch = tf.shape(student)[0]
+    for k, teacher in enumerate(teachers):
+        if student.shape[0] is None or teacher.shape[0] is None:
+            message = f"similarity_kl: teachers[{k}]: expected the batch size of the student."
+            assertions.append(tf.debugging.assert_equal(tf.shape(teacher)[0], batch, message))
+    if tf.is_tensor(temperature):
+        message = "similarity_kl: temperature: expected a number > 0."
+        assertions.append(tf.debugging.assert_positive(temperature, message))
+    if tf.is_tensor(weights) and not weights.shape.is_fully_defined():
+        message = f"similarity_kl: weights: expected {len(teachers)} weights, one a teacher."
+        assertions.append(tf.debugging.assert_equal(tf.shape(weights), [len(teachers)], message))
+    if rows is not None and (tf.get_static_value(rows) is None or student.shape[0] is None):
+        valid = tf.stack([rows[0] >= 0, rows[1] >= 1, rows[0] + rows[1] <= batch])
+        message = "similarity_kl: rows: expected offset >= 0, count >= 1 and offset + count <= the batch size."
+        assertions.append(tf.debugging.assert_equal(tf.reduce_all(valid), True, message))
+    return [assertion for assertion in assertions if assertion is not None]
 
 
 def _check_shapes(student, teachers, temperature, weights):
@@ -165,8 +200,8 @@ def _check_shapes(student, teachers, temperature, weights):
             _refuse(f"{name}: expected a floating dtype. Received: {tensor.dtype.name}")
         if not student.shape[:1].is_compatible_with(tensor.shape[:1]):
             _refuse(f"{name}: expected the batch size of the student. Received: {shapes}")
-    if not tf.is_tensor(temperature) and not temperature > 0:
-        _refuse(f"temperature: expected a number > 0. Received: {temperature}")
+    if not tf.is_tensor(temperature) and not 0 < temperature < float("inf"):
+        _refuse(f"temperature: expected a finite number > 0. Received: {temperature}")
     if weights is not None:
         shape = tf.convert_to_tensor(weights).shape
         if not shape.is_compatible_with([len(teachers)]):

@@ -185,7 +185,11 @@ class S2SDModel(keras.Model):
         self.built = True
 
     def compile(self, *args, jit_compile="auto", **kwargs):
-        """As for any Keras model; `jit_compile="auto"` jits where there is a GPU."""
+        """As for any Keras model; `jit_compile="auto"` jits where there is a GPU.
+
+        The steps rely on it: a function of one's own with `jit_compile=True` around `train_step` wants a model that is
+        compiled with `jit_compile=True` too.
+        """
         super().compile(*args, jit_compile=resolve_jit_compile(jit_compile), **kwargs)
         self._steps_are_jitted = bool(self.jit_compile)
 
