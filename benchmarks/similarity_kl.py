@@ -130,7 +130,7 @@ def make(implementation, student, teachers):
     concrete = step.get_concrete_function(student, teachers)
 
     def run():
-        loss, gradient = concrete(student, *teachers)
+        loss, gradient = concrete(student, teachers)
         return loss.numpy(), gradient.numpy()
 
     return run
