@@ -16,7 +16,6 @@ from setuptools.dist import Distribution
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = pathlib.Path("custom_ops", "similarity_kl")
-NOT_NEEDED = ("*_test.cc", "BUILD", "cuda_program.cu", "cuda_reference.h", "cuda_host_harness.h")
 PREBUILT = pathlib.Path("s2sd_tf", "distillation", "prebuilt")
 
 
@@ -30,12 +29,12 @@ class BuildWithOp(build_py):
         target = pathlib.Path(self.build_lib, "s2sd_tf") / SOURCES
         for left_from_before in (target, pathlib.Path(self.build_lib, PREBUILT)):
             shutil.rmtree(left_from_before, ignore_errors=True)
-        shutil.copytree(HERE / SOURCES, target, ignore=shutil.ignore_patterns(*NOT_NEEDED))
-        if importlib.util.find_spec("tensorflow") is None:
-            return
         spec = importlib.util.spec_from_file_location("libraries", HERE / "s2sd_tf" / "distillation" / "libraries.py")
         libraries = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(libraries)
+        shutil.copytree(HERE / SOURCES, target, ignore=shutil.ignore_patterns(*libraries.NOT_BUILT))
+        if importlib.util.find_spec("tensorflow") is None:
+            return
         cuda = os.environ.get("S2SD_TF_BUILD_CUDA") == "1"
         try:
             for library in (libraries.OP, libraries.XLA):

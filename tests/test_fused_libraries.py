@@ -10,6 +10,7 @@ import types
 
 import pytest
 import tensorflow as tf
+from conftest import REPOSITORY
 
 from s2sd_tf.distillation import fused, libraries
 
@@ -213,3 +214,18 @@ def test_the_build_command(run_python, built, tmp_path):
     done = run_python("-m", "s2sd_tf.distillation.build")
     assert done.stdout.count("is there") == 2
     assert "tried with jit_compile=True: within" in done.stdout
+
+
+def test_an_installed_copy_of_the_sources_gives_the_same_name(tmp_path, monkeypatch):
+    """`setup.py` builds from the source tree; the package it installs has to find what was built."""
+    source_tree = REPOSITORY / "custom_ops" / libraries.OP
+    names = []
+    for folder in (source_tree, tmp_path / libraries.OP):
+        if folder != source_tree:
+            shutil.copytree(source_tree, folder, ignore=shutil.ignore_patterns(*libraries.NOT_BUILT))
+        monkeypatch.setattr(libraries, "sources", lambda folder=folder: folder)
+        libraries._digest.cache_clear()
+        names.append(libraries.file_name(libraries.OP, False))
+    libraries._digest.cache_clear()
+    assert names[0] == names[1]
+    assert {path.name for path in source_tree.iterdir()} >= set(libraries.NOT_BUILT)

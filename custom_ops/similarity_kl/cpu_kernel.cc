@@ -562,7 +562,7 @@ class Computation {
       const int panels = DivideUp(std::min(kGradientWidth, dim - begin), kernels_.width);
       kernels_.pack_rows(problem_.scalar, RowsAt(problem_.student, student_row), dim, depth, begin, panels,
                          scratch.packed_student);
-      kernels_.multiply(weights, transpose, scratch.packed_student, panels, false, scratch.product);
+      kernels_.multiply(weights, transpose, scratch.packed_student, panels, scratch.product);
       return panels * kernels_.width;
     };
     int stride = multiply(0);
@@ -651,7 +651,10 @@ Simd BestSimd() {
 #if defined(__x86_64__)
   static const Simd best = [] {
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    // Not every compiler's __builtin_cpu_supports knows f16c.
+    unsigned eax, ebx, ecx = 0, edx;
+    const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
     if (!avx2) return Simd::kPortable;
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

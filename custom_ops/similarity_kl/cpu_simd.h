@@ -61,8 +61,8 @@ struct SimdKernels {
   void (*products)(const float* a, const float* b, int64_t panel_stride, int64_t words, bool pairs, bool accumulate,
                    bool upper, const Tile& tile);
 
-  // out (rows x width * panels) = (or +=) h z, where z is packed by `pack_rows`; `transpose`: h^T z, of h's columns.
-  void (*multiply)(const Tile& h, bool transpose, const float* z, int panels, bool accumulate, float* out);
+  // out (rows x width * panels) = h z, where z is packed by `pack_rows`; `transpose`: h^T z, of h's columns.
+  void (*multiply)(const Tile& h, bool transpose, const float* z, int panels, float* out);
 
   // Copies what is above the diagonal to below it.
   void (*mirror)(const Tile& tile);

@@ -347,7 +347,7 @@ void Products(const float* a, const float* b, int64_t panel_stride, int64_t word
   ProductsOf<FloatProduct>(a, b, panel_stride, words, accumulate, upper, tile);
 }
 
-void Multiply(const Tile& h, bool transpose, const float* z, int panels, bool accumulate, float* out) {
+void Multiply(const Tile& h, bool transpose, const float* z, int panels, float* out) {
   const int rows = transpose ? h.columns : h.rows;
   const int depth = transpose ? h.rows : h.columns;
   const int64_t row_stride = transpose ? 1 : h.stride;
@@ -356,8 +356,8 @@ void Multiply(const Tile& h, bool transpose, const float* z, int panels, bool ac
     const int some = panels - panel < kMicroPanels ? panels - panel : kMicroPanels;
     for (int row = 0; row < rows; row += kMicroRows) {
       MicroTiles<FloatProduct>(some, h.values + row * row_stride, row_stride, stride, z + int64_t{panel} * depth * W,
-                               int64_t{depth} * W, depth, accumulate, out + int64_t{row} * panels * W + panel * W,
-                               int64_t{panels} * W);
+                               int64_t{depth} * W, depth, /*accumulate=*/false,
+                               out + int64_t{row} * panels * W + panel * W, int64_t{panels} * W);
     }
   }
 }
@@ -471,8 +471,6 @@ template <bool kGeneral, bool kColumns>
 void Weigh(const Tile& student, const Tile& teacher, const Shift& student_shift, const Shift& teacher_shift,
            const Factors& factors, bool accumulate, float* h) {
   const float inverse = student_shift.inverse_temperature;
-  const float* own_columns = factors.columns;
-  const float* student_columns = factors.columns + factors.stride;
   for (int row = 0; row < teacher.rows; ++row) {
     const float* student_dots = student.values + row * student.stride;
     const float* teacher_dots = teacher.values + row * teacher.stride;
@@ -490,8 +488,8 @@ void Weigh(const Tile& student, const Tile& teacher, const Shift& student_shift,
             kGeneral ? Exp((student_dot - Load(student_shift.columns + column)) * inverse) : e_student;
         const Vector teacher_column =
             kGeneral ? Exp((teacher_dot - Load(teacher_shift.columns + column)) * inverse) : e_teacher;
-        weight += student_column * Load(student_columns + column);
-        weight += teacher_column * Load(own_columns + column);
+        weight += student_column * Load(factors.columns + factors.stride + column);
+        weight += teacher_column * Load(factors.columns + column);
       }
       Store(weight, to);
     }
@@ -511,7 +509,7 @@ void WeighKeptOf(const Tile& student, int64_t matrix_stride, int teachers, const
     for (int column = 0; column < student.columns; column += W) {
       const float* values = student.values + row * student.stride + column;
       const float* row_factors = factors.rows + row;
-      const float* column_factors = factors.columns + column;
+      const float* column_factors = kColumns ? factors.columns + column : nullptr;
       const Vector e_student = Load(values);
       Vector weight{};
       for (int teacher = 0; teacher < teachers; ++teacher) {

@@ -24,6 +24,16 @@ OP = "similarity_kl"
 XLA = "similarity_kl_xla"
 CACHE_VARIABLE = "S2SD_TF_CACHE_DIR"
 
+# Files among the sources that no library is built from: they are neither installed nor part of a library's name.
+NOT_BUILT = (
+    "BUILD",
+    "cpu_kernel_test.cc",
+    "cuda_host_harness.h",
+    "cuda_kernel_test.cc",
+    "cuda_program.cu",
+    "cuda_reference.h",
+)
+
 PREBUILT = pathlib.Path(__file__).parent / "prebuilt"
 
 _KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-ffp-contract=fast"]
@@ -37,7 +47,6 @@ _X86_SOURCES = {
 _CUDA_SOURCE = "cuda_kernel.cu"
 _CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 OLDEST_CUDA = _CUDA_ARCHITECTURES[0]  # earlier ones lack asynchronous copies and TF32
-_NOT_BUILT = ("cpu_kernel_test", "cuda_kernel_test", "cuda_host_harness", "cuda_program")
 _OP_SOURCES = {OP: "op.cc", XLA: "xla.cc"}
 
 
@@ -219,7 +228,7 @@ def _digest():
     """Ten hexadecimal digits that change with the sources, and with how they are compiled."""
     digest = hashlib.sha256(pathlib.Path(__file__).read_bytes())
     for path in sorted(sources().iterdir()):
-        if path.suffix in (".cc", ".h", ".cu", ".cuh") and path.stem not in _NOT_BUILT:
+        if path.suffix in (".cc", ".h", ".cu", ".cuh") and path.name not in NOT_BUILT:
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:10]
 
