@@ -145,17 +145,21 @@ ffi::Error RunOnCpu(ffi::ThreadPool pool, ffi::AnyBuffer student, ffi::Remaining
   return message.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(std::move(message));
 }
 
-XLA_FFI_DEFINE_HANDLER(kCpuHandler, RunOnCpu,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Arg<ffi::AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<ffi::BufferR0<ffi::F32>>()
-                           .Ret<ffi::BufferR1<ffi::F32>>()
-                           .RemainingRets()
-                           .Attr<int64_t>("row_offset")
-                           .Attr<int64_t>("rows")
-                           .Attr<bool>("allow_tf32"));
+// What both handlers take after the context of their platform.
+template <typename Binding>
+auto WithCall(Binding binding) {
+  return std::move(binding)
+      .template Arg<ffi::AnyBuffer>()
+      .RemainingArgs()
+      .template Ret<ffi::BufferR0<ffi::F32>>()
+      .template Ret<ffi::BufferR1<ffi::F32>>()
+      .RemainingRets()
+      .template Attr<int64_t>("row_offset")
+      .template Attr<int64_t>("rows")
+      .template Attr<bool>("allow_tf32");
+}
+
+XLA_FFI_DEFINE_HANDLER(kCpuHandler, RunOnCpu, WithCall(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kTarget, "Host", kCpuHandler);
 
 #if S2SD_TF_CUDA
@@ -182,18 +186,9 @@ ffi::Error RunOnCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, ffi::An
   return message == nullptr ? ffi::Error::Success() : ffi::Error::InvalidArgument(message);
 }
 
-XLA_FFI_DEFINE_HANDLER(kCudaHandler, RunOnCuda,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::PlatformStream<cudaStream_t>>()
-                           .Ctx<ffi::ScratchAllocator>()
-                           .Arg<ffi::AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<ffi::BufferR0<ffi::F32>>()
-                           .Ret<ffi::BufferR1<ffi::F32>>()
-                           .RemainingRets()
-                           .Attr<int64_t>("row_offset")
-                           .Attr<int64_t>("rows")
-                           .Attr<bool>("allow_tf32"));
+XLA_FFI_DEFINE_HANDLER(
+    kCudaHandler, RunOnCuda,
+    WithCall(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Ctx<ffi::ScratchAllocator>()));
 XLA_FFI_REGISTER_HANDLER(ffi::GetXlaFfiApi(), kTarget, "CUDA", kCudaHandler);
 
 #endif  // S2SD_TF_CUDA
