@@ -16,6 +16,8 @@
 #include <thread>
 #include <vector>
 
+#include "reference.h"
+
 namespace s2sd {
 namespace {
 
@@ -68,7 +70,7 @@ uint16_t ToBfloat(float value) {
 
 struct Data {
   int64_t dim;
-  std::vector<double> exact;  // what the scalars stand for
+  std::vector<float> exact;   // what the scalars stand for
   std::vector<char> scalars;  // exactly as long as needed: a sanitizer sees whoever reads further
 
   Matrix matrix() const { return {scalars.data(), dim}; }
@@ -162,56 +164,10 @@ Case MakeCase(std::mt19937& random, int64_t columns, Rows kind) {
 
 // ---- What is right ----
 
-struct Result {
-  double total = 0;
-  std::vector<double> per_teacher, gradient;
-};
-
-std::vector<double> LogSoftmax(const Case& c, const Data& data) {
-  std::vector<double> logs(c.rows * c.columns);
-  for (int64_t i = 0; i < c.rows; ++i) {
-    double* row = &logs[i * c.columns];
-    double most = -INFINITY, sum = 0;
-    for (int64_t j = 0; j < c.columns; ++j) {
-      double dot = 0;
-      for (int64_t d = 0; d < data.dim; ++d) {
-        dot += data.exact[(c.row_offset + i) * data.dim + d] * data.exact[j * data.dim + d];
-      }
-      row[j] = dot / c.temperature;
-      most = std::max(most, row[j]);
-    }
-    for (int64_t j = 0; j < c.columns; ++j) sum += std::exp(row[j] - most);
-    for (int64_t j = 0; j < c.columns; ++j) row[j] -= most + std::log(sum);
-  }
-  return logs;
-}
-
-Result Reference(const Case& c) {
-  const double scale = double{c.temperature} / c.rows;
-  const std::vector<double> student = LogSoftmax(c, c.student);
-  std::vector<double> g(c.rows * c.columns);
-  Result result;
-  for (size_t k = 0; k < c.teachers.size(); ++k) {
-    const std::vector<double> teacher = LogSoftmax(c, c.teachers[k]);
-    double kl = 0;
-    for (size_t ij = 0; ij < g.size(); ++ij) {
-      kl += std::exp(teacher[ij]) * (teacher[ij] - student[ij]);
-      g[ij] += scale * c.weights[k] * (std::exp(student[ij]) - std::exp(teacher[ij]));
-    }
-    result.per_teacher.push_back(kl * scale * c.temperature);
-    result.total += c.weights[k] * result.per_teacher.back();
-  }
-  const int64_t dim = c.student.dim;
-  result.gradient.resize(c.columns * dim);
-  for (int64_t i = 0; i < c.rows; ++i) {
-    for (int64_t j = 0; j < c.columns; ++j) {
-      for (int64_t d = 0; d < dim; ++d) {
-        result.gradient[(c.row_offset + i) * dim + d] += g[i * c.columns + j] * c.student.exact[j * dim + d];
-        result.gradient[j * dim + d] += g[i * c.columns + j] * c.student.exact[(c.row_offset + i) * dim + d];
-      }
-    }
-  }
-  return result;
+HostResults Reference(const Case& c) {
+  HostProblem problem{c.columns, c.row_offset, c.rows, c.temperature, c.weights, {c.student.exact}};
+  for (const Data& teacher : c.teachers) problem.matrices.push_back(teacher.exact);
+  return Composed<double>(problem);
 }
 
 // ---- What the kernel says ----
@@ -254,7 +210,7 @@ double Difference(const std::vector<float>& got, const std::vector<double>& expe
 }
 
 void CheckCase(const Case& c, std::mt19937& random, double scale) {
-  const Result expected = Reference(c);
+  const HostResults expected = Reference(c);
   // Logits are known to float32's 6e-8 of the largest, and a divergence scales with T^2.
   const double weights = 1 + std::fabs(expected.total);
   const double loss_tolerance = 4e-6 * scale * std::max(c.temperature, 1.0f) * weights;
@@ -304,7 +260,7 @@ void TestAnyLength(int cases, unsigned seed) {
       const auto squares = [&](const Data& data) {
         double square = 0;
         for (int64_t d = 0; d < data.dim; ++d)
-          square += data.exact[row * data.dim + d] * data.exact[row * data.dim + d];
+          square += double{data.exact[row * data.dim + d]} * data.exact[row * data.dim + d];
         return square;
       };
       longest = std::max(longest, squares(c.student));

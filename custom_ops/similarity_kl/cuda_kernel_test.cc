@@ -18,7 +18,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda_reference.h"
+#include "reference.h"
 
 namespace s2sd {
 namespace {

@@ -22,7 +22,7 @@
 #include <vector>
 
 #include "cuda_kernel.h"
-#include "cuda_reference.h"
+#include "reference.h"
 
 namespace s2sd {
 namespace {

@@ -31,7 +31,7 @@ NOT_BUILT = (
     "cuda_host_harness.h",
     "cuda_kernel_test.cc",
     "cuda_program.cu",
-    "cuda_reference.h",
+    "reference.h",
 )
 
 PREBUILT = pathlib.Path(__file__).parent / "prebuilt"

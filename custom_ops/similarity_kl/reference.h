@@ -1,8 +1,8 @@
 // The definition in similarity_kl.h, computed step by step as a framework's graph would, with every number of type T:
 // the truth with T = double, and with T = float what the kernel's error is measured against.
 
-#ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_REFERENCE_H_
-#define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_REFERENCE_H_
+#ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_REFERENCE_H_
+#define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_REFERENCE_H_
 
 #include <algorithm>
 #include <cmath>
@@ -128,4 +128,4 @@ HostResults Composed(const HostProblem& problem) {
 
 }  // namespace s2sd
 
-#endif  // S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_REFERENCE_H_
+#endif  // S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_REFERENCE_H_
