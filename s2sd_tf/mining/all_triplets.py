@@ -9,7 +9,8 @@ from s2sd_tf.mining.base import Miner, Triplets, pair_masks, register
 class AllTriplets(Miner):
     """All (anchor, positive, negative) of a batch: batch^3 entries, of which the valid ones are marked.
 
-    The triplet and margin objectives have closed forms for all triplets in O(batch^2 log batch) and do not call it.
+    The triplet and margin objectives have closed forms for all triplets in O(batch^2 log batch) and do not call it; nor
+    do objectives over pairs, which take `pairs`.
     """
 
     def __call__(self, distances, labels, *, dim, seed):
@@ -20,3 +21,7 @@ class AllTriplets(Miner):
         grid = tf.meshgrid(positions, positions, positions, indexing="ij")
         valid = positive[:, :, None] & negative[:, None, :]
         return Triplets(*(tf.reshape(axis, [-1]) for axis in grid), tf.reshape(valid, [-1]))
+
+    def pairs(self, distances, labels, *, dim, seed):
+        del distances, dim, seed
+        return pair_masks(labels)

@@ -1,4 +1,4 @@
-"""The interface of a tuple miner, and the registry."""
+"""The interface of a miner, and the registry."""
 
 from typing import NamedTuple
 
@@ -22,16 +22,40 @@ class Triplets(NamedTuple):
     valid: tf.Tensor
 
 
+class Pairs(NamedTuple):
+    """Which pairs of a batch count, a row for every anchor.
+
+    Attributes:
+        positive, negative: bool `(batch, batch)`; entry `[i, j]` says that j is a positive, or a negative, of anchor i.
+            A row without an entry is no anchor.
+    """
+
+    positive: tf.Tensor
+    negative: tf.Tensor
+
+
 class Miner:
     """Chooses triplets from a batch. Stateless: a stochastic miner draws from the seed it is handed.
 
     A miner is called with `distances` `(batch, batch)`, the Euclidean distances between l2-normalised embeddings;
-    `labels` `(batch,)`; `dim`, the embedding dimension; and `seed`, an integer tensor `(2,)`. It returns `Triplets`.
-    The same arguments give the same triplets, in a graph, eagerly and under XLA.
+    `labels` int32 `(batch,)`; `dim`, the embedding dimension; and `seed`, an integer tensor `(2,)`. It returns
+    `Triplets`. The same arguments give the same triplets, in a graph, eagerly and under XLA.
     """
 
     def __call__(self, distances, labels, *, dim, seed):
         raise NotImplementedError
+
+    def pairs(self, distances, labels, *, dim, seed):
+        """The same choice as `Pairs`: the pairs that are in any of the triplets."""
+        found = self(distances, labels, dim=dim, seed=seed)
+        batch = tf.shape(labels)[0]
+        count = tf.cast(found.valid, tf.int32)
+
+        def mask(column):
+            cells = tf.math.unsorted_segment_sum(count, found.anchor * batch + column, batch * batch)
+            return tf.reshape(cells > 0, [batch, batch])
+
+        return Pairs(mask(found.positive), mask(found.negative))
 
     def get_config(self):
         """Constructor arguments, complete."""
@@ -42,11 +66,31 @@ class Miner:
         return cls(**config)
 
 
+class PairMiner(Miner):
+    """A miner whose choice is no set of triplets, as an anchor has many negatives: only `pairs` is defined."""
+
+    def __call__(self, distances, labels, *, dim, seed):
+        raise TypeError(f"miner: {self.registered_name!r} chooses pairs and no triplets")
+
+    def pairs(self, distances, labels, *, dim, seed):
+        raise NotImplementedError
+
+
+def uniform_draws(shape, seed, dtype):
+    """Draws from (0, 1] on a grid of 2^-24, the same in a graph, eagerly and under XLA.
+
+    Made from the random bits here, as XLA makes other floats of the same bits.
+    """
+    bits = tf.random.stateless_uniform(shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox")
+    draws = tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.int32)
+    return (tf.cast(draws, dtype) + 1.0) * 2.0**-24
+
+
 def pair_masks(labels):
-    """`(positive, negative)`: bool `(batch, batch)` masks of equal and of different labels, the diagonal in neither."""
+    """All `Pairs`: masks of equal and of different labels, the diagonal in neither."""
     same = tf.equal(labels[:, None], labels[None, :])
     others = tf.logical_not(tf.eye(tf.shape(labels)[0], dtype=tf.bool))
-    return same & others, tf.logical_not(same)
+    return Pairs(same & others, tf.logical_not(same))
 
 
 def one_negative_a_positive(negative, valid):

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.mining.base import Miner, one_negative_a_positive, pair_masks, register
+from s2sd_tf.mining.base import Miner, one_negative_a_positive, pair_masks, register, uniform_draws
 
 
 @register("distance_weighted")
@@ -49,13 +49,8 @@ class DistanceWeighted(Miner):
         probabilities = self.probabilities(distances, labels, dim)
         cumulative = tf.cumsum(probabilities, axis=1)
         # Inverse-CDF sampling in O(batch) memory an anchor. Drawing from (0, total] keeps columns of probability 0
-        # out: the first column whose cumulative sum reaches the draw has a positive probability. The draws are made
-        # from the random bits here, as XLA makes other floats of the same bits.
-        bits = tf.random.stateless_uniform(
-            tf.shape(distances), seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox"
-        )
-        draws = tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.int32)
-        draws = (tf.cast(draws, distances.dtype) + 1.0) * 2.0**-24
+        # out: the first column whose cumulative sum reaches the draw has a positive probability.
+        draws = uniform_draws(tf.shape(distances), seed, distances.dtype)
         draws = tf.maximum(draws * cumulative[:, -1:], distances.dtype.as_numpy_dtype(1e-12))
         choice = tf.searchsorted(cumulative, tf.minimum(draws, cumulative[:, -1:]), side="left")
         choice = tf.minimum(choice, tf.shape(labels)[0] - 1)
