@@ -9,12 +9,9 @@ is measured in processes of their own. PyTorch takes part where it is installed.
 plot (.png) of the same name; takes about 5 minutes on 2 cores.
 """
 
-import datetime
-import functools
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import time
@@ -24,6 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
+from machine import describe, set_threads, torch
 from tqdm import tqdm
 
 from s2sd_tf import similarity_kl
@@ -54,13 +52,12 @@ BASELINES = ("composed", "composed XLA", "pytorch")
 
 
 def main(_):
-    tf.config.threading.set_intra_op_parallelism_threads(FLAGS.threads)
-    tf.config.threading.set_inter_op_parallelism_threads(FLAGS.threads)
+    set_threads(FLAGS.threads)
     if FLAGS.memory_of:
         print(json.dumps(measure_memory(*FLAGS.memory_of.split(":"))))
         return
     results = {
-        "machine": machine(),
+        "machine": describe(FLAGS.threads),
         "dims": {"student": FLAGS.student_dim, "teachers": [int(dim) for dim in FLAGS.teacher_dims]},
         "time_ms": {size: time_all(int(size)) for size in FLAGS.sizes},
         "error": {size: errors(int(size)) for size in FLAGS.error_sizes},
@@ -72,31 +69,6 @@ def main(_):
         write_json(FLAGS.output, results)
         pathlib.Path(FLAGS.output).with_suffix(".md").write_text(text)
         plot(results, pathlib.Path(FLAGS.output).with_suffix(".png"))
-
-
-def machine():
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
-    if torch():
-        versions["torch"] = torch().__version__
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu,
-        "threads": FLAGS.threads,
-        "gpus": [gpu.name for gpu in tf.config.list_physical_devices("GPU")],
-        **versions,
-    }
-
-
-@functools.lru_cache(maxsize=1)
-def torch():
-    try:
-        import torch
-    except ImportError:
-        return None
-    torch.set_num_threads(FLAGS.threads)
-    return torch
 
 
 def inputs(batch):

@@ -3,6 +3,8 @@
 Everything else is written once, against the part of `tf.keras` that both share.
 """
 
+import warnings
+
 import tensorflow as tf
 
 keras = tf.keras
@@ -63,3 +65,63 @@ def apply_gradients(optimizer, gradients, variables):
     if not IS_KERAS_3 and isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
         gradients = optimizer.get_unscaled_gradients(gradients)
     optimizer.apply_gradients(zip(gradients, variables))
+
+
+def import_addons(wanted, instead):
+    """The module `tensorflow_addons`, which there is for Keras 2 alone.
+
+    Args:
+        wanted: str, what it is imported for.
+        instead: str, what does the same without it.
+
+    Raises:
+        ImportError: it is missing; the message says what to install, and what to use instead.
+    """
+    cause = None
+    if not IS_KERAS_3:
+        try:
+            with warnings.catch_warnings():
+                # Its import tells that its development has ended; who names something of it has chosen it.
+                warnings.filterwarnings("ignore", r"\s*TensorFlow Addons \(TFA\) has ended", UserWarning)
+                import tensorflow_addons
+            return tensorflow_addons
+        except ImportError as error:
+            cause = error
+    raise ImportError(
+        f"{wanted}: expected tensorflow-addons, which the classic stack has: pip install 's2sd_tf[addons]' with Python "
+        f"3.10 or 3.11, which brings TensorFlow 2.15.1 and Keras 2.15. Received: TensorFlow {tf.__version__} and Keras "
+        f"{keras_version()} without it. Instead of it: {instead}"
+    ) from cause
+
+
+def legacy_optimizer_state(optimizer):
+    """Arrays that a saved model lacks: the state of a legacy optimizer of Keras 2, as those of tensorflow-addons are.
+
+    Empty for any other optimizer, whose state Keras saves, and for a legacy one that was not applied yet.
+    """
+    return optimizer.get_weights() if _is_legacy(optimizer) else []
+
+
+def restore_legacy_optimizer_state(optimizer, variables, arrays):
+    """Gives a legacy optimizer of `variables` its state back. One of another kind, for which `arrays` are not, is left
+    as it is.
+    """
+    if not _is_legacy(optimizer):
+        return
+    # A loss-scaling one has no arrays of its own, and would take gradients of zero for ones it forgot to scale.
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if not optimizer.get_weights():
+        # It makes its variables when it is applied; with gradients of zero too it changes weights that it decays.
+        before = [tf.identity(variable) for variable in variables]
+        optimizer.apply_gradients([(tf.zeros_like(variable), variable) for variable in variables])
+        for variable, value in zip(variables, before):
+            variable.assign(value)
+    shapes = [array.shape for array in optimizer.get_weights()]
+    if shapes == [array.shape for array in arrays]:
+        optimizer.set_weights(arrays)
+    else:
+        warnings.warn("optimizer: the saved state is that of another one and is not loaded", stacklevel=2)
+
+
+def _is_legacy(optimizer):
+    return not IS_KERAS_3 and isinstance(optimizer, keras.optimizers.legacy.Optimizer)

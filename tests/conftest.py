@@ -15,6 +15,13 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 DATA = pathlib.Path(__file__).parent / "data"
 
 
+def objective_names():
+    """The objectives that need no other library, as a model takes them."""
+    from s2sd_tf import objectives
+
+    return [name for kind in ("pair", "tuple", "proxy") for name in objectives.names(kind) if "/" not in name]
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     tf.keras.utils.set_random_seed(0)

@@ -109,13 +109,17 @@ class TestSplits:
             data.ImageSet(images.images, images.labels, images.class_names[:-1])
 
 
+def indices(labels, p, m, steps, seed, epoch):
+    return data.samplers.ClassBalanced(p, m).epoch(labels, steps, seed, epoch)
+
+
 class TestBatches:
     labels = np.repeat(np.arange(7), [3, 9, 4, 5, 3, 8, 6])
 
     @pytest.mark.parametrize(("p", "m"), [(3, 2), (7, 3), (1, 1), (4, 3)])
     def test_p_classes_m_samples_without_repeats(self, p, m):
         for epoch in range(20):
-            for batch in data.class_balanced_indices(self.labels, p, m, 11, seed=3, epoch=epoch):
+            for batch in indices(self.labels, p, m, 11, seed=3, epoch=epoch):
                 assert len(np.unique(batch)) == p * m
                 classes, counts = np.unique(self.labels[batch], return_counts=True)
                 assert len(classes) == p
@@ -123,12 +127,12 @@ class TestBatches:
 
     def test_everything_is_seen_before_anything_is_seen_much_more(self):
         labels = np.repeat(np.arange(6), 8)
-        batches = data.class_balanced_indices(labels, 3, 4, 12, seed=0, epoch=0)
+        batches = indices(labels, 3, 4, 12, seed=0, epoch=0)
         assert np.bincount(batches.ravel(), minlength=48).tolist() == [3] * 48
 
     def test_a_function_of_seed_and_epoch(self):
         def draw(seed, epoch):
-            return data.class_balanced_indices(self.labels, 3, 2, 5, seed, epoch).tolist()
+            return indices(self.labels, 3, 2, 5, seed, epoch).tolist()
 
         assert draw(0, 1) == draw(0, 1)
         assert draw(0, 1) != draw(0, 2) != draw(1, 2)
@@ -143,7 +147,7 @@ class TestBatches:
     )
     def test_errors(self, p, m, words):
         with pytest.raises(ValueError, match=words):
-            data.class_balanced_indices(self.labels, p, m, 1, 0, 0)
+            indices(self.labels, p, m, 1, 0, 0)
 
     @pytest.mark.parametrize("cache", [True, False])
     def test_resuming_gives_the_batches_that_were_due(self, cache):

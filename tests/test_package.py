@@ -16,7 +16,7 @@ ALLOWED = {
     "evaluation": set(),
     "export": set(),
     "models": {"objectives", "distillation"},
-    "training": {"models", "data", "evaluation", "export", "objectives", "distillation"},
+    "training": {"mining", "models", "data", "evaluation", "export", "objectives", "distillation"},
     "cli": {"training", "evaluation", "export"},
 }
 

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import tensorflow as tf
-from conftest import REPOSITORY
+from conftest import REPOSITORY, objective_names
 from PIL import Image
 
 import s2sd_tf
@@ -44,5 +44,11 @@ def test_links_and_names():
             __import__(target.removesuffix(".py").replace("/", "."))
         else:
             assert (REPOSITORY / target).exists(), target
-    listed = ", ".join(f"`{name}`" for name in s2sd_tf.objectives.names())
-    assert listed in README
+    listed = ", ".join(f"`{name}`" for name in objective_names())
+    assert listed in " ".join(README.split())
+
+
+def test_the_tables_are_those_of_the_registries(run_python):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import make_objectives; print(make_objectives.text(), end='')"
+    printed = run_python("-c", code, REPOSITORY / "docs").stdout
+    assert printed == (REPOSITORY / "docs" / "objectives.md").read_text()

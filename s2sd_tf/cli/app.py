@@ -43,7 +43,7 @@ def _told(main, program):
             _fail(program, f"unexpected arguments {argv[1:]}")
         try:
             return main(argv)
-        except (ValueError, FileNotFoundError, RunFailed) as error:
+        except (ValueError, FileNotFoundError, ImportError, RunFailed) as error:
             if os.environ.get("S2SD_TF_TRACEBACK"):
                 raise
             _fail(program, error)

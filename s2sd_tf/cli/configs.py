@@ -6,7 +6,14 @@ from ml_collections import config_flags
 
 def define():
     """Defines `--config`; the result goes to `value`."""
-    flag = config_flags.DEFINE_config_file("config", None, "Config file, and --config.key=value to change a key of it.")
+    flag = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file, and --config.key=value to change a key of it.",
+        # For the section that takes any key; the rest is locked by `default_config`, or checked by `resolve`.
+        lock_config=False,
+        accept_new_attributes=True,
+    )
     flags.mark_flag_as_required("config")
     return flag
 

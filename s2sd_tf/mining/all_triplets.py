@@ -23,5 +23,6 @@ class AllTriplets(Miner):
         return Triplets(*(tf.reshape(axis, [-1]) for axis in grid), tf.reshape(valid, [-1]))
 
     def pairs(self, distances, labels, *, dim, seed):
+        """All pairs of the batch, those of anchors without a triplet too (`Lifted` leaves them out)."""
         del distances, dim, seed
         return pair_masks(labels)

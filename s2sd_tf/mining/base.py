@@ -27,7 +27,7 @@ class Pairs(NamedTuple):
 
     Attributes:
         positive, negative: bool `(batch, batch)`; entry `[i, j]` says that j is a positive, or a negative, of anchor i.
-            A row without an entry is no anchor.
+            A row without an entry is no anchor. Both are set only where the miner's `negatives_in_class` is True.
     """
 
     positive: tf.Tensor
@@ -40,7 +40,12 @@ class Miner:
     A miner is called with `distances` `(batch, batch)`, the Euclidean distances between l2-normalised embeddings;
     `labels` int32 `(batch,)`; `dim`, the embedding dimension; and `seed`, an integer tensor `(2,)`. It returns
     `Triplets`. The same arguments give the same triplets, in a graph, eagerly and under XLA.
+
+    Attributes:
+        negatives_in_class: bool, whether a triplet's negative may be a sample of the anchor's class.
     """
+
+    negatives_in_class = False
 
     def __call__(self, distances, labels, *, dim, seed):
         raise NotImplementedError
@@ -93,6 +98,70 @@ def pair_masks(labels):
     return Pairs(same & others, tf.logical_not(same))
 
 
+def nearest(distances, mask):
+    """Position int32 `(batch,)` of the smallest distance of every row within `mask`, the first of equal ones; 0 in a
+    row without an entry.
+    """
+    return tf.argmin(tf.where(mask, distances, distances.dtype.max), axis=1, output_type=tf.int32)
+
+
+def farthest(distances, mask):
+    """Position int32 `(batch,)` of the largest distance of every row within `mask`, the first of equal ones; 0 in a
+    row without an entry.
+    """
+    return tf.argmax(tf.where(mask, distances, distances.dtype.min), axis=1, output_type=tf.int32)
+
+
+def ranked(distances, mask):
+    """Every row's entries of `mask` by rising distance, the other positions behind them.
+
+    Returns:
+        Positions int32 `(batch, batch)`, and the distances in that order, the dtype's largest number for the others.
+    """
+    distances = tf.where(mask, distances, distances.dtype.max)
+    order = tf.argsort(distances, axis=1)
+    return order, tf.gather(distances, order, batch_dims=1)
+
+
+def drawn_members(mask, draws, besides=False):
+    """A uniformly drawn entry of every row of a mask, for each of the row's draws.
+
+    Args:
+        mask: bool `(batch, columns)`.
+        draws: float `(batch, draws)`, from `uniform_draws`.
+        besides: bool; the j-th draw of a row is out of its entries other than column j. Needs as many draws as columns.
+
+    Returns:
+        Columns int32 `(batch, draws)`; 0 where there is nothing to draw from.
+    """
+    entries = tf.cast(mask, draws.dtype)
+    # Counts and ranks are whole numbers, which floats hold exactly: nothing depends on the order of the additions.
+    rank_of = tf.cumsum(entries, axis=1)
+    count = rank_of[:, -1:]
+    if besides:
+        rank = tf.math.ceil(draws * (count - entries))
+        rank += tf.cast(mask & (rank >= rank_of), draws.dtype)
+    else:
+        rank = tf.math.ceil(draws * count)
+    return tf.searchsorted(rank_of, rank, side="left")
+
+
+def weighted_members(probabilities, draws):
+    """A column of every row, drawn with the row's probabilities, for each of the row's draws: inverse-CDF sampling.
+
+    Args:
+        probabilities: float `(batch, columns)`, rows with sum 1, or 0 where there is nothing to draw from.
+        draws: float `(batch, draws)`, from `uniform_draws`.
+
+    Returns:
+        Columns int32 `(batch, draws)`, never one of probability 0; 0 where there is nothing to draw from.
+    """
+    # In whole numbers, as the rounding of cumulative sums differs between XLA and the rest, and in parallel sums could
+    # let a column of probability 0 in. Draws are in (0, total]: the first sum that reaches one has just risen.
+    cumulative = tf.cumsum(tf.floor(tf.cast(probabilities, tf.float64) * 2.0**48), axis=1)
+    return tf.searchsorted(cumulative, tf.cast(draws, tf.float64) * cumulative[:, -1:], side="left")
+
+
 def one_negative_a_positive(negative, valid):
     """Triplets of every ordered pair (a, p), from the negative index chosen for it and whether there is one.
 
@@ -107,15 +176,27 @@ def one_negative_a_positive(negative, valid):
     return Triplets(anchor, positive, tf.reshape(negative, [-1]), tf.reshape(valid, [-1]))
 
 
+def one_triplet_an_anchor(positive, negative, valid):
+    """Triplets with every sample as the anchor once, from int32 `positive`, int32 `negative` and bool `valid`, all
+    `(batch,)`.
+    """
+    return Triplets(tf.range(tf.shape(positive)[0], dtype=tf.int32), positive, negative, valid)
+
+
 _registry = Registry("miner", Miner)
 names = _registry.names
+lookup = _registry.lookup
+settings = _registry.settings
 
 
 def register(name):
-    """Class decorator: makes a miner known by `name`, and known to Keras for saving."""
+    """Class decorator: makes a miner known by `name`, and known to Keras for saving.
+
+    To Keras under a package name of the miners' own, as an objective may have a miner's class name.
+    """
 
     def add(cls):
-        return _registry.add(name, keras.utils.register_keras_serializable("s2sd_tf")(cls))
+        return _registry.add(name, keras.utils.register_keras_serializable("s2sd_tf.mining")(cls))
 
     return add
 

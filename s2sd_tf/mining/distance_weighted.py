@@ -2,7 +2,14 @@
 
 import tensorflow as tf
 
-from s2sd_tf.mining.base import Miner, one_negative_a_positive, pair_masks, register, uniform_draws
+from s2sd_tf.mining.base import (
+    Miner,
+    one_negative_a_positive,
+    pair_masks,
+    register,
+    uniform_draws,
+    weighted_members,
+)
 
 
 @register("distance_weighted")
@@ -32,13 +39,16 @@ class DistanceWeighted(Miner):
         return {"lower_cutoff": self.lower_cutoff, "upper_cutoff": self.upper_cutoff}
 
     def probabilities(self, distances, labels, dim):
-        """Probability `(batch, batch)` with which anchor i draws j; rows of anchors without a negative are 0."""
+        """Probability float64 `(batch, batch)` with which anchor i draws j; rows of anchors without a negative are 0.
+
+        In float64 whatever the distances are in: powers of `dim` blow up the rounding of float32, and with it the
+        differences between XLA's functions and TensorFlow's.
+        """
+        distances = tf.cast(distances, tf.float64)
         _, negative = pair_masks(labels)
         near = negative & (distances < self.upper_cutoff)
-        clipped = tf.clip_by_value(distances, self.lower_cutoff, 1.999)
-        log_weights = (2.0 - dim) * tf.math.log(clipped) - (dim - 3.0) / 2.0 * tf.math.log1p(-tf.square(clipped) / 4.0)
-        lowest = distances.dtype.min
-        log_weights = tf.where(near, log_weights, lowest)
+        log_weights = log_inverse_density(tf.maximum(distances, self.lower_cutoff), dim)
+        log_weights = tf.where(near, log_weights, distances.dtype.min)
         log_weights -= tf.reduce_max(log_weights, axis=1, keepdims=True)
         weights = tf.where(near, tf.exp(log_weights), 0.0)
         weights = tf.where(tf.reduce_any(near, axis=1, keepdims=True), weights, tf.cast(negative, distances.dtype))
@@ -46,12 +56,14 @@ class DistanceWeighted(Miner):
 
     def __call__(self, distances, labels, *, dim, seed):
         positive, negative = pair_masks(labels)
-        probabilities = self.probabilities(distances, labels, dim)
-        cumulative = tf.cumsum(probabilities, axis=1)
-        # Inverse-CDF sampling in O(batch) memory an anchor. Drawing from (0, total] keeps columns of probability 0
-        # out: the first column whose cumulative sum reaches the draw has a positive probability.
-        draws = uniform_draws(tf.shape(distances), seed, distances.dtype)
-        draws = tf.maximum(draws * cumulative[:, -1:], distances.dtype.as_numpy_dtype(1e-12))
-        choice = tf.searchsorted(cumulative, tf.minimum(draws, cumulative[:, -1:]), side="left")
-        choice = tf.minimum(choice, tf.shape(labels)[0] - 1)
+        draws = uniform_draws(tf.shape(distances), seed, tf.float64)
+        choice = weighted_members(self.probabilities(distances, labels, dim), draws)
         return one_negative_a_positive(choice, positive & tf.reduce_any(negative, axis=1, keepdims=True))
+
+
+def log_inverse_density(distances, dim):
+    """log(1 / q(d)) up to a constant, with the density q of `DistanceWeighted`, whose zero at 2 is kept out: distances
+    > 0, those above 1.999 taken as 1.999.
+    """
+    distances = tf.minimum(distances, 1.999)
+    return (2.0 - dim) * tf.math.log(distances) - (dim - 3.0) / 2.0 * tf.math.log1p(-tf.square(distances) / 4.0)

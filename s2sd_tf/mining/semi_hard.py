@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.mining.base import Miner, one_negative_a_positive, pair_masks, register
+from s2sd_tf.mining.base import Miner, one_negative_a_positive, pair_masks, ranked, register
 
 
 @register("semi_hard")
@@ -14,11 +14,8 @@ class SemiHard(Miner):
     def __call__(self, distances, labels, *, dim, seed):
         del dim, seed
         positive, negative = pair_masks(labels)
-        big = distances.dtype.max
-        # Negatives of each anchor by rising distance; what is not a negative goes to the end.
-        order = tf.argsort(tf.where(negative, distances, big), axis=1)
-        ranked = tf.gather(tf.where(negative, distances, big), order, batch_dims=1)
-        nearer = tf.searchsorted(ranked, distances, side="right")
+        order, rising = ranked(distances, negative)
+        nearer = tf.searchsorted(rising, distances, side="right")
         count = tf.reduce_sum(tf.cast(negative, tf.int32), axis=1, keepdims=True)
         rank = tf.clip_by_value(nearer, 0, tf.maximum(count - 1, 0))
         return one_negative_a_positive(tf.gather(order, rank, batch_dims=1), positive & (count > 0))

@@ -2,6 +2,7 @@
 
 import types
 
+import numpy as np
 import tensorflow as tf
 
 from s2sd_tf import objectives
@@ -9,15 +10,20 @@ from s2sd_tf.distillation import distillation_weight, similarity_kl
 from s2sd_tf.keras_compat import (
     apply_gradients,
     dtype_policy_config,
+    import_addons,
     keras,
+    legacy_optimizer_state,
     loss_dtype,
     resolve_jit_compile,
+    restore_legacy_optimizer_state,
     scale_loss,
 )
 from s2sd_tf.models.heads import AuxiliaryHead, EmbeddingHead
 
 POOLINGS = ("avg", "avg+max")
 GROUPS = ("backbone", "heads", "objectives")
+# Names in a saved model of what Keras does not save of an optimizer.
+_LEGACY_OPTIMIZER = "legacy_optimizer_"
 
 
 @keras.utils.register_keras_serializable("s2sd_tf")
@@ -195,10 +201,29 @@ class S2SDModel(keras.Model):
 
     def compile_from_config(self, config):
         """Compiles a loaded model; Keras leaves that to classes with a `compile` of their own."""
+        if "tensorflow_addons" in repr(config):
+            import_addons("the optimizer of the saved model", "load it with compile=False")
         self.compile(**keras.utils.deserialize_keras_object(config))
         # Keras 2's legacy optimizers make their variables at the first step.
         if self.built and hasattr(self.optimizer, "build"):
             self.optimizer.build(self.trainable_variables)
+
+    def save_own_variables(self, store):
+        """Keras's hook for saving: the model's own variables, and what Keras does not save of a legacy optimizer."""
+        super().save_own_variables(store)
+        for k, array in enumerate(legacy_optimizer_state(getattr(self, "optimizer", None))):
+            store[f"{_LEGACY_OPTIMIZER}{k}"] = array
+
+    def load_own_variables(self, store):
+        """Keras's hook for loading, the inverse of `save_own_variables`."""
+        names = list(store.keys())
+        of_optimizer = [name for name in names if name.startswith(_LEGACY_OPTIMIZER)]
+        if not of_optimizer:
+            super().load_own_variables(store)
+            return
+        super().load_own_variables({name: store[name] for name in names if name not in of_optimizer})
+        state = [np.array(store[f"{_LEGACY_OPTIMIZER}{k}"]) for k in range(len(of_optimizer))]
+        restore_legacy_optimizer_state(getattr(self, "optimizer", None), self.trainable_variables, state)
 
     def call(self, inputs, training=None):
         """The base embedding z, `(batch, embedding_dim)`, of images."""
@@ -334,7 +359,8 @@ class S2SDModel(keras.Model):
 
     def _make_objective(self, identifier):
         if not isinstance(identifier, str):
-            return objectives.get(identifier)
+            return _check_is_objective(objectives.get(identifier))
+        _check_is_objective(objectives.lookup(identifier))
         settings = {"dtype": loss_dtype(self), "name": identifier}
         if objectives.lookup(identifier).uses_classes:
             settings["num_classes"] = self.num_classes
@@ -430,6 +456,15 @@ def _unpack(data):
     if sample_weight is not None:
         raise ValueError("data: expected batches (images, labels); sample weights are not supported")
     return inputs, labels
+
+
+def _check_is_objective(found):
+    """`found`, an objective or its class; refused where it is a term between two embeddings."""
+    if found.kind == "regularizer":
+        raise ValueError(
+            f"objective: expected an objective of embeddings and labels. Received: {found.registered_name!r}"
+        )
+    return found
 
 
 def _check_at_least(argument, value, least):

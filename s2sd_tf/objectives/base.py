@@ -21,16 +21,20 @@ class Objective(keras.layers.Layer):
             of the model. `S2SDModel` applies it.
         name: name of the layer.
         dtype: "float32" (default) or "float64".
+
+    Attributes:
+        kind: "pair", "tuple" or "proxy"; "regularizer" for what is no objective by itself.
+        formula, paper, cost: one line each, for the table of all objectives in the documentation.
     """
 
     uses_classes = False
+    kind = formula = paper = cost = ""
 
     def __init__(self, num_classes=None, learning_rate_multiplier=1.0, name=None, dtype="float32", **kwargs):
         super().__init__(name=name, dtype=dtype, **kwargs)
         if num_classes is not None and not num_classes >= 1:
             raise ValueError(f"num_classes: expected an int >= 1. Received: {num_classes}")
-        if not learning_rate_multiplier >= 0:
-            raise ValueError(f"learning_rate_multiplier: expected a number >= 0. Received: {learning_rate_multiplier}")
+        check_at_least("learning_rate_multiplier", learning_rate_multiplier, 0)
         self.num_classes = num_classes
         self.learning_rate_multiplier = learning_rate_multiplier
 
@@ -47,7 +51,7 @@ class Objective(keras.layers.Layer):
             `InvalidArgumentError`; under XLA, which knows no assertions, it is NaN.
         """
         labels = tf.cast(tf.reshape(labels, [-1]), tf.int32)
-        embeddings = tf.math.l2_normalize(tf.cast(embeddings, self.compute_dtype), axis=1, epsilon=1e-12)
+        embeddings = self.prepare(tf.cast(embeddings, self.compute_dtype))
         if not self.uses_classes or self.num_classes is None:
             return self.compute(embeddings, labels, training)
         in_range = tf.reduce_all((labels >= 0) & (labels < self.num_classes))
@@ -58,8 +62,12 @@ class Objective(keras.layers.Layer):
             loss = self.compute(embeddings, labels, training)
         return tf.where(in_range, loss, tf.constant(float("nan"), loss.dtype))
 
+    def prepare(self, embeddings):
+        """What `compute` gets: l2-normalised embeddings."""
+        return tf.math.l2_normalize(embeddings, axis=1, epsilon=1e-12)
+
     def compute(self, embeddings, labels, training):
-        """Loss of l2-normalised `embeddings` `(batch, dim)` and int32 `labels` `(batch,)`."""
+        """Loss of prepared `embeddings` `(batch, dim)` and int32 `labels` `(batch,)`."""
         raise NotImplementedError
 
     def get_config(self):
@@ -70,11 +78,11 @@ class Objective(keras.layers.Layer):
         }
 
 
-class TupleObjective(Objective):
-    """An objective over triplets that a miner chooses.
+class MinedObjective(Objective):
+    """An objective over what a miner chooses from the batch.
 
     Args:
-        miner: name of a registered miner, or a `mining.Miner`. "all" is every valid triplet of the batch.
+        miner: name of a registered miner, or a `mining.Miner`.
         seed: int, seed of a stochastic miner. The draws are a function of `seed` and of a step counter that is saved
             with the model.
         **kwargs: arguments of `Objective`.
@@ -92,53 +100,227 @@ class TupleObjective(Objective):
         super().build(input_shape)
 
     def compute(self, embeddings, labels, training):
-        if isinstance(self.miner, mining.AllTriplets):
-            return self.compute_all(embeddings, labels)
-        draw = tf.cast(tf.convert_to_tensor(self.draws), tf.int32)
+        draw = tf.convert_to_tensor(self.draws)
         if training:
-            self.draws.assign(tf.cast(draw, tf.int64) + 1)
-        distances = tf.stop_gradient(euclidean_distances(embeddings))
-        seed = tf.stack([tf.constant(self.seed, tf.int32), draw])
-        triplets = self.miner(distances, labels, dim=embeddings.shape[1], seed=seed)
-        return self.compute_triplets(embeddings, labels, triplets)
+            self.draws.assign(draw + 1)
+        seed = tf.stack([tf.constant(self.seed, tf.int32), tf.cast(draw, tf.int32)])
+        return self.compute_mined(embeddings, labels, seed, training)
 
-    def compute_triplets(self, embeddings, labels, triplets):
-        """Loss over `mining.Triplets`."""
+    def compute_mined(self, embeddings, labels, seed, training):
+        """Loss over the choice that the miner makes with `seed`."""
         raise NotImplementedError
 
-    def compute_all(self, embeddings, labels):
-        """Loss over every valid triplet; a closed form in a subclass spares the batch^3 entries."""
-        triplets = self.miner(
-            euclidean_distances(embeddings), labels, dim=embeddings.shape[1], seed=tf.zeros([2], tf.int32)
-        )
-        return self.compute_triplets(embeddings, labels, triplets)
+    def mine(self, choose, embeddings, labels, seed):
+        """What `choose`, the miner or a method of it, takes from a batch."""
+        distances = tf.stop_gradient(euclidean_distances(embeddings))
+        return choose(distances, labels, dim=embeddings.shape[1], seed=seed)
 
     def get_config(self):
         return {**super().get_config(), "miner": keras.utils.serialize_keras_object(self.miner), "seed": self.seed}
 
 
-def squared_distances(embeddings):
-    """Squared Euclidean distances `(batch, batch)`, never negative, the diagonal 0."""
+class TupleObjective(MinedObjective):
+    """An objective over triplets that a miner chooses.
+
+    Args:
+        miner: name of a registered miner, or a `mining.Miner`, that chooses triplets. "all" is every valid triplet of
+            the batch.
+        seed: see `MinedObjective`.
+        **kwargs: arguments of `Objective`.
+    """
+
+    kind = "tuple"
+
+    def __init__(self, miner, **kwargs):
+        super().__init__(miner=miner, **kwargs)
+        if isinstance(self.miner, mining.PairMiner):
+            raise ValueError(
+                f"miner: expected one that chooses triplets, for {self.registered_name}. Received: "
+                f"{self.miner.registered_name!r}, which chooses pairs"
+            )
+
+    def compute_mined(self, embeddings, labels, seed, training):
+        del training
+        if isinstance(self.miner, mining.AllTriplets):
+            return self.compute_all(embeddings, labels, seed)
+        return self.compute_triplets(embeddings, labels, self.mine(self.miner, embeddings, labels, seed), seed)
+
+    def compute_triplets(self, embeddings, labels, triplets, seed):
+        """Loss over `mining.Triplets`; `seed` is for further draws."""
+        raise NotImplementedError
+
+    def compute_all(self, embeddings, labels, seed):
+        """Loss over every valid triplet; a closed form in a subclass spares the batch^3 entries."""
+        return self.compute_triplets(embeddings, labels, self.mine(self.miner, embeddings, labels, seed), seed)
+
+
+class PairObjective(MinedObjective):
+    """An objective over the pairs of a batch, or over those that a miner chooses; on demand also over the pairs with
+    embeddings of past batches.
+
+    The cross-batch memory (XBM; Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020) keeps the last
+    `memory_size` embeddings and labels of training. With them the loss is L(batch, batch) + memory_weight *
+    L(batch, memory): all pairs of the batch with the memory, whatever the miner. The memory is saved with the model.
+
+    Args:
+        miner: name of a registered miner, or a `mining.Miner`. "all" is every pair; of triplets, their pairs count.
+        memory_size: int >= 0, embeddings in the memory; 0: no memory.
+        memory_weight: float >= 0.
+        memory_start: int >= 0, training steps before the memory counts: embeddings drift fast at first.
+        seed: see `MinedObjective`.
+        **kwargs: arguments of `Objective`.
+    """
+
+    kind = "pair"
+
+    def __init__(self, miner="all", memory_size=0, memory_weight=1.0, memory_start=1000, **kwargs):
+        super().__init__(miner=miner, **kwargs)
+        check_at_least("memory_size", memory_size, 0)
+        check_at_least("memory_weight", memory_weight, 0)
+        check_at_least("memory_start", memory_start, 0)
+        self.memory_size = int(memory_size)
+        self.memory_weight = memory_weight
+        self.memory_start = memory_start
+
+    def build(self, input_shape):
+        if self.memory_size:
+
+            def make(name, shape, dtype):
+                return self.add_weight(name=name, shape=shape, dtype=dtype, initializer="zeros", trainable=False)
+
+            self.memory = make("memory", (self.memory_size, input_shape[-1]), None)
+            self.memory_labels = make("memory_labels", (self.memory_size,), "int32")
+            self.remembered = make("remembered", (), "int32")
+        super().build(input_shape)
+
+    def compute_mined(self, embeddings, labels, seed, training):
+        pairs = self.mine(self.miner.pairs, embeddings, labels, seed)
+        loss = self.compute_pairs(embeddings, embeddings, pairs)
+        if not self.memory_size:
+            return loss
+        memory, memory_labels = tf.convert_to_tensor(self.memory), tf.convert_to_tensor(self.memory_labels)
+        remembered = tf.convert_to_tensor(self.remembered)
+        same = tf.equal(labels[:, None], memory_labels[None, :])
+        filled = (tf.range(self.memory_size) < remembered) & (seed[1] >= self.memory_start)
+        pairs = mining.Pairs(same & filled, tf.logical_not(same) & filled)
+        loss += self.memory_weight * self.compute_pairs(embeddings, memory, pairs)
+        if training:
+            batch = tf.shape(labels)[0]
+            for variable, new, old in (
+                (self.memory, tf.stop_gradient(embeddings), memory),
+                (self.memory_labels, labels, memory_labels),
+            ):
+                variable.assign(tf.ensure_shape(tf.concat([new, old], axis=0)[: self.memory_size], variable.shape))
+            self.remembered.assign(tf.minimum(remembered + batch, self.memory_size))
+        return loss
+
+    def compute_pairs(self, anchors, references, pairs):
+        """Loss of `anchors` `(batch, dim)` against `references` `(m, dim)`: the anchors themselves, or the memory.
+
+        The masks of `pairs`, a `mining.Pairs`, are `(batch, m)`.
+        """
+        raise NotImplementedError
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "memory_size": self.memory_size,
+            "memory_weight": self.memory_weight,
+            "memory_start": self.memory_start,
+        }
+
+
+class LengthPenalizedObjective(PairObjective):
+    """An objective over pairs whose paper takes embeddings of any length, and keeps them short by a penalty.
+
+    Args:
+        normalize: bool, l2-normalise the embeddings, as `S2SDModel` does anyway; the penalty is then a constant and
+            left out.
+        l2_weight: float >= 0, factor on the mean squared length.
+        **kwargs: arguments of `PairObjective`.
+    """
+
+    def __init__(self, normalize=True, l2_weight=0.005, **kwargs):
+        super().__init__(**kwargs)
+        check_at_least("l2_weight", l2_weight, 0)
+        self.normalize = normalize
+        self.l2_weight = l2_weight
+
+    def prepare(self, embeddings):
+        return super().prepare(embeddings) if self.normalize else embeddings
+
+    def compute(self, embeddings, labels, training):
+        loss = super().compute(embeddings, labels, training)
+        if self.normalize:
+            return loss
+        return loss + self.l2_weight * tf.reduce_mean(tf.reduce_sum(tf.square(embeddings), axis=1))
+
+    def get_config(self):
+        return {**super().get_config(), "normalize": self.normalize, "l2_weight": self.l2_weight}
+
+
+class ProxyObjective(Objective):
+    """An objective over embeddings and learned, l2-normalised proxies of the classes.
+
+    Args:
+        num_classes: int >= 1.
+        **kwargs: arguments of `Objective`.
+    """
+
+    kind = "proxy"
+    uses_classes = True
+
+    def __init__(self, num_classes=None, **kwargs):
+        if num_classes is None:
+            raise ValueError(
+                f"num_classes: expected the number of training classes for {self.registered_name}. Received: None"
+            )
+        super().__init__(num_classes=num_classes, **kwargs)
+
+    def build(self, input_shape):
+        self.proxies = self.add_weight(
+            name="proxies",
+            shape=self.proxies_shape(input_shape[-1]),
+            initializer=keras.initializers.VarianceScaling(2.0, mode="fan_in", distribution="untruncated_normal"),
+            trainable=True,
+        )
+        super().build(input_shape)
+
+    def proxies_shape(self, dim):
+        """Shape of the proxies for embeddings `(batch, dim)`."""
+        return (self.num_classes, dim)
+
+    def unit_proxies(self):
+        """The proxies, l2-normalised along the last axis."""
+        return tf.math.l2_normalize(tf.convert_to_tensor(self.proxies), axis=-1, epsilon=1e-12)
+
+
+def squared_distances(embeddings, references=None):
+    """Squared Euclidean distances `(batch, batch)`, never negative, the diagonal 0; or `(batch, m)` to `references`."""
+    itself = references is None or references is embeddings
+    references = embeddings if itself else references
+    products = tf.matmul(embeddings, references, transpose_b=True)
     squares = tf.reduce_sum(tf.square(embeddings), axis=1)
-    products = tf.matmul(embeddings, embeddings, transpose_b=True)
-    distances = tf.nn.relu(squares[:, None] + squares[None, :] - 2.0 * products)
-    return tf.linalg.set_diag(distances, tf.zeros_like(squares))
+    others = squares if itself else tf.reduce_sum(tf.square(references), axis=1)
+    distances = tf.nn.relu(squares[:, None] + others[None, :] - 2.0 * products)
+    return tf.linalg.set_diag(distances, tf.zeros_like(squares)) if itself else distances
 
 
-def euclidean_distances(embeddings):
-    """Euclidean distances `(batch, batch)`; the gradient of a zero distance is 0."""
-    squared = squared_distances(embeddings)
+def euclidean_distances(embeddings, references=None):
+    """Euclidean distances, as `squared_distances`; the gradient of a zero distance is 0."""
+    squared = squared_distances(embeddings, references)
     apart = squared > 0
     return tf.where(apart, tf.sqrt(tf.where(apart, squared, 1.0)), 0.0)
 
 
 def masked_logsumexp(values, mask, axis):
+    """log of the sum of exp(values) over `mask` along `axis`; -1e30, with zero gradient, where the mask is empty."""
+    return tf.reduce_logsumexp(tf.where(mask, values, tf.constant(-1e30, values.dtype)), axis=axis)
+
+
+def masked_log1p_sum_exp(values, mask, axis):
     """log(1 + sum of exp(values) over `mask`) along `axis`: 0, with zero gradient, where the mask is empty."""
-    lowest = tf.constant(values.dtype.min / 2, values.dtype)
-    values = tf.where(mask, values, lowest)
-    peak = tf.stop_gradient(tf.maximum(tf.reduce_max(values, axis=axis, keepdims=True), 0.0))
-    total = tf.reduce_sum(tf.where(mask, tf.exp(values - peak), 0.0), axis=axis, keepdims=True) + tf.exp(-peak)
-    return tf.squeeze(tf.math.log(total) + peak, axis=axis)
+    return tf.nn.softplus(masked_logsumexp(values, mask, axis))
 
 
 def mean_where(values, mask):
@@ -147,10 +329,26 @@ def mean_where(values, mask):
     return tf.math.divide_no_nan(tf.reduce_sum(values * mask), tf.reduce_sum(mask))
 
 
+def check_at_least(argument, value, least):
+    """Raises ValueError where a setting is below `least`."""
+    if not value >= least:
+        raise ValueError(f"{argument}: expected a number >= {least}. Received: {value!r}")
+
+
+def check_above(argument, value, limit):
+    """Raises ValueError where a setting is not above `limit`."""
+    if not value > limit:
+        raise ValueError(f"{argument}: expected a number > {limit}. Received: {value!r}")
+
+
 _registry = Registry("objective", Objective)
-names = _registry.names
 lookup = _registry.lookup
 settings = _registry.settings
+
+
+def names(kind=None):
+    """Names of the objectives, sorted; with `kind` ("pair", "tuple", "proxy", "regularizer") those of that kind."""
+    return [name for name in _registry.names() if kind in (None, _registry.lookup(name).kind)]
 
 
 def register(name):

@@ -29,6 +29,9 @@ class Margin(TupleObjective):
     """
 
     uses_classes = True
+    formula = "sum_apn ([m + d_ap - b_a]+ + [m - d_an + b_a]+) / number of active hinges"
+    paper = "Wu et al., ICCV 2017"
+    cost = "B^2"
 
     def __init__(
         self,
@@ -57,7 +60,8 @@ class Margin(TupleObjective):
         )
         super().build(input_shape)
 
-    def compute_triplets(self, embeddings, labels, triplets):
+    def compute_triplets(self, embeddings, labels, triplets, seed):
+        del seed
         distances = euclidean_distances(embeddings)
         to_positive = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.positive], axis=1))
         to_negative = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.negative], axis=1))
@@ -67,7 +71,8 @@ class Margin(TupleObjective):
             betas, self.margin + to_positive - betas, self.margin + betas - to_negative, valid, valid, valid
         )
 
-    def compute_all(self, embeddings, labels):
+    def compute_all(self, embeddings, labels, seed):
+        del seed
         # Every positive pair of an anchor meets each of its negatives and the other way round, so the triplets only
         # weigh the pairs.
         distances = euclidean_distances(embeddings)

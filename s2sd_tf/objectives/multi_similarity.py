@@ -2,12 +2,11 @@
 
 import tensorflow as tf
 
-from s2sd_tf.mining.base import pair_masks
-from s2sd_tf.objectives.base import Objective, masked_logsumexp, mean_where, register
+from s2sd_tf.objectives.base import PairObjective, check_above, masked_log1p_sum_exp, mean_where, register
 
 
 @register("multi_similarity")
-class MultiSimilarity(Objective):
+class MultiSimilarity(PairObjective):
     """Multi-similarity loss (Wang et al., CVPR 2019), on cosine similarities s:
 
         L_i = 1/alpha log(1 + sum_p exp(-alpha (s_ip - lambda_))) + 1/beta log(1 + sum_n exp(beta (s_in - lambda_)))
@@ -19,23 +18,26 @@ class MultiSimilarity(Objective):
         alpha, beta: float > 0, the sharpness for positives and for negatives.
         lambda_: float, the similarity margin.
         epsilon: float, the mining margin; below 0 all pairs count, and the mean is over all anchors.
-        **kwargs: arguments of `Objective`.
+        **kwargs: arguments of `PairObjective`.
     """
+
+    formula = "mean_a 1/a log(1 + sum_p e^(-a (s_ap - l))) + 1/b log(1 + sum_n e^(b (s_an - l)))"
+    paper = "Wang et al., CVPR 2019"
+    cost = "B^2"
 
     def __init__(self, alpha=2.0, beta=40.0, lambda_=0.5, epsilon=0.1, **kwargs):
         super().__init__(**kwargs)
-        if not alpha > 0 or not beta > 0:
-            raise ValueError(f"MultiSimilarity: expected alpha > 0 and beta > 0. Received: alpha={alpha}, beta={beta}")
+        check_above("alpha", alpha, 0)
+        check_above("beta", beta, 0)
         self.alpha = alpha
         self.beta = beta
         self.lambda_ = lambda_
         self.epsilon = epsilon
 
-    def compute(self, embeddings, labels, training):
-        del training
-        similarities = tf.matmul(embeddings, embeddings, transpose_b=True)
-        positive, negative = pair_masks(labels)
-        anchors = tf.ones_like(labels, dtype=tf.bool)
+    def compute_pairs(self, anchors, references, pairs):
+        similarities = tf.matmul(anchors, references, transpose_b=True)
+        positive, negative = pairs
+        kept = tf.ones_like(positive[:, 0])
         if self.epsilon >= 0:
             top, low = similarities.dtype.max, similarities.dtype.min
             fixed = tf.stop_gradient(similarities)
@@ -43,10 +45,10 @@ class MultiSimilarity(Objective):
             greatest_negative = tf.reduce_max(tf.where(negative, fixed, low), axis=1, keepdims=True)
             positive &= fixed - self.epsilon < greatest_negative
             negative &= fixed + self.epsilon > least_positive
-            anchors = tf.reduce_any(positive, axis=1) & tf.reduce_any(negative, axis=1)
-        losses = masked_logsumexp(-self.alpha * (similarities - self.lambda_), positive, axis=1) / self.alpha
-        losses += masked_logsumexp(self.beta * (similarities - self.lambda_), negative, axis=1) / self.beta
-        return mean_where(losses, anchors)
+            kept = tf.reduce_any(positive, axis=1) & tf.reduce_any(negative, axis=1)
+        losses = masked_log1p_sum_exp(-self.alpha * (similarities - self.lambda_), positive, axis=1) / self.alpha
+        losses += masked_log1p_sum_exp(self.beta * (similarities - self.lambda_), negative, axis=1) / self.beta
+        return mean_where(losses, kept)
 
     def get_config(self):
         return {

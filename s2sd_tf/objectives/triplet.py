@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from s2sd_tf.mining.base import pair_masks
-from s2sd_tf.objectives.base import TupleObjective, mean_where, register, squared_distances
+from s2sd_tf.objectives.base import TupleObjective, check_at_least, mean_where, register, squared_distances
 
 
 @register("triplet")
@@ -17,36 +17,47 @@ class Triplet(TupleObjective):
         **kwargs: `seed` of the miner, and arguments of `Objective`.
     """
 
+    formula = "mean_apn [d_ap^2 - d_an^2 + m]+"
+    paper = "Schroff et al., CVPR 2015"
+    cost = "B^2; with all triplets B^2 log B"
+
     def __init__(self, margin=0.2, miner="distance_weighted", **kwargs):
         super().__init__(miner=miner, **kwargs)
-        if not margin >= 0:
-            raise ValueError(f"margin: expected a number >= 0. Received: {margin}")
+        check_at_least("margin", margin, 0)
         self.margin = margin
 
-    def compute_triplets(self, embeddings, labels, triplets):
-        del labels
-        distances = squared_distances(embeddings)
-        to_positive = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.positive], axis=1))
-        to_negative = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.negative], axis=1))
-        return mean_where(tf.nn.relu(to_positive - to_negative + self.margin), triplets.valid)
+    def compute_triplets(self, embeddings, labels, triplets, seed):
+        del labels, seed
+        return triplet_hinges(squared_distances(embeddings), triplets, self.margin)
 
-    def compute_all(self, embeddings, labels):
-        # For an anchor and a positive, the active negatives are those nearer than d(a, p)^2 + margin: with the
-        # negatives sorted and summed up once an anchor, a pair needs one binary search instead of a batch-long row.
-        distances = squared_distances(embeddings)
-        positive, negative = pair_masks(labels)
-        counts = tf.reduce_sum(tf.cast(negative, tf.int32), axis=1, keepdims=True)
-        top = tf.stop_gradient(tf.reduce_max(distances)) + self.margin + 1.0
-        ranked = tf.sort(tf.where(negative, distances, top), axis=1)
-        limits = distances + self.margin
-        active = tf.searchsorted(tf.stop_gradient(ranked), tf.stop_gradient(limits), side="left")
-        active = tf.minimum(active, counts)
-        sums = tf.concat([tf.zeros_like(ranked[:, :1]), tf.cumsum(ranked, axis=1)], axis=1)
-        active_sums = tf.gather(sums, active, batch_dims=1)
-        losses = tf.cast(active, distances.dtype) * limits - active_sums
-        triplets = tf.cast(positive, distances.dtype) * tf.cast(counts, distances.dtype)
-        total = tf.reduce_sum(tf.where(positive, losses, 0.0))
-        return tf.math.divide_no_nan(total, tf.reduce_sum(triplets))
+    def compute_all(self, embeddings, labels, seed):
+        del seed
+        return all_triplet_hinges(squared_distances(embeddings), labels, self.margin)[0]
 
     def get_config(self):
         return {**super().get_config(), "margin": self.margin}
+
+
+def triplet_hinges(distances, triplets, margin):
+    """Mean over `mining.Triplets` of max(0, d(a, p) - d(a, n) + margin), from distances `(batch, batch)`."""
+    to_positive = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.positive], axis=1))
+    to_negative = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.negative], axis=1))
+    return mean_where(tf.nn.relu(to_positive - to_negative + margin), triplets.valid)
+
+
+def all_triplet_hinges(distances, labels, margin):
+    """`(loss, number of triplets)`: `triplet_hinges` over every valid triplet of the batch."""
+    # For an anchor and a positive, the active negatives are those nearer than d(a, p) + margin: with the negatives
+    # sorted and summed up once an anchor, a pair needs one binary search instead of a batch-long row.
+    positive, negative = pair_masks(labels)
+    counts = tf.reduce_sum(tf.cast(negative, tf.int32), axis=1, keepdims=True)
+    top = tf.stop_gradient(tf.reduce_max(distances)) + margin + 1.0
+    ranked = tf.sort(tf.where(negative, distances, top), axis=1)
+    limits = distances + margin
+    active = tf.searchsorted(tf.stop_gradient(ranked), tf.stop_gradient(limits), side="left")
+    active = tf.minimum(active, counts)
+    sums = tf.concat([tf.zeros_like(ranked[:, :1]), tf.cumsum(ranked, axis=1)], axis=1)
+    active_sums = tf.gather(sums, active, batch_dims=1)
+    losses = tf.cast(active, distances.dtype) * limits - active_sums
+    triplets = tf.reduce_sum(tf.cast(positive, distances.dtype) * tf.cast(counts, distances.dtype))
+    return tf.math.divide_no_nan(tf.reduce_sum(tf.where(positive, losses, 0.0)), triplets), triplets

@@ -5,17 +5,20 @@ import json
 import ml_collections
 from ml_collections import config_dict
 
-from s2sd_tf import objectives
+from s2sd_tf import mining, objectives
+from s2sd_tf.data import samplers
 from s2sd_tf.models.presets import preset
 
-# Settings of an objective that the run gives.
-_GIVEN_BY_THE_RUN = ("num_classes", "seed", "name", "dtype")
+# Settings of objectives and samplers that the run gives.
+_GIVEN_BY_THE_RUN = ("num_classes", "seed", "name", "dtype", "batch_size", "classes_per_batch", "samples_per_class")
+# The section that takes any key.
+_FREE = "config.optimizer.settings"
 
 
 def default_config():
     """A locked `ConfigDict` with every key; a config file changes some of them and returns it.
 
-    A key that is not here is refused. The comments are the reference of the keys.
+    A key that is not here is refused, but in `optimizer.settings`. The comments are the reference of the keys.
     """
     config = ml_collections.ConfigDict()
     # Of everything random: initial weights, batches, miners.
@@ -45,6 +48,11 @@ def default_config():
     config.data.classes_per_batch = 4
     config.data.samples_per_class = 16
 
+    # `sampler.name` chooses how batches are drawn; the settings of each sampler stand under its own name.
+    config.sampler = ml_collections.ConfigDict({"name": "class_balanced"})
+    for name in samplers.names():
+        config.sampler[name] = _settings(samplers, name)
+
     config.model = ml_collections.ConfigDict()
     config.model.backbone = "conv_blocks"
     # "conv_blocks": channels of each block, and how many of the blocks halve the resolution.
@@ -55,10 +63,11 @@ def default_config():
 
     # `objective.name` chooses; the settings of each objective stand under its own name.
     config.objective = ml_collections.ConfigDict({"name": "multi_similarity"})
-    for name in objectives.names():
-        config.objective[name] = {
-            key: value for key, value in objectives.settings(name).items() if key not in _GIVEN_BY_THE_RUN
-        }
+    for name in [name for name in objectives.names() if objectives.lookup(name).kind != "regularizer"]:
+        config.objective[name] = _settings(objectives, name)
+
+    # What `miner` of an objective names; the settings of each miner stand under its own name.
+    config.miner = {name: _settings(mining, name) for name in mining.names()}
 
     config.s2sd = ml_collections.ConfigDict()
     # False: the objective alone.
@@ -71,7 +80,7 @@ def default_config():
     config.s2sd.log_per_target = False
 
     config.optimizer = ml_collections.ConfigDict()
-    # Class name of a Keras optimizer.
+    # Class name of a Keras optimizer; classic stack: "addons/lamb" for the LAMB of tensorflow-addons, and so on.
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-3
     # Coupled L2: added to the gradient of backbone and heads.
@@ -79,6 +88,9 @@ def default_config():
     config.optimizer.backbone_multiplier = 1.0
     config.optimizer.heads_multiplier = 1.0
     config.optimizer.objectives_multiplier = 1.0
+    # Further arguments of the optimizer (weight_decay, beta_1, momentum, clipnorm, ...): any key, checked when the
+    # optimizer is made.
+    config.optimizer.settings = ml_collections.ConfigDict()
 
     config.train = ml_collections.ConfigDict()
     config.train.epochs = 20
@@ -96,7 +108,9 @@ def default_config():
     config.eval.ks = (1, 2, 4, 8)
     # The metric on held-out classes by which the best checkpoint is chosen.
     config.eval.select_by = "map@r"
-    return config.lock()
+    config.lock()
+    config.optimizer.settings.unlock()
+    return config
 
 
 def preset_config(config, name):
@@ -136,7 +150,13 @@ def resolve(config):
     return config
 
 
+def _settings(registry, name):
+    return {key: value for key, value in registry.settings(name).items() if key not in _GIVEN_BY_THE_RUN}
+
+
 def _check_keys(config, known, path):
+    if path == _FREE:
+        return
     for key in config:
         if key not in known:
             raise ValueError(f"{path}: expected keys out of {sorted(known)}. Received: {key!r}")

@@ -12,14 +12,15 @@ import tensorflow as tf
 from absl import logging
 from ml_collections import config_dict
 
-from s2sd_tf import objectives
-from s2sd_tf.data import Preprocessing, class_balanced_batches, evaluation_batches
+from s2sd_tf import mining, objectives
+from s2sd_tf.data import Preprocessing, RefreshStorage, evaluation_batches, samplers, training_batches
 from s2sd_tf.evaluation import RetrievalEvaluation, find_neighbors, retrieval_metrics
 from s2sd_tf.evaluation.pictures import choose_queries, save_curves, save_gallery
 from s2sd_tf.export import export_encoder
 from s2sd_tf.files import LEFTOVER, read_json, remove_leftovers, replacing, write_json
 from s2sd_tf.keras_compat import keras, keras_version
 from s2sd_tf.models import S2SDModel, backbones
+from s2sd_tf.training import optimizers
 from s2sd_tf.training.config import resolve
 from s2sd_tf.training.datasets import load_data
 
@@ -41,6 +42,7 @@ def train(config, workdir):
 
     Raises:
         ValueError: a bad config, data that do not fit it, or a work directory written by another config.
+        ImportError: something of tensorflow-addons is asked for on the default stack.
     """
     config = resolve(config)
     _check_workdir(config, workdir)
@@ -63,11 +65,11 @@ def train(config, workdir):
         model = build_model(config, run_data)
     else:
         logging.info("Resuming after epoch %d from %s", state.epoch, state.path)
-    batches = class_balanced_batches(
+    sampler = build_sampler(config)
+    batches = training_batches(
         run_data.train,
         run_data.preprocessing,
-        config.data.classes_per_batch,
-        config.data.samples_per_class,
+        sampler,
         steps_per_epoch=config.train.steps_per_epoch or None,
         seed=config.seed,
         start_epoch=state.epoch,
@@ -83,7 +85,7 @@ def train(config, workdir):
             initial_epoch=state.epoch,
             # Keras 3 would warn that it cannot shuffle a dataset.
             shuffle=False,
-            callbacks=_callbacks(config, run_data, workdir, state),
+            callbacks=_callbacks(config, run_data, sampler, workdir, state),
             verbose=1 if sys.stdout.isatty() else 2,
         )
     return _finish(config, run_data, workdir, state, model)
@@ -123,8 +125,24 @@ def build_model(config, run_data):
         },
         log_per_target=config.s2sd.log_per_target,
     )
-    model.compile(optimizer=_optimizer(config))
+    model.compile(
+        optimizer=optimizers.get(
+            config.optimizer.name, config.optimizer.learning_rate, config.optimizer.settings.to_dict()
+        )
+    )
     return model
+
+
+def build_sampler(config):
+    """The `samplers.Sampler` of a resolved config."""
+    name = config.sampler.name
+    given = {
+        "classes_per_batch": config.data.classes_per_batch,
+        "samples_per_class": config.data.samples_per_class,
+        "batch_size": config.data.classes_per_batch * config.data.samples_per_class,
+    }
+    known = samplers.settings(name)
+    return samplers.get(name, **config.sampler[name], **{key: given[key] for key in given if key in known})
 
 
 def load_run(workdir):
@@ -253,21 +271,11 @@ def _differences(one, other, prefix=""):
             yield f"{prefix}{key} ({a!r} there, {b!r} here)"
 
 
-def _optimizer(config):
-    # Not by `keras.optimizers.get`, which gives Keras 2's legacy optimizers, whose state a saved model does not hold.
-    base = keras.optimizers.Optimizer
-    found = {name.lower(): getattr(keras.optimizers, name) for name in dir(keras.optimizers)}
-    found = {
-        name: cls for name, cls in found.items() if isinstance(cls, type) and issubclass(cls, base) and cls != base
-    }
-    if config.optimizer.name.lower() not in found:
-        raise ValueError(f"config.optimizer.name: expected one of {sorted(found)}. Received: {config.optimizer.name!r}")
-    return found[config.optimizer.name.lower()](learning_rate=config.optimizer.learning_rate)
-
-
 def _objective(config, name, run_data):
     uses_classes = objectives.lookup(name).uses_classes
     settings = dict(config.objective[name])
+    if "miner" in settings:
+        settings["miner"] = mining.get(settings["miner"], **config.miner.get(settings["miner"], {}))
     if "seed" in objectives.settings(name):
         settings["seed"] = config.seed
     if uses_classes:
@@ -275,8 +283,12 @@ def _objective(config, name, run_data):
     return objectives.get(name, **settings)
 
 
-def _callbacks(config, run_data, workdir, state):
+def _callbacks(config, run_data, sampler, workdir, state):
     callbacks = []
+    if sampler.storage is not None:
+        callbacks.append(
+            RefreshStorage(sampler, run_data.train, run_data.preprocessing, seed=config.seed, start_epoch=state.epoch)
+        )
     every = config.eval.every or config.train.epochs
     if run_data.validation is not None:
         callbacks.append(_evaluation(run_data.validation, run_data, "val_", config, every))

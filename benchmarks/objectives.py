@@ -1,0 +1,206 @@
+r"""Time of every objective, loss and gradients, against pytorch-metric-learning.
+
+    pip install torch pytorch-metric-learning
+    python benchmarks/objectives.py --output=benchmarks/results/objectives.json
+
+Embeddings of 128 dimensions, 4 images a class, float32; objectives with proxies with 100 and with 10,000 classes. Each
+objective of this package runs in a `tf.function`, as in `fit`; pytorch-metric-learning runs as it does, eagerly. Both
+do the same work: all pairs or triplets of the batch, where not said otherwise in `COUNTERPARTS`. They take turns in one
+process, with the same number of threads. Writes the JSON and a table (.md) of the same name.
+"""
+
+import os
+import pathlib
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+from machine import describe, set_threads, torch
+from tqdm import tqdm
+
+from s2sd_tf import objectives
+from s2sd_tf.files import write_json
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("batches", ["112", "1024"], "Batch sizes.")
+flags.DEFINE_list("classes", ["100", "10000"], "Numbers of classes, for objectives with proxies.")
+flags.DEFINE_list("only", [], "Names of objectives; default: all.")
+flags.DEFINE_integer("dim", 128, "Dimension of the embeddings.")
+flags.DEFINE_integer("threads", 2, "Threads of both.")
+flags.DEFINE_float("seconds", 2.0, "Least time of measuring an objective, and at least 5 turns.")
+flags.DEFINE_string("output", None, "JSON to write; the table gets its name.")
+
+# The settings under which ours takes all pairs or triplets, where that is not the default.
+SETTINGS = {
+    "angular": {"miner": "all"},
+    "contrastive": {"miner": "all"},
+    "margin": {"miner": "all"},
+    "n_pair": {"miner": "all"},
+    "proxy_nca": {"own_class_in_sum": True},
+    "snr": {"miner": "all"},
+    "triplet": {"miner": "all"},
+}
+
+
+def counterparts():
+    """From a name of ours to a function of (number of classes, dim) that makes pytorch-metric-learning's."""
+    from pytorch_metric_learning import distances, losses, miners
+
+    def proxies(cls, **settings):
+        return lambda classes, dim: cls(num_classes=classes, embedding_size=dim, **settings)
+
+    def plain(cls, **settings):
+        return lambda classes, dim: cls(**settings)
+
+    def multi_similarity(classes, dim):
+        loss, miner = losses.MultiSimilarityLoss(alpha=2, beta=40, base=0.5), miners.MultiSimilarityMiner(epsilon=0.1)
+        return _Mined(loss, miner)
+
+    squared = distances.LpDistance(power=2)
+    return {
+        # Its angular loss alone; ours is that and an N-pair loss, as in the paper.
+        "angular": plain(losses.AngularLoss, alpha=45),
+        "arcface": proxies(losses.ArcFaceLoss, margin=28.6, scale=16),
+        "circle": plain(losses.CircleLoss),
+        "contrastive": plain(losses.ContrastiveLoss),
+        "cosface": proxies(losses.CosFaceLoss),
+        "fast_ap": plain(losses.FastAPLoss),
+        "generalized_lifted": plain(losses.GeneralizedLiftedStructureLoss),
+        "histogram": plain(losses.HistogramLoss, n_bins=65),
+        "lifted_structure": plain(losses.LiftedStructureLoss),
+        "margin": lambda classes, dim: losses.MarginLoss(beta=1.2, learn_beta=True, num_classes=classes),
+        "multi_similarity": multi_similarity,
+        # One pair a class; ours takes all pairs.
+        "n_pair": plain(losses.NPairsLoss),
+        "normalized_softmax": proxies(losses.NormalizedSoftmaxLoss),
+        "nt_xent": plain(losses.NTXentLoss),
+        "proxy_anchor": proxies(losses.ProxyAnchorLoss),
+        "proxy_nca": proxies(losses.ProxyNCALoss),
+        "snr": plain(losses.TripletMarginLoss, margin=0.2, distance=distances.SNRDistance()),
+        "soft_triple": proxies(losses.SoftTripleLoss, centers_per_class=2),
+        "supcon": plain(losses.SupConLoss),
+        "triplet": plain(losses.TripletMarginLoss, margin=0.2, distance=squared),
+    }
+
+
+class _Mined:
+    def __init__(self, loss, miner):
+        self.loss, self.miner = loss, miner
+
+    def __call__(self, embeddings, labels):
+        return self.loss(embeddings, labels, self.miner(embeddings, labels))
+
+    def parameters(self):
+        return self.loss.parameters()
+
+
+def main(_):
+    set_threads(FLAGS.threads)
+    try:
+        theirs = counterparts() if torch() else {}
+    except ImportError:
+        theirs = {}
+    names = FLAGS.only or [n for n in objectives.names() if "/" not in n and n not in objectives.names("regularizer")]
+    rows = []
+    for batch in map(int, FLAGS.batches):
+        for name in tqdm(names, desc=f"batch {batch}"):
+            proxy = objectives.lookup(name).kind == "proxy"
+            for classes in map(int, FLAGS.classes if proxy else FLAGS.classes[:1]):
+                times = measure(name, batch, classes, theirs.get(name))
+                row = {"objective": name, "batch": batch, "classes": classes if proxy else None}
+                rows.append({**row, **{who: np.percentile(t, [25, 50, 75]).tolist() for who, t in times.items()}})
+    results = {"machine": describe(FLAGS.threads), "dim": FLAGS.dim, "time_ms": rows}
+    text = table(results)
+    print(text)
+    if FLAGS.output:
+        write_json(FLAGS.output, results)
+        pathlib.Path(FLAGS.output).with_suffix(".md").write_text(text)
+
+
+def measure(name, batch, classes, make_theirs):
+    """Milliseconds of each turn, a list by implementation."""
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((batch, FLAGS.dim), dtype=np.float32)
+    labels = np.repeat(np.arange(batch // 4), 4) % classes
+    runs = {"ours": ours(name, rows, labels, classes)}
+    if make_theirs:
+        runs["pml"] = pml(make_theirs(classes, FLAGS.dim), rows, labels)
+    times = {who: [] for who in runs}
+    for run in runs.values():
+        run()
+    begin = time.perf_counter()
+    while len(times["ours"]) < 5 or time.perf_counter() - begin < FLAGS.seconds:
+        for who, run in runs.items():
+            # The threads of the one before may still be spinning, and its data be in the caches.
+            time.sleep(0.01)
+            run()
+            start = time.perf_counter()
+            run()
+            times[who].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def ours(name, rows, labels, classes):
+    settings = {"num_classes": classes} if objectives.lookup(name).uses_classes else {}
+    objective = objectives.get(name, **settings, **SETTINGS.get(name, {}))
+    objective.build((None, FLAGS.dim))
+    weights = objective.trainable_variables
+
+    @tf.function
+    def step(embeddings, labels):
+        with tf.GradientTape() as tape:
+            tape.watch(embeddings)
+            loss = objective(embeddings, labels, training=True)
+        gradients = tape.gradient(loss, [embeddings, *weights], unconnected_gradients="zero")
+        return loss, [tf.convert_to_tensor(gradient) for gradient in gradients]
+
+    embeddings, labels = tf.constant(rows), tf.constant(labels)
+    concrete = step.get_concrete_function(embeddings, labels)
+
+    def run():
+        loss, gradients = concrete(embeddings, labels)
+        return loss.numpy(), gradients[0].numpy()
+
+    return run
+
+
+def pml(loss, rows, labels):
+    embeddings = torch().tensor(rows, requires_grad=True)
+    labels = torch().tensor(labels)
+    parameters = list(loss.parameters())
+
+    def run():
+        embeddings.grad = None
+        for parameter in parameters:
+            parameter.grad = None
+        value = loss(embeddings, labels)
+        value.backward()
+        return value.detach().numpy(), embeddings.grad.numpy()
+
+    return run
+
+
+def table(results):
+    lines = ["# Objectives: time of loss and gradients", ""]
+    lines += [f"- {key}: {value}" for key, value in results["machine"].items()]
+    lines += [f"- {results['dim']} dimensions, 4 images a class, float32", ""]
+    lines += ["Milliseconds, median (quartiles); PML is pytorch-metric-learning.", ""]
+    lines += ["| objective | batch | classes | s2sd_tf | PML | PML / s2sd_tf |", "|---|---|---|---|---|---|"]
+    for row in results["time_ms"]:
+        cells = [f"{row[w][1]:.3g} ({row[w][0]:.3g}-{row[w][2]:.3g})" if w in row else "" for w in ("ours", "pml")]
+        ratio = f"{row['pml'][1] / row['ours'][1]:.2f}" if "pml" in row else ""
+        line = [row["objective"], str(row["batch"]), str(row["classes"] or ""), *cells, ratio]
+        lines.append(f"| {' | '.join(line)} |")
+    for batch in sorted({row["batch"] for row in results["time_ms"]}):
+        ratios = [r["pml"][1] / r["ours"][1] for r in results["time_ms"] if r["batch"] == batch and "pml" in r]
+        if ratios:
+            twice = sum(ratio >= 2 for ratio in ratios)
+            lines += ["", f"Batch {batch}: {twice} of {len(ratios)} at least 2x faster, the least {min(ratios):.2f}x."]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,148 @@
+r"""What S2SD adds to different objectives: Omniglot, 16 dimensions, plain objective against S2SD.
+
+    python benchmarks/omniglot_objectives.py --data_dir=<folder with Omniglot's two small archives> \
+        --workdir=runs/omniglot_objectives
+
+Trains `configs/omniglot.py` (136 characters to train on, 106 unseen ones to retrieve) with every objective, plain and
+with S2SD, at the settings of the config and of the objective, but for the learning rates of proxies and boundaries:
+their multipliers are made for a network that learns at 1e-5, this one learns at 1e-3. Writes
+`omniglot_objectives.json`, `.md` and `.png` into `--results`. Runs that are finished in `--workdir` are not trained
+again.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import platform
+
+from absl import app, flags
+from matplotlib.figure import Figure
+
+from s2sd_tf.evaluation.pictures import save_figure
+from s2sd_tf.files import replacing, write_json
+from s2sd_tf.training.compare import run_all, summarize
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with Omniglot's two small archives.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_objectives", "Folder of the runs.")
+_RESULTS = flags.DEFINE_string("results", os.path.join(_HERE, "results"), "Folder of the table and the picture.")
+_OBJECTIVES = flags.DEFINE_list(
+    "objectives",
+    [
+        "contrastive",
+        "triplet",
+        "margin",
+        "multi_similarity",
+        "lifted_structure",
+        "circle",
+        "supcon",
+        "fast_ap",
+        "normalized_softmax",
+        "proxy_anchor",
+    ],
+    "Objectives.",
+)
+_DIM = flags.DEFINE_integer("dim", 16, "Embedding dimension.")
+_EPOCHS = flags.DEFINE_integer("epochs", 30, "Epochs a run.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds.", lower_bound=1)
+_JOBS = flags.DEFINE_integer("jobs", 0, "Runs at a time, one thread each; 0: one a core.", lower_bound=0)
+
+# Multipliers that give proxies and boundaries about the rate that their authors gave them.
+MULTIPLIERS = {"margin": 1.0, "proxy_anchor": 10.0}
+METRICS = ("recall@1", "recall@2", "recall@4", "recall@8", "map@r")
+KINDS = {"plain": "plain objective", "s2sd": "with S2SD"}
+
+
+def main(_):
+    groups = {
+        (name, kind): [_run(name, kind, seed) for seed in range(_SEEDS.value)]
+        for name in _OBJECTIVES.value
+        for kind in KINDS
+    }
+    # All objectives once before any of them again.
+    ordered = [runs[seed] for seed in range(_SEEDS.value) for runs in groups.values()]
+    results = run_all(dict(ordered), _JOBS.value)
+    rows = [
+        {"objective": name, "kind": kind, **summarize([results[workdir] for workdir, _ in runs])}
+        for (name, kind), runs in groups.items()
+    ]
+    lines = _table(rows)
+    print("\n".join(lines))
+    versions = next(iter(results.values()))["versions"]
+    write_json(
+        os.path.join(_RESULTS.value, "omniglot_objectives.json"),
+        {
+            "rows": rows,
+            "dim": _DIM.value,
+            "epochs": _EPOCHS.value,
+            "seeds": _SEEDS.value,
+            "versions": {**versions, "python": platform.python_version()},
+            "runs": {os.path.relpath(w, _WORKDIR.value): r["test"]["exact"] for w, r in results.items()},
+        },
+    )
+    with replacing(os.path.join(_RESULTS.value, "omniglot_objectives.md")) as path, open(path, "w") as file:
+        file.write("\n".join(lines) + "\n")
+    _draw(rows, os.path.join(_RESULTS.value, "omniglot_objectives.png"))
+
+
+def _run(name, kind, seed):
+    workdir = os.path.join(_WORKDIR.value, f"{name}_{kind}_seed{seed}")
+    arguments = [
+        f"--config={os.path.join(_HERE, '..', 'configs', 'omniglot.py')}",
+        f"--config.data.root={_DATA_DIR.value}",
+        f"--config.model.embedding_dim={_DIM.value}",
+        f"--config.train.epochs={_EPOCHS.value}",
+        f"--config.objective.name={name}",
+        f"--config.seed={seed}",
+        f"--config.s2sd.enabled={kind == 's2sd'}",
+        "--config.train.threads=1",
+    ]
+    if name in MULTIPLIERS:
+        arguments.append(f"--config.objective.{name}.learning_rate_multiplier={MULTIPLIERS[name]}")
+    return workdir, arguments
+
+
+def _table(rows):
+    lines = [
+        f"| objective | training | {' | '.join(METRICS)} | gain in recall@1 |",
+        f"|---|---|{'---|' * len(METRICS)}---|",
+    ]
+    for row in rows:
+        cells = [f"{100 * row[metric][0]:.1f} ± {100 * row[metric][1]:.1f}" for metric in METRICS]
+        gain = f"{_gain(rows, row['objective']):+.1f}" if row["kind"] == "s2sd" else ""
+        lines.append(f"| {row['objective']} | {KINDS[row['kind']]} | {' | '.join(cells)} | {gain} |")
+    return lines
+
+
+def _gain(rows, name):
+    found = {row["kind"]: row["recall@1"][0] for row in rows if row["objective"] == name}
+    return 100 * (found["s2sd"] - found["plain"])
+
+
+def _draw(rows, path):
+    names = [row["objective"] for row in rows if row["kind"] == "plain"]
+    names.sort(key=lambda name: _gain(rows, name))
+    figure = Figure(figsize=(7.2, 0.42 * len(names) + 1.0), layout="constrained")
+    axes = figure.add_subplot()
+    for kind, color, shift in (("plain", "#7f8c8d", -0.12), ("s2sd", "#1f5fa8", 0.12)):
+        chosen = {row["objective"]: row["recall@1"] for row in rows if row["kind"] == kind}
+        axes.errorbar(
+            [100 * chosen[name][0] for name in names],
+            [position + shift for position in range(len(names))],
+            xerr=[100 * chosen[name][1] for name in names],
+            fmt="o",
+            capsize=3,
+            color=color,
+            label=KINDS[kind],
+        )
+    axes.set_yticks(range(len(names)), [f"{name}  ({_gain(rows, name):+.1f})" for name in names])
+    axes.set_xlabel(f"recall@1 on 106 unseen characters, %, {_DIM.value} dimensions; in brackets what S2SD gains")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    save_figure(path, figure)
+
+
+if __name__ == "__main__":
+    app.run(main)

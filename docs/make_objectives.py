@@ -1,0 +1,139 @@
+"""Writes docs/objectives.md, the tables of objectives, miners and samplers, from their registries.
+
+python docs/make_objectives.py
+"""
+
+import inspect
+import pathlib
+import re
+
+from s2sd_tf import mining, objectives
+from s2sd_tf.data import samplers
+
+PATH = pathlib.Path(__file__).with_name("objectives.md")
+# Settings that many objectives share, told once above the table.
+SHARED = ("num_classes", "seed", "name", "dtype", "miner", "memory_size", "memory_weight", "memory_start", "normalize")
+
+TEXT = """# Objectives, miners and samplers
+
+Made from the registries by `python docs/make_objectives.py`.
+
+## Objectives
+
+`s2sd_tf.objectives.get(name, **settings)` makes one, `S2SDModel(objective=name)` too; in a config file
+`config.objective.name` chooses and `config.objective.<name>.<setting>` sets. Embeddings are l2-normalised before
+anything else, so s is a cosine similarity and d a Euclidean distance; a is an anchor, p a positive, n a negative, y
+the own class, [x]+ = max(0, x). B is the batch, C the number of classes, K proxies a class, D and H dimensions.
+Details, and what differs from a paper, are in each docstring.
+
+Settings that all of a kind have: `learning_rate_multiplier` (1 where no other is given), a factor on the updates of
+the objective's own weights; tuple and pair objectives: `miner` and `seed`; pair objectives: `memory_size`,
+`memory_weight` and `memory_start` of a cross-batch memory (XBM, Wang et al., CVPR 2020), off by default; objectives
+with weights a class: `num_classes`. Where the paper does not normalise, `normalize=False` takes embeddings of any
+length, with a penalty of `l2_weight` times their mean square.
+
+{objectives}
+
+An objective of your own is a subclass of `objectives.Objective`, `PairObjective`, `TupleObjective` or
+`ProxyObjective` with `@s2sd_tf.objectives.register("my_objective")`.
+
+### Of tensorflow-addons
+
+On the classic stack, by name; on the default stack the name says what to install and which of the above does the
+same.
+
+{addons}
+
+## Miners
+
+A name or a `mining.Miner` for `miner`. Miners of triplets serve tuple objectives, and pair objectives by the pairs of
+their triplets; miners of pairs serve pair objectives. `mining.get(name, **settings)` makes one; in a config file
+`config.objective.<name>.miner` chooses and `config.miner.<name>.<setting>` sets.
+
+{miners}
+
+## Samplers
+
+What is in a batch: `config.sampler.name`, or `data.training_batches(images, preprocessing, sampler)`.
+
+{samplers}
+
+"""
+
+
+def main():
+    PATH.write_text(text())
+
+
+def text():
+    """The whole page."""
+    ours = [name for name in objectives.names() if "/" not in name]
+    addons = [name for name in objectives.names() if "/" in name]
+    return TEXT.format(
+        objectives=table(
+            ["name", "kind", "formula", "defaults", "miner", "paper", "cost"],
+            [
+                [
+                    f"`{name}`",
+                    objectives.lookup(name).kind,
+                    code(objectives.lookup(name).formula),
+                    defaults(objectives.settings(name), SHARED),
+                    objectives.settings(name).get("miner", ""),
+                    objectives.lookup(name).paper,
+                    objectives.lookup(name).cost,
+                ]
+                for name in ours
+            ],
+        ),
+        addons=table(
+            ["name", "defaults", "ours"],
+            [
+                [f"`{name}`", defaults(objectives.settings(name), SHARED), objectives.lookup(name).instead]
+                for name in addons
+            ],
+        ),
+        miners=table(
+            ["name", "chooses", "settings", ""],
+            [
+                [
+                    f"`{name}`",
+                    "pairs" if issubclass(mining.lookup(name), mining.PairMiner) else "triplets",
+                    defaults(mining.settings(name)),
+                    first_sentence(mining.lookup(name)),
+                ]
+                for name in mining.names()
+            ],
+        ),
+        samplers=table(
+            ["name", "settings", ""],
+            [
+                [f"`{name}`", defaults(samplers.settings(name)), first_sentence(samplers.lookup(name))]
+                for name in samplers.names()
+            ],
+        ),
+    )
+
+
+def table(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def code(formula):
+    return f"`{formula}`".replace("|", "\\|") if formula else ""
+
+
+def defaults(settings, but=()):
+    shown = {key: value for key, value in settings.items() if key not in but and value is not inspect.Parameter.empty}
+    if shown.get("learning_rate_multiplier") == 1.0:
+        del shown["learning_rate_multiplier"]
+    return ", ".join(f"{key} {value}" for key, value in shown.items()).replace("|", "\\|")
+
+
+def first_sentence(cls):
+    paragraph = " ".join(inspect.getdoc(cls).split("\n\n")[0].split())
+    return re.split(r"(?<=[a-z0-9)])[.:](?= [A-Z]|$)", paragraph)[0].rstrip(".:").replace("|", "\\|") + "."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Random negatives."""
+
+import tensorflow as tf
+
+from s2sd_tf.mining.base import Miner, drawn_members, one_negative_a_positive, pair_masks, register, uniform_draws
+
+
+@register("random")
+class Random(Miner):
+    """For every ordered positive pair one negative, drawn uniformly from the anchor's: the random tuple mining that
+    Roth et al., "Revisiting Training Strategies and Generalization Performance in Deep Metric Learning", ICML 2020,
+    compare with. Triplets `(batch^2,)`, none for an anchor without a negative.
+    """
+
+    def __call__(self, distances, labels, *, dim, seed):
+        del dim
+        positive, negative = pair_masks(labels)
+        choice = drawn_members(negative, uniform_draws(tf.shape(distances), seed, distances.dtype))
+        return one_negative_a_positive(choice, positive & tf.reduce_any(negative, axis=1, keepdims=True))

@@ -1,0 +1,50 @@
+"""Distance-weighted negatives, some of them replaced by positives."""
+
+import tensorflow as tf
+
+from s2sd_tf.mining.base import (
+    drawn_members,
+    one_negative_a_positive,
+    pair_masks,
+    register,
+    uniform_draws,
+    weighted_members,
+)
+from s2sd_tf.mining.distance_weighted import DistanceWeighted
+
+
+@register("rho_distance")
+class RhoDistance(DistanceWeighted):
+    """`DistanceWeighted`, but with probability `rho` the negative of a triplet is replaced by a positive (rho
+    regularisation of Roth et al., "Revisiting Training Strategies and Generalization Performance in Deep Metric
+    Learning", ICML 2020).
+
+    The replacement is drawn uniformly from the members of the class other than anchor and positive; a class of two
+    keeps its negatives. (The published code then also takes the anchor for its own positive.) Triplets `(batch^2,)`,
+    one for every ordered positive pair whose anchor has a negative.
+
+    Args:
+        rho: float in [0, 1].
+        lower_cutoff, upper_cutoff: as of `DistanceWeighted`.
+    """
+
+    negatives_in_class = True
+
+    def __init__(self, rho=0.2, lower_cutoff=0.5, upper_cutoff=1.4):
+        super().__init__(lower_cutoff=lower_cutoff, upper_cutoff=upper_cutoff)
+        if not 0 <= rho <= 1:
+            raise ValueError(f"RhoDistance: rho: expected a number in [0, 1]. Received: {rho}")
+        self.rho = rho
+
+    def get_config(self):
+        return {**super().get_config(), "rho": self.rho}
+
+    def __call__(self, distances, labels, *, dim, seed):
+        positive, negative = pair_masks(labels)
+        batch = tf.shape(labels)[0]
+        draws = uniform_draws([3, batch, batch], seed, tf.float64)
+        choice = weighted_members(self.probabilities(distances, labels, dim), draws[0])
+        has_third = tf.reduce_sum(tf.cast(positive, tf.int32), axis=1, keepdims=True) > 1
+        switched = has_third & (draws[1] <= self.rho)
+        choice = tf.where(switched, drawn_members(positive, draws[2], besides=True), choice)
+        return one_negative_a_positive(choice, positive & tf.reduce_any(negative, axis=1, keepdims=True))

@@ -1,0 +1,45 @@
+"""Circle loss."""
+
+import tensorflow as tf
+
+from s2sd_tf.objectives.base import PairObjective, check_above, masked_logsumexp, mean_where, register
+
+
+@register("circle")
+class Circle(PairObjective):
+    """Circle loss (Sun et al., CVPR 2020), on cosine similarities s, mean over the anchors that have both a
+    positive and a negative:
+
+        log(1 + sum_n exp(gamma [s_n + m]+ (s_n - m)) * sum_p exp(-gamma [1 + m - s_p]+ (s_p - 1 + m)))
+
+    No gradient goes through the weights in [ ]+.
+
+    Args:
+        margin: float, m; the paper has 0.4 for image retrieval.
+        gamma: float > 0, the scale; the paper has 80 for image retrieval.
+        **kwargs: arguments of `PairObjective`.
+    """
+
+    formula = "mean_a log(1 + sum_n e^(g [s_an + m]+ (s_an - m)) sum_p e^(-g [1 + m - s_ap]+ (s_ap - 1 + m)))"
+    paper = "Sun et al., CVPR 2020"
+    cost = "B^2"
+
+    def __init__(self, margin=0.4, gamma=80.0, **kwargs):
+        super().__init__(**kwargs)
+        check_above("gamma", gamma, 0)
+        self.margin = margin
+        self.gamma = gamma
+
+    def compute_pairs(self, anchors, references, pairs):
+        similarities = tf.matmul(anchors, references, transpose_b=True)
+        fixed = tf.stop_gradient(similarities)
+        of_positives = -self.gamma * tf.nn.relu(1.0 + self.margin - fixed) * (similarities - 1.0 + self.margin)
+        of_negatives = self.gamma * tf.nn.relu(fixed + self.margin) * (similarities - self.margin)
+        losses = tf.nn.softplus(
+            masked_logsumexp(of_positives, pairs.positive, axis=1)
+            + masked_logsumexp(of_negatives, pairs.negative, axis=1)
+        )
+        return mean_where(losses, tf.reduce_any(pairs.positive, axis=1) & tf.reduce_any(pairs.negative, axis=1))
+
+    def get_config(self):
+        return {**super().get_config(), "margin": self.margin, "gamma": self.gamma}

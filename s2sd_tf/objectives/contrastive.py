@@ -1,0 +1,51 @@
+"""Contrastive loss."""
+
+import tensorflow as tf
+
+from s2sd_tf.objectives.base import PairObjective, check_at_least, euclidean_distances, mean_where, register
+
+
+@register("contrastive")
+class Contrastive(PairObjective):
+    """Contrastive loss (Hadsell et al., "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006, eq. 4),
+    on Euclidean distances d of l2-normalised embeddings:
+
+        mean over positive pairs of max(0, d - positive_margin)
+        + mean over negative pairs of max(0, negative_margin - d)
+
+    The paper squares both hinges; the default here is the form in use in metric learning, which does not. Positives and
+    negatives have a mean of their own, as there are far more negatives.
+
+    Args:
+        positive_margin: float >= 0.
+        negative_margin: float >= 0.
+        squared: bool, square the hinges.
+        miner: name or `mining.Miner`; "all" takes all pairs.
+        **kwargs: arguments of `PairObjective`.
+    """
+
+    formula = "mean_p [d_ap - m_p]+ + mean_n [m_n - d_an]+"
+    paper = "Hadsell et al., CVPR 2006"
+    cost = "B^2"
+
+    def __init__(self, positive_margin=0.0, negative_margin=1.0, squared=False, miner="distance_weighted", **kwargs):
+        super().__init__(miner=miner, **kwargs)
+        check_at_least("positive_margin", positive_margin, 0)
+        check_at_least("negative_margin", negative_margin, 0)
+        self.positive_margin = positive_margin
+        self.negative_margin = negative_margin
+        self.squared = squared
+
+    def compute_pairs(self, anchors, references, pairs):
+        distances = euclidean_distances(anchors, references)
+        power = tf.square if self.squared else tf.identity
+        loss = mean_where(power(tf.nn.relu(distances - self.positive_margin)), pairs.positive)
+        return loss + mean_where(power(tf.nn.relu(self.negative_margin - distances)), pairs.negative)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "positive_margin": self.positive_margin,
+            "negative_margin": self.negative_margin,
+            "squared": self.squared,
+        }

@@ -1,0 +1,51 @@
+"""FastAP loss."""
+
+import tensorflow as tf
+
+from s2sd_tf.objectives.base import PairObjective, mean_where, register, squared_distances
+
+
+@register("fast_ap")
+class FastAP(PairObjective):
+    """FastAP loss (Cakir et al., "Deep Metric Learning to Rank", CVPR 2019): 1 - average precision, made
+    differentiable by histograms of the squared distances in [0, 4], into which every pair enters by linear
+    interpolation. With h+_j positives in bin j, and H+_j positives and H_j pairs of any kind in bins up to j:
+
+        1 - 1 / N+ sum_j h+_j H+_j / H_j
+
+    mean over the anchors that have both a positive and a negative.
+
+    Args:
+        bins: int >= 1, intervals of the histograms; they have `bins` + 1 nodes.
+        **kwargs: arguments of `PairObjective`.
+    """
+
+    formula = "mean_a 1 - 1/N+ sum_j h+_j H+_j / H_j"
+    paper = "Cakir et al., CVPR 2019"
+    cost = "B^2"
+
+    def __init__(self, bins=10, **kwargs):
+        super().__init__(**kwargs)
+        if not bins >= 1:
+            raise ValueError(f"bins: expected an int >= 1. Received: {bins}")
+        self.bins = bins
+
+    def compute_pairs(self, anchors, references, pairs):
+        positions = tf.clip_by_value(squared_distances(anchors, references), 0.0, 4.0) * (self.bins / 4.0)
+        dtype = positions.dtype
+        positive, every = (tf.cast(mask, dtype) for mask in (pairs.positive, pairs.positive | pairs.negative))
+        # The share of a pair that lies in nodes 0 to j falls from 1 to 0 between j and j + 1, so that cumulative
+        # histograms come without the histograms.
+        cumulative = []
+        for node in range(self.bins + 1):
+            share = tf.clip_by_value(node + 1.0 - positions, 0.0, 1.0)
+            cumulative.append((tf.reduce_sum(share * positive, axis=1), tf.reduce_sum(share * every, axis=1)))
+        positives, all_pairs = (tf.stack(part, axis=1) for part in zip(*cumulative))
+        counts = positives - tf.pad(positives[:, :-1], [[0, 0], [1, 0]])
+        total = tf.reduce_sum(positive, axis=1)
+        precision = tf.reduce_sum(counts * tf.math.divide_no_nan(positives, all_pairs), axis=1)
+        has_both = tf.reduce_any(pairs.positive, axis=1) & tf.reduce_any(pairs.negative, axis=1)
+        return mean_where(1.0 - tf.math.divide_no_nan(precision, total), has_both)
+
+    def get_config(self):
+        return {**super().get_config(), "bins": self.bins}

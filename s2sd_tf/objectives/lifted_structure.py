@@ -1,0 +1,80 @@
+"""Lifted structured loss, in the form of its paper and in the generalised one."""
+
+import tensorflow as tf
+
+from s2sd_tf.objectives.base import (
+    LengthPenalizedObjective,
+    euclidean_distances,
+    masked_logsumexp,
+    mean_where,
+    register,
+)
+
+
+@register("lifted_structure")
+class LiftedStructure(LengthPenalizedObjective):
+    """Lifted structured loss (Song et al., "Deep Metric Learning via Lifted Structured Feature Embedding", CVPR 2016,
+    eq. 4), on Euclidean distances d, over the positive pairs P of anchors that have a negative:
+
+        1 / (2 |P|) sum_(i,j) max(0, log(sum_k exp(margin - d_ik) + sum_l exp(margin - d_jl)) + d_ij)^2
+
+    with k over the negatives of i and l over those of j.
+
+    Args:
+        margin: float.
+        normalize, l2_weight: see `LengthPenalizedObjective`; the paper does not normalise.
+        **kwargs: arguments of `PairObjective`.
+    """
+
+    formula = "mean_ap 1/2 [log(sum_n e^(m - d_an) + sum_n e^(m - d_pn)) + d_ap]+^2"
+    paper = "Song et al., CVPR 2016"
+    cost = "B^2"
+
+    def __init__(self, margin=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.margin = margin
+
+    def compute_pairs(self, anchors, references, pairs):
+        distances = euclidean_distances(anchors, references)
+        # The negatives of the positive j are those anchors of which j is a negative.
+        of_anchor = masked_logsumexp(self.margin - distances, pairs.negative, axis=1)[:, None]
+        of_positive = masked_logsumexp(self.margin - distances, pairs.negative, axis=0)[None, :]
+        has_negative = tf.reduce_any(pairs.negative, axis=1, keepdims=True)
+        both = tf.maximum(of_anchor, of_positive)
+        both += tf.math.log1p(tf.exp(-tf.abs(of_anchor - of_positive)))
+        return mean_where(tf.square(tf.nn.relu(both + distances)) / 2.0, pairs.positive & has_negative)
+
+    def get_config(self):
+        return {**super().get_config(), "margin": self.margin}
+
+
+@register("generalized_lifted")
+class GeneralizedLifted(LengthPenalizedObjective):
+    """Generalised lifted structured loss (Hermans et al., "In Defense of the Triplet Loss for Person
+    Re-Identification", 2017), on Euclidean distances d, mean over the anchors that have both:
+
+        max(0, log sum_p exp(d_ap) + log sum_n exp(margin - d_an))
+
+    Args:
+        margin: float.
+        normalize, l2_weight: see `LengthPenalizedObjective`; the paper does not normalise.
+        **kwargs: arguments of `PairObjective`.
+    """
+
+    formula = "mean_a [log sum_p e^(d_ap) + log sum_n e^(m - d_an)]+"
+    paper = "Hermans et al., 2017"
+    cost = "B^2"
+
+    def __init__(self, margin=1.0, **kwargs):
+        super().__init__(**kwargs)
+        self.margin = margin
+
+    def compute_pairs(self, anchors, references, pairs):
+        distances = euclidean_distances(anchors, references)
+        pull = masked_logsumexp(distances, pairs.positive, axis=1)
+        push = masked_logsumexp(self.margin - distances, pairs.negative, axis=1)
+        has_both = tf.reduce_any(pairs.positive, axis=1) & tf.reduce_any(pairs.negative, axis=1)
+        return mean_where(tf.nn.relu(pull + push), has_both)
+
+    def get_config(self):
+        return {**super().get_config(), "margin": self.margin}

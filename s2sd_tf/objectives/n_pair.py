@@ -1,0 +1,81 @@
+"""N-pair loss and the normalised, temperature-scaled cross entropy: one softmax for every positive pair."""
+
+import tensorflow as tf
+
+from s2sd_tf.objectives.base import (
+    LengthPenalizedObjective,
+    PairObjective,
+    check_above,
+    masked_logsumexp,
+    mean_where,
+    register,
+)
+
+
+@register("n_pair")
+class NPair(LengthPenalizedObjective):
+    """N-pair loss (Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective", NIPS 2016),
+    mean over the positive pairs of anchors that have a negative, with dot products s:
+
+        log(1 + sum_n exp((s_an - s_ap) / temperature))
+
+    Args:
+        temperature: float > 0; the paper has 1, which is weak for embeddings of unit length.
+        miner: name or `mining.Miner`. "n_pair" takes one pair a class, and the positives of the others as negatives.
+        normalize, l2_weight: see `LengthPenalizedObjective`; the paper does not normalise.
+        **kwargs: arguments of `PairObjective`.
+    """
+
+    formula = "mean_ap log(1 + sum_n exp(s_an - s_ap))"
+    paper = "Sohn, NIPS 2016"
+    cost = "B^2"
+
+    def __init__(self, temperature=1.0, miner="n_pair", **kwargs):
+        super().__init__(miner=miner, **kwargs)
+        check_above("temperature", temperature, 0)
+        self.temperature = temperature
+
+    def compute_pairs(self, anchors, references, pairs):
+        return pair_softmax(anchors, references, pairs, self.temperature)
+
+    def get_config(self):
+        return {**super().get_config(), "temperature": self.temperature}
+
+
+@register("nt_xent")
+class NTXent(PairObjective):
+    """Normalised temperature-scaled cross entropy (SimCLR; Chen et al., ICML 2020, eq. 1; InfoNCE), on cosine
+    similarities s, mean over the positive pairs of anchors that have a negative:
+
+        -log(exp(s_ap / temperature) / (exp(s_ap / temperature) + sum_n exp(s_an / temperature)))
+
+    The paper has one positive an anchor; here every further one is a pair of its own, and no negative of the others.
+
+    Args:
+        temperature: float > 0.
+        **kwargs: arguments of `PairObjective`.
+    """
+
+    formula = "mean_ap -log(e^(s_ap/T) / (e^(s_ap/T) + sum_n e^(s_an/T)))"
+    paper = "Chen et al., ICML 2020"
+    cost = "B^2"
+
+    def __init__(self, temperature=0.1, **kwargs):
+        super().__init__(**kwargs)
+        check_above("temperature", temperature, 0)
+        self.temperature = temperature
+
+    def compute_pairs(self, anchors, references, pairs):
+        return pair_softmax(anchors, references, pairs, self.temperature)
+
+    def get_config(self):
+        return {**super().get_config(), "temperature": self.temperature}
+
+
+def pair_softmax(anchors, references, pairs, temperature):
+    """Mean over positive pairs of log(1 + sum_n exp((s_an - s_ap) / temperature))."""
+    logits = tf.matmul(anchors, references, transpose_b=True) / temperature
+    # The sum over the negatives is the same for all positives of an anchor.
+    negatives = masked_logsumexp(logits, pairs.negative, axis=1)[:, None]
+    has_negative = tf.reduce_any(pairs.negative, axis=1, keepdims=True)
+    return mean_where(tf.nn.softplus(negatives - logits), pairs.positive & has_negative)

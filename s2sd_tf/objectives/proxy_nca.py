@@ -1,0 +1,48 @@
+"""ProxyNCA loss."""
+
+import tensorflow as tf
+
+from s2sd_tf.objectives.base import ProxyObjective, check_above, masked_logsumexp, register
+from s2sd_tf.objectives.proxy_softmax import softmax_loss
+
+
+@register("proxy_nca")
+class ProxyNCA(ProxyObjective):
+    """ProxyNCA (Movshovitz-Attias et al., "No Fuss Distance Metric Learning using Proxies", ICCV 2017), on squared
+    Euclidean distances between l2-normalised embeddings and proxies, mean over the batch:
+
+        -log(exp(-scale d(x, p_y)) / sum_(j != y) exp(-scale d(x, p_j)))
+
+    Args:
+        num_classes: int >= 1; with one class the loss is 0.
+        scale: float > 0; the paper has 1.
+        own_class_in_sum: bool, sum over all classes: a softmax, never below 0, as ProxyNCA++ (Teh et al., ECCV 2020,
+            with scale 9) and other libraries have it. The paper leaves the own class out.
+        learning_rate_multiplier: of the published S2SD code.
+        **kwargs: arguments of `Objective`.
+    """
+
+    formula = "mean d(x, p_y) + log sum_(j != y) e^(-d(x, p_j))"
+    paper = "Movshovitz-Attias et al., ICCV 2017"
+    cost = "B C"
+
+    def __init__(self, num_classes=None, scale=1.0, own_class_in_sum=False, learning_rate_multiplier=50.0, **kwargs):
+        super().__init__(num_classes=num_classes, learning_rate_multiplier=learning_rate_multiplier, **kwargs)
+        check_above("scale", scale, 0)
+        self.scale = scale
+        self.own_class_in_sum = own_class_in_sum
+
+    def compute(self, embeddings, labels, training):
+        del training
+        # Minus the squared distance but for 2, which is the same for all classes.
+        logits = 2.0 * self.scale * tf.matmul(embeddings, self.unit_proxies(), transpose_b=True)
+        if self.own_class_in_sum:
+            return softmax_loss(logits, labels)
+        if self.num_classes == 1:
+            return tf.reduce_sum(logits) * 0.0
+        own = tf.equal(tf.range(self.num_classes), labels[:, None])
+        others = masked_logsumexp(logits, tf.logical_not(own), axis=1)
+        return tf.reduce_mean(others - tf.gather(logits, labels, batch_dims=1))
+
+    def get_config(self):
+        return {**super().get_config(), "scale": self.scale, "own_class_in_sum": self.own_class_in_sum}

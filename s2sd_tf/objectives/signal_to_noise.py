@@ -1,0 +1,63 @@
+"""Signal-to-noise-ratio loss."""
+
+import tensorflow as tf
+
+from s2sd_tf.objectives.base import TupleObjective, check_at_least, register
+from s2sd_tf.objectives.triplet import all_triplet_hinges, triplet_hinges
+
+
+@register("snr")
+class SignalToNoise(TupleObjective):
+    """Triplet loss on signal-to-noise distances (Yuan et al., "Signal-to-Noise Ratio: A Robust Distance Metric for Deep
+    Metric Learning", CVPR 2019), mean over the triplets:
+
+        max(0, d(a, p) - d(a, n) + margin),  d(i, j) = var(x_i - x_j) / var(x_i)
+
+    with variances over the dimensions, plus `regularization` times the mean absolute sum of an embedding's entries,
+    which draws their mean to zero.
+
+    Args:
+        margin: float >= 0.
+        regularization: float >= 0, the paper's lambda; the published code has 0 with the distance-weighted miner.
+        miner: name or `mining.Miner`. With "all" every valid triplet counts, in O(batch^2 log batch).
+        **kwargs: `seed` of the miner, and arguments of `Objective`.
+    """
+
+    formula = "mean_apn [var(x_a - x_p)/var(x_a) - var(x_a - x_n)/var(x_a) + m]+ + r mean_a |sum x_a|"
+    paper = "Yuan et al., CVPR 2019"
+    cost = "B^2"
+
+    def __init__(self, margin=0.2, regularization=0.005, miner="distance_weighted", **kwargs):
+        super().__init__(miner=miner, **kwargs)
+        check_at_least("margin", margin, 0)
+        check_at_least("regularization", regularization, 0)
+        self.margin = margin
+        self.regularization = regularization
+
+    def compute_triplets(self, embeddings, labels, triplets, seed):
+        del labels, seed
+        loss = triplet_hinges(noise_to_signal(embeddings), triplets, self.margin)
+        return loss + self._penalty(embeddings, tf.reduce_any(triplets.valid))
+
+    def compute_all(self, embeddings, labels, seed):
+        del seed
+        loss, triplets = all_triplet_hinges(noise_to_signal(embeddings), labels, self.margin)
+        return loss + self._penalty(embeddings, triplets > 0)
+
+    def _penalty(self, embeddings, any_triplet):
+        penalty = self.regularization * tf.reduce_mean(tf.abs(tf.reduce_sum(embeddings, axis=1)))
+        return tf.where(any_triplet, penalty, 0.0)
+
+    def get_config(self):
+        return {**super().get_config(), "margin": self.margin, "regularization": self.regularization}
+
+
+def noise_to_signal(embeddings):
+    """var(x_i - x_j) / var(x_i), `(batch, batch)`; rows of embeddings whose entries are all equal are 0."""
+    centered = embeddings - tf.reduce_mean(embeddings, axis=1, keepdims=True)
+    variances = tf.reduce_mean(tf.square(centered), axis=1)
+    covariances = tf.matmul(centered, centered, transpose_b=True) / tf.cast(tf.shape(embeddings)[1], embeddings.dtype)
+    noise = tf.nn.relu(variances[:, None] + variances[None, :] - 2.0 * covariances)
+    noise = tf.linalg.set_diag(noise, tf.zeros_like(variances))
+    constant = variances[:, None] < 1e-12
+    return tf.where(constant, 0.0, noise / tf.where(constant, 1.0, variances[:, None]))

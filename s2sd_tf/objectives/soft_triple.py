@@ -1,0 +1,91 @@
+"""SoftTriple loss."""
+
+import functools
+
+import tensorflow as tf
+
+from s2sd_tf.objectives.base import ProxyObjective, check_above, check_at_least, register
+from s2sd_tf.objectives.proxy_softmax import softmax_loss
+
+
+@register("soft_triple")
+class SoftTriple(ProxyObjective):
+    """SoftTriple loss (Qian et al., ICCV 2019): a softmax over classes that have several centres each. The
+    similarity to a class is that to its centres, weighted by a softmax over the centres:
+
+        S_c = sum_k softmax_k(s_ck / gamma) s_ck
+        mean -log(exp(scale (S_y - margin)) / (exp(scale (S_y - margin)) + sum_(c != y) exp(scale S_c)))
+        + regularization / (C K (K - 1)) sum_c sum_(t < s) |w_cs - w_ct|
+
+    The last term draws centres of a class together, so that classes find their number of centres.
+
+    Args:
+        num_classes: int >= 1, C.
+        proxies_per_class: int >= 1, K.
+        margin: float, the paper's delta.
+        gamma: float > 0.
+        scale: float > 0, the paper's lambda.
+        regularization: float >= 0, the paper's tau.
+        **kwargs: arguments of `Objective`.
+    """
+
+    formula = "mean -log softmax(scale (S_c - m [c = y]))_y + tau sum_(c, t < s) |w_cs - w_ct| / (C K (K - 1))"
+    paper = "Qian et al., ICCV 2019"
+    cost = "B C K"
+
+    def __init__(
+        self,
+        num_classes=None,
+        proxies_per_class=2,
+        margin=0.01,
+        gamma=0.1,
+        scale=8.0,
+        regularization=0.2,
+        **kwargs,
+    ):
+        super().__init__(num_classes=num_classes, **kwargs)
+        check_at_least("proxies_per_class", proxies_per_class, 1)
+        check_above("gamma", gamma, 0)
+        check_above("scale", scale, 0)
+        check_at_least("regularization", regularization, 0)
+        self.proxies_per_class = proxies_per_class
+        self.margin = margin
+        self.gamma = gamma
+        self.scale = scale
+        self.regularization = regularization
+
+    def proxies_shape(self, dim):
+        return (self.proxies_per_class, *super().proxies_shape(dim))
+
+    def compute(self, embeddings, labels, training):
+        del training
+        centers = tf.unstack(self.unit_proxies())
+        # A matrix for each centre: a softmax along a last axis of two or three entries is slow.
+        similarities = [tf.matmul(embeddings, center, transpose_b=True) for center in centers]
+        peak = tf.stop_gradient(functools.reduce(tf.maximum, similarities))
+        weights = [tf.exp((s - peak) / self.gamma) for s in similarities]
+        relaxed = tf.add_n([w * s for w, s in zip(weights, similarities)]) / tf.add_n(weights)
+        positions = tf.stack([tf.range(tf.shape(labels)[0], dtype=tf.int32), labels], axis=1)
+        margins = tf.fill(tf.shape(labels), tf.constant(self.margin, relaxed.dtype))
+        loss = softmax_loss(self.scale * tf.tensor_scatter_nd_sub(relaxed, positions, margins), labels)
+        return loss + self._regularization(centers)
+
+    def _regularization(self, centers):
+        count = len(centers)
+        total = tf.zeros([], centers[0].dtype)
+        for s in range(count):
+            for t in range(s):
+                squared = tf.reduce_sum(tf.square(centers[s] - centers[t]), axis=1)
+                apart = squared > 0
+                total += tf.reduce_sum(tf.where(apart, tf.sqrt(tf.where(apart, squared, 1.0)), 0.0))
+        return self.regularization * total / max(1, self.num_classes * count * (count - 1))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "proxies_per_class": self.proxies_per_class,
+            "margin": self.margin,
+            "gamma": self.gamma,
+            "scale": self.scale,
+            "regularization": self.regularization,
+        }

@@ -1,0 +1,38 @@
+"""Supervised contrastive loss."""
+
+import tensorflow as tf
+
+from s2sd_tf.objectives.base import PairObjective, check_above, masked_logsumexp, mean_where, register
+
+
+@register("supcon")
+class SupCon(PairObjective):
+    """Supervised contrastive loss (Khosla et al., NeurIPS 2020, eq. 2, L_out), on cosine similarities s, mean over the
+    anchors that have both a positive and a negative:
+
+        -mean_p log(exp(s_ap / temperature) / sum_j exp(s_aj / temperature)),  j over all others
+
+    Args:
+        temperature: float > 0.
+        **kwargs: arguments of `PairObjective`.
+    """
+
+    formula = "mean_a -mean_p log(e^(s_ap/T) / sum_(j != a) e^(s_aj/T))"
+    paper = "Khosla et al., NeurIPS 2020"
+    cost = "B^2"
+
+    def __init__(self, temperature=0.1, **kwargs):
+        super().__init__(**kwargs)
+        check_above("temperature", temperature, 0)
+        self.temperature = temperature
+
+    def compute_pairs(self, anchors, references, pairs):
+        logits = tf.matmul(anchors, references, transpose_b=True) / self.temperature
+        totals = masked_logsumexp(logits, pairs.positive | pairs.negative, axis=1)
+        positive = tf.cast(pairs.positive, logits.dtype)
+        own = tf.math.divide_no_nan(tf.reduce_sum(logits * positive, axis=1), tf.reduce_sum(positive, axis=1))
+        has_both = tf.reduce_any(pairs.positive, axis=1) & tf.reduce_any(pairs.negative, axis=1)
+        return mean_where(tf.where(has_both, totals - own, 0.0), has_both)
+
+    def get_config(self):
+        return {**super().get_config(), "temperature": self.temperature}
