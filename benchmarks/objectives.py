@@ -38,7 +38,7 @@ SETTINGS = {
     "angular": {"miner": "all"},
     "contrastive": {"miner": "all"},
     "margin": {"miner": "all"},
-    "n_pair": {"miner": "all"},
+    "n_pair": {},
     "proxy_nca": {"own_class_in_sum": True},
     "snr": {"miner": "all"},
     "triplet": {"miner": "all"},
@@ -73,7 +73,7 @@ def counterparts():
         "lifted_structure": plain(losses.LiftedStructureLoss),
         "margin": lambda classes, dim: losses.MarginLoss(beta=1.2, learn_beta=True, num_classes=classes),
         "multi_similarity": multi_similarity,
-        # One pair a class; ours takes all pairs.
+        # One pair a class, as ours.
         "n_pair": plain(losses.NPairsLoss),
         "normalized_softmax": proxies(losses.NormalizedSoftmaxLoss),
         "nt_xent": plain(losses.NTXentLoss),

@@ -369,6 +369,15 @@ def test_fourth_images_are_uniform_over_third_classes():
     assert not np.any(two[1].numpy()[::5])
 
 
+@pytest.mark.parametrize("name", PAIR_OBJECTIVES)
+def test_one_pair_a_class_by_small_matrices_is_that_by_masks(unit_rows, name):
+    for seed, labels in enumerate(BATCHES.values()):
+        objective, rows = make(name, miner="n_pair", seed=seed), unit_rows(len(labels), 6)
+        masks = mining.get("n_pair").pairs(None, tf.constant(labels, tf.int32), dim=6, seed=tf.constant([seed, 0]))
+        expected = objective.compute_pairs(tf.constant(rows), tf.constant(rows), masks)
+        np.testing.assert_allclose(objective(rows, labels), expected, rtol=1e-10, atol=1e-12)
+
+
 def test_lengths_are_penalised_where_they_count(unit_rows):
     rows, labels = 3.0 * unit_rows(7, 6), BATCHES["uneven"]
     for name in ("n_pair", "angular", "lifted_structure", "generalized_lifted"):

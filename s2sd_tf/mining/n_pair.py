@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.mining.base import PairMiner, Pairs, drawn_members, pair_masks, register, uniform_draws
+from s2sd_tf.mining.base import PairMiner, Pairs, pair_masks, register, uniform_draws
 
 
 @register("n_pair")
@@ -15,16 +15,31 @@ class NPair(PairMiner):
     without negatives, all rows are.
     """
 
-    def pairs(self, distances, labels, *, dim, seed):
-        del dim
-        positive, negative = pair_masks(labels)
+    def one_pair_a_class(self, labels, seed):
+        """The pairs by their positions in the batch.
+
+        Returns:
+            `(anchors, positives, valid)`: int32, int32 and bool `(batch // 2,)`, as there can be no more; an entry that
+            is not valid stands for no pair.
+        """
         batch = tf.shape(labels)[0]
-        positions = tf.range(batch, dtype=tf.int32)
-        draws = uniform_draws([2, batch, 1], seed, distances.dtype)
-        same = tf.equal(labels[:, None], labels[None, :])
-        # All samples of a class draw its anchor, with the draw of the first of them.
-        first = tf.argmax(tf.cast(same, tf.int32), axis=1, output_type=tf.int32)
-        is_anchor = drawn_members(same, tf.gather(draws[0], first)) == positions[:, None]
-        chosen = is_anchor & positive & (drawn_members(positive, draws[1]) == positions[None, :])
-        others = negative & tf.reduce_any(chosen, axis=1, keepdims=True) & tf.reduce_any(chosen, axis=0, keepdims=True)
-        return Pairs(chosen & tf.reduce_any(others, axis=1, keepdims=True), others)
+        # Shuffled and then sorted by class, the first two of each class are a random pair.
+        shuffled = tf.argsort(uniform_draws(tf.shape(labels), seed, tf.float32), stable=True)
+        order = tf.gather(shuffled, tf.argsort(tf.gather(labels, shuffled), stable=True))
+        ranked = tf.gather(labels, order)
+        as_next = tf.equal(ranked[:-1], ranked[1:])
+        is_first = tf.concat([tf.ones_like(ranked[:1], tf.bool), tf.logical_not(as_next)], axis=0)
+        is_pair = is_first[:-1] & as_next
+        pairs_first = tf.argsort(tf.cast(tf.logical_not(is_pair), tf.int32), stable=True)[: batch // 2]
+        valid = tf.gather(is_pair, pairs_first)
+        valid &= tf.reduce_sum(tf.cast(valid, tf.int32)) > 1
+        return tf.gather(order, pairs_first), tf.gather(order, pairs_first + 1), valid
+
+    def pairs(self, distances, labels, *, dim, seed):
+        del distances, dim
+        anchors, positives, valid = self.one_pair_a_class(labels, seed)
+        batch = tf.shape(labels)[0]
+        cells = tf.scatter_nd(tf.stack([anchors, positives], axis=1), tf.cast(valid, tf.int32), [batch, batch])
+        chosen = cells > 0
+        others = tf.reduce_any(chosen, axis=1, keepdims=True) & tf.reduce_any(chosen, axis=0, keepdims=True)
+        return Pairs(chosen, others & pair_masks(labels).negative)

@@ -194,8 +194,10 @@ class PairObjective(MinedObjective):
         super().build(input_shape)
 
     def compute_mined(self, embeddings, labels, seed, training):
-        pairs = self.mine(self.miner.pairs, embeddings, labels, seed)
-        loss = self.compute_pairs(embeddings, embeddings, pairs)
+        if isinstance(self.miner, mining.NPair):
+            loss = self._one_pair_a_class(embeddings, labels, seed)
+        else:
+            loss = self.compute_pairs(embeddings, embeddings, self.mine(self.miner.pairs, embeddings, labels, seed))
         if not self.memory_size:
             return loss
         memory, memory_labels = tf.convert_to_tensor(self.memory), tf.convert_to_tensor(self.memory_labels)
@@ -213,6 +215,13 @@ class PairObjective(MinedObjective):
                 variable.assign(tf.ensure_shape(tf.concat([new, old], axis=0)[: self.memory_size], variable.shape))
             self.remembered.assign(tf.minimum(remembered + batch, self.memory_size))
         return loss
+
+    def _one_pair_a_class(self, embeddings, labels, seed):
+        # The matrices are those of the pairs, at most half as high and wide as those of the batch.
+        anchors, positives, valid = self.miner.one_pair_a_class(labels, seed)
+        own = tf.eye(tf.shape(valid)[0], dtype=tf.bool)
+        pairs = mining.Pairs(own & valid, tf.logical_not(own) & valid & valid[:, None])
+        return self.compute_pairs(tf.gather(embeddings, anchors), tf.gather(embeddings, positives), pairs)
 
     def compute_pairs(self, anchors, references, pairs):
         """Loss of `anchors` `(batch, dim)` against `references` `(m, dim)`: the anchors themselves, or the memory.

@@ -32,20 +32,43 @@ class FastAP(PairObjective):
 
     def compute_pairs(self, anchors, references, pairs):
         positions = tf.clip_by_value(squared_distances(anchors, references), 0.0, 4.0) * (self.bins / 4.0)
-        dtype = positions.dtype
-        positive, every = (tf.cast(mask, dtype) for mask in (pairs.positive, pairs.positive | pairs.negative))
-        # The share of a pair that lies in nodes 0 to j falls from 1 to 0 between j and j + 1, so that cumulative
-        # histograms come without the histograms.
-        cumulative = []
-        for node in range(self.bins + 1):
-            share = tf.clip_by_value(node + 1.0 - positions, 0.0, 1.0)
-            cumulative.append((tf.reduce_sum(share * positive, axis=1), tf.reduce_sum(share * every, axis=1)))
-        positives, all_pairs = (tf.stack(part, axis=1) for part in zip(*cumulative))
+        positive, negative = (tf.cast(mask, positions.dtype) for mask in pairs)
+        positives, negatives = cumulative_histograms(positions, positive, negative, self.bins + 1)
         counts = positives - tf.pad(positives[:, :-1], [[0, 0], [1, 0]])
-        total = tf.reduce_sum(positive, axis=1)
-        precision = tf.reduce_sum(counts * tf.math.divide_no_nan(positives, all_pairs), axis=1)
+        precision = tf.reduce_sum(counts * tf.math.divide_no_nan(positives, positives + negatives), axis=1)
         has_both = tf.reduce_any(pairs.positive, axis=1) & tf.reduce_any(pairs.negative, axis=1)
-        return mean_where(1.0 - tf.math.divide_no_nan(precision, total), has_both)
+        return mean_where(1.0 - tf.math.divide_no_nan(precision, tf.reduce_sum(positive, axis=1)), has_both)
 
     def get_config(self):
         return {**super().get_config(), "bins": self.bins}
+
+
+def cumulative_histograms(positions, positive, negative, nodes):
+    """Cumulative histograms of each row, of positives and of negatives, with linear interpolation between nodes.
+
+    Args:
+        positions: float `(n, m)` in `[0, nodes - 1]`.
+        positive, negative: `(n, m)`, 1 for an entry that counts, 0 for one that does not.
+        nodes: int.
+
+    Returns:
+        Two tensors `(n, nodes)`: column j is the sum over the row of the shares that lie in nodes 0 to j.
+    """
+
+    # By itself TensorFlow would keep some matrices for every node; but an entry moves one node's count only.
+    @tf.custom_gradient
+    def histograms(values):
+        columns = []
+        for node in range(nodes):
+            # The share in nodes 0 to j falls from 1 to 0 between j and j + 1.
+            share = tf.clip_by_value(node + 1.0 - values, 0.0, 1.0)
+            columns.append((tf.reduce_sum(share * positive, axis=1), tf.reduce_sum(share * negative, axis=1)))
+
+        def gradient(of_positives, of_negatives):
+            node = tf.cast(values, tf.int32)
+            slopes = positive * tf.gather(of_positives, node, batch_dims=1)
+            return -slopes - negative * tf.gather(of_negatives, node, batch_dims=1)
+
+        return tuple(tf.stack(column, axis=1) for column in zip(*columns)), gradient
+
+    return histograms(positions)
