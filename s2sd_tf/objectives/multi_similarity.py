@@ -37,7 +37,7 @@ class MultiSimilarity(PairObjective):
     def compute_pairs(self, anchors, references, pairs):
         similarities = tf.matmul(anchors, references, transpose_b=True)
         positive, negative = pairs
-        kept = tf.ones_like(positive[:, 0])
+        kept = tf.ones(tf.shape(positive)[:1], tf.bool)
         if self.epsilon >= 0:
             top, low = similarities.dtype.max, similarities.dtype.min
             fixed = tf.stop_gradient(similarities)
