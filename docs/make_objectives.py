@@ -39,8 +39,8 @@ An objective of your own is a subclass of `objectives.Objective`, `PairObjective
 
 ### Of tensorflow-addons
 
-On the classic stack, by name; on the default stack the name says what to install and which of the above does the
-same.
+On the classic stack, by name; on the default stack the name says what to install and which of the above does the same.
+They have neither miner nor memory. Flags quote the name: `'--config.objective["addons/triplet_hard"].margin=0.5'`.
 
 {addons}
 

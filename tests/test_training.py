@@ -13,10 +13,12 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from s2sd_tf.files import read_json
+from s2sd_tf.files import read_json, write_json
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.training import default_config, preset_config, resolve, train
 from s2sd_tf.training.compare import summarize
+from s2sd_tf.training.datasets import load_data
+from s2sd_tf.training.run import build_model
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 DIGITS = f"--config={CONFIGS}/digits.py"
@@ -202,7 +204,9 @@ class TestErrors:
             ((DIGITS, "--config.model.embeding_dim=8", "--workdir=never"), "embeding_dim"),
             (("--config=missing.py", "--workdir=never"), "missing.py"),
             ((DIGITS,), "workdir"),
-            ((DIGITS, "--config.objective.name=nonsense", "--workdir=never"), "nonsense"),
+            ((DIGITS, "--config.objective.name=nonsense", "--workdir=never"), "config.objective.name: expected one of"),
+            ((DIGITS, "--config.objective.name=adversarial_separation", "--workdir=never"), "config.objective.name"),
+            ((DIGITS, "--config.sampler.name=nonsense", "--workdir=never"), "config.sampler.name: expected one of"),
         ],
     )
     def test_on_the_command_line_are_one_line(self, tmp_path, monkeypatch, arguments, words):
@@ -219,8 +223,8 @@ class TestErrors:
         [
             ({"model.embedding_dim": 0}, "embedding_dim: expected a number >= 1. Received: 0"),
             ({"s2sd.temperature": 0.0}, "temperature"),
-            ({"objective.name": "nonsense"}, "objective: expected one of"),
-            ({"s2sd.target_objective": "nonsense"}, "objective: expected one of"),
+            ({"objective.name": "nonsense"}, "config.objective.name: expected one of"),
+            ({"s2sd.target_objective": "nonsense"}, "config.s2sd.target_objective: expected one of"),
             ({"data.name": "nonsense"}, "config.data.name"),
             ({"data.samples_per_class": 200}, "samples_per_class: expected at least 200 images in every class"),
             ({"data.classes_per_batch": 6}, "classes_per_batch: expected at most 5"),
@@ -239,6 +243,24 @@ class TestErrors:
         with pytest.raises(ValueError, match=words):
             train(config, str(tmp_path / "run"))
         assert not (tmp_path / "run").exists()
+
+    def test_another_config_differs_in_what_is_used(self, tmp_path):
+        config = default_config()
+        config.train.deterministic = False
+        there = config.to_dict()
+        there["objective"]["multi_similarity"]["alpha"] = 7.0
+        # Not of this run, or not known when it was written.
+        there["objective"]["margin"]["beta"] = 7.0
+        there["objective"].pop("circle")
+        there["miner"].pop("hard")
+        write_json(tmp_path / "config.json", there)
+        with pytest.raises(ValueError, match=r"differs in objective.multi_similarity.alpha \(7.0 there, 2.0 here\)$"):
+            train(config, str(tmp_path))
+
+    def test_a_section_is_no_name(self):
+        config = ml_collections.ConfigDict({**default_config().to_dict(), "objective": "margin"})
+        with pytest.raises(ValueError, match=r"config.objective: expected a section with keys .* Received: 'margin'"):
+            resolve(config)
 
     def test_folders(self, tmp_path):
         config = default_config()
@@ -262,6 +284,21 @@ class TestErrors:
             resolve(config)
         with pytest.raises(AttributeError, match="embeding_dim"):
             default_config().model.embeding_dim = 3
+
+
+def test_settings_of_objective_and_miner_reach_the_model():
+    config = default_config()
+    config.objective.name = "margin"
+    config.objective.margin.update(miner="rho_distance", beta=0.6)
+    config.miner.rho_distance.rho = 0.5
+    config.s2sd.target_dims = (8,)
+    config.data.image_size = 8
+    config = resolve(config)
+    model = build_model(config, load_data(config))
+    for objective in (model.objective, *model.target_objectives):
+        assert objective.beta == 0.6
+        assert objective.num_classes == 5
+        assert (objective.miner.registered_name, objective.miner.rho) == ("rho_distance", 0.5)
 
 
 def test_folders_of_images_train_with_two_roots(tmp_path):

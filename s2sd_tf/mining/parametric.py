@@ -39,10 +39,10 @@ class Parametric(Miner):
         support: two floats, 0 <= lower < upper <= 2.
         mu: float, for "gaussian".
         sigma: float > 0, for "gaussian".
-        weights: list of `bins` floats >= 0, at least one > 0: weights of the bins in place of `shape`.
+        weights: `bins` floats >= 0, at least one > 0: weights of the bins in place of `shape`. Empty: `shape`'s.
     """
 
-    def __init__(self, shape="uniform", bins=30, support=(0.1, 1.4), mu=0.5, sigma=0.05, weights=None):
+    def __init__(self, shape="uniform", bins=30, support=(0.1, 1.4), mu=0.5, sigma=0.05, weights=()):
         if shape not in SHAPES:
             raise ValueError(f"Parametric: shape: expected one of {list(SHAPES)}. Received: {shape!r}")
         if not _are_numbers([bins], numbers.Integral) or bins < 1:
@@ -55,7 +55,7 @@ class Parametric(Miner):
             raise ValueError(f"Parametric: mu: expected a number. Received: {mu!r}")
         if not _are_numbers([sigma]) or not sigma > 0:
             raise ValueError(f"Parametric: sigma: expected a number > 0. Received: {sigma!r}")
-        if weights is not None and (
+        if len(weights) and (
             not _are_numbers(weights) or len(weights) != bins or min(weights) < 0 or not max(weights) > 0
         ):
             raise ValueError(
@@ -67,7 +67,7 @@ class Parametric(Miner):
         self.support = [float(edge) for edge in support]
         self.mu = float(mu)
         self.sigma = float(sigma)
-        self.weights = None if weights is None else [float(weight) for weight in weights]
+        self.weights = [float(weight) for weight in weights]
 
     def get_config(self):
         return {
@@ -81,7 +81,7 @@ class Parametric(Miner):
 
     def log_weights(self, dim):
         """Logarithms of the bins' weights, float64 `(bins,)`, up to a constant."""
-        if self.weights is not None:
+        if self.weights:
             weights = np.array(self.weights) / max(self.weights)
             # In place of log(0): far below any other, but finite, so that such bins are alike among themselves.
             return tf.constant(np.log(weights, where=weights > 0, out=np.full(self.bins, -1e6)))

@@ -361,7 +361,7 @@ class S2SDModel(keras.Model):
         if not isinstance(identifier, str):
             return _check_is_objective(objectives.get(identifier))
         _check_is_objective(objectives.lookup(identifier))
-        settings = {"dtype": loss_dtype(self), "name": identifier}
+        settings = {"dtype": loss_dtype(self), "name": identifier.replace("/", "_")}
         if objectives.lookup(identifier).uses_classes:
             settings["num_classes"] = self.num_classes
         return objectives.get(identifier, **settings)

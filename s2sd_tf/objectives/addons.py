@@ -24,7 +24,7 @@ class AddonsObjective(Objective):
         ImportError: tensorflow-addons is missing; the message says what to install and what to use instead.
     """
 
-    kind = "tuple"
+    kind = "addons"
     cost = "B^2"
     instead = ""
 
@@ -148,7 +148,6 @@ class AddonsLiftedStruct(AddonsObjective):
 
     formula = "mean_ap 1/2 [log(sum_n e^(m - d_an) + sum_n e^(m - d_pn)) + d_ap]+^2"
     paper = "Song et al., CVPR 2016"
-    kind = "pair"
     cost = "B^3"
     instead = 'objective "lifted_structure" with miner "all"'
 
@@ -179,7 +178,6 @@ class AddonsNpairs(AddonsObjective):
 
     formula = "mean_a log(1 + sum_n e^(s_an - s_ap))"
     paper = "Sohn, NIPS 2016"
-    kind = "pair"
     instead = 'objective "n_pair"'
 
     def addons_loss(self, losses, embeddings, labels):
@@ -219,7 +217,6 @@ class AddonsContrastive(AddonsObjective):
 
     formula = "mean_ij d_ij^2 if positive, else [m - d_ij]+^2"
     paper = "Hadsell et al., CVPR 2006"
-    kind = "pair"
     instead = 'objective "contrastive" with squared=True, the same but for the weights of positives and negatives'
 
     def __init__(self, margin=1.0, **kwargs):

@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.objectives.base import Objective, check_at_least, register
+from s2sd_tf.objectives.base import Objective, check_at_least, check_int_at_least, register
 
 
 @register("adversarial_separation")
@@ -38,7 +38,7 @@ class AdversarialSeparation(Objective):
         for argument, value in (("embedding_dim", embedding_dim), ("other_dim", other_dim), ("hidden_dim", hidden_dim)):
             if value is None:
                 raise ValueError(f"{argument}: expected an int >= 1. Received: None")
-            check_at_least(argument, value, 1)
+            check_int_at_least(argument, value, 1)
         check_at_least("weight", weight, 0)
         self.embedding_dim = embedding_dim
         self.other_dim = other_dim

@@ -4,12 +4,12 @@ import math
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import LengthPenalizedObjective, check_above, check_at_least, mean_where, register
+from s2sd_tf.objectives.base import PairObjective, check_above, check_at_least, mean_where, register
 from s2sd_tf.objectives.n_pair import pair_softmax
 
 
 @register("angular")
-class Angular(LengthPenalizedObjective):
+class Angular(PairObjective):
     """Angular loss with the N-pair loss (Wang et al., "Deep Metric Learning with Angular Loss", ICCV 2017),
     mean over the positive pairs of anchors that have a negative, with t = tan(alpha)^2:
 
@@ -21,7 +21,6 @@ class Angular(LengthPenalizedObjective):
         angular_weight: float >= 0, the paper's lambda.
         temperature: float > 0, of the N-pair term; the paper has 1.
         miner: name or `mining.Miner`. "n_pair" takes one pair a class, and the positives of the others as negatives.
-        normalize, l2_weight: see `LengthPenalizedObjective`; the paper does not normalise.
         **kwargs: arguments of `PairObjective`. A memory of m embeddings costs m^2 numbers here.
     """
 
@@ -46,7 +45,7 @@ class Angular(LengthPenalizedObjective):
         to_anchor = 4.0 * tangent * similarities
         to_positive = 4.0 * tangent * tf.matmul(references, references, transpose_b=True)
         # The sum over n of exp(u_an) exp(v_pn) is a product of matrices. Shifted by the maxima of its rows it cannot
-        # overflow; at 60 degrees and unit length its terms stay above 1e-21.
+        # overflow, and at 60 degrees and unit length its terms stay above 1e-21.
         lowest = tf.constant(-1e30, similarities.dtype)
         row_maxima = tf.stop_gradient(tf.reduce_max(tf.where(pairs.negative, to_anchor, lowest), axis=1, keepdims=True))
         column_maxima = tf.stop_gradient(tf.reduce_max(to_positive, axis=1, keepdims=True))

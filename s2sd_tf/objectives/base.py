@@ -23,7 +23,8 @@ class Objective(keras.layers.Layer):
         dtype: "float32" (default) or "float64".
 
     Attributes:
-        kind: "pair", "tuple" or "proxy"; "regularizer" for what is no objective by itself.
+        kind: "pair", "tuple" or "proxy"; "addons" for losses of tensorflow-addons, "regularizer" for what is no
+            objective by itself.
         formula, paper, cost: one line each, for the table of all objectives in the documentation.
     """
 
@@ -32,6 +33,8 @@ class Objective(keras.layers.Layer):
 
     def __init__(self, num_classes=None, learning_rate_multiplier=1.0, name=None, dtype="float32", **kwargs):
         super().__init__(name=name, dtype=dtype, **kwargs)
+        if self.compute_dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype: expected 'float32' or 'float64'. Received: {dtype!r}")
         if num_classes is not None and not num_classes >= 1:
             raise ValueError(f"num_classes: expected an int >= 1. Received: {num_classes}")
         check_at_least("learning_rate_multiplier", learning_rate_multiplier, 0)
@@ -42,25 +45,29 @@ class Objective(keras.layers.Layer):
         """Loss of a batch.
 
         Args:
-            embeddings: float tensor `(batch, dim)`.
-            labels: integer tensor `(batch,)` or `(batch, 1)`.
-            training: bool; stochastic miners move on to new draws only in training.
+            embeddings: float tensor `(batch, dim)`, batch >= 1.
+            labels: integer tensor `(batch,)` or `(batch, 1)`, within the range of int32.
+            training: bool; stochastic miners move on to new draws, and a cross-batch memory counts, only in training.
 
         Returns:
-            Scalar tensor. With labels outside `[0, num_classes)` an objective that has `num_classes` raises
-            `InvalidArgumentError`; under XLA, which knows no assertions, it is NaN.
+            Scalar tensor; NaN where an embedding is not finite. With labels outside `[0, num_classes)` an objective
+            that has `num_classes` raises `InvalidArgumentError`; under XLA, which knows no assertions, it is NaN.
         """
         labels = tf.cast(tf.reshape(labels, [-1]), tf.int32)
         embeddings = self.prepare(tf.cast(embeddings, self.compute_dtype))
-        if not self.uses_classes or self.num_classes is None:
-            return self.compute(embeddings, labels, training)
-        in_range = tf.reduce_all((labels >= 0) & (labels < self.num_classes))
-        check = tf.debugging.Assert(
-            in_range, [f"labels: expected integers in [0, {self.num_classes}) for {self.name}. Received:", labels], 1000
-        )
-        with tf.control_dependencies([check] if check is not None else []):
+        # Comparisons with NaN are false: masks would hide it, and training go on with broken weights.
+        valid = tf.reduce_all(tf.math.is_finite(embeddings))
+        embeddings = tf.where(valid, embeddings, 0.0)
+        checks = []
+        if self.uses_classes and self.num_classes is not None:
+            in_range = tf.reduce_all((labels >= 0) & (labels < self.num_classes))
+            told = f"labels: expected integers in [0, {self.num_classes}) for {self.name}. Received:"
+            check = tf.debugging.Assert(in_range, [told, labels], 1000)
+            checks = [check] if check is not None else []
+            valid &= in_range
+        with tf.control_dependencies(checks):
             loss = self.compute(embeddings, labels, training)
-        return tf.where(in_range, loss, tf.constant(float("nan"), loss.dtype))
+        return tf.where(valid, loss, tf.constant(float("nan"), loss.dtype))
 
     def prepare(self, embeddings):
         """What `compute` gets: l2-normalised embeddings."""
@@ -112,7 +119,8 @@ class MinedObjective(Objective):
 
     def mine(self, choose, embeddings, labels, seed):
         """What `choose`, the miner or a method of it, takes from a batch."""
-        distances = tf.stop_gradient(euclidean_distances(embeddings))
+        # Miners know distances of unit rows, whatever the objective takes.
+        distances = tf.stop_gradient(euclidean_distances(tf.math.l2_normalize(embeddings, axis=1, epsilon=1e-12)))
         return choose(distances, labels, dim=embeddings.shape[1], seed=seed)
 
     def get_config(self):
@@ -159,11 +167,13 @@ class PairObjective(MinedObjective):
     embeddings of past batches.
 
     The cross-batch memory (XBM; Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020) keeps the last
-    `memory_size` embeddings and labels of training. With them the loss is L(batch, batch) + memory_weight *
-    L(batch, memory): all pairs of the batch with the memory, whatever the miner. The memory is saved with the model.
+    `memory_size` embeddings and labels of training. With them the loss in training is L(batch, batch) + memory_weight *
+    L(batch, memory): all pairs of the batch with the memory, whatever the miner. The memory is saved with the model; in
+    an `S2SDModel` every target has one of its own, of `memory_size` times its dimension numbers.
 
     Args:
-        miner: name of a registered miner, or a `mining.Miner`. "all" is every pair; of triplets, their pairs count.
+        miner: name of a registered miner, or a `mining.Miner`, whose negatives are of other classes. "all" is every
+            pair; of triplets, their pairs count.
         memory_size: int >= 0, embeddings in the memory; 0: no memory.
         memory_weight: float >= 0.
         memory_start: int >= 0, training steps before the memory counts: embeddings drift fast at first.
@@ -175,7 +185,12 @@ class PairObjective(MinedObjective):
 
     def __init__(self, miner="all", memory_size=0, memory_weight=1.0, memory_start=1000, **kwargs):
         super().__init__(miner=miner, **kwargs)
-        check_at_least("memory_size", memory_size, 0)
+        if self.miner.negatives_in_class:
+            raise ValueError(
+                f"miner: expected one whose negatives are of other classes, for {self.registered_name}. Received: "
+                f"{self.miner.registered_name!r}"
+            )
+        check_int_at_least("memory_size", memory_size, 0)
         check_at_least("memory_weight", memory_weight, 0)
         check_at_least("memory_start", memory_start, 0)
         self.memory_size = int(memory_size)
@@ -198,7 +213,7 @@ class PairObjective(MinedObjective):
             loss = self._one_pair_a_class(embeddings, labels, seed)
         else:
             loss = self.compute_pairs(embeddings, embeddings, self.mine(self.miner.pairs, embeddings, labels, seed))
-        if not self.memory_size:
+        if not self.memory_size or not training:
             return loss
         memory, memory_labels = tf.convert_to_tensor(self.memory), tf.convert_to_tensor(self.memory_labels)
         remembered = tf.convert_to_tensor(self.remembered)
@@ -206,14 +221,12 @@ class PairObjective(MinedObjective):
         filled = (tf.range(self.memory_size) < remembered) & (seed[1] >= self.memory_start)
         pairs = mining.Pairs(same & filled, tf.logical_not(same) & filled)
         loss += self.memory_weight * self.compute_pairs(embeddings, memory, pairs)
-        if training:
-            batch = tf.shape(labels)[0]
-            for variable, new, old in (
-                (self.memory, tf.stop_gradient(embeddings), memory),
-                (self.memory_labels, labels, memory_labels),
-            ):
-                variable.assign(tf.ensure_shape(tf.concat([new, old], axis=0)[: self.memory_size], variable.shape))
-            self.remembered.assign(tf.minimum(remembered + batch, self.memory_size))
+        for variable, new, old in (
+            (self.memory, tf.stop_gradient(embeddings), memory),
+            (self.memory_labels, labels, memory_labels),
+        ):
+            variable.assign(tf.ensure_shape(tf.concat([new, old], axis=0)[: self.memory_size], variable.shape))
+        self.remembered.assign(tf.minimum(remembered + tf.shape(labels)[0], self.memory_size))
         return loss
 
     def _one_pair_a_class(self, embeddings, labels, seed):
@@ -344,6 +357,12 @@ def check_at_least(argument, value, least):
         raise ValueError(f"{argument}: expected a number >= {least}. Received: {value!r}")
 
 
+def check_int_at_least(argument, value, least):
+    """Raises ValueError where a setting is no int or below `least`."""
+    if isinstance(value, bool) or value != int(value) or not value >= least:
+        raise ValueError(f"{argument}: expected an int >= {least}. Received: {value!r}")
+
+
 def check_above(argument, value, limit):
     """Raises ValueError where a setting is not above `limit`."""
     if not value > limit:
@@ -356,7 +375,7 @@ settings = _registry.settings
 
 
 def names(kind=None):
-    """Names of the objectives, sorted; with `kind` ("pair", "tuple", "proxy", "regularizer") those of that kind."""
+    """Names of the objectives, sorted; with `kind` ("pair", "tuple", "proxy", "addons", "regularizer") those of it."""
     return [name for name in _registry.names() if kind in (None, _registry.lookup(name).kind)]
 
 

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import PairObjective, mean_where, register, squared_distances
+from s2sd_tf.objectives.base import PairObjective, check_int_at_least, mean_where, register, squared_distances
 
 
 @register("fast_ap")
@@ -26,8 +26,7 @@ class FastAP(PairObjective):
 
     def __init__(self, bins=10, **kwargs):
         super().__init__(**kwargs)
-        if not bins >= 1:
-            raise ValueError(f"bins: expected an int >= 1. Received: {bins}")
+        check_int_at_least("bins", bins, 1)
         self.bins = bins
 
     def compute_pairs(self, anchors, references, pairs):

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import PairObjective, register
+from s2sd_tf.objectives.base import PairObjective, check_int_at_least, register
 
 
 @register("histogram")
@@ -26,8 +26,7 @@ class Histogram(PairObjective):
 
     def __init__(self, bins=65, **kwargs):
         super().__init__(**kwargs)
-        if not bins >= 2:
-            raise ValueError(f"bins: expected an int >= 2. Received: {bins}")
+        check_int_at_least("bins", bins, 2)
         self.bins = bins
 
     def compute_pairs(self, anchors, references, pairs):

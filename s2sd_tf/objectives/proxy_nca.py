@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import ProxyObjective, check_above, masked_logsumexp, register
+from s2sd_tf.objectives.base import ProxyObjective, check_above, masked_logsumexp, mean_where, register
 from s2sd_tf.objectives.proxy_softmax import softmax_loss
 
 
@@ -42,7 +42,8 @@ class ProxyNCA(ProxyObjective):
             return tf.reduce_sum(logits) * 0.0
         own = tf.equal(tf.range(self.num_classes), labels[:, None])
         others = masked_logsumexp(logits, tf.logical_not(own), axis=1)
-        return tf.reduce_mean(others - tf.gather(logits, labels, batch_dims=1))
+        losses = others - tf.gather(logits, labels, batch_dims=1)
+        return mean_where(losses, tf.ones_like(losses))
 
     def get_config(self):
         return {**super().get_config(), "scale": self.scale, "own_class_in_sum": self.own_class_in_sum}

@@ -60,6 +60,8 @@ def fourth_images(labels, triplets, seed):
         return tf.searchsorted(ranked, own, side="left"), tf.searchsorted(ranked, own, side="right")
 
     (start, end), (other_start, other_end) = run(triplets.anchor), run(triplets.negative)
+    # Miners that take negatives from the anchor's class give the same run twice.
+    other_end = tf.where(start == other_start, other_start, other_end)
     swap = start > other_start
     first_start, first_end = tf.where(swap, other_start, start), tf.where(swap, other_end, end)
     second_start, second_end = tf.where(swap, start, other_start), tf.where(swap, end, other_end)

@@ -25,7 +25,7 @@ class RecallAtKSurrogate(PairObjective):
 
     formula = "mean_a,k 1 - sum_p sigmoid((k - rank_p)/T1) / min(k, N+), rank_p = 1 + sum_z sigmoid((s_az - s_ap)/T2)"
     paper = "Patel et al., CVPR 2022"
-    cost = "B^2 memory, B^2 M time for M positives an anchor"
+    cost = "B^2 memory; B^2 M time, M images in the largest class"
 
     def __init__(self, ks=(1, 2, 4, 8, 16), temperature=1.0, rank_temperature=0.01, **kwargs):
         super().__init__(**kwargs)
@@ -39,14 +39,15 @@ class RecallAtKSurrogate(PairObjective):
 
     def compute_pairs(self, anchors, references, pairs):
         similarities = tf.matmul(anchors, references, transpose_b=True)
-        ranks = soft_ranks(similarities, pairs.positive, pairs.positive | pairs.negative, self.rank_temperature)
-        positive = tf.cast(pairs.positive, ranks.dtype)
+        has_both = tf.reduce_any(pairs.positive, axis=1) & tf.reduce_any(pairs.negative, axis=1)
+        counted = pairs.positive & has_both[:, None]
+        ranks = soft_ranks(similarities, counted, pairs.positive | pairs.negative, self.rank_temperature)
+        positive = tf.cast(counted, ranks.dtype)
         count = tf.reduce_sum(positive, axis=1)
         loss = tf.zeros_like(count)
         for k in self.ks:
             found = tf.reduce_sum(tf.sigmoid((k - ranks) / self.temperature) * positive, axis=1)
             loss += 1.0 - tf.minimum(tf.math.divide_no_nan(found, tf.minimum(count, float(k))), 1.0)
-        has_both = tf.reduce_any(pairs.positive, axis=1) & tf.reduce_any(pairs.negative, axis=1)
         return mean_where(loss / len(self.ks), has_both)
 
     def get_config(self):

@@ -4,7 +4,7 @@ import functools
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import ProxyObjective, check_above, check_at_least, register
+from s2sd_tf.objectives.base import ProxyObjective, check_above, check_at_least, check_int_at_least, register
 from s2sd_tf.objectives.proxy_softmax import softmax_loss
 
 
@@ -44,7 +44,7 @@ class SoftTriple(ProxyObjective):
         **kwargs,
     ):
         super().__init__(num_classes=num_classes, **kwargs)
-        check_at_least("proxies_per_class", proxies_per_class, 1)
+        check_int_at_least("proxies_per_class", proxies_per_class, 1)
         check_above("gamma", gamma, 0)
         check_above("scale", scale, 0)
         check_at_least("regularization", regularization, 0)

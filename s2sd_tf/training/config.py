@@ -144,6 +144,14 @@ def resolve(config):
         section, name = key.split(".")
         if not config[section][name] >= least:
             raise ValueError(f"config.{key}: expected an int >= {least}. Received: {config[section][name]!r}")
+    for key, known_names in [
+        ("objective.name", [name for name in config.objective if name != "name"]),
+        ("s2sd.target_objective", ["", *(name for name in config.objective if name != "name")]),
+        ("sampler.name", samplers.names()),
+    ]:
+        section, name = key.split(".")
+        if config[section][name] not in known_names:
+            raise ValueError(f"config.{key}: expected one of {known_names}. Received: {config[section][name]!r}")
     names = ("precision@1", "r_precision", "map@r", *(f"recall@{k}" for k in config.eval.ks))
     if config.eval.select_by not in names:
         raise ValueError(f"config.eval.select_by: expected one of {names}. Received: {config.eval.select_by!r}")
@@ -164,4 +172,8 @@ def _check_keys(config, known, path):
         if key not in config:
             raise ValueError(f"{path}: expected a key {key!r}. Received: {sorted(config)}")
         if isinstance(known[key], ml_collections.ConfigDict):
+            if not hasattr(config[key], "keys"):
+                raise ValueError(
+                    f"{path}.{key}: expected a section with keys {sorted(known[key])}. Received: {config[key]!r}"
+                )
             _check_keys(config[key], known[key], f"{path}.{key}")

@@ -250,7 +250,7 @@ def _check_workdir(config, workdir):
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path):
         there = config_dict.FrozenConfigDict(read_json(path)).to_dict()
-        differing = sorted(_differences(there, config.to_dict()))
+        differing = sorted(_differences(_used(there), _used(config.to_dict())))
         if differing:
             raise ValueError(
                 f"workdir: expected a new folder or one written by this config. Received: {workdir!r}, whose config "
@@ -260,6 +260,22 @@ def _check_workdir(config, workdir):
         not os.path.isdir(workdir) or any(not name.startswith(LEFTOVER) for name in os.listdir(workdir))
     ):
         raise ValueError(f"workdir: expected a new or empty folder, or that of a run. Received: {workdir!r}")
+
+
+def _used(config):
+    """The config without the settings of objectives, miners and samplers that the run does not use.
+
+    So that a run can go on where more of them are known than when it began.
+    """
+    config = dict(config)
+    objective, sampler = config["objective"], config.get("sampler", {})
+    names = {objective["name"], config["s2sd"]["target_objective"] or objective["name"]}
+    config["objective"] = {"name": objective["name"], **{name: objective.get(name) for name in names}}
+    config["sampler"] = {key: sampler.get(key) for key in ("name", sampler.get("name"))}
+    sections = [settings for settings in config["objective"].values() if isinstance(settings, dict)]
+    miners = {settings["miner"] for settings in sections if "miner" in settings}
+    config["miner"] = {name: config.get("miner", {}).get(name) for name in miners}
+    return config
 
 
 def _differences(one, other, prefix=""):
