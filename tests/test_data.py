@@ -142,7 +142,7 @@ class TestBatches:
         [
             (3, 4, "samples_per_class: expected at least 4.*class 0 with 3"),
             (8, 1, "classes_per_batch: expected at most 7"),
-            (0, 1, "classes_per_batch >= 1"),
+            (0, 1, "classes_per_batch: expected an int >= 1"),
         ],
     )
     def test_errors(self, p, m, words):

@@ -1,18 +1,23 @@
 """Samplers: what a batch holds, class frequencies, coresets and matching on toys, storages, resuming, strategies."""
 
+import gc
 import json
+import threading
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
 import tensorflow as tf
+import threadpoolctl
 
 from s2sd_tf import data, training
+from s2sd_tf.data import batches as data_batches
 from s2sd_tf.data import samplers
-from s2sd_tf.data.samplers import class_balanced, matching
-from s2sd_tf.keras_compat import keras
+from s2sd_tf.data.samplers import class_balanced, coreset, matching
+from s2sd_tf.keras_compat import IS_KERAS_3, keras
 
 STORED = ("d2_coreset", "distance_matching", "fid_matching", "greedy_coreset")
 BY_CLASS = ("class_balanced", *STORED)
@@ -34,6 +39,13 @@ def filled(sampler, embeddings, positions=None):
         positions = np.arange(len(embeddings)) if positions is None else positions
         sampler.storage.refill(positions, embeddings.shape[1], [embeddings[positions]])
     return sampler
+
+
+def log_draws(sampler):
+    """List that what the sampler draws goes into."""
+    drawn, draw = [], sampler.draw
+    sampler.draw = lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1]
+    return drawn
 
 
 def random_case(seed):
@@ -133,18 +145,26 @@ class TestEverySampler:
     @pytest.mark.parametrize(
         ("name", "settings", "words"),
         [
-            ("class_balanced", {"classes_per_batch": 0}, "classes_per_batch >= 1"),
+            ("class_balanced", {"classes_per_batch": 0}, "classes_per_batch: expected an int >= 1. Received: 0"),
+            ("class_balanced", {"classes_per_batch": 2.5}, "classes_per_batch: expected an int >= 1. Received: 2.5"),
+            ("fid_matching", {"samples_per_class": True}, "samples_per_class: expected an int >= 1. Received: True"),
             ("class_balanced", {"short_classes": "drop"}, "short_classes: expected one of"),
             ("class_balanced", {"class_power": np.nan}, "class_power: expected a finite"),
+            ("class_balanced", {"class_power": "1"}, "class_power: expected a finite number. Received: '1'"),
             ("class_balanced", {"class_weights": [1, -1]}, "class_weights: expected finite numbers >= 0"),
+            ("class_balanced", {"class_weights": [1, np.inf]}, "class_weights: expected finite numbers >= 0"),
+            ("class_balanced", {"class_weights": "heavy"}, "class_weights: expected finite numbers >= 0"),
             ("class_balanced", {"class_weights": [1, 1], "class_power": 1}, "at most one of them"),
             ("greedy_coreset", {"pool_factor": 0}, "pool_factor: expected an int >= 1"),
+            ("greedy_coreset", {"pool_factor": 1.5}, "pool_factor: expected an int >= 1"),
             ("d2_coreset", {"max_mib": 0}, "max_mib: expected a number > 0"),
+            ("d2_coreset", {"max_mib": np.inf}, "max_mib: expected a number > 0"),
             ("fid_matching", {"candidates": 0}, "candidates: expected an int >= 1"),
             ("fid_matching", {"classes_per_batch": 1, "samples_per_class": 1}, "at least 2 images"),
             ("distance_matching", {"bins": 1}, "bins: expected an int >= 2"),
             ("distance_matching", {"reference_images": 1}, "reference_images: expected an int >= 2"),
             ("random", {"batch_size": 0}, "batch_size: expected an int >= 1"),
+            ("random", {"batch_size": 2.5}, "batch_size: expected an int >= 1"),
         ],
     )
     def test_bad_settings(self, name, settings, words):
@@ -158,13 +178,32 @@ class TestEverySampler:
             (make("random", 13, 1), "batch_size: expected at most 12, all images. Received: 13"),
             (make("greedy_coreset", 13, 1), "classes_per_batch: expected at most 12, all images"),
             (make("class_balanced", 5, 1), "classes_per_batch: expected at most 4"),
-            (make("class_balanced", 2, 1, class_weights=[1, 1]), "class_weights: expected 4, one a class. Received: 2"),
+            (make("class_balanced", 2, 1, class_weights=[1, 1]), "class_weights: expected at least 4, .* Received: 2"),
             (make("class_balanced", 2, 1, class_weights=[0, 0, 0, 1]), "at least 2 classes with a weight > 0"),
         ]:
             with pytest.raises(ValueError, match=words):
                 sampler.epoch(labels, 1, 0, 0)
-        with pytest.raises(ValueError, match="steps: expected an int >= 1"):
-            make("random", 3, 1).epoch(labels, 0, 0, 0)
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ({"steps": 0}, "steps: expected an int >= 1. Received: 0"),
+            ({"steps": 2.0}, "steps: expected an int >= 1. Received: 2.0"),
+            ({"seed": -1}, "seed: expected an int >= 0. Received: -1"),
+            ({"epoch": True}, "epoch: expected an int >= 0. Received: True"),
+            ({"labels": np.arange(12.0)}, r"labels: expected integers \(n,\). Received: float64 \(12,\)"),
+            ({"labels": np.zeros((12, 1), int)}, r"labels: expected integers \(n,\). Received: int64 \(12, 1\)"),
+            ({"labels": np.arange(12) - 1}, "labels: expected integers >= 0. Received: -1"),
+        ],
+    )
+    def test_bad_arguments(self, arguments, words):
+        with pytest.raises(ValueError, match=words):
+            make("random", 3, 1).epoch(**{"labels": np.arange(12), "steps": 1, "seed": 0, "epoch": 0, **arguments})
+        if "steps" not in arguments:
+            with pytest.raises(ValueError, match=words):
+                make("d2_coreset", 3, 1).images_to_store(
+                    **{"labels": np.arange(12), "dim": 2, "seed": 0, "epoch": 0, **arguments}
+                )
 
 
 class TestClassFrequencies:
@@ -204,6 +243,40 @@ class TestClassFrequencies:
         self.check(make("class_balanced", 2, 2, class_weights=weights), weights / 6)
         counts = chosen_counts(make("class_balanced", 5, 2, class_weights=weights), self.labels, 50)
         assert counts.tolist() == [50, 0, 50, 50, 50, 50]
+
+    def test_classes_without_images_may_have_weights(self):
+        one, other = (
+            make("class_balanced", 2, 2, class_weights=w) for w in ([3, 1, 1, 2, 2, 4], [3, 1, 1, 2, 2, 4, 9, 0])
+        )
+        np.testing.assert_array_equal(one.epoch(self.labels, 20, 0, 0), other.epoch(self.labels, 20, 0, 0))
+
+    @pytest.mark.parametrize(
+        ("settings", "p", "classes"),
+        [
+            ({"class_power": 1e300}, 1, {5}),
+            ({"class_power": -1e300}, 1, {0}),
+            ({"class_power": 1000}, 2, {4, 5}),
+            ({"class_power": -1000.0}, 2, {0, 1}),
+            ({"class_weights": [1e308] * 6}, 2, set(range(6))),
+            ({"class_weights": [5e-324] * 6}, 2, set(range(6))),
+            ({"class_weights": [1e308, 0, 1e-320, 0, 1e-320, 1e308]}, 4, {0, 2, 4, 5}),
+        ],
+    )
+    def test_extreme_weights(self, settings, p, classes):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            batches = make("class_balanced", p, 2, **settings).epoch(self.labels, 100, 0, 0)
+        assert set(self.labels[batches].ravel()) == classes
+        assert all(len(np.unique(self.labels[batch])) == p for batch in batches)
+
+    def test_a_power_that_leaves_too_few_classes(self):
+        train, _, preprocessing = data.load_digits()
+        for power, p, received in ((1000.0, 3, 2), (-1e300, 2, 1)):
+            words = f"class_power {power}: expected at least {p} classes with a weight > 0 .* Received: {received}$"
+            with pytest.raises(ValueError, match=words.replace("+", r"\+")):
+                make("class_balanced", p, 2, class_power=power).epoch(self.labels, 1, 0, 0)
+        with pytest.raises(ValueError, match="class_power"):
+            data.training_batches(train, preprocessing, make("class_balanced", 5, 2, class_power=1e6))
 
     def test_uniform_is_exact(self):
         counts = chosen_counts(make("class_balanced", 3, 2), self.labels, 400)
@@ -289,6 +362,18 @@ class TestCoresets:
         assert counts[0] == counts[2] == 0
         assert scipy.stats.chisquare(counts[[1, 3, 4]], np.array([500, 1500, 2000])).pvalue > 1e-3
 
+    def test_the_others_of_a_class_are_drawn_evenly(self):
+        generator = np.random.default_rng(0)
+        members = np.array([2, 3, 5, 7, 11, 13])
+        for anchor in (2, 7, 13):
+            drawn = np.stack([coreset._with_others(anchor, members, 3, generator) for _ in range(3000)])
+            assert (drawn[:, 0] == anchor).all()
+            assert (drawn[:, 1] != drawn[:, 2]).all()
+            counts = np.bincount(drawn[:, 1:].ravel(), minlength=14)[members]
+            assert counts[members == anchor] == 0
+            assert scipy.stats.chisquare(counts[members != anchor]).pvalue > 1e-3
+        assert coreset._with_others(4, np.array([4]), 3, generator).tolist() == [4, 4, 4]
+
     def test_coinciding_embeddings(self):
         labels = np.arange(24) % 6
         for name in ("greedy_coreset", "d2_coreset"):
@@ -333,6 +418,53 @@ class TestMatching:
         )
         assert found == pytest.approx(expected, abs=1e-3)
 
+    def test_histograms_in_blocks(self, monkeypatch):
+        points = unit(np.random.default_rng(0).normal(size=(2, 30, 6)))
+        whole = matching.cumulative_histograms(points, 20)
+        for pairs in (1, 150, 2 * 30 * 29):
+            monkeypatch.setattr(matching, "_BLOCK_PAIRS", pairs)
+            np.testing.assert_allclose(matching.cumulative_histograms(points, 20), whole, atol=2 / 435)
+        monkeypatch.undo()
+        many = unit(np.random.default_rng(0).normal(size=(1, 4000, 4))).astype(np.float32)
+        tracemalloc.start()
+        matching.cumulative_histograms(many, 20)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 60 * 2**20
+
+    @pytest.mark.parametrize("name", ["fid_matching", "distance_matching"])
+    @pytest.mark.parametrize("count", [1, 6])
+    def test_nothing_to_tell_apart(self, name, count):
+        """One stored image, and images that coincide."""
+        labels = np.zeros(count, np.int32)
+        embeddings = np.eye(3, dtype=np.float32)[labels]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            sampler = filled(make(name, 1, 2, short_classes="repeat"), embeddings)
+            assert np.isfinite(sampler.epoch(labels, 3, 0, 0)).all()
+            distance = sampler.distance(embeddings, np.random.default_rng(0))
+            assert np.isfinite(distance(embeddings[np.zeros((4, 2), int)])).all()
+
+    def test_blas_gets_its_threads_back(self):
+        labels = np.arange(60) % 6
+        embeddings = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+
+        def threads():
+            return [library["num_threads"] for library in threadpoolctl.threadpool_info()]
+
+        def draw():
+            for epoch in range(5):
+                filled(make("fid_matching", 4, 3), embeddings).epoch(labels, 5, 0, epoch)
+
+        with threadpoolctl.threadpool_limits(2, "blas"):
+            before = threads()
+            both = [threading.Thread(target=draw) for _ in range(2)]
+            for thread in both:
+                thread.start()
+            for thread in both:
+                thread.join()
+            assert threads() == before
+
     @pytest.mark.parametrize("name", ["fid_matching", "distance_matching"])
     def test_takes_the_best_of_the_candidates(self, name):
         generator = np.random.default_rng(0)
@@ -365,6 +497,123 @@ class TestStorage:
         np.testing.assert_allclose(storage.embeddings, unit(rows), rtol=1e-6)
         assert storage.embeddings.dtype == np.float32
         assert storage.positions.tolist() == list(range(0, 20, 2))
+        assert storage.epoch == 0
+
+    def test_rows_of_any_size(self):
+        rows = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+        scales = np.array([1e30, 3e37, 1e-30, 1e-37, 1, 0], np.float32)[:, None]
+        storage = samplers.EmbeddingStorage()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            storage.refill(np.arange(6), 3, [rows * scales], epoch=4)
+        np.testing.assert_allclose(storage.embeddings[:5], unit(rows[:5]), rtol=1e-5)
+        assert (storage.embeddings[5] == 0).all()
+        assert storage.epoch == 4
+
+    def test_rows_of_zeros_can_be_drawn_from(self):
+        labels = np.arange(24) % 6
+        for name in STORED:
+            for batch in filled(make(name, 5, 2), np.zeros((24, 3), np.float32)).epoch(labels, 5, 0, 0):
+                assert len(np.unique(batch)) == 10
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ({"positions": []}, r"positions: expected \(n,\), at least one. Received: \(0,\)"),
+            ({"positions": [1, 1]}, "positions: expected integers >= 0, ascending"),
+            ({"positions": [-1, 1]}, "positions: expected integers >= 0, ascending"),
+            ({"positions": [0.0, 1.0]}, "positions: expected integers >= 0, ascending. Received: float64"),
+            ({"dim": 0}, "dim: expected an int >= 1. Received: 0"),
+            ({"epoch": -1}, "epoch: expected an int >= 0. Received: -1"),
+        ],
+    )
+    def test_bad_arguments(self, arguments, words):
+        storage = samplers.EmbeddingStorage()
+        good = {"positions": [0, 1], "dim": 2, "batches": [np.ones((2, 2))]}
+        storage.refill(**good)
+        with pytest.raises(ValueError, match=words):
+            storage.refill(**{**good, **arguments})
+        assert not storage.is_filled
+        storage.refill(**good)
+        assert storage.is_filled
+
+    def test_after_an_error_it_is_empty_and_works(self):
+        def broken():
+            yield np.ones((2, 3))
+            raise KeyError("gone")
+
+        sampler = make("greedy_coreset", 2, 2, max_mib=1e14)
+        for error, arguments in (
+            (KeyError, (np.arange(4), 3, broken())),
+            (KeyError, (np.arange(12), 3, broken())),
+            (MemoryError, (np.arange(12), 10**15, [])),
+        ):
+            filled(sampler, np.eye(12, dtype=np.float32))
+            with pytest.raises(error):
+                sampler.storage.refill(*arguments)
+            assert not sampler.storage.is_filled
+            with pytest.raises(RuntimeError, match="none yet"):
+                sampler.epoch(np.arange(12) % 4, 1, 0, 0)
+        filled(sampler, np.eye(12, dtype=np.float32)).epoch(np.arange(12) % 4, 1, 0, 0)
+
+    def test_a_draw_waits_for_a_refill(self):
+        train, _, preprocessing = data.load_digits()
+        old, new = np.random.default_rng(0).normal(size=(2, len(train), 5)).astype(np.float32)
+        sampler = filled(make("greedy_coreset", 4, 3), old)
+        begun, go_on = threading.Event(), threading.Event()
+        drawn = log_draws(sampler)
+
+        def halves():
+            yield new[:300]
+            begun.set()
+            assert go_on.wait(30)
+            yield new[300:]
+
+        batches = data.training_batches(train, preprocessing, sampler, 2)
+        threads = [
+            threading.Thread(target=lambda: sampler.storage.refill(np.arange(len(train)), 5, halves(), epoch=7)),
+            threading.Thread(target=lambda: sampler.epoch(train.labels, 2, 0, 7)),
+            threading.Thread(target=lambda: list(batches)),
+        ]
+        threads[0].start()
+        assert begun.wait(30)
+        for thread in threads[1:]:
+            thread.start()
+        threads[1].join(0.5)
+        assert not drawn
+        go_on.set()
+        for thread in threads:
+            thread.join(30)
+        expected = filled(make("greedy_coreset", 4, 3), new).epoch(train.labels, 2, 0, 7)
+        assert len(drawn) == 2
+        for found in drawn:
+            np.testing.assert_array_equal(found, expected)
+
+    def test_a_refill_waits_for_a_draw(self):
+        sampler = filled(make("d2_coreset", 2, 2), np.eye(12, dtype=np.float32))
+        begun, go_on = threading.Event(), threading.Event()
+        draw = sampler.draw
+
+        def slow(*arguments):
+            begun.set()
+            assert go_on.wait(30)
+            return draw(*arguments)
+
+        sampler.draw = slow
+        threads = [
+            threading.Thread(target=lambda: sampler.epoch(np.arange(12) % 4, 1, 0, 0)),
+            threading.Thread(target=lambda: sampler.storage.refill(np.arange(3), 2, [np.ones((3, 2))], epoch=1)),
+        ]
+        threads[0].start()
+        assert begun.wait(30)
+        threads[1].start()
+        threads[1].join(0.2)
+        assert sampler.storage.epoch == 0
+        assert sampler.storage.embeddings.shape == (12, 12)
+        go_on.set()
+        for thread in threads:
+            thread.join(30)
+        assert sampler.storage.epoch == 1
 
     def test_a_refill_takes_the_memory_of_the_storage_and_a_batch(self):
         storage = samplers.EmbeddingStorage(max_mib=5)
@@ -476,6 +725,91 @@ class TestRefresh:
             data.training_batches(train, preprocessing, "random")
         with pytest.raises(ValueError, match="classes_per_batch: expected at most 5"):
             data.training_batches(train, preprocessing, make("d2_coreset", 6, 4))
+        for name, value in (("seed", -1), ("seed", 1.5), ("start_epoch", -1), ("start_epoch", True)):
+            with pytest.raises(ValueError, match=f"{name}: expected an int >= 0. Received: {value}"):
+                data.RefreshStorage(make("d2_coreset", 5, 4), train, preprocessing, **{name: value})
+            with pytest.raises(ValueError, match=f"{name}: expected an int >= 0. Received: {value}"):
+                data.training_batches(train, preprocessing, make("random", 5, 4), **{name: value})
+        for value in (0, 2.5, True):
+            with pytest.raises(ValueError, match=f"steps_per_epoch: expected an int >= 1. Received: {value}"):
+                data.training_batches(train, preprocessing, make("random", 5, 4), steps_per_epoch=value)
+            with pytest.raises(ValueError, match=f"batch_size: expected an int >= 1. Received: {value}"):
+                data.RefreshStorage(make("d2_coreset", 5, 4), train, preprocessing, batch_size=value)
+            with pytest.raises(ValueError, match=f"batch_size: expected an int >= 1. Received: {value}"):
+                data.evaluation_batches(train, preprocessing, value)
+        with pytest.raises(ValueError, match=r"epoch: expected an int >= 0\. Received: -1"):
+            refresh.refresh(None, -1)
+        floats = data.ImageSet(train.images, train.labels.astype(np.float32), train.class_names)
+        with pytest.raises(ValueError, match="labels: expected integers"):
+            data.training_batches(floats, preprocessing, make("random", 5, 4))
+
+    def test_a_pass_is_of_the_epoch_of_the_refresh(self, linear_model):
+        train, _, preprocessing = data.load_digits()
+        sampler = make("d2_coreset", 5, 4)
+        refresh = data.RefreshStorage(sampler, train, preprocessing, seed=1)
+        batches = data.training_batches(train, preprocessing, sampler, 3, seed=1)
+        drawn, model = log_draws(sampler), linear_model()
+        for epoch in (0, 0, 5):
+            refresh.refresh(model, epoch)
+            assert sampler.storage.epoch == epoch
+            # Another pass, or a look at the first batch, is of the same epoch.
+            list(batches)
+            next(iter(batches))
+            expected = sampler.epoch(train.labels, 3, 1, epoch)
+            for found in drawn:
+                np.testing.assert_array_equal(found, expected)
+            drawn.clear()
+
+    def test_fit_again_goes_on(self, linear_model):
+        train, _, preprocessing = data.load_digits()
+
+        def fit(*epochs):
+            model, sampler = linear_model(), make("greedy_coreset", 5, 4, max_mib=400 * 5 * 4 / 2**20)
+            drawn = log_draws(sampler)
+            batches = data.training_batches(train, preprocessing, sampler, 3, seed=5)
+            refresh = data.RefreshStorage(sampler, train, preprocessing, seed=5)
+            for count in epochs:
+                model.fit(batches, epochs=count, verbose=0, callbacks=[refresh], shuffle=False)
+            return drawn, model.get_weights()
+
+        once, expected = fit(4)
+        twice, found = fit(1, 3)
+        np.testing.assert_array_equal(np.stack(once), np.stack(twice))
+        for a, b in zip(expected, found):
+            np.testing.assert_array_equal(a, b)
+
+    def test_mixed_precision(self, linear_model):
+        train, _, preprocessing = data.load_digits()
+        sampler = make("fid_matching", 5, 4)
+        keras.mixed_precision.set_global_policy("mixed_float16")
+        try:
+            model = linear_model()
+            refresh = data.RefreshStorage(sampler, train, preprocessing)
+            batches = data.training_batches(train, preprocessing, sampler, 2)
+            model.fit(batches, epochs=2, verbose=0, shuffle=False, callbacks=[refresh])
+            refresh.refresh(model)
+        finally:
+            keras.mixed_precision.set_global_policy("float32")
+        assert model.compute_dtype == "float16"
+        kernel, bias = model.get_weights()
+        live = train.images.reshape(len(train), -1) / 255.0 @ kernel + bias
+        stored = sampler.storage.embeddings
+        np.testing.assert_allclose(np.linalg.norm(stored, axis=1), 1.0, rtol=1e-6)
+        np.testing.assert_allclose(stored, unit(live), atol=0.02)
+
+    def test_images_in_memory_are_copied_once(self):
+        train, _, preprocessing = data.load_digits()
+        sampler = make("d2_coreset", 5, 4)
+        batches = data.training_batches(train, preprocessing, sampler, 2, cache=False)
+        copy = data_batches._sources[train]
+        refresh = data.RefreshStorage(sampler, train, preprocessing)
+        assert data_batches._source(train) is copy
+        del copy
+        gc.collect()
+        assert train in data_batches._sources
+        del batches, refresh
+        gc.collect()
+        assert train not in data_batches._sources
 
     @pytest.mark.parametrize("name", ["class_balanced", *STORED])
     def test_resumed_is_as_if_never_stopped(self, tmp_path, linear_model, name):
@@ -484,9 +818,7 @@ class TestRefresh:
         def fit(model, first, last):
             # Not all fit, so that each epoch stores a sample of its own.
             sampler = make(name, 5, 4, **({"max_mib": 400 * 5 * 4 / 2**20} if name in STORED else {}))
-            drawn = []
-            draw = sampler.draw
-            sampler.draw = lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1]
+            drawn = log_draws(sampler)
             batches = data.training_batches(train, preprocessing, sampler, 3, seed=5, start_epoch=first)
             callbacks = []
             if sampler.storage is not None:
@@ -525,7 +857,7 @@ class TestConfig:
     def test_an_unknown_name(self):
         config = training.default_config()
         config.sampler.name = "nonsense"
-        with pytest.raises(ValueError, match=r"sampler: expected one of .* Received: 'nonsense'"):
+        with pytest.raises(ValueError, match=r"sampler.*: expected one of .* Received: 'nonsense'"):
             training.run.build_sampler(training.resolve(config))
 
     def test_a_run_with_a_storage(self, tmp_path):
@@ -567,8 +899,17 @@ class TestTrainingBatches:
             assert len(alone) == 6, name
             assert alone == [first + second for first, second in replicas], name
             assert all(len(first) == len(second) == 6 for first, second in replicas), name
-        assert found["steps"] == 6
         assert found["distance"] < 1e-5
+        # Two `fit` of two epochs: each trains on what is drawn for it, and so is the pass by which Keras 3 builds.
+        assert found["epochs"] == [0, 1, 2, 3]
+        assert found["used"] == found["expected"]
+        assert len(set(map(str, found["used"]))) == 4
+        draws = {epoch: [batches for e, batches in found["drawn"] if e == epoch] for epoch in range(4)}
+        for epoch, drawn in draws.items():
+            assert all(batches == drawn[0] for batches in drawn), epoch
+        assert [len(drawn) for drawn in draws.values()] == ([2, 2, 1, 1] if IS_KERAS_3 else [1, 1, 1, 1])
+        # Without a storage, that pass is an epoch's.
+        assert found["passes"] == (4 if IS_KERAS_3 else 2)
 
 
 STRATEGY = """
@@ -589,11 +930,20 @@ def positions(images):
     pixels = np.round(np.asarray(images)[:, 0, :2, 0] * 255).astype(int)
     return (256 * pixels[:, 0] + pixels[:, 1]).tolist()
 
+class Uses(keras.layers.Layer):
+    # Its weights grow with the gradient by 1 / 12 for an image each time the image is trained on.
+    def build(self, shape):
+        self.uses = self.add_weight(name="uses", shape=(len(train), 1), initializer="zeros")
+
+    def call(self, images):
+        pixels = tf.cast(tf.round(255.0 * images[:, 0, :2, 0]), tf.int32)
+        uses = tf.one_hot(256 * pixels[:, 0] + pixels[:, 1], len(train)) @ self.uses
+        return tf.concat([50.0 * uses, tf.reshape(images, [-1, 64])], axis=1)
+
 with strategy.scope():
-    keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(5)])
+    model = keras.Sequential([Uses()])
     model.build((None, 8, 8, 1))
-    model.compile(optimizer="sgd", loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.compile(optimizer=keras.optimizers.SGD(1 / 50), loss=lambda labels, outputs: -outputs[:, 0])
 
 found = {}
 for name, settings in (
@@ -617,10 +967,41 @@ for name, settings in (
                         alone.append(positions(images))
         found[f"{name} {cache}"] = alone, split
 
-model.fit(data.training_batches(train, preprocessing, sampler, 3), epochs=2, verbose=0,
-          callbacks=[refresh])
+sampler = data.samplers.get("greedy_coreset", classes_per_batch=4, samples_per_class=3)
+refresh = data.RefreshStorage(sampler, train, preprocessing)
+drawn, epochs, expected, used = [], [], [], []
+draw = sampler.draw
+
+def logged(*arguments):
+    drawn.append((sampler.storage.epoch, draw(*arguments).tolist()))
+    return np.array(drawn[-1][1])
+
+class Watch(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        sampler.draw = draw
+        epochs.append(sampler.storage.epoch)
+        expected.append(np.sort(sampler.epoch(train.labels, 3, 0, epochs[-1]).ravel()).tolist())
+        sampler.draw = logged
+        self.before = model.get_weights()[0][:, 0]
+
+    def on_epoch_end(self, epoch, logs=None):
+        counts = np.round(12 * (model.get_weights()[0][:, 0] - self.before)).astype(int)
+        used.append(np.repeat(np.arange(len(train)), counts).tolist())
+
+refresh.refresh(model)
+sampler.draw = logged
+batches = data.training_batches(train, preprocessing, sampler, 3)
+for _ in range(2):
+    model.fit(batches, epochs=2, verbose=0, callbacks=[refresh, Watch()])
 refresh.refresh(model)
 live = tf.math.l2_normalize(model(preprocessing.from_pixels(train.images)), axis=1).numpy()
-print(json.dumps({"batches": found, "steps": int(tf.convert_to_tensor(model.optimizer.iterations)),
-                  "distance": float(np.abs(sampler.storage.embeddings - live).max())}))
+
+passes, plain = [], data.samplers.get("random", batch_size=12)
+plain_draw = plain.draw
+plain.draw = lambda *arguments: passes.append(1) or plain_draw(*arguments)
+batches = data.training_batches(train, preprocessing, plain, 3)
+for _ in range(2):
+    model.fit(batches, epochs=1, verbose=0)
+print(json.dumps({"batches": found, "epochs": epochs, "expected": expected, "used": used, "drawn": drawn,
+                  "passes": len(passes), "distance": float(np.abs(sampler.storage.embeddings - live).max())}))
 """

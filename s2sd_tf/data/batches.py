@@ -1,23 +1,33 @@
 """Batches: what a sampler chooses to train on, and images in order to evaluate on."""
 
 import itertools
+import weakref
 
 import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.data.samplers import ClassBalanced, Sampler
+from s2sd_tf.data.samplers.base import checked_int, checked_labels
 
 CACHE_BYTES = 512 * 2**20
+
+# The tensors that datasets read images from, by `ImageSet`, while there is a dataset that does.
+_sources = weakref.WeakValueDictionary()
 
 
 def training_batches(images, preprocessing, sampler, steps_per_epoch=None, seed=0, start_epoch=0, cache=None):
     """A `tf.data.Dataset` of `(images, labels)`, batches that a sampler chooses, for `model.fit`.
 
     Every pass over it is an epoch with batches of its own, as after a reshuffle: the first pass is epoch `start_epoch`,
-    the next one the epoch after. An epoch is a function of `(seed, epoch)`, and of the stored embeddings where the
-    sampler has any (see `RefreshStorage`), so that a run that goes on at `start_epoch` gets the batches it would have
-    got. Under a distribution strategy the replicas share out each batch; Keras 3 then takes one batch to build the
-    model before the first epoch, which is a pass: every epoch gets the batches of the next one.
+    the next one the epoch after. An epoch is a function of `(seed, epoch)`, so that a run that goes on at `start_epoch`
+    gets the batches it would have got. Under a distribution strategy the replicas share out each batch; Keras 3 then
+    takes one batch to build the model at every `fit`, which is a pass: all epochs after it get the batches of the next
+    one.
+
+    Where the sampler stores embeddings, a pass is of the epoch that they were last refreshed for, whatever passes there
+    were (see `RefreshStorage`), and an epoch is a function of them too. An epoch's batches are drawn when its first one
+    is asked for. So batches must not be read ahead across epochs, as by `.repeat().prefetch(...)`, or by `fit` with
+    other `steps_per_epoch` than these: the next epoch would be drawn from the embeddings of the one before.
 
     Args:
         images: `ImageSet`; labels go out as they are in it.
@@ -26,7 +36,8 @@ def training_batches(images, preprocessing, sampler, steps_per_epoch=None, seed=
         steps_per_epoch: int >= 1, batches an epoch. Default: `len(images) // sampler.batch_size`, about one look at
             every image.
         seed: int >= 0.
-        start_epoch: int >= 0, the epoch of the first pass.
+        start_epoch: int >= 0, the epoch of the first pass. For a sampler with a storage it is `RefreshStorage` that
+            has to know it.
         cache: bool, keep all preprocessed images in memory. Default: where they take at most 512 MiB.
 
     Returns:
@@ -34,7 +45,7 @@ def training_batches(images, preprocessing, sampler, steps_per_epoch=None, seed=
         `(sampler.batch_size,)`.
 
     Raises:
-        ValueError: labels that the sampler cannot draw a batch from.
+        ValueError: a bad argument, or labels that the sampler cannot draw a batch from.
 
     Example:
         >>> sampler = data.samplers.get("greedy_coreset", classes_per_batch=28, samples_per_class=4)
@@ -44,18 +55,27 @@ def training_batches(images, preprocessing, sampler, steps_per_epoch=None, seed=
     if not isinstance(sampler, Sampler):
         raise ValueError(f"sampler: expected a samplers.Sampler. Received: {sampler!r}")
     batch = sampler.batch_size
-    steps = steps_per_epoch or max(1, len(images) // batch)
+    if steps_per_epoch is None:
+        steps = max(1, len(images) // batch)
+    else:
+        steps = checked_int("steps_per_epoch", steps_per_epoch, 1)
+    seed = checked_int("seed", seed, 0)
+    passes = itertools.count(checked_int("start_epoch", start_epoch, 0))
+    labels = checked_labels(images.labels)
     # Here, so that what cannot be drawn is told at once and not by the first training step.
-    sampler.check(images.labels)
-    epochs = itertools.count(start_epoch)
+    sampler.check(labels)
 
     def next_epoch():
-        return sampler.epoch(images.labels, steps, seed, next(epochs))
+        if sampler.storage is None:
+            return sampler.epoch(labels, steps, seed, next(passes))
+        # So that the epoch's number and the embeddings are of the same refresh.
+        with sampler.storage.lock:
+            return sampler.epoch(labels, steps, seed, sampler.storage.epoch)
 
     dataset = _asked_every_pass(next_epoch, [steps, batch])
     if _is_cached(cache, images, preprocessing):
-        pixels = tf.constant(_preprocess_all(images, preprocessing))
-        known = tf.constant(images.labels)
+        with tf.device("CPU"):
+            pixels, known = tf.constant(_preprocess_all(images, preprocessing)), tf.constant(images.labels)
         dataset = dataset.map(lambda chosen: (tf.gather(pixels, chosen), tf.gather(known, chosen)))
     else:
         dataset = _load(dataset.unbatch(), images, preprocessing).batch(batch, drop_remainder=True)
@@ -96,6 +116,7 @@ def evaluation_batches(images, preprocessing, batch_size=256, cache=False):
         cache: bool, keep the preprocessed images in memory after the first pass, for what is passed over again
             and again. None: where they take at most 512 MiB.
     """
+    batch_size = checked_int("batch_size", batch_size, 1)
     indices = tf.data.Dataset.range(len(images))
     dataset = _load(indices, images, preprocessing).map(lambda pixels, label: pixels).batch(batch_size)
     if _is_cached(cache, images, preprocessing):
@@ -131,14 +152,25 @@ def _load(indices, images, preprocessing):
         "bytes": preprocessing.from_bytes,
         "paths": preprocessing.from_path,
     }[images.kind]
-    sources = tf.constant(images.images if images.kind != "bytes" else images.images.tolist())
+    source = _source(images)
     labels = tf.constant(images.labels)
 
     def load(index):
-        pixels = tf.ensure_shape(read(sources[index]), preprocessing.output_shape)
+        pixels = tf.ensure_shape(read(source[index]), preprocessing.output_shape)
         return pixels, labels[index]
 
     return indices.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def _source(images):
+    """The images as a tensor, in which pixels and bytes are copied: the same one for all datasets of an `ImageSet`."""
+    source = _sources.get(images)
+    if source is None:
+        # `tf.data` reads it there: a tensor on a GPU would be copied back.
+        with tf.device("CPU"):
+            source = tf.constant(images.images if images.kind != "bytes" else images.images.tolist())
+        _sources[images] = source
+    return source
 
 
 def _preprocess_all(images, preprocessing):

@@ -37,7 +37,8 @@ class Histogram(PairObjective):
         # One pass for both histograms: positives go into bins 0 to `bins` - 1, negatives into those after, and pairs
         # that are neither fall out.
         offset = tf.where(pairs.positive, 0, tf.where(pairs.negative, self.bins, -2 * self.bins))
-        nodes = tf.reshape(tf.cast(lower, tf.int32) + offset, [-1])
+        # What is not finite, and so no position, must not become one either.
+        nodes = tf.reshape(tf.clip_by_value(tf.cast(lower, tf.int32), 0, self.bins - 2) + offset, [-1])
         above = tf.reshape(above, [-1])
         counts = tf.math.unsorted_segment_sum(1.0 - above, nodes, 2 * self.bins)
         counts += tf.math.unsorted_segment_sum(above, nodes + 1, 2 * self.bins)

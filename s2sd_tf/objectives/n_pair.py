@@ -38,6 +38,13 @@ class NPair(LengthPenalizedObjective):
     def compute_pairs(self, anchors, references, pairs):
         return pair_softmax(anchors, references, pairs, self.temperature)
 
+    def compute_one_pair_a_class(self, anchors, positives, valid):
+        # Only the diagonal is of positive pairs.
+        logits = tf.matmul(anchors, positives, transpose_b=True) / self.temperature
+        others = valid & tf.logical_not(tf.eye(tf.shape(valid)[0], dtype=tf.bool))
+        negatives = masked_logsumexp(logits, others, axis=1)
+        return mean_where(tf.nn.softplus(negatives - tf.linalg.diag_part(logits)), valid)
+
     def get_config(self):
         return {**super().get_config(), "temperature": self.temperature}
 

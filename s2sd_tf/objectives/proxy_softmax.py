@@ -8,26 +8,25 @@ from s2sd_tf.objectives.base import ProxyObjective, check_above, check_at_least,
 
 
 class SoftmaxObjective(ProxyObjective):
-    """Mean cross entropy of `scale` times the cosine similarities, of which that to the own class may be changed."""
+    """Mean cross entropy of `logit_scale` times the cosine similarities, of which that to the own class may change."""
 
     cost = "B C"
 
     def compute(self, embeddings, labels, training):
         del training
-        similarities = tf.matmul(embeddings, self.unit_proxies(), transpose_b=True)
-        positions = tf.stack([tf.range(tf.shape(labels)[0], dtype=tf.int32), labels], axis=1)
-        own = tf.gather_nd(similarities, positions)
-        similarities = tf.tensor_scatter_nd_add(similarities, positions, self.own_similarity(own) - own)
-        return softmax_loss(self.logit_scale * similarities, labels)
+        # The embeddings are scaled, as there are fewer of them than logits.
+        logits = tf.matmul(self.logit_scale * embeddings, self.unit_proxies(), transpose_b=True)
+        return softmax_loss(self.with_margin(logits, labels), labels)
 
     @property
     def logit_scale(self):
         """Factor on the similarities."""
         raise NotImplementedError
 
-    def own_similarity(self, similarities):
-        """What stands in for the similarities `(batch,)` to the proxies of the own classes."""
-        raise NotImplementedError
+    def with_margin(self, logits, labels):
+        """The logits `(batch, num_classes)` with those of the own classes made harder."""
+        del labels
+        return logits
 
 
 @register("normalized_softmax")
@@ -52,9 +51,6 @@ class NormalizedSoftmax(SoftmaxObjective):
     @property
     def logit_scale(self):
         return 1.0 / self.temperature
-
-    def own_similarity(self, similarities):
-        return similarities
 
     def get_config(self):
         return {**super().get_config(), "temperature": self.temperature}
@@ -89,12 +85,15 @@ class ArcFace(SoftmaxObjective):
     def logit_scale(self):
         return self.scale
 
-    def own_similarity(self, similarities):
+    def with_margin(self, logits, labels):
+        positions = own_positions(labels)
+        similarities = tf.gather_nd(logits, positions) / self.scale
         # A floor under the sine bounds the gradient at angle 0.
         sines = tf.sqrt(tf.maximum(1.0 - tf.square(similarities), 1e-9))
         moved = similarities * math.cos(self.margin) - sines * math.sin(self.margin)
         beyond = similarities <= -math.cos(self.margin)
-        return tf.where(beyond, similarities - self.margin * math.sin(self.margin), moved)
+        moved = tf.where(beyond, similarities - self.margin * math.sin(self.margin), moved)
+        return tf.tensor_scatter_nd_add(logits, positions, self.scale * (moved - similarities))
 
     def get_config(self):
         return {**super().get_config(), "margin": self.margin, "scale": self.scale}
@@ -127,14 +126,38 @@ class CosFace(SoftmaxObjective):
     def logit_scale(self):
         return self.scale
 
-    def own_similarity(self, similarities):
-        return similarities - self.margin
+    def with_margin(self, logits, labels):
+        return lower_own(logits, labels, self.scale * self.margin)
 
     def get_config(self):
         return {**super().get_config(), "margin": self.margin, "scale": self.scale}
 
 
+def own_positions(labels):
+    """Positions `(batch, 2)` of the own classes in a matrix `(batch, classes)`."""
+    return tf.stack([tf.range(tf.shape(labels)[0], dtype=tf.int32), labels], axis=1)
+
+
+def lower_own(logits, labels, amount):
+    """Logits `(batch, classes)` with `amount` subtracted from those of the own classes."""
+    amounts = tf.fill(tf.shape(labels), tf.constant(amount, logits.dtype))
+    return tf.tensor_scatter_nd_sub(logits, own_positions(labels), amounts)
+
+
 def softmax_loss(logits, labels):
     """Mean cross entropy of `logits` `(batch, classes)`; 0 for an empty batch."""
-    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
-    return tf.math.divide_no_nan(tf.reduce_sum(losses), tf.cast(tf.shape(labels)[0], losses.dtype))
+    positions = own_positions(labels)
+    count = tf.maximum(tf.cast(tf.shape(labels)[0], logits.dtype), 1.0)
+
+    # TensorFlow's own op is several times slower on a CPU where there are some hundred classes.
+    @tf.custom_gradient
+    def loss(values):
+        logs = tf.nn.log_softmax(values)
+
+        def gradient(upstream):
+            shares = tf.exp(logs)
+            return tf.tensor_scatter_nd_sub(shares, positions, tf.ones_like(shares[:, 0])) * (upstream / count)
+
+        return -tf.reduce_sum(tf.gather_nd(logs, positions)) / count, gradient
+
+    return loss(logits)

@@ -5,7 +5,7 @@ import functools
 import tensorflow as tf
 
 from s2sd_tf.objectives.base import ProxyObjective, check_above, check_at_least, check_int_at_least, register
-from s2sd_tf.objectives.proxy_softmax import softmax_loss
+from s2sd_tf.objectives.proxy_softmax import lower_own, softmax_loss
 
 
 @register("soft_triple")
@@ -65,9 +65,7 @@ class SoftTriple(ProxyObjective):
         peak = tf.stop_gradient(functools.reduce(tf.maximum, similarities))
         weights = [tf.exp((s - peak) / self.gamma) for s in similarities]
         relaxed = tf.add_n([w * s for w, s in zip(weights, similarities)]) / tf.add_n(weights)
-        positions = tf.stack([tf.range(tf.shape(labels)[0], dtype=tf.int32), labels], axis=1)
-        margins = tf.fill(tf.shape(labels), tf.constant(self.margin, relaxed.dtype))
-        loss = softmax_loss(self.scale * tf.tensor_scatter_nd_sub(relaxed, positions, margins), labels)
+        loss = softmax_loss(self.scale * lower_own(relaxed, labels, self.margin), labels)
         return loss + self._regularization(centers)
 
     def _regularization(self, centers):

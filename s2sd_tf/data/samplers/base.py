@@ -1,11 +1,37 @@
-"""The base classes of the samplers, the registry, and draws without repeats."""
+"""The base classes of the samplers, the registry, checks of arguments, and draws without repeats."""
+
+import numbers
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from s2sd_tf.registry import Registry
 
 SHORT_CLASSES = ("raise", "repeat", "skip")
+
+
+def checked_int(name, value, least):
+    """`value` as an int.
+
+    Raises:
+        ValueError: no int, or below `least`; the message calls it `name`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name}: expected an int >= {least}. Received: {value!r}")
+    return int(value)
+
+
+def checked_labels(labels):
+    """Labels as int64 `(n,)`.
+
+    Raises:
+        ValueError: something else than integers >= 0.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not (np.issubdtype(labels.dtype, np.integer) or not len(labels)):
+        raise ValueError(f"labels: expected integers (n,). Received: {labels.dtype} {labels.shape}")
+    if len(labels) and labels.min() < 0:
+        raise ValueError(f"labels: expected integers >= 0. Received: {labels.min()}")
+    return labels.astype(np.int64, copy=False)
 
 
 class Sampler:
@@ -34,19 +60,17 @@ class Sampler:
             int64 `(steps, batch_size)`, positions in `labels`.
 
         Raises:
-            ValueError: labels that no batch can be drawn from; the message names the setting.
+            ValueError: a bad argument, or labels that no batch can be drawn from; the message names the setting.
             RuntimeError: a storage that holds nothing.
         """
-        if not steps >= 1:
-            raise ValueError(f"steps: expected an int >= 1. Received: {steps}")
-        labels = np.asarray(labels)
+        steps = checked_int("steps", steps, 1)
+        seed, epoch = checked_int("seed", seed, 0), checked_int("epoch", epoch, 0)
+        labels = checked_labels(labels)
         self.check(labels)
-        # The matrices of a batch are small: on a busy machine, threads make their eigenvalues ten times slower.
-        with threadpool_limits(1, "blas"):
-            return self.draw(labels, steps, np.random.default_rng([seed, epoch])).astype(np.int64, copy=False)
+        return self.draw(labels, steps, np.random.default_rng([seed, epoch])).astype(np.int64, copy=False)
 
     def check(self, labels):
-        """Raises `ValueError` where no batch can be drawn from `labels` `(n,)`."""
+        """Raises `ValueError` where no batch can be drawn from `labels`, int64 `(n,)`, each >= 0."""
 
     def draw(self, labels, steps, generator):
         """What `epoch` returns, from checked arguments and a `numpy.random.Generator`."""
@@ -63,15 +87,10 @@ class ClassSampler(Sampler):
     """
 
     def __init__(self, classes_per_batch, samples_per_class, short_classes="raise"):
-        if not (classes_per_batch >= 1 and samples_per_class >= 1):
-            raise ValueError(
-                f"{type(self).__name__}: expected classes_per_batch >= 1 and samples_per_class >= 1. "
-                f"Received: {classes_per_batch} and {samples_per_class}"
-            )
+        self.classes_per_batch = checked_int("classes_per_batch", classes_per_batch, 1)
+        self.samples_per_class = checked_int("samples_per_class", samples_per_class, 1)
         if short_classes not in SHORT_CLASSES:
             raise ValueError(f"short_classes: expected one of {list(SHORT_CLASSES)}. Received: {short_classes!r}")
-        self.classes_per_batch = classes_per_batch
-        self.samples_per_class = samples_per_class
         self.short_classes = short_classes
 
     @property

@@ -1,5 +1,7 @@
 """Batches of P classes x M images, with the classes drawn uniformly or by weight."""
 
+import numbers
+
 import numpy as np
 
 from s2sd_tf.data.samplers.base import ClassSampler, Queue, images_by_class, register
@@ -26,18 +28,23 @@ class ClassBalanced(ClassSampler):
     Args:
         classes_per_batch, samples_per_class, short_classes: see `ClassSampler`.
         class_power: float a; w_c is the number of images of class c to the power of a. 0: uniform, 1: by frequency,
-            0.5: by its square root; a negative one prefers the rare.
-        class_weights: floats >= 0 `(classes,)`, w itself, one for each class up to the highest label. Empty: by
-            `class_power`.
+            0.5: by its square root; a negative one prefers the rare. One so far from 0 that fewer than P classes keep a
+            weight beside the largest, in float64, is refused with the labels.
+        class_weights: floats >= 0, w itself, one for each class from 0 to the highest label at least; more are for
+            classes without images. Sums run over the classes that a batch may hold (see `short_classes`), and at least
+            P of these need a weight > 0. Empty: by `class_power`.
     """
 
     def __init__(self, classes_per_batch, samples_per_class, short_classes="raise", class_power=0.0, class_weights=()):
         super().__init__(classes_per_batch, samples_per_class, short_classes)
-        weights = np.asarray(class_weights, np.float64)
+        try:
+            weights = np.asarray(class_weights, np.float64)
+        except (TypeError, ValueError):
+            weights = np.array(np.nan)
         if weights.ndim != 1 or not np.all(np.isfinite(weights) & (weights >= 0)):
             raise ValueError(f"class_weights: expected finite numbers >= 0, one a class. Received: {class_weights!r}")
-        if not np.isfinite(class_power):
-            raise ValueError(f"class_power: expected a finite number. Received: {class_power}")
+        if isinstance(class_power, bool) or not isinstance(class_power, numbers.Real) or not np.isfinite(class_power):
+            raise ValueError(f"class_power: expected a finite number. Received: {class_power!r}")
         if len(weights) and class_power:
             raise ValueError(
                 f"class_power and class_weights: expected at most one of them. Received: class_power={class_power} "
@@ -48,18 +55,17 @@ class ClassBalanced(ClassSampler):
 
     def check(self, labels):
         super().check(labels)
-        classes = self.usable_classes(labels)
-        if not len(self.class_weights):
-            return
-        if len(self.class_weights) != labels.max() + 1:
+        if len(self.class_weights) and len(self.class_weights) <= labels.max():
             raise ValueError(
-                f"class_weights: expected {labels.max() + 1}, one a class. Received: {len(self.class_weights)}"
+                f"class_weights: expected at least {labels.max() + 1}, one for each class up to the highest label. "
+                f"Received: {len(self.class_weights)}"
             )
-        positive = np.count_nonzero(self.class_weights[classes])
+        positive = np.count_nonzero(self._weights(self.usable_classes(labels), labels))
         if positive < self.classes_per_batch:
+            name = "class_weights" if len(self.class_weights) else f"class_power {self.class_power}"
             raise ValueError(
-                f"class_weights: expected at least {self.classes_per_batch} classes with a weight > 0 "
-                f"(classes_per_batch). Received: {positive}"
+                f"{name}: expected at least {self.classes_per_batch} classes with a weight > 0 (classes_per_batch). "
+                f"Received: {positive}"
             )
 
     def draw(self, labels, steps, generator):
@@ -73,15 +79,19 @@ class ClassBalanced(ClassSampler):
 
     def _class_choice(self, classes, labels, generator):
         """A function that returns the P classes of the next batch."""
-        if len(self.class_weights):
-            weights = self.class_weights[classes]
-        elif self.class_power:
-            weights = np.bincount(labels)[classes].astype(np.float64) ** self.class_power
-        else:
+        if not len(self.class_weights) and not self.class_power:
             queue = Queue(classes, generator)
             return lambda: queue.take(self.classes_per_batch)
-        probabilities = inclusion_probabilities(weights, self.classes_per_batch)
+        probabilities = inclusion_probabilities(self._weights(classes, labels), self.classes_per_batch)
         return lambda: classes[systematic_sample(probabilities, generator)]
+
+    def _weights(self, classes, labels):
+        """Weights float64 of some of the classes, up to a factor."""
+        if len(self.class_weights):
+            return self.class_weights[classes]
+        counts = np.bincount(labels)[classes]
+        # The largest weight is 1, whatever the power.
+        return (counts / (counts.max() if self.class_power > 0 else counts.min())) ** self.class_power
 
 
 def inclusion_probabilities(weights, count):
@@ -93,16 +103,20 @@ def inclusion_probabilities(weights, count):
         weights: float64 `(n,)`, each >= 0 and at least `count` of them > 0.
         count: int >= 1.
     """
-    certain = np.zeros(len(weights), bool)
-    while True:
-        left = count - np.count_nonzero(certain)
-        if not left:
-            return certain.astype(np.float64)
-        probabilities = np.where(certain, 1.0, left * weights / weights[~certain].sum())
-        over = ~certain & (probabilities >= _CERTAIN)
+    probabilities = np.zeros(len(weights))
+    free = np.arange(len(weights))
+    while count:
+        # By the largest of them, as huge weights would add up to infinity.
+        rest = weights[free] / weights[free].max()
+        probabilities[free] = count * rest / rest.sum()
+        over = probabilities[free] >= _CERTAIN
         if not over.any():
             return probabilities
-        certain |= over
+        probabilities[free[over]] = 1.0
+        count -= np.count_nonzero(over)
+        free = free[~over]
+    probabilities[free] = 0.0
+    return probabilities
 
 
 def systematic_sample(probabilities, generator):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from s2sd_tf.data.samplers.base import Queue, images_by_class, register
+from s2sd_tf.data.samplers.base import Queue, checked_int, images_by_class, register
 from s2sd_tf.data.samplers.storage import StorageSampler
 
 
@@ -21,9 +21,7 @@ class CoresetSampler(StorageSampler):
 
     def __init__(self, classes_per_batch, samples_per_class, short_classes="raise", pool_factor=8, max_mib=256.0):
         super().__init__(classes_per_batch, samples_per_class, short_classes, max_mib)
-        if not pool_factor >= 1:
-            raise ValueError(f"pool_factor: expected an int >= 1. Received: {pool_factor}")
-        self.pool_factor = pool_factor
+        self.pool_factor = checked_int("pool_factor", pool_factor, 1)
 
     def pick(self, distances, generator):
         """Position of the next anchor.
@@ -84,7 +82,7 @@ class CoresetSampler(StorageSampler):
         distances = np.full(len(embeddings), np.inf, np.float32)
         for k in range(1, len(chosen)):
             last = chosen[k - 1]
-            # Rows have norm 1.
+            # Of rows of norm 1; one of zeros counts as at a right angle to all.
             np.minimum(distances, np.maximum(2.0 - 2.0 * (embeddings @ embeddings[last]), 0.0), out=distances)
             distances[groups == groups[last]] = -1.0
             chosen[k] = self.pick(distances, generator)
@@ -120,6 +118,15 @@ class D2Coreset(CoresetSampler):
 
 
 def _with_others(anchor, members, count, generator):
-    """`(count,)`: the anchor and others of its class, again from the start where there are not so many."""
-    others = generator.permutation(members[members != anchor])
-    return np.resize(np.concatenate([[anchor], others]), count)
+    """`(count,)`: the anchor and others of its class, again from the start where there are not so many.
+
+    Args:
+        anchor: one of `members`.
+        members: int `(n,)`, ascending.
+        count: int >= 1.
+        generator: `numpy.random.Generator`.
+    """
+    # Positions among the members without the anchor: from its place on they stand one further.
+    others = generator.choice(len(members) - 1, min(count, len(members)) - 1, replace=False)
+    others += others >= np.searchsorted(members, anchor)
+    return np.resize(np.concatenate([[anchor], members[others]]), count)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from s2sd_tf.data.samplers.base import Queue, Sampler, register
+from s2sd_tf.data.samplers.base import Queue, Sampler, checked_int, register
 
 
 @register("random")
@@ -17,9 +17,7 @@ class FullyRandom(Sampler):
     """
 
     def __init__(self, batch_size):
-        if not batch_size >= 1:
-            raise ValueError(f"batch_size: expected an int >= 1. Received: {batch_size}")
-        self.batch_size = batch_size
+        self.batch_size = checked_int("batch_size", batch_size, 1)
 
     def check(self, labels):
         if len(labels) < self.batch_size:

@@ -1,10 +1,18 @@
 """Batches that look like the whole: the best of several by a statistic of the stored embeddings."""
 
-import numpy as np
+import threading
 
-from s2sd_tf.data.samplers.base import register
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from s2sd_tf.data.samplers.base import checked_int, register
 from s2sd_tf.data.samplers.class_balanced import ClassBalanced
 from s2sd_tf.data.samplers.storage import StorageSampler
+
+# A limit of BLAS's threads is one for the process, and the one before is put back at its end: no two may overlap.
+_blas_lock = threading.Lock()
+# Pairs of images whose distances are computed at a time.
+_BLOCK_PAIRS = 2**20
 
 
 class MatchingSampler(StorageSampler):
@@ -20,9 +28,7 @@ class MatchingSampler(StorageSampler):
         super().__init__(classes_per_batch, samples_per_class, short_classes, max_mib)
         if self.batch_size < 2:
             raise ValueError(f"{type(self).__name__}: expected batches of at least 2 images. Received: 1")
-        if not candidates >= 1:
-            raise ValueError(f"candidates: expected an int >= 1. Received: {candidates}")
-        self.candidates = candidates
+        self.candidates = checked_int("candidates", candidates, 1)
 
     def distance(self, embeddings, generator):
         """A function from batches `(k, batch, dim)` to how far each is from `embeddings` `(n, dim)`, float `(k,)`."""
@@ -34,8 +40,10 @@ class MatchingSampler(StorageSampler):
             labels[positions], steps * self.candidates, generator
         )
         drawn = drawn.reshape(steps, self.candidates, self.batch_size)
-        distance = self.distance(embeddings, generator)
-        return positions[np.stack([batches[np.argmin(distance(embeddings[batches]))] for batches in drawn])]
+        # The matrices of a batch are small: on a busy machine, threads make their eigenvalues ten times slower.
+        with _blas_lock, threadpool_limits(1, "blas"):
+            distance = self.distance(embeddings, generator)
+            return positions[np.stack([batches[np.argmin(distance(embeddings[batches]))] for batches in drawn])]
 
 
 @register("distance_matching")
@@ -49,7 +57,8 @@ class DistanceMatching(MatchingSampler):
 
     Args:
         bins: int >= 2.
-        reference_images: int >= 2, images of the random part, which is drawn once an epoch.
+        reference_images: int >= 2, images of the random part, which is drawn once an epoch. Time grows with its square;
+            memory does not, as the distances are counted about a million at a time.
         Others: see `MatchingSampler`.
     """
 
@@ -64,11 +73,8 @@ class DistanceMatching(MatchingSampler):
         max_mib=256.0,
     ):
         super().__init__(classes_per_batch, samples_per_class, short_classes, candidates, max_mib)
-        for name, value in (("bins", bins), ("reference_images", reference_images)):
-            if not value >= 2:
-                raise ValueError(f"{name}: expected an int >= 2. Received: {value}")
-        self.bins = bins
-        self.reference_images = reference_images
+        self.bins = checked_int("bins", bins, 2)
+        self.reference_images = checked_int("reference_images", reference_images, 2)
 
     def distance(self, embeddings, generator):
         count = min(self.reference_images, len(embeddings))
@@ -96,16 +102,22 @@ def cumulative_histograms(batches, bins):
     """Shares of the distances within each batch that lie in the bins up to each one, float64 `(k, bins)`.
 
     Args:
-        batches: float32 `(k, batch, dim)`, rows of norm 1, batch >= 2.
+        batches: float32 `(k, batch, dim)`, rows of norm 1. One image has no distances: all shares are 0.
         bins: int >= 1, equal bins over [0, 2].
     """
-    first, second = np.triu_indices(batches.shape[1], 1)
-    cosines = np.matmul(batches, batches.transpose(0, 2, 1))[:, first, second]
-    distances = np.sqrt(np.maximum(2.0 - 2.0 * cosines, 0.0))
-    cells = np.minimum((distances * (bins / 2.0)).astype(np.int64), bins - 1)
-    cells += bins * np.arange(len(batches))[:, None]
-    counts = np.bincount(cells.ravel(), minlength=bins * len(batches)).reshape(len(batches), bins)
-    return np.cumsum(counts, axis=1) / len(first)
+    count, images = batches.shape[:2]
+    counts = np.zeros(bins * count, np.int64)
+    rows = max(1, _BLOCK_PAIRS // (count * images))
+    for start in range(0, images, rows):
+        # Each of some images with those after it.
+        some, later = batches[:, start : start + rows], batches[:, start:]
+        first, second = np.triu_indices(some.shape[1], 1, later.shape[1])
+        cosines = np.matmul(some, later.transpose(0, 2, 1))[:, first, second]
+        distances = np.sqrt(np.maximum(2.0 - 2.0 * cosines, 0.0))
+        cells = np.minimum((distances * (bins / 2.0)).astype(np.int64), bins - 1)
+        cells += bins * np.arange(count)[:, None]
+        counts += np.bincount(cells.ravel(), minlength=bins * count)
+    return np.cumsum(counts.reshape(count, bins), axis=1) / max(1, images * (images - 1) // 2)
 
 
 def gaussian(points):

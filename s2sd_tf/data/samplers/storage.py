@@ -1,8 +1,11 @@
 """Embeddings of training images for the samplers that look at them, in bounded memory."""
 
+import numbers
+import threading
+
 import numpy as np
 
-from s2sd_tf.data.samplers.base import ClassSampler
+from s2sd_tf.data.samplers.base import ClassSampler, checked_int, checked_labels
 
 
 class EmbeddingStorage:
@@ -10,14 +13,20 @@ class EmbeddingStorage:
 
     Args:
         max_mib: number > 0, the most that the embeddings may take, in MiB.
+
+    Attributes:
+        lock: reentrant lock that `refill` holds, and whoever draws from the storage: what is read under it is of one
+            refill.
     """
 
     def __init__(self, max_mib=256.0):
-        if not max_mib > 0:
-            raise ValueError(f"max_mib: expected a number > 0. Received: {max_mib}")
+        if isinstance(max_mib, bool) or not isinstance(max_mib, numbers.Real) or not 0 < max_mib < float("inf"):
+            raise ValueError(f"max_mib: expected a number > 0. Received: {max_mib!r}")
         self.max_mib = max_mib
+        self.lock = threading.RLock()
         self._buffer = np.empty((0, 0), np.float32)
         self._positions = None
+        self._epoch = None
 
     @property
     def is_filled(self):
@@ -32,46 +41,62 @@ class EmbeddingStorage:
 
     @property
     def embeddings(self):
-        """float32 `(n, dim)`, rows of norm 1, in the order of `positions`."""
+        """float32 `(n, dim)`, rows of norm 1, in the order of `positions`; what has no direction is a row of zeros."""
         self._check_filled()
         return self._buffer
+
+    @property
+    def epoch(self):
+        """int, the epoch that the embeddings are for."""
+        self._check_filled()
+        return self._epoch
 
     def capacity(self, dim):
         """The number of embeddings of dimension `dim` that fit."""
         return int(self.max_mib * 2**20 // (4 * dim))
 
-    def refill(self, positions, dim, batches):
+    def refill(self, positions, dim, batches, epoch=0):
         """Replaces all that is stored; beside it, only one batch is held.
 
         Args:
-            positions: int `(n,)`, ascending.
+            positions: int `(n,)`, ascending, n >= 1.
             dim: int >= 1.
-            batches: iterable of float arrays `(batch, dim)`, n rows in all, in the order of `positions`.
+            batches: iterable of float arrays `(batch, dim)`, n rows in all, in the order of `positions`. They are
+                normalised here; rows of zeros stay as they are.
+            epoch: int >= 0, the epoch that they are for: `training_batches` draws its batches.
 
         Raises:
-            ValueError: more than fits, not n rows, or values that are not finite. Nothing is stored then.
+            ValueError: bad arguments, more than fits, not n rows, or values that are not finite in float32. The storage
+                is empty then, as after any error of `batches`.
         """
-        self._positions = None
-        shape = (len(positions), dim)
-        if len(positions) > self.capacity(dim):
-            raise ValueError(f"positions: expected at most {self.capacity(dim)} (max_mib). Received: {len(positions)}")
+        with self.lock:
+            self._positions = None
+            dim, epoch = checked_int("dim", dim, 1), checked_int("epoch", epoch, 0)
+            positions = _checked_positions(positions, self.capacity(dim))
+            self._fill((len(positions), dim), batches)
+            self._positions, self._epoch = positions, epoch
+
+    def _fill(self, shape, batches):
         if self._buffer.shape != shape:
             # Let go of before the new one is made, as both may not fit.
-            self._buffer = None
+            self._buffer = np.empty((0, 0), np.float32)
             self._buffer = np.empty(shape, np.float32)
         filled = 0
         for batch in batches:
             batch = np.asarray(batch, np.float32)
-            if batch.shape[1:] != (dim,) or filled + len(batch) > len(positions):
+            if batch.shape[1:] != shape[1:] or filled + len(batch) > shape[0]:
                 raise ValueError(f"batches: expected {shape} in all. Received: {batch.shape} after {filled} rows")
             if not np.isfinite(batch).all():
                 raise ValueError("embeddings: expected finite numbers. Received: NaN or infinity from the model")
-            norms = np.linalg.norm(batch, axis=1, keepdims=True)
-            np.divide(batch, np.maximum(norms, 1e-12), out=self._buffer[filled : filled + len(batch)])
+            rows = self._buffer[filled : filled + len(batch)]
+            # By the largest number first, as the squares of huge or tiny ones are infinite or 0.
+            largest = np.abs(batch).max(axis=1, keepdims=True)
+            np.divide(batch, np.where(largest > 0, largest, 1.0), out=rows)
+            # At least 1 now, but for rows of zeros.
+            rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1.0)
             filled += len(batch)
-        if filled != len(positions):
+        if filled != shape[0]:
             raise ValueError(f"batches: expected {shape} in all. Received: {filled} rows")
-        self._positions = np.asarray(positions, np.int64)
 
     def _check_filled(self):
         if not self.is_filled:
@@ -80,6 +105,18 @@ class EmbeddingStorage:
                 "s2sd_tf.data.RefreshStorage(sampler, images, preprocessing) to the callbacks of `fit`; where batches "
                 "are drawn without `fit`, or under a distribution strategy, call its `refresh(model)` first"
             )
+
+
+def _checked_positions(positions, capacity):
+    positions = np.asarray(positions)
+    if positions.ndim != 1 or not len(positions):
+        raise ValueError(f"positions: expected (n,), at least one. Received: {positions.shape}")
+    whole = np.issubdtype(positions.dtype, np.integer)
+    if not whole or positions[0] < 0 or (positions[1:] <= positions[:-1]).any():
+        raise ValueError(f"positions: expected integers >= 0, ascending. Received: {positions.dtype} {positions}")
+    if len(positions) > capacity:
+        raise ValueError(f"positions: expected at most {capacity} (max_mib). Received: {len(positions)}")
+    return positions.astype(np.int64)
 
 
 class StorageSampler(ClassSampler):
@@ -93,6 +130,11 @@ class StorageSampler(ClassSampler):
     def __init__(self, classes_per_batch, samples_per_class, short_classes="raise", max_mib=256.0):
         super().__init__(classes_per_batch, samples_per_class, short_classes)
         self.storage = EmbeddingStorage(max_mib)
+
+    def epoch(self, labels, steps, seed, epoch):
+        # So that nothing is drawn from a storage that is half refilled.
+        with self.storage.lock:
+            return super().epoch(labels, steps, seed, epoch)
 
     def images_to_store(self, labels, dim, seed, epoch):
         """Which images the storage should hold in an epoch.
@@ -109,9 +151,12 @@ class StorageSampler(ClassSampler):
             int64, positions in `labels`, ascending.
 
         Raises:
-            ValueError: labels that no batch can be drawn from, or a `max_mib` that does not hold one batch.
+            ValueError: a bad argument, labels that no batch can be drawn from, or a `max_mib` that does not hold one
+                batch.
         """
-        labels = np.asarray(labels)
+        dim = checked_int("dim", dim, 1)
+        seed, epoch = checked_int("seed", seed, 0), checked_int("epoch", epoch, 0)
+        labels = checked_labels(labels)
         self.check(labels)
         usable = np.flatnonzero(np.isin(labels, self.usable_classes(labels)))
         capacity = self.storage.capacity(dim)
