@@ -57,7 +57,7 @@ class Objective(keras.layers.Layer):
         embeddings = tf.cast(embeddings, self.compute_dtype)
         # Comparisons with NaN are false: masks would hide it, and training go on with broken weights. The squares are
         # those of the normalisation.
-        valid = tf.reduce_all(tf.math.is_finite(tf.reduce_sum(tf.square(embeddings), axis=1)))
+        valid = tf.reduce_all(tf.math.is_finite(tf.reduce_sum(tf.square(embeddings), axis=-1, keepdims=True)))
         embeddings = self.prepare(embeddings)
         checks = []
         if self.uses_classes and self.num_classes is not None:
@@ -317,26 +317,26 @@ class ProxyObjective(Objective):
         """Shape of the proxies for embeddings `(batch, dim)`."""
         return (self.num_classes, dim)
 
-    def unit_proxies(self):
-        """The proxies, l2-normalised along the last axis."""
-        return unit_rows(tf.convert_to_tensor(self.proxies))
+    def unit_proxies(self, length=1.0):
+        """The proxies, l2-normalised along the last axis, times `length`."""
+        return unit_rows(tf.convert_to_tensor(self.proxies), length)
 
 
-def unit_rows(values):
-    """Values `(..., dim)` l2-normalised along the last axis; rows shorter than 1e-6 keep a length below 1."""
+def unit_rows(values, length=1.0):
+    """Values `(..., dim)` l2-normalised along the last axis, times `length`; rows shorter than 1e-6 stay shorter."""
 
     # `tf.math.l2_normalize` in half the operations of its gradient.
     @tf.custom_gradient
     def normalize(rows):
         squares = tf.reduce_sum(tf.square(rows), axis=-1, keepdims=True)
-        scales = tf.math.rsqrt(tf.maximum(squares, 1e-12))
-        units = rows * scales
+        scales = length * tf.math.rsqrt(tf.maximum(squares, 1e-12))
+        scaled = rows * scales
 
         def gradient(upstream):
-            along = tf.reduce_sum(upstream * units, axis=-1, keepdims=True)
-            return scales * (upstream - units * tf.where(squares > 1e-12, along, 0.0))
+            along = tf.reduce_sum(upstream * scaled, axis=-1, keepdims=True) / length**2
+            return scales * (upstream - scaled * tf.where(squares > 1e-12, along, 0.0))
 
-        return units, gradient
+        return scaled, gradient
 
     return normalize(values)
 

@@ -35,7 +35,7 @@ class ProxyNCA(ProxyObjective):
     def compute(self, embeddings, labels, training):
         del training
         # Minus the squared distance but for 2, which is the same for all classes.
-        logits = 2.0 * self.scale * tf.matmul(embeddings, self.unit_proxies(), transpose_b=True)
+        logits = tf.matmul(embeddings, self.unit_proxies(2.0 * self.scale), transpose_b=True)
         if self.own_class_in_sum:
             return softmax_loss(logits, labels)
         if self.num_classes == 1:

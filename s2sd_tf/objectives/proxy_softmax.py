@@ -14,8 +14,7 @@ class SoftmaxObjective(ProxyObjective):
 
     def compute(self, embeddings, labels, training):
         del training
-        # The embeddings are scaled, as there are fewer of them than logits.
-        logits = tf.matmul(self.logit_scale * embeddings, self.unit_proxies(), transpose_b=True)
+        logits = tf.matmul(embeddings, self.unit_proxies(self.logit_scale), transpose_b=True)
         return softmax_loss(self.with_margin(logits, labels), labels)
 
     @property
