@@ -137,7 +137,7 @@ def _draw(rows, path):
             label=KINDS[kind],
         )
     axes.set_yticks(range(len(names)), [f"{name}  ({_gain(rows, name):+.1f})" for name in names])
-    axes.set_xlabel(f"recall@1 on 106 unseen characters, %, {_DIM.value} dimensions; in brackets what S2SD gains")
+    axes.set_xlabel(f"recall@1 on unseen characters, %, {_DIM.value} dimensions (in brackets: gain)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
