@@ -116,7 +116,7 @@ class TestOnBothStacks:
     def test_names(self):
         for name, cls in CLASSES.items():
             assert objectives.lookup(name) is cls
-            assert cls.kind in ("pair", "tuple")
+            assert cls.kind == "addons"
             assert all((cls.formula, cls.paper, cls.cost, cls.instead))
         assert set(CLASSES) == {name for name in objectives.names() if name.startswith("addons/")}
         assert objectives.settings("addons/triplet_hard")["soft"] is False
