@@ -5,7 +5,7 @@ r"""Time of every objective, loss and gradients, against pytorch-metric-learning
 
 Embeddings of 128 dimensions, 4 images a class, float32; objectives with proxies with 100 and with 10,000 classes. Each
 objective of this package runs in a `tf.function`, as in `fit`; pytorch-metric-learning runs as it does, eagerly. Both
-do the same work: all pairs or triplets of the batch, where not said otherwise in `COUNTERPARTS`. They take turns in one
+do the same work: all pairs or triplets of the batch, where not said otherwise in `counterparts`. They take turns in one
 process, with the same number of threads. Writes the JSON and a table (.md) of the same name.
 """
 
@@ -109,7 +109,7 @@ def main(_):
         theirs = counterparts() if torch() else {}
     except ImportError:
         theirs = {}
-    names = FLAGS.only or [n for n in objectives.names() if "/" not in n and n not in objectives.names("regularizer")]
+    names = FLAGS.only or [name for kind in ("pair", "tuple", "proxy") for name in objectives.names(kind)]
     rows = []
     for batch in map(int, FLAGS.batches):
         for name in tqdm(names, desc=f"batch {batch}"):

@@ -14,19 +14,16 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import platform
-
 from absl import app, flags
 from matplotlib.figure import Figure
+from omniglot_runs import COLORS, KINDS, RESULTS, arguments, table, write
 
 from s2sd_tf.evaluation.pictures import save_figure
-from s2sd_tf.files import replacing, write_json
 from s2sd_tf.training.compare import run_all, summarize
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with Omniglot's two small archives.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_objectives", "Folder of the runs.")
-_RESULTS = flags.DEFINE_string("results", os.path.join(_HERE, "results"), "Folder of the table and the picture.")
+_RESULTS = flags.DEFINE_string("results", RESULTS, "Folder of the table and the picture.")
 _OBJECTIVES = flags.DEFINE_list(
     "objectives",
     [
@@ -50,8 +47,6 @@ _JOBS = flags.DEFINE_integer("jobs", 0, "Runs at a time, one thread each; 0: one
 
 # Multipliers that give proxies and boundaries about the rate that their authors gave them.
 MULTIPLIERS = {"margin": 1.0, "proxy_anchor": 10.0}
-METRICS = ("recall@1", "recall@2", "recall@4", "recall@8", "map@r")
-KINDS = {"plain": "plain objective", "s2sd": "with S2SD"}
 
 
 def main(_):
@@ -69,50 +64,30 @@ def main(_):
     ]
     lines = _table(rows)
     print("\n".join(lines))
-    versions = next(iter(results.values()))["versions"]
-    write_json(
-        os.path.join(_RESULTS.value, "omniglot_objectives.json"),
-        {
-            "rows": rows,
-            "dim": _DIM.value,
-            "epochs": _EPOCHS.value,
-            "seeds": _SEEDS.value,
-            "versions": {**versions, "python": platform.python_version()},
-            "runs": {os.path.relpath(w, _WORKDIR.value): r["test"]["exact"] for w, r in results.items()},
-        },
-    )
-    with replacing(os.path.join(_RESULTS.value, "omniglot_objectives.md")) as path, open(path, "w") as file:
-        file.write("\n".join(lines) + "\n")
+    settings = {"dim": _DIM.value, "epochs": _EPOCHS.value, "seeds": _SEEDS.value}
+    write(_RESULTS.value, "omniglot_objectives", lines, rows, results, _WORKDIR.value, **settings)
     _draw(rows, os.path.join(_RESULTS.value, "omniglot_objectives.png"))
 
 
 def _run(name, kind, seed):
     workdir = os.path.join(_WORKDIR.value, f"{name}_{kind}_seed{seed}")
-    arguments = [
-        f"--config={os.path.join(_HERE, '..', 'configs', 'omniglot.py')}",
-        f"--config.data.root={_DATA_DIR.value}",
-        f"--config.model.embedding_dim={_DIM.value}",
+    given = [
+        *arguments(_DATA_DIR.value, _DIM.value, kind, seed),
         f"--config.train.epochs={_EPOCHS.value}",
         f"--config.objective.name={name}",
-        f"--config.seed={seed}",
-        f"--config.s2sd.enabled={kind == 's2sd'}",
-        "--config.train.threads=1",
     ]
     if name in MULTIPLIERS:
-        arguments.append(f"--config.objective.{name}.learning_rate_multiplier={MULTIPLIERS[name]}")
-    return workdir, arguments
+        given.append(f"--config.objective.{name}.learning_rate_multiplier={MULTIPLIERS[name]}")
+    return workdir, given
 
 
 def _table(rows):
-    lines = [
-        f"| objective | training | {' | '.join(METRICS)} | gain in recall@1 |",
-        f"|---|---|{'---|' * len(METRICS)}---|",
-    ]
-    for row in rows:
-        cells = [f"{100 * row[metric][0]:.1f} ± {100 * row[metric][1]:.1f}" for metric in METRICS]
-        gain = f"{_gain(rows, row['objective']):+.1f}" if row["kind"] == "s2sd" else ""
-        lines.append(f"| {row['objective']} | {KINDS[row['kind']]} | {' | '.join(cells)} | {gain} |")
-    return lines
+    return table(
+        ["objective", "training"],
+        rows,
+        lambda row: [row["objective"], KINDS[row["kind"]]],
+        lambda row: _gain(rows, row["objective"]),
+    )
 
 
 def _gain(rows, name):
@@ -125,7 +100,7 @@ def _draw(rows, path):
     names.sort(key=lambda name: _gain(rows, name))
     figure = Figure(figsize=(7.2, 0.42 * len(names) + 1.0), layout="constrained")
     axes = figure.add_subplot()
-    for kind, color, shift in (("plain", "#7f8c8d", -0.12), ("s2sd", "#1f5fa8", 0.12)):
+    for kind, shift in (("plain", -0.12), ("s2sd", 0.12)):
         chosen = {row["objective"]: row["recall@1"] for row in rows if row["kind"] == kind}
         axes.errorbar(
             [100 * chosen[name][0] for name in names],
@@ -133,7 +108,7 @@ def _draw(rows, path):
             xerr=[100 * chosen[name][1] for name in names],
             fmt="o",
             capsize=3,
-            color=color,
+            color=COLORS[kind],
             label=KINDS[kind],
         )
     axes.set_yticks(range(len(names)), [f"{name}  ({_gain(rows, name):+.1f})" for name in names])

@@ -13,19 +13,16 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import platform
-
 from absl import app, flags
 from matplotlib.figure import Figure
+from omniglot_runs import COLORS, KINDS, RESULTS, arguments, table, write
 
 from s2sd_tf.evaluation.pictures import save_figure
-from s2sd_tf.files import replacing, write_json
 from s2sd_tf.training.compare import run_all, summarize
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with Omniglot's two small archives.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_study", "Folder of the runs.")
-_RESULTS = flags.DEFINE_string("results", os.path.join(_HERE, "results"), "Folder of the tables and the picture.")
+_RESULTS = flags.DEFINE_string("results", RESULTS, "Folder of the tables and the picture.")
 _DIMS = flags.DEFINE_list("dims", ["4", "8", "16", "32", "64"], "Embedding dimensions.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds a dimension.", lower_bound=1)
 _MAIN_DIM = flags.DEFINE_integer("main_dim", 16, "The dimension that gets more seeds.")
@@ -34,19 +31,16 @@ _REFERENCE_DIM = flags.DEFINE_integer("reference_dim", 512, "Dimension of a plai
 _JOBS = flags.DEFINE_integer("jobs", 0, "Runs at a time, one thread each; 0: one a core.", lower_bound=0)
 _FLAGS = flags.DEFINE_multi_string("config_flags", [], "A flag for every run: --config_flags=--config.seed=7")
 
-METRICS = ("recall@1", "recall@2", "recall@4", "recall@8", "map@r")
-
 
 def main(_):
-    config = os.path.join(_HERE, "..", "configs", "omniglot.py")
     groups = {}
     for dim in [int(dim) for dim in _DIMS.value]:
         seeds = range(_MAIN_SEEDS.value if dim == _MAIN_DIM.value else _SEEDS.value)
-        groups[dim, "plain"] = [_run(config, dim, seed, False) for seed in seeds]
-        groups[dim, "s2sd"] = [_run(config, dim, seed, True) for seed in seeds]
+        groups[dim, "plain"] = [_run(dim, "plain", seed) for seed in seeds]
+        groups[dim, "s2sd"] = [_run(dim, "s2sd", seed) for seed in seeds]
     if _REFERENCE_DIM.value:
         groups[_REFERENCE_DIM.value, "plain"] = [
-            _run(config, _REFERENCE_DIM.value, seed, False) for seed in range(_SEEDS.value)
+            _run(_REFERENCE_DIM.value, "plain", seed) for seed in range(_SEEDS.value)
         ]
     # The most wanted first.
     ordered = sorted(groups, key=lambda group: group[0] != _MAIN_DIM.value)
@@ -58,61 +52,37 @@ def main(_):
         rows.append({"dim": dim, "kind": kind, "seeds": len(found), **summarize(found)})
     lines = _table(rows)
     print("\n".join(lines))
-    versions = next(iter(results.values()))["versions"]
-    write_json(
-        os.path.join(_RESULTS.value, "omniglot_s2sd.json"),
-        {
-            "rows": rows,
-            "config_flags": _FLAGS.value,
-            "versions": {**versions, "python": platform.python_version()},
-            "runs": {os.path.relpath(w, _WORKDIR.value): r["test"]["exact"] for w, r in results.items()},
-        },
-    )
-    with replacing(os.path.join(_RESULTS.value, "omniglot_s2sd.md")) as path, open(path, "w") as file:
-        file.write("\n".join(lines) + "\n")
+    write(_RESULTS.value, "omniglot_s2sd", lines, rows, results, _WORKDIR.value, config_flags=_FLAGS.value)
     _draw(rows, os.path.join(_RESULTS.value, "omniglot_s2sd.png"))
 
 
-def _run(config, dim, seed, enabled):
-    workdir = os.path.join(_WORKDIR.value, f"{'s2sd' if enabled else 'plain'}_dim{dim}_seed{seed}")
-    arguments = [
-        f"--config={config}",
-        f"--config.data.root={_DATA_DIR.value}",
-        f"--config.model.embedding_dim={dim}",
-        f"--config.seed={seed}",
-        f"--config.s2sd.enabled={enabled}",
-        "--config.train.threads=1",
-        *_FLAGS.value,
-    ]
-    return workdir, arguments
+def _run(dim, kind, seed):
+    workdir = os.path.join(_WORKDIR.value, f"{kind}_dim{dim}_seed{seed}")
+    return workdir, [*arguments(_DATA_DIR.value, dim, kind, seed), *_FLAGS.value]
 
 
 def _table(rows):
-    lines = [
-        f"| dimension | training | seeds | {' | '.join(METRICS)} | gain in recall@1 |",
-        f"|---|---|---|{'---|' * len(METRICS)}---|",
-    ]
-    for row in rows:
-        cells = [f"{100 * row[metric][0]:.1f} ± {100 * row[metric][1]:.1f}" for metric in METRICS]
-        plain = next((r for r in rows if r["dim"] == row["dim"] and r["kind"] == "plain"), None)
-        gain = f"{100 * (row['recall@1'][0] - plain['recall@1'][0]):+.1f}" if row["kind"] == "s2sd" else ""
-        name = "with S2SD" if row["kind"] == "s2sd" else "plain objective"
-        lines.append(f"| {row['dim']} | {name} | {row['seeds']} | {' | '.join(cells)} | {gain} |")
-    return lines
+    plain = {row["dim"]: row["recall@1"][0] for row in rows if row["kind"] == "plain"}
+    return table(
+        ["dimension", "training", "seeds"],
+        rows,
+        lambda row: [str(row["dim"]), KINDS[row["kind"]], str(row["seeds"])],
+        lambda row: 100 * (row["recall@1"][0] - plain[row["dim"]]),
+    )
 
 
 def _draw(rows, path):
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     dims = sorted({row["dim"] for row in rows if row["kind"] == "s2sd"})
-    for kind, label, color in (("plain", "plain objective", "#7f8c8d"), ("s2sd", "with S2SD", "#1f5fa8")):
+    for kind, label in KINDS.items():
         chosen = sorted((row for row in rows if row["kind"] == kind and row["dim"] in dims), key=lambda row: row["dim"])
         axes.errorbar(
             [row["dim"] for row in chosen],
             [100 * row["recall@1"][0] for row in chosen],
             [100 * row["recall@1"][1] for row in chosen],
             label=label,
-            color=color,
+            color=COLORS[kind],
             marker="o",
             capsize=3,
         )

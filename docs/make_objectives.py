@@ -67,8 +67,8 @@ def main():
 
 def text():
     """The whole page."""
-    ours = [name for name in objectives.names() if "/" not in name]
-    addons = [name for name in objectives.names() if "/" in name]
+    addons = objectives.names("addons")
+    ours = [name for name in objectives.names() if name not in addons]
     return TEXT.format(
         objectives=table(
             ["name", "kind", "formula", "defaults", "miner", "paper", "cost"],

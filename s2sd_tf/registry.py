@@ -36,14 +36,8 @@ class Registry:
 
     def settings(self, name):
         """Constructor arguments of the class of that name, its bases' included, as a dict to their defaults."""
-        cls = self.lookup(name)
-        found = {}
-        for ancestor in cls.__mro__[: cls.__mro__.index(self._base) + 1]:
-            if "__init__" in vars(ancestor):
-                for key, parameter in list(inspect.signature(ancestor.__init__).parameters.items())[1:]:
-                    if parameter.kind != parameter.VAR_KEYWORD:
-                        found.setdefault(key, parameter.default)
-        return found
+        ancestors = self.lookup(name).__mro__
+        return constructor_arguments(ancestors[: ancestors.index(self._base) + 1])
 
     def get(self, identifier, **settings):
         """An instance: `identifier` itself, or of the class of that name with `settings`."""
@@ -64,3 +58,14 @@ class Registry:
                 f"{self._kind} {identifier!r}: expected settings out of {sorted(known)}. Received: {unknown}"
             )
         return cls(**settings)
+
+
+def constructor_arguments(classes):
+    """Arguments by name of the constructors of a class and its bases, nearest first, as a dict to their defaults."""
+    found = {}
+    for cls in classes:
+        if "__init__" in vars(cls):
+            for key, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+                if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                    found.setdefault(key, parameter.default)
+    return found

@@ -6,8 +6,9 @@ import weakref
 import numpy as np
 import tensorflow as tf
 
+from s2sd_tf.checks import checked_int
 from s2sd_tf.data.samplers import ClassBalanced, Sampler
-from s2sd_tf.data.samplers.base import checked_int, checked_labels
+from s2sd_tf.data.samplers.base import checked_labels
 
 CACHE_BYTES = 512 * 2**20
 

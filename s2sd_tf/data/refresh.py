@@ -6,8 +6,8 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from s2sd_tf.checks import checked_int
 from s2sd_tf.data.batches import batches_at
-from s2sd_tf.data.samplers.base import checked_int
 from s2sd_tf.keras_compat import keras
 
 

@@ -21,6 +21,13 @@ class Triplets(NamedTuple):
     negative: tf.Tensor
     valid: tf.Tensor
 
+    def of(self, distances):
+        """The entries `(T,)` of a matrix `(batch, batch)` for anchor and positive, and for anchor and negative."""
+        return (
+            tf.gather_nd(distances, tf.stack([self.anchor, self.positive], axis=1)),
+            tf.gather_nd(distances, tf.stack([self.anchor, self.negative], axis=1)),
+        )
+
 
 class Pairs(NamedTuple):
     """Which pairs of a batch count, a row for every anchor.
@@ -32,6 +39,10 @@ class Pairs(NamedTuple):
 
     positive: tf.Tensor
     negative: tf.Tensor
+
+    def complete(self):
+        """bool `(batch,)`: which anchors have both a positive and a negative."""
+        return tf.reduce_any(self.positive, axis=1) & tf.reduce_any(self.negative, axis=1)
 
 
 class Miner:

@@ -1,7 +1,5 @@
 """All pairs of complete anchors."""
 
-import tensorflow as tf
-
 from s2sd_tf.mining.base import PairMiner, Pairs, pair_masks, register
 
 
@@ -13,6 +11,6 @@ class Lifted(PairMiner):
 
     def pairs(self, distances, labels, *, dim, seed):
         del distances, dim, seed
-        positive, negative = pair_masks(labels)
-        complete = tf.reduce_any(positive, axis=1, keepdims=True) & tf.reduce_any(negative, axis=1, keepdims=True)
-        return Pairs(positive & complete, negative & complete)
+        pairs = pair_masks(labels)
+        complete = pairs.complete()[:, None]
+        return Pairs(pairs.positive & complete, pairs.negative & complete)

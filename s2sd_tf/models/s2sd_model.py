@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf import objectives
+from s2sd_tf.checks import check_above, check_at_least
 from s2sd_tf.distillation import distillation_weight, similarity_kl
 from s2sd_tf.keras_compat import (
     apply_gradients,
@@ -106,13 +107,12 @@ class S2SDModel(keras.Model):
         **kwargs,
     ):
         super().__init__(name=name, **kwargs)
-        _check_at_least("embedding_dim", embedding_dim, 1)
+        check_at_least("embedding_dim", embedding_dim, 1)
         for dim in target_dims:
-            _check_at_least("target_dims", dim, 1)
+            check_at_least("target_dims", dim, 1)
         _check_choice("pooling", pooling, POOLINGS)
         _check_choice("target_pooling", target_pooling, POOLINGS)
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected a number > 0. Received: {temperature}")
+        check_above("temperature", temperature, 0)
         for argument, value in [
             ("distill_weight", distill_weight),
             ("distill_warmup_steps", distill_warmup_steps),
@@ -121,11 +121,11 @@ class S2SDModel(keras.Model):
             ("feature_distill_warmup_steps", feature_distill_warmup_steps),
             ("l2", l2),
         ]:
-            _check_at_least(argument, value, 0)
+            check_at_least(argument, value, 0)
         multipliers = dict(learning_rate_multipliers or {})
         for group, value in multipliers.items():
             _check_choice("learning_rate_multipliers", group, GROUPS)
-            _check_at_least(f"learning_rate_multipliers[{group!r}]", value, 0)
+            check_at_least(f"learning_rate_multipliers[{group!r}]", value, 0)
 
         self.embedding_dim = int(embedding_dim)
         self.target_dims = tuple(int(dim) for dim in target_dims)
@@ -465,11 +465,6 @@ def _check_is_objective(found):
             f"objective: expected an objective of embeddings and labels. Received: {found.registered_name!r}"
         )
     return found
-
-
-def _check_at_least(argument, value, least):
-    if isinstance(value, bool) or not value >= least:
-        raise ValueError(f"{argument}: expected a number >= {least}. Received: {value!r}")
 
 
 def _check_choice(argument, value, choices):

@@ -2,9 +2,10 @@
 
 import tensorflow as tf
 
+from s2sd_tf.checks import check_at_least
 from s2sd_tf.keras_compat import import_addons
 from s2sd_tf.mining.base import pair_masks
-from s2sd_tf.objectives.base import Objective, check_at_least, euclidean_distances, mean_where, register
+from s2sd_tf.objectives.base import Objective, euclidean_distances, mean_where, register
 
 DISTANCE_METRICS = ("L2", "squared-L2", "angular")
 

@@ -2,8 +2,9 @@
 
 import tensorflow as tf
 
+from s2sd_tf.checks import check_at_least, checked_int
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.objectives.base import Objective, check_at_least, check_int_at_least, register
+from s2sd_tf.objectives.base import Objective, register
 
 
 @register("adversarial_separation")
@@ -38,7 +39,7 @@ class AdversarialSeparation(Objective):
         for argument, value in (("embedding_dim", embedding_dim), ("other_dim", other_dim), ("hidden_dim", hidden_dim)):
             if value is None:
                 raise ValueError(f"{argument}: expected an int >= 1. Received: None")
-            check_int_at_least(argument, value, 1)
+            checked_int(argument, value, 1)
         check_at_least("weight", weight, 0)
         self.embedding_dim = embedding_dim
         self.other_dim = other_dim

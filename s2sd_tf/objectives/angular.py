@@ -4,7 +4,8 @@ import math
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import PairObjective, check_above, check_at_least, mean_where, register
+from s2sd_tf.checks import check_above, check_at_least
+from s2sd_tf.objectives.base import PairObjective, mean_where, register
 from s2sd_tf.objectives.n_pair import pair_softmax
 
 

@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from s2sd_tf import mining
+from s2sd_tf.checks import check_at_least, checked_int
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.registry import Registry
 
@@ -35,8 +36,8 @@ class Objective(keras.layers.Layer):
         super().__init__(name=name, dtype=dtype, **kwargs)
         if self.compute_dtype not in ("float32", "float64"):
             raise ValueError(f"dtype: expected 'float32' or 'float64'. Received: {dtype!r}")
-        if num_classes is not None and not num_classes >= 1:
-            raise ValueError(f"num_classes: expected an int >= 1. Received: {num_classes}")
+        if num_classes is not None:
+            num_classes = checked_int("num_classes", num_classes, 1)
         check_at_least("learning_rate_multiplier", learning_rate_multiplier, 0)
         self.num_classes = num_classes
         self.learning_rate_multiplier = learning_rate_multiplier
@@ -191,10 +192,9 @@ class PairObjective(MinedObjective):
                 f"miner: expected one whose negatives are of other classes, for {self.registered_name}. Received: "
                 f"{self.miner.registered_name!r}"
             )
-        check_int_at_least("memory_size", memory_size, 0)
+        self.memory_size = checked_int("memory_size", memory_size, 0)
         check_at_least("memory_weight", memory_weight, 0)
         check_at_least("memory_start", memory_start, 0)
-        self.memory_size = int(memory_size)
         self.memory_weight = memory_weight
         self.memory_start = memory_start
 
@@ -354,9 +354,13 @@ def squared_distances(embeddings, references=None):
 
 def euclidean_distances(embeddings, references=None):
     """Euclidean distances, as `squared_distances`; the gradient of a zero distance is 0."""
-    squared = squared_distances(embeddings, references)
-    apart = squared > 0
-    return tf.where(apart, tf.sqrt(tf.where(apart, squared, 1.0)), 0.0)
+    return square_root(squared_distances(embeddings, references))
+
+
+def square_root(values):
+    """Square root of numbers >= 0; the gradient at 0 is 0."""
+    positive = values > 0
+    return tf.where(positive, tf.sqrt(tf.where(positive, values, 1.0)), 0.0)
 
 
 def masked_logsumexp(values, mask, axis):
@@ -373,24 +377,6 @@ def mean_where(values, mask):
     """Mean of `values` over `mask`; 0, with zero gradient, where the mask is empty."""
     mask = tf.cast(mask, values.dtype)
     return tf.math.divide_no_nan(tf.reduce_sum(values * mask), tf.reduce_sum(mask))
-
-
-def check_at_least(argument, value, least):
-    """Raises ValueError where a setting is below `least`."""
-    if not value >= least:
-        raise ValueError(f"{argument}: expected a number >= {least}. Received: {value!r}")
-
-
-def check_int_at_least(argument, value, least):
-    """Raises ValueError where a setting is no int or below `least`."""
-    if isinstance(value, bool) or value != int(value) or not value >= least:
-        raise ValueError(f"{argument}: expected an int >= {least}. Received: {value!r}")
-
-
-def check_above(argument, value, limit):
-    """Raises ValueError where a setting is not above `limit`."""
-    if not value > limit:
-        raise ValueError(f"{argument}: expected a number > {limit}. Received: {value!r}")
 
 
 _registry = Registry("objective", Objective)

@@ -2,7 +2,8 @@
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import PairObjective, check_above, masked_logsumexp, mean_where, register
+from s2sd_tf.checks import check_above
+from s2sd_tf.objectives.base import PairObjective, masked_logsumexp, mean_where, register
 
 
 @register("circle")
@@ -39,7 +40,7 @@ class Circle(PairObjective):
             masked_logsumexp(of_positives, pairs.positive, axis=1)
             + masked_logsumexp(of_negatives, pairs.negative, axis=1)
         )
-        return mean_where(losses, tf.reduce_any(pairs.positive, axis=1) & tf.reduce_any(pairs.negative, axis=1))
+        return mean_where(losses, pairs.complete())
 
     def get_config(self):
         return {**super().get_config(), "margin": self.margin, "gamma": self.gamma}

@@ -2,7 +2,8 @@
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import PairObjective, check_at_least, euclidean_distances, mean_where, register
+from s2sd_tf.checks import check_at_least
+from s2sd_tf.objectives.base import PairObjective, euclidean_distances, mean_where, register
 
 
 @register("contrastive")

@@ -2,7 +2,8 @@
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import PairObjective, check_int_at_least, mean_where, register, squared_distances
+from s2sd_tf.checks import checked_int
+from s2sd_tf.objectives.base import PairObjective, mean_where, register, squared_distances
 
 
 @register("fast_ap")
@@ -26,7 +27,7 @@ class FastAP(PairObjective):
 
     def __init__(self, bins=10, **kwargs):
         super().__init__(**kwargs)
-        check_int_at_least("bins", bins, 1)
+        checked_int("bins", bins, 1)
         self.bins = bins
 
     def compute_pairs(self, anchors, references, pairs):
@@ -35,7 +36,7 @@ class FastAP(PairObjective):
         positives, negatives = cumulative_histograms(positions, positive, negative, self.bins + 1)
         counts = positives - tf.pad(positives[:, :-1], [[0, 0], [1, 0]])
         precision = tf.reduce_sum(counts * tf.math.divide_no_nan(positives, positives + negatives), axis=1)
-        has_both = tf.reduce_any(pairs.positive, axis=1) & tf.reduce_any(pairs.negative, axis=1)
+        has_both = pairs.complete()
         return mean_where(1.0 - tf.math.divide_no_nan(precision, tf.reduce_sum(positive, axis=1)), has_both)
 
     def get_config(self):

@@ -2,7 +2,8 @@
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import PairObjective, check_int_at_least, register
+from s2sd_tf.checks import checked_int
+from s2sd_tf.objectives.base import PairObjective, register
 
 
 @register("histogram")
@@ -26,7 +27,7 @@ class Histogram(PairObjective):
 
     def __init__(self, bins=65, **kwargs):
         super().__init__(**kwargs)
-        check_int_at_least("bins", bins, 2)
+        checked_int("bins", bins, 2)
         self.bins = bins
 
     def compute_pairs(self, anchors, references, pairs):

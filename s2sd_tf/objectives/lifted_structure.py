@@ -73,7 +73,7 @@ class GeneralizedLifted(LengthPenalizedObjective):
         distances = euclidean_distances(anchors, references)
         pull = masked_logsumexp(distances, pairs.positive, axis=1)
         push = masked_logsumexp(self.margin - distances, pairs.negative, axis=1)
-        has_both = tf.reduce_any(pairs.positive, axis=1) & tf.reduce_any(pairs.negative, axis=1)
+        has_both = pairs.complete()
         return mean_where(tf.nn.relu(pull + push), has_both)
 
     def get_config(self):

@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from s2sd_tf.checks import check_at_least
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.mining.base import pair_masks
 from s2sd_tf.objectives.base import TupleObjective, euclidean_distances, register
@@ -44,8 +45,8 @@ class Margin(TupleObjective):
         **kwargs,
     ):
         super().__init__(miner=miner, learning_rate_multiplier=learning_rate_multiplier, **kwargs)
-        if not margin >= 0 or not nu >= 0:
-            raise ValueError(f"Margin: expected margin >= 0 and nu >= 0. Received: margin={margin}, nu={nu}")
+        check_at_least("margin", margin, 0)
+        check_at_least("nu", nu, 0)
         self.margin = margin
         self.beta = beta
         self.nu = nu
@@ -63,8 +64,7 @@ class Margin(TupleObjective):
     def compute_triplets(self, embeddings, labels, triplets, seed):
         del seed
         distances = euclidean_distances(embeddings)
-        to_positive = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.positive], axis=1))
-        to_negative = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.negative], axis=1))
+        to_positive, to_negative = triplets.of(distances)
         betas = tf.gather(self._anchor_betas(labels), triplets.anchor)
         valid = tf.cast(triplets.valid, distances.dtype)
         return self._reduce(

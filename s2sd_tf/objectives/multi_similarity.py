@@ -2,7 +2,9 @@
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import PairObjective, check_above, masked_log1p_sum_exp, mean_where, register
+from s2sd_tf.checks import check_above
+from s2sd_tf.mining import Pairs
+from s2sd_tf.objectives.base import PairObjective, masked_log1p_sum_exp, mean_where, register
 
 
 @register("multi_similarity")
@@ -45,7 +47,7 @@ class MultiSimilarity(PairObjective):
             greatest_negative = tf.reduce_max(tf.where(negative, fixed, low), axis=1, keepdims=True)
             positive &= fixed - self.epsilon < greatest_negative
             negative &= fixed + self.epsilon > least_positive
-            kept = tf.reduce_any(positive, axis=1) & tf.reduce_any(negative, axis=1)
+            kept = Pairs(positive, negative).complete()
         losses = masked_log1p_sum_exp(-self.alpha * (similarities - self.lambda_), positive, axis=1) / self.alpha
         losses += masked_log1p_sum_exp(self.beta * (similarities - self.lambda_), negative, axis=1) / self.beta
         return mean_where(losses, kept)

@@ -2,14 +2,8 @@
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import (
-    LengthPenalizedObjective,
-    PairObjective,
-    check_above,
-    masked_logsumexp,
-    mean_where,
-    register,
-)
+from s2sd_tf.checks import check_above
+from s2sd_tf.objectives.base import LengthPenalizedObjective, PairObjective, masked_logsumexp, mean_where, register
 
 
 @register("n_pair")

@@ -2,7 +2,8 @@
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import ProxyObjective, check_above, masked_log1p_sum_exp, mean_where, register
+from s2sd_tf.checks import check_above
+from s2sd_tf.objectives.base import ProxyObjective, masked_log1p_sum_exp, mean_where, register
 
 
 @register("proxy_anchor")

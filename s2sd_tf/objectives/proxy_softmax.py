@@ -4,7 +4,8 @@ import math
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import ProxyObjective, check_above, check_at_least, register
+from s2sd_tf.checks import check_above, check_at_least
+from s2sd_tf.objectives.base import ProxyObjective, register
 
 
 class SoftmaxObjective(ProxyObjective):

@@ -2,8 +2,9 @@
 
 import tensorflow as tf
 
+from s2sd_tf.checks import check_at_least
 from s2sd_tf.mining.base import uniform_draws
-from s2sd_tf.objectives.base import TupleObjective, check_at_least, mean_where, register, squared_distances
+from s2sd_tf.objectives.base import TupleObjective, mean_where, register, squared_distances
 
 
 @register("quadruplet")
@@ -37,8 +38,7 @@ class Quadruplet(TupleObjective):
     def compute_triplets(self, embeddings, labels, triplets, seed):
         distances = squared_distances(embeddings)
         fourth, found = fourth_images(labels, triplets, seed)
-        to_positive = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.positive], axis=1))
-        to_negative = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.negative], axis=1))
+        to_positive, to_negative = triplets.of(distances)
         between = tf.gather_nd(distances, tf.stack([triplets.negative, fourth], axis=1))
         losses = tf.nn.relu(to_positive - to_negative + self.margin)
         losses += tf.where(found, tf.nn.relu(to_positive - between + self.second_margin), 0.0)

@@ -2,7 +2,8 @@
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import PairObjective, check_above, mean_where, register
+from s2sd_tf.checks import check_above
+from s2sd_tf.objectives.base import PairObjective, mean_where, register
 
 
 @register("recall_at_k_surrogate")
@@ -39,7 +40,7 @@ class RecallAtKSurrogate(PairObjective):
 
     def compute_pairs(self, anchors, references, pairs):
         similarities = tf.matmul(anchors, references, transpose_b=True)
-        has_both = tf.reduce_any(pairs.positive, axis=1) & tf.reduce_any(pairs.negative, axis=1)
+        has_both = pairs.complete()
         counted = pairs.positive & has_both[:, None]
         ranks = soft_ranks(similarities, counted, pairs.positive | pairs.negative, self.rank_temperature)
         positive = tf.cast(counted, ranks.dtype)

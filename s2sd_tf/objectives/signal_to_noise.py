@@ -2,7 +2,8 @@
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import TupleObjective, check_at_least, register
+from s2sd_tf.checks import check_at_least
+from s2sd_tf.objectives.base import TupleObjective, register
 from s2sd_tf.objectives.triplet import all_triplet_hinges, triplet_hinges
 
 

@@ -4,7 +4,8 @@ import functools
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import ProxyObjective, check_above, check_at_least, check_int_at_least, register
+from s2sd_tf.checks import check_above, check_at_least, checked_int
+from s2sd_tf.objectives.base import ProxyObjective, register, square_root
 from s2sd_tf.objectives.proxy_softmax import lower_own, softmax_loss
 
 
@@ -44,7 +45,7 @@ class SoftTriple(ProxyObjective):
         **kwargs,
     ):
         super().__init__(num_classes=num_classes, **kwargs)
-        check_int_at_least("proxies_per_class", proxies_per_class, 1)
+        checked_int("proxies_per_class", proxies_per_class, 1)
         check_above("gamma", gamma, 0)
         check_above("scale", scale, 0)
         check_at_least("regularization", regularization, 0)
@@ -74,8 +75,7 @@ class SoftTriple(ProxyObjective):
         for s in range(count):
             for t in range(s):
                 squared = tf.reduce_sum(tf.square(centers[s] - centers[t]), axis=1)
-                apart = squared > 0
-                total += tf.reduce_sum(tf.where(apart, tf.sqrt(tf.where(apart, squared, 1.0)), 0.0))
+                total += tf.reduce_sum(square_root(squared))
         return self.regularization * total / max(1, self.num_classes * count * (count - 1))
 
     def get_config(self):

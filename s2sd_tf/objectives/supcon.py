@@ -2,7 +2,8 @@
 
 import tensorflow as tf
 
-from s2sd_tf.objectives.base import PairObjective, check_above, masked_logsumexp, mean_where, register
+from s2sd_tf.checks import check_above
+from s2sd_tf.objectives.base import PairObjective, masked_logsumexp, mean_where, register
 
 
 @register("supcon")
@@ -31,7 +32,7 @@ class SupCon(PairObjective):
         totals = masked_logsumexp(logits, pairs.positive | pairs.negative, axis=1)
         positive = tf.cast(pairs.positive, logits.dtype)
         own = tf.math.divide_no_nan(tf.reduce_sum(logits * positive, axis=1), tf.reduce_sum(positive, axis=1))
-        has_both = tf.reduce_any(pairs.positive, axis=1) & tf.reduce_any(pairs.negative, axis=1)
+        has_both = pairs.complete()
         return mean_where(tf.where(has_both, totals - own, 0.0), has_both)
 
     def get_config(self):

@@ -2,8 +2,9 @@
 
 import tensorflow as tf
 
+from s2sd_tf.checks import check_at_least
 from s2sd_tf.mining.base import pair_masks
-from s2sd_tf.objectives.base import TupleObjective, check_at_least, mean_where, register, squared_distances
+from s2sd_tf.objectives.base import TupleObjective, mean_where, register, squared_distances
 
 
 @register("triplet")
@@ -40,8 +41,7 @@ class Triplet(TupleObjective):
 
 def triplet_hinges(distances, triplets, margin):
     """Mean over `mining.Triplets` of max(0, d(a, p) - d(a, n) + margin), from distances `(batch, batch)`."""
-    to_positive = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.positive], axis=1))
-    to_negative = tf.gather_nd(distances, tf.stack([triplets.anchor, triplets.negative], axis=1))
+    to_positive, to_negative = triplets.of(distances)
     return mean_where(tf.nn.relu(to_positive - to_negative + margin), triplets.valid)
 
 

@@ -4,6 +4,7 @@ import inspect
 import numbers
 
 from s2sd_tf.keras_compat import import_addons, keras
+from s2sd_tf.registry import constructor_arguments
 
 ADDONS = "addons/"
 # What Keras has instead of each optimizer of tensorflow-addons; every class has its lower-case name here.
@@ -26,7 +27,7 @@ _LOOKAHEAD = ("optimizer", "slow_step_size", "sync_period")
 _AVERAGES = ("movingaverage", "swa")
 # Arguments of the bases of tensorflow-addons' optimizers, which they take as **kwargs.
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
-_GIVEN = ("self", "name", "learning_rate", "gradient_aggregator", "gradient_transformers")
+_GIVEN = ("name", "learning_rate", "gradient_aggregator", "gradient_transformers")
 
 
 def get(name, learning_rate, settings=None):
@@ -118,12 +119,7 @@ def _make(name, cls, learning_rate, settings, also=()):
 
 def _settings(cls):
     """Arguments of the constructor of `cls` and its bases, as a dict to their defaults."""
-    found = {}
-    for ancestor in cls.__mro__:
-        if "__init__" in vars(ancestor):
-            for key, parameter in inspect.signature(ancestor.__init__).parameters.items():
-                if key not in _GIVEN and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                    found.setdefault(key, parameter.default)
+    found = {key: default for key, default in constructor_arguments(cls.__mro__).items() if key not in _GIVEN}
     return {**dict.fromkeys(_CLIPPING), **found}
 
 

@@ -1,23 +1,11 @@
 """The base classes of the samplers, the registry, checks of arguments, and draws without repeats."""
 
-import numbers
-
 import numpy as np
 
+from s2sd_tf.checks import checked_int
 from s2sd_tf.registry import Registry
 
 SHORT_CLASSES = ("raise", "repeat", "skip")
-
-
-def checked_int(name, value, least):
-    """`value` as an int.
-
-    Raises:
-        ValueError: no int, or below `least`; the message calls it `name`.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name}: expected an int >= {least}. Received: {value!r}")
-    return int(value)
 
 
 def checked_labels(labels):

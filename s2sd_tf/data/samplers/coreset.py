@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from s2sd_tf.data.samplers.base import Queue, checked_int, images_by_class, register
+from s2sd_tf.checks import checked_int
+from s2sd_tf.data.samplers.base import Queue, images_by_class, register
 from s2sd_tf.data.samplers.storage import StorageSampler
 
 

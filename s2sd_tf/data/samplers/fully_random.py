@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from s2sd_tf.data.samplers.base import Queue, Sampler, checked_int, register
+from s2sd_tf.checks import checked_int
+from s2sd_tf.data.samplers.base import Queue, Sampler, register
 
 
 @register("random")

@@ -5,7 +5,8 @@ import threading
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from s2sd_tf.data.samplers.base import checked_int, register
+from s2sd_tf.checks import checked_int
+from s2sd_tf.data.samplers.base import register
 from s2sd_tf.data.samplers.class_balanced import ClassBalanced
 from s2sd_tf.data.samplers.storage import StorageSampler
 

@@ -5,7 +5,8 @@ import threading
 
 import numpy as np
 
-from s2sd_tf.data.samplers.base import ClassSampler, checked_int, checked_labels
+from s2sd_tf.checks import checked_int
+from s2sd_tf.data.samplers.base import ClassSampler, checked_labels
 
 
 class EmbeddingStorage:
