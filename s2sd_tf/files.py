@@ -36,10 +36,10 @@ def remove_leftovers(folder):
             shutil.rmtree(os.path.join(folder, name))
 
 
-def write_json(path, value):
-    """Writes `value` as indented JSON, whole or not at all."""
+def write_json(path, value, indent=2):
+    """Writes `value` as JSON, indented where it is for people too; whole or not at all."""
     with replacing(path) as temporary, open(temporary, "w") as file:
-        json.dump(value, file, indent=2)
+        json.dump(value, file, indent=indent)
         file.write("\n")
 
 

@@ -5,29 +5,42 @@ import pytest
 from PIL import Image
 
 from s2sd_tf import evaluation
-from s2sd_tf.evaluation import neighbors as neighbors_module
+from s2sd_tf.evaluation import exact
+from s2sd_tf.evaluation import metrics as metrics_module
+from s2sd_tf.evaluation.clustering import cluster_agreement
 from s2sd_tf.evaluation.pictures import choose_queries, save_curves, save_gallery
 from s2sd_tf.keras_compat import keras
 
 
-def naive_metrics(queries, query_labels, gallery, gallery_labels, ks, own):
-    """Every metric by loops over a full sort, in float64."""
+def similarities_of(queries, gallery, metric):
+    """All similarities, in float64, as `find_neighbors` has them."""
+    queries, gallery = np.asarray(queries, np.float64), np.asarray(gallery, np.float64)
+    if metric == "euclidean":
+        return -np.linalg.norm(queries[:, None] - gallery[None], axis=2)
     queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
-    gallery = gallery / np.linalg.norm(gallery, axis=1, keepdims=True)
+    return queries @ (gallery / np.linalg.norm(gallery, axis=1, keepdims=True)).T
+
+
+def naive_metrics(queries, query_labels, gallery, gallery_labels, same, ks, precision_ks, map_ks, metric="cosine"):
+    """Every metric of every query by loops over a full sort; `same(i, j)`: item j is left out for query i."""
     rows = []
-    for i, query in enumerate(queries):
-        order = [j for j in np.argsort(-(gallery @ query), kind="stable") if not own or j != i]
+    for i, similarity in enumerate(similarities_of(queries, gallery, metric)):
+        order = [j for j in np.argsort(-similarity, kind="stable") if not same(i, j)]
         hits = [gallery_labels[j] == query_labels[i] for j in order]
         positives = sum(hits)
         if not positives:
+            rows.append(None)
             continue
         row = {f"recall@{k}": float(any(hits[:k])) for k in ks}
-        row["precision@1"] = float(hits[0])
+        row.update({f"precision@{k}": sum(hits[:k]) / min(k, len(hits)) for k in precision_ks})
         row["r_precision"] = sum(hits[:positives]) / positives
         row["map@r"] = sum(sum(hits[: r + 1]) / (r + 1) for r in range(positives) if hits[r]) / positives
-        row["mrr@1000"] = 1.0 / (hits.index(True) + 1)
+        for k in map_ks:
+            found = sum(sum(hits[: r + 1]) / (r + 1) for r in range(min(k, len(hits))) if hits[r])
+            row[f"map@{k}"] = found / min(k, positives)
+        row["mrr"] = 1.0 / (hits.index(True) + 1)
         rows.append(row)
-    return {name: np.mean([row[name] for row in rows]) for name in rows[0]}
+    return rows
 
 
 @pytest.mark.parametrize("method", ["exact", "scann"])
@@ -45,25 +58,76 @@ def test_golden(golden, method):
         assert found[name] == pytest.approx(float(values[golden_name]), abs=1e-6), name
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("method", ["exact", "scann"])
-@pytest.mark.parametrize("own", [True, False])
-def test_naive_rederivation(method, own, monkeypatch):
-    monkeypatch.setattr(neighbors_module, "BLOCK_BYTES", 4 * 60 * 7)  # several blocks
-    monkeypatch.setattr("s2sd_tf.evaluation.metrics._RANKS_BYTES", 8 * 60 * 11)
+@pytest.mark.parametrize("kind", ["own", "gallery", "camera"])
+def test_naive_rederivation(kind, method, metric):
     generator = np.random.default_rng(0)
-    gallery, gallery_labels = generator.normal(size=(60, 5)), generator.integers(0, 9, 60)
+    gallery, gallery_labels = generator.normal(size=(60, 5)) + 3.0, generator.integers(0, 9, 60)
     gallery_labels[0] = 77  # a class of one
-    queries, query_labels = (
-        (gallery, gallery_labels) if own else (generator.normal(size=(23, 5)), generator.integers(0, 12, 23))
+    ids = np.stack([gallery_labels, generator.integers(0, 3, 60)], axis=1)
+    queries, labels, arguments = gallery, gallery_labels, {}
+    same = np.eye(60, dtype=bool)
+    if kind == "gallery":
+        queries, labels = generator.normal(size=(23, 5)) + 3.0, generator.integers(0, 12, 23)
+        arguments, same = {"gallery": gallery, "gallery_labels": gallery_labels}, np.zeros((23, 60), bool)
+    if kind == "camera":
+        # As in person re-identification: the same identity in the same camera is left out.
+        arguments, same = {"query_ids": ids}, (ids[:, None] == ids[None]).all(axis=2)
+    at = {"ks": (1, 3, 1000), "precision_ks": (1, 4, 1000), "map_ks": (2, 5, 1000)}
+    rows = naive_metrics(queries, labels, gallery, gallery_labels, lambda i, j: same[i, j], **at, metric=metric)
+    # So much memory that it is cut into blocks.
+    depth = {} if method == "exact" else {"mrr_depth": 1000}
+    found = evaluation.evaluate_retrieval(
+        queries, labels, **arguments, **at, **depth, method=method, metric=metric, memory_mib=1
     )
-    ks = (1, 3, 1000)
-    expected = naive_metrics(queries, query_labels, gallery, gallery_labels, ks, own)
-    rest = () if own else (gallery, gallery_labels)
-    found = evaluation.retrieval_metrics(queries, query_labels, *rest, ks=ks, method=method, mrr_depth=1000)
-    for name, value in expected.items():
-        assert found[name] == pytest.approx(value, abs=1e-6), name
-    assert found["queries"] == len(queries)
-    assert found["queries_without_positive"] == sum(np.sum(gallery_labels == label) - own < 1 for label in query_labels)
+    unanswerable = np.array([row is None for row in rows])
+    assert (found.answerable == ~unanswerable).all()
+    means = found.means()
+    for name in next(row for row in rows if row):
+        ours = found.values["mrr@1000" if name == "mrr" and depth else name]
+        np.testing.assert_allclose(ours[~unanswerable], [row[name] for row in rows if row], atol=1e-6, err_msg=name)
+        assert np.isnan(ours[unanswerable]).all()
+        assert means["mrr@1000" if name == "mrr" and depth else name] == pytest.approx(np.nanmean(ours))
+    assert means["queries"] == len(queries)
+    assert means["queries_without_positive"] == unanswerable.sum()
+    classes, counts, per_class = found.per_class()
+    for position, label in enumerate(classes):
+        of_class = [row for row, other in zip(rows, labels) if row and other == label]
+        assert counts[position] == len(of_class)
+        assert per_class["map@r"][position] == pytest.approx(np.mean([row["map@r"] for row in of_class]))
+
+
+def test_confidence_intervals(unit_rows):
+    labels = np.repeat(np.arange(20), 6)
+    centres = np.repeat(unit_rows(20, 8), 6, axis=0)
+    result = evaluation.evaluate_retrieval(centres + 0.25 * np.random.default_rng(0).normal(size=(120, 8)), labels)
+    mean = result.means()["map@r"]
+    by_class, by_query = (result.confidence_intervals(unit=unit)["map@r"] for unit in ("class", "query"))
+    for low, high in (by_class, by_query):
+        assert low < mean < high
+    # The normal approximation.
+    deviation = np.std(result.values["map@r"], ddof=1) / np.sqrt(120)
+    assert by_query[1] - by_query[0] == pytest.approx(2 * 1.96 * deviation, rel=0.15)
+    # Queries of a class fail together.
+    assert by_class[1] - by_class[0] > by_query[1] - by_query[0]
+    assert result.confidence_intervals(seed=1) == result.confidence_intervals(seed=1) != result.confidence_intervals()
+    for arguments, words in (({"level": 1.0}, "level"), ({"resamples": 0}, "resamples"), ({"unit": "item"}, "unit")):
+        with pytest.raises(ValueError, match=words):
+            result.confidence_intervals(**arguments)
+
+
+def test_one_class_and_perfect_retrieval():
+    rows = np.random.default_rng(0).normal(size=(7, 3))
+    found = evaluation.retrieval_metrics(rows, np.zeros(7, int), ks=(1, 9), precision_ks=(1, 9), map_ks=(3, 9))
+    assert {value for name, value in found.items() if isinstance(value, float)} == {1.0}
+
+
+def test_a_query_that_was_not_found_by_scann_counts_as_wrong():
+    ranks = [np.array([], int), np.array([2, 5])]
+    values = metrics_module._per_query(ranks, np.array([3, 2]), np.array([9, 9]), (1, 2), (2,), (5,), None)
+    assert {name: value[0] for name, value in values.items()} == dict.fromkeys(values, 0)
+    assert values["map@5"][1] == pytest.approx((1 / 2 + 2 / 5) / 2)
 
 
 @pytest.mark.parametrize("method", ["exact", "scann"])
@@ -88,20 +152,127 @@ def test_k_beyond_the_gallery_is_padded(method):
     assert sorted(found.indices[0, :2]) == [0, 1]
 
 
-def test_exact_and_scann_agree_beyond_the_brute_force_size(monkeypatch):
-    monkeypatch.setattr(neighbors_module, "SCANN_BRUTE_FORCE_SIZE", 1000)
-    centres = np.random.default_rng(0).normal(size=(50, 16))
-    rows = (np.repeat(centres, 40, axis=0) + 0.3 * np.random.default_rng(1).normal(size=(2000, 16))).astype(np.float32)
-    ids = np.arange(2000)
-    exact, scann = (evaluation.find_neighbors(rows, rows, 10, ids, ids, method=m) for m in ("exact", "scann"))
-    shared = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact.indices, scann.indices)])
-    assert shared > 0.9
-    assert not np.any(scann.indices == ids[:, None])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 200, 7), (150, 97, 1), (700, 1500, 20), (130, 4000, 300)])
+def test_exact_search_is_a_full_sort(shape, dtype, metric, monkeypatch):
+    monkeypatch.setattr(exact, "_WIDTH", 512)
+    queries, size, k = shape
+    generator = np.random.default_rng(0)
+    gallery = generator.normal(size=(size, 6)).astype(dtype)
+    gallery[size // 2 :] = gallery[: size - size // 2]  # duplicates
+    rows = generator.normal(size=(queries, 6)).astype(dtype)
+    for one, same in ((rows, False), (gallery, True)):
+        ids = (np.arange(len(one)), np.arange(size)) if same else (None, None)
+        found = evaluation.find_neighbors(one, gallery, k, *ids, metric=metric)
+        expected = similarities_of(one, gallery, metric)
+        if same:
+            np.fill_diagonal(expected, -np.inf)
+        best = -np.sort(-expected, axis=1)[:, :k]
+        found_there = found.similarities[:, : best.shape[1]]
+        np.testing.assert_allclose(found_there, best, atol=5e-6 if metric == "cosine" else 1e-5)
+        there = found.indices >= 0
+        assert (there == np.isfinite(found.similarities)).all()
+        of_found = np.take_along_axis(expected, np.maximum(found.indices, 0), axis=1)
+        np.testing.assert_allclose(of_found[there], found.similarities[there], atol=1e-5)
+        assert all(len(set(row[row >= 0])) == np.sum(row >= 0) for row in found.indices)
+
+
+def test_search_among_themselves_is_that_of_a_copy(monkeypatch):
+    monkeypatch.setattr(exact, "_WIDTH", 512)
+    rows = np.random.default_rng(0).normal(size=(1900, 16)).astype(np.float32)
+    ids = np.random.default_rng(1).integers(0, 40, 1900)
+    for arguments in ((), (ids, ids)):
+        once = evaluation.find_neighbors(rows, rows, 9, *arguments)
+        twice = evaluation.find_neighbors(rows.copy(), rows, 9, *arguments)
+        np.testing.assert_array_equal(once.indices, twice.indices)
+        np.testing.assert_allclose(once.similarities, twice.similarities, atol=1e-6)
+
+
+def test_equal_similarities_come_in_the_order_of_positions(monkeypatch):
+    monkeypatch.setattr(exact, "_WIDTH", 256)
+    gallery = np.tile(np.eye(4, dtype=np.float32), (500, 1))
+    found = evaluation.find_neighbors(gallery, gallery, 7, np.arange(2000), np.arange(2000)).indices
+    for i in (0, 1, 777, 1999):
+        assert found[i].tolist() == [j for j in range(i % 4, 2000, 4) if j != i][:7]
+
+
+def test_the_search_on_a_device_is_that_on_the_cpu(monkeypatch):
+    rows = np.random.default_rng(0).normal(size=(300, 12)).astype(np.float32)
+    ids = np.arange(300) // 2
+    expected = evaluation.find_neighbors(rows, rows, 5, ids, ids)
+    calls = []
+    monkeypatch.setattr(exact, "_WIDTH", 128)
+    update = exact._Best.update_on_device
+    monkeypatch.setattr(exact._Best, "update_on_device", lambda *a: calls.append(1) or update(*a))
+    monkeypatch.setattr(exact.tf.config, "get_visible_devices", lambda kind: [kind])
+    found = evaluation.find_neighbors(rows, rows, 5, ids, ids)
+    assert calls
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    np.testing.assert_allclose(found.similarities, expected.similarities, atol=1e-6)
+
+
+def test_distances_are_exact_far_from_the_origin():
+    generator = np.random.default_rng(0)
+    rows = 1000.0 + 1e-2 * generator.normal(size=(200, 4))
+    found = evaluation.find_neighbors(rows, rows, 3, np.arange(200), np.arange(200), metric="euclidean")
+    expected = similarities_of(rows, rows, "euclidean")
+    np.fill_diagonal(expected, -np.inf)
+    np.testing.assert_array_equal(found.indices, np.argsort(-expected, axis=1)[:, :3])
+    np.testing.assert_allclose(found.similarities, -np.sort(-expected, axis=1)[:, :3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_galleries_on_disk_are_read_in_parts(tmp_path, metric, monkeypatch):
+    monkeypatch.setattr(exact, "_WIDTH", 256)
+    rows = np.random.default_rng(0).normal(size=(1000, 8)).astype(np.float32)
+    np.save(tmp_path / "all.npy", rows)
+    for number, part in enumerate(np.split(rows, [10, 700])):
+        np.save(tmp_path / f"{number}.npy", part)
+    shards = evaluation.EmbeddingShards([np.load(tmp_path / f"{i}.npy", mmap_mode="r") for i in range(3)])
+    labels = np.arange(1000) // 5
+    expected = evaluation.find_neighbors(rows[:90], rows, 4, metric=metric)
+    metrics = evaluation.retrieval_metrics(rows, labels, metric=metric)
+    largest = []
+    original = evaluation.EmbeddingShards.__getitem__
+    monkeypatch.setattr(
+        evaluation.EmbeddingShards,
+        "__getitem__",
+        lambda self, part: largest.append(part) or original(self, part),
+    )
+    for gallery in (np.load(tmp_path / "all.npy", mmap_mode="r"), shards):
+        found = evaluation.find_neighbors(rows[:90], gallery, 4, metric=metric, memory_mib=1)
+        np.testing.assert_array_equal(found.indices, expected.indices)
+        assert evaluation.retrieval_metrics(gallery, labels, metric=metric) == pytest.approx(metrics)
+    found = evaluation.find_neighbors(shards, shards, 2, metric=metric)
+    assert (found.indices[:, 0] == np.arange(1000)).all()
+    assert len(largest) > 8
+    np.testing.assert_array_equal(shards.take_rows(np.array([0, 9, 10, 999, 5])), rows[[0, 9, 10, 999, 5]])
+    np.testing.assert_array_equal(shards[5:705], rows[5:705])
+
+
+def test_memory_stays_within_the_budget(tmp_path, run_python):
+    np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(60_000, 64)).astype(np.float32))
+    code = """
+import resource, sys
+import numpy as np
+from s2sd_tf import evaluation
+rows = np.load("rows.npy", mmap_mode="r")
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+evaluation.find_neighbors(rows[:64], rows[:64], 3)
+before = peak()
+evaluation.find_neighbors(rows[:2000], rows, 10, memory_mib=64)
+print(peak() - before)
+"""
+    # 2,000 x 60,000 similarities would be 458 MiB. The mapped file, 15 MiB, counts too.
+    assert float(run_python("-c", code, cwd=tmp_path).stdout.split()[-1]) < 64 + 15 + 40
 
 
 def test_empty_sets():
     assert evaluation.find_neighbors(np.zeros((0, 3)), np.eye(3), 2).indices.shape == (0, 2)
     assert (evaluation.find_neighbors(np.eye(3), np.zeros((0, 3)), 2).indices == -1).all()
+    nothing = evaluation.find_neighbors(np.eye(3), np.zeros((0, 3)), 2, method="scann")
+    assert np.isneginf(nothing.similarities).all()
 
 
 @pytest.mark.parametrize(
@@ -115,6 +286,13 @@ def test_empty_sets():
         ({"gallery": np.eye(3)}, "both or neither"),
         ({"method": "guess"}, "method"),
         ({"mrr_depth": 0}, "mrr_depth"),
+        ({"metric": "manhattan"}, "metric"),
+        ({"map_ks": (0,)}, "map_ks"),
+        ({"precision_ks": (1.5,)}, "precision_ks"),
+        ({"query_labels": [0.0, 0.0, 1.0]}, "query_labels: expected integers"),
+        ({"query_ids": np.zeros((3, 2, 2))}, "ids"),
+        ({"gallery_ids": [0, 1, 2]}, "gallery_ids"),
+        ({"memory_mib": 0}, "memory_mib"),
         ({"queries": np.zeros((3, 3), int)}, "floating"),
         ({"queries": np.full((3, 3), np.nan)}, "finite"),
     ],
@@ -143,6 +321,7 @@ def test_callback_logs_every_n_epochs_and_the_last(small_model):
     batches = data.class_balanced_batches(train, preprocessing, 3, 4, steps_per_epoch=1)
     history = model.fit(batches, epochs=5, verbose=0, callbacks=[callback, After()]).history
     names = {"unseen_recall@1", "unseen_recall@5", "unseen_precision@1", "unseen_r_precision", "unseen_map@r"}
+    names.add("unseen_mrr")
     assert seen == [set(), names, set(), names, names]
     assert len(history["unseen_map@r"]) == 3
     images = np.concatenate(list(data.evaluation_batches(test, preprocessing).as_numpy_iterator()))
@@ -150,6 +329,87 @@ def test_callback_logs_every_n_epochs_and_the_last(small_model):
     assert callback.latest["map@r"] == pytest.approx(expected["map@r"])
     with pytest.raises(ValueError, match="every"):
         evaluation.RetrievalEvaluation(images, test.labels, every=0)
+
+
+def naive_geometry(rows, labels, metric):
+    """By loops over pairs."""
+
+    def distance(a, b):
+        return 1.0 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) if metric == "cosine" else np.linalg.norm(a - b)
+
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True) if metric == "cosine" else rows
+    pairs = [(i, j) for i in range(len(rows)) for j in range(i) if labels[i] == labels[j]]
+    means = [unit[labels == label].mean(axis=0) for label in np.unique(labels)]
+    intra = np.mean([distance(unit[i], unit[j]) for i, j in pairs])
+    inter = np.mean([distance(means[i], means[j]) for i in range(len(means)) for j in range(i)])
+    values = np.sqrt(np.linalg.eigvalsh(unit.T @ unit))
+    values /= values.sum()
+    rho = np.sum(np.log(1 / len(values) / values)) / len(values)
+    return {"intra": intra, "inter": inter, "ratio": intra / inter, "rho": rho}
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_geometry(metric, monkeypatch):
+    monkeypatch.setattr("s2sd_tf.evaluation.geometry._BLOCK", 16)
+    generator = np.random.default_rng(0)
+    rows, labels = generator.normal(size=(70, 5)) + 1.0, generator.integers(0, 12, 70)
+    found = evaluation.embedding_geometry(rows, labels, metric)
+    assert found == pytest.approx(naive_geometry(rows, labels, metric), abs=1e-9)
+    order = generator.permutation(70)
+    assert evaluation.embedding_geometry(rows[order], labels[order], metric) == pytest.approx(found, abs=1e-9)
+
+
+def test_geometry_where_something_is_undefined():
+    rows = np.random.default_rng(0).normal(size=(6, 3))
+    singles = evaluation.embedding_geometry(rows, np.arange(6))
+    assert np.isnan(singles["intra"])
+    assert np.isfinite(singles["inter"])
+    one = evaluation.embedding_geometry(rows, np.zeros(6, int))
+    assert np.isnan(one["inter"])
+    assert np.isnan(one["ratio"])
+    assert evaluation.embedding_geometry(rows * [1, 1, 0], np.zeros(6, int))["rho"] == np.inf
+    with pytest.raises(ValueError, match="labels"):
+        evaluation.embedding_geometry(rows, [0])
+
+
+def naive_agreement(labels, clusters):
+    """NMI by sums over a table, F1 by loops over pairs."""
+    size = len(labels)
+    pairs = [(labels[i] == labels[j], clusters[i] == clusters[j]) for i in range(size) for j in range(i)]
+    both = sum(a and b for a, b in pairs)
+    precision, recall = both / sum(b for _, b in pairs), both / sum(a for a, _ in pairs)
+    p = {(a, b): np.mean((labels == a) & (clusters == b)) for a in set(labels) for b in set(clusters)}
+    entropy = {axis: -sum(np.mean(values == v) * np.log(np.mean(values == v)) for v in set(values))
+               for axis, values in (("a", labels), ("b", clusters))}  # fmt: skip
+    mutual = sum(v * np.log(v / np.mean(labels == a) / np.mean(clusters == b)) for (a, b), v in p.items() if v)
+    return mutual / (entropy["a"] + entropy["b"]) * 2, 2 * precision * recall / (precision + recall)
+
+
+def test_clustering():
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(5), 12)
+    clusters = np.where(generator.random(60) < 0.3, generator.integers(0, 7, 60), labels)
+    nmi, f1 = naive_agreement(labels, clusters)
+    found = cluster_agreement(labels, clusters)
+    assert found["nmi"] == pytest.approx(nmi, abs=1e-9)
+    assert found["f1"] == pytest.approx(f1, abs=1e-9)
+    chance = [cluster_agreement(labels, generator.integers(0, 5, 60))["ami"] for _ in range(50)]
+    assert abs(np.mean(chance)) < 0.02
+    assert cluster_agreement(np.arange(4), np.arange(4)) == pytest.approx({"nmi": 1.0, "ami": 1.0, "f1": 1.0})
+
+    centres = generator.normal(size=(5, 8))
+    rows = centres[labels] + 0.01 * generator.normal(size=(60, 8))
+    for metric in ("cosine", "euclidean"):
+        assert evaluation.clustering_metrics(rows, labels, metric=metric, restarts=20)["nmi"] == pytest.approx(1.0)
+    # Lengths do not matter for the cosine.
+    scaled = rows * generator.uniform(0.1, 10, (60, 1))
+    assert evaluation.clustering_metrics(scaled, labels, restarts=20)["ami"] == pytest.approx(1.0)
+    blurred = rows + generator.normal(size=rows.shape)
+    assert evaluation.clustering_metrics(blurred, labels, 7) == evaluation.clustering_metrics(blurred, labels, 7)
+    with pytest.raises(ValueError, match="num_clusters"):
+        evaluation.clustering_metrics(rows, labels, 61)
+    with pytest.raises(ValueError, match="labels"):
+        evaluation.clustering_metrics(rows, labels[1:])
 
 
 def test_pictures(tmp_path):

@@ -1,7 +1,25 @@
-"""Nearest neighbours, retrieval metrics, a Keras callback and pictures; all on plain arrays."""
+"""Nearest neighbours, indexes, metrics, a Keras callback, reports and pictures; all on plain arrays."""
 
 from s2sd_tf.evaluation.callback import RetrievalEvaluation
-from s2sd_tf.evaluation.metrics import retrieval_metrics
+from s2sd_tf.evaluation.clustering import clustering_metrics
+from s2sd_tf.evaluation.embeddings import EmbeddingShards, read_embeddings
+from s2sd_tf.evaluation.geometry import embedding_geometry
+from s2sd_tf.evaluation.index import ScannIndex, build_index, load_index
+from s2sd_tf.evaluation.metrics import RetrievalResult, evaluate_retrieval, retrieval_metrics
 from s2sd_tf.evaluation.neighbors import Neighbors, find_neighbors
 
-__all__ = ["Neighbors", "RetrievalEvaluation", "find_neighbors", "retrieval_metrics"]
+__all__ = [
+    "EmbeddingShards",
+    "Neighbors",
+    "RetrievalEvaluation",
+    "RetrievalResult",
+    "ScannIndex",
+    "build_index",
+    "clustering_metrics",
+    "embedding_geometry",
+    "evaluate_retrieval",
+    "find_neighbors",
+    "load_index",
+    "read_embeddings",
+    "retrieval_metrics",
+]

@@ -1,107 +1,270 @@
 """Retrieval metrics from embeddings and labels."""
 
+import dataclasses
+
 import numpy as np
 
-from s2sd_tf.evaluation.neighbors import find_neighbors
+from s2sd_tf.checks import checked_int
+from s2sd_tf.evaluation import exact
+from s2sd_tf.evaluation.exact import METRICS
+from s2sd_tf.evaluation.neighbors import METHODS, check_choice, checked_sets, find_neighbors
 
-# Queries ranked at a time, so that the ranks of a large set never stand in memory at once.
-_RANKS_BYTES = 64 * 2**20
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalResult:
+    """The retrieval metrics of every query.
+
+    Attributes:
+        values: dict from a metric's name to a float64 array `(queries,)`; NaN for a query without a positive.
+        labels: int64 `(queries,)`.
+        positives: int64 `(queries,)`, the positives of each query in the gallery.
+        first_ranks: int64 `(queries,)`, the rank of the first positive, from 1 on; 0 where none was found.
+    """
+
+    values: dict
+    labels: np.ndarray
+    positives: np.ndarray
+    first_ranks: np.ndarray
+
+    @property
+    def answerable(self):
+        """bool `(queries,)`: which queries have a positive."""
+        return self.positives > 0
+
+    def means(self):
+        """Each metric's mean over the queries that have a positive, and the ints "queries" and
+        "queries_without_positive".
+        """
+        return {
+            **{name: float(np.mean(values[self.answerable])) for name, values in self.values.items()},
+            "queries": len(self.labels),
+            "queries_without_positive": int(np.sum(~self.answerable)),
+        }
+
+    def per_class(self):
+        """`(labels, counts, means)`: the classes with answerable queries, ascending, int64 `(classes,)`; how many
+        queries each has; and a dict from metric to float64 `(classes,)`.
+        """
+        classes, inverse = np.unique(self.labels[self.answerable], return_inverse=True)
+        counts = np.bincount(inverse, minlength=len(classes))
+        means = {
+            name: np.bincount(inverse, values[self.answerable], len(classes)) / counts
+            for name, values in self.values.items()
+        }
+        return classes, counts, means
+
+    def confidence_intervals(self, level=0.95, resamples=1000, seed=0, unit="class"):
+        """Percentile bootstrap intervals of the means.
+
+        Args:
+            level: float in (0, 1).
+            resamples: int >= 1.
+            seed: int >= 0.
+            unit: what is drawn with replacement: "class", whole classes, as queries of one class are not independent
+                (a cluster bootstrap); or "query".
+
+        Returns:
+            dict from metric to `(low, high)`.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level: expected a number in (0, 1). Received: {level!r}")
+        resamples = checked_int("resamples", resamples, 1)
+        check_choice("unit", unit, ("class", "query"))
+        names = list(self.values)
+        values = np.stack([self.values[name][self.answerable] for name in names], axis=1)
+        sums, counts = values, np.ones(len(values))
+        if unit == "class":
+            inverse = np.unique(self.labels[self.answerable], return_inverse=True)[1]
+            counts = np.bincount(inverse).astype(np.float64)
+            sums = np.stack([np.bincount(inverse, column) for column in values.T], axis=1)
+        generator = np.random.default_rng(checked_int("seed", seed, 0))
+        means = np.empty((resamples, len(names)))
+        for resample in range(resamples):
+            drawn = np.bincount(generator.integers(0, len(sums), len(sums)), minlength=len(sums))
+            means[resample] = drawn @ sums / (drawn @ counts)
+        low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
 
 
-def retrieval_metrics(
+def retrieval_metrics(queries, query_labels, gallery=None, gallery_labels=None, **settings):
+    """The means of `evaluate_retrieval`, which has the same arguments: a dict of floats by metric, and of the ints
+    "queries" and "queries_without_positive".
+    """
+    return evaluate_retrieval(queries, query_labels, gallery, gallery_labels, **settings).means()
+
+
+def evaluate_retrieval(
     queries,
     query_labels,
     gallery=None,
     gallery_labels=None,
     ks=(1, 2, 4, 8),
-    method="exact",
+    precision_ks=(1,),
+    map_ks=(),
     mrr_depth=None,
+    query_ids=None,
+    gallery_ids=None,
+    method="exact",
+    metric="cosine",
+    recall=0.99,
+    memory_mib=512,
+    progress=False,
 ):
-    """Retrieval quality by cosine similarity.
+    """Retrieval quality.
 
     Without a gallery the queries search among themselves, each without itself. With R the number of a query's positives
-    in the gallery (items of its label other than itself):
+    in the gallery (items of its label that no id leaves out):
 
-    - `recall@k`: share of queries with a positive among the k nearest;
-    - `precision@1`: share of queries whose nearest is a positive;
+    - `recall@k`: 1 where a positive is among the k nearest, else 0;
+    - `precision@k`: share of positives among the k nearest, or among the whole gallery where that is smaller;
     - `r_precision`: share of positives among the R nearest;
     - `map@r`: mean over the first R ranks of the precision at the rank, where that rank is a positive, else 0 (Musgrave
       et al., "A Metric Learning Reality Check", ECCV 2020);
-    - `mrr@k`, with k = `mrr_depth`: 1 / rank of the first positive, 0 where that is beyond the k nearest. A k of the
-      gallery's size or more is the mean reciprocal rank of the whole ranking.
+    - `map@k`: the same over the first k ranks, divided by min(k, R), so that perfect retrieval has 1 whatever k and R
+      are; a k of the gallery's size makes it the mean average precision of the whole ranking;
+    - `mrr`: 1 / rank of the first positive in the whole ranking; or `mrr@k`, with k = `mrr_depth`: 0 where that is
+      beyond the k nearest.
 
-    Each is a mean over the queries that have a positive; the number of the others is reported. A k above the gallery's
-    size counts the whole gallery.
+    Exact search gives the true rank of every positive, however far down. ScaNN finds as many neighbours as the largest
+    k or R asks for; what is not among them counts as not found, so its `mrr` has that depth.
 
     Args:
-        queries: float array `(queries, dim)`.
+        queries: float rows `(queries, dim)`: an array, a memory-mapped file, `EmbeddingShards`.
         query_labels: integer array `(queries,)`.
         gallery, gallery_labels: the same of the gallery, or None.
-        ks: ints >= 1.
-        method: "exact" or "scann".
-        mrr_depth: int >= 1, or None to leave the mean reciprocal rank out.
+        ks, precision_ks, map_ks: ints >= 1, for `recall@k`, `precision@k` and `map@k`; `ks` has one at least.
+        mrr_depth: int >= 1 or None.
+        query_ids, gallery_ids: see `find_neighbors`; without a gallery `query_ids` alone, by default the positions.
+        method, metric, recall, memory_mib, progress: see `find_neighbors`. With more than one label for everything the
+            memory also holds the ranks of a block of queries.
 
     Returns:
-        dict of floats by the names above, and the ints "queries" and "queries_without_positive".
+        `RetrievalResult`.
 
     Raises:
         ValueError: no queries, labels that do not fit, or no query that has a positive.
     """
-    queries, query_labels = np.asarray(queries), np.asarray(query_labels).reshape(-1)
-    if not ks or min(ks) < 1:
-        raise ValueError(f"ks: expected ints >= 1. Received: {ks}")
+    ks, precision_ks, map_ks = (
+        [checked_int(name, k, 1) for k in values]
+        for name, values in (("ks", ks), ("precision_ks", precision_ks), ("map_ks", map_ks))
+    )
+    if not ks:
+        raise ValueError("ks: expected at least one int >= 1. Received: none")
+    if mrr_depth is not None:
+        checked_int("mrr_depth", mrr_depth, 1)
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery and gallery_labels: expected both or neither")
-    if mrr_depth is not None and mrr_depth < 1:
-        raise ValueError(f"mrr_depth: expected an int >= 1 or None. Received: {mrr_depth}")
-    ids = gallery_ids = None
     if gallery is None:
-        gallery, gallery_labels = queries, query_labels
-        ids = gallery_ids = np.arange(len(queries))
-    gallery_labels = np.asarray(gallery_labels).reshape(-1)
-    for name, labels, items in (("query", query_labels, queries), ("gallery", gallery_labels, gallery)):
-        if len(labels) != len(items):
-            raise ValueError(f"{name}_labels: expected one for each of {len(items)}. Received: {len(labels)}")
-    if not len(queries):
+        if gallery_ids is not None:
+            raise ValueError("gallery_ids: expected None without a gallery")
+        if query_ids is None:
+            query_ids = np.arange(len(query_labels))
+        gallery, gallery_labels, gallery_ids = queries, query_labels, query_ids
+    check_choice("method", method, METHODS)
+    check_choice("metric", metric, METRICS)
+    memory_mib = checked_int("memory_mib", memory_mib, 1)
+    query_labels, gallery_labels = _labels(query_labels, gallery_labels)
+    count = getattr(queries, "shape", [len(queries)])[0]
+    for name, labels, size in (
+        ("query", query_labels, count),
+        ("gallery", gallery_labels, getattr(gallery, "shape", [len(gallery)])[0]),
+    ):
+        if len(labels) != size:
+            raise ValueError(f"{name}_labels: expected one for each of {size}. Received: {len(labels)}")
+    if not count:
         raise ValueError("queries: expected at least one. Received: none")
+    queries, gallery, keys = checked_sets(queries, gallery, query_ids, gallery_ids)
 
-    classes, inverse = np.unique(np.concatenate([query_labels, gallery_labels]), return_inverse=True)
-    positives = np.bincount(inverse[len(queries) :], minlength=len(classes))[inverse[: len(queries)]]
-    positives = positives - (ids is not None)
-    answerable = np.flatnonzero(positives > 0)
-    if not len(answerable):
+    positives, candidates = _counts(query_labels, gallery_labels, keys)
+    if not positives.any():
         raise ValueError(
             "gallery_labels: expected at least one query to have a positive in the gallery. Received: none"
         )
+    if method == "exact":
+        left, right = exact.factors(queries, gallery, metric)
+        blocks = exact.positive_ranks(left, right, query_labels, gallery_labels, keys, memory_mib, progress)
+    else:
+        depth = min(len(gallery_labels), max(*ks, *precision_ks, *map_ks, int(positives.max()), mrr_depth or 1))
+        ids = {} if keys is None else {"query_ids": keys[0], "gallery_ids": keys[1]}
+        found = find_neighbors(queries, gallery, depth, **ids, method=method, metric=metric, recall=recall).indices
+        blocks = _ranks_in(found, query_labels, gallery_labels)
 
-    depth = min(len(gallery), max(*ks, int(positives.max()), mrr_depth or 1))
-    sums = {}
-    rows = max(1, _RANKS_BYTES // (8 * depth)) if method == "exact" else len(answerable)
-    for start in range(0, len(answerable), rows):
-        chosen = answerable[start : start + rows]
-        found = find_neighbors(
-            queries[chosen], gallery, depth, None if ids is None else ids[chosen], gallery_ids, method
-        ).indices
-        hits = (gallery_labels[found] == query_labels[chosen, None]) & (found >= 0)
-        for name, values in _per_query(hits, positives[chosen], ks, mrr_depth).items():
-            sums[name] = sums.get(name, 0.0) + float(np.sum(values))
-    return {
-        **{name: total / len(answerable) for name, total in sums.items()},
-        "queries": len(queries),
-        "queries_without_positive": len(queries) - len(answerable),
-    }
+    values, first_ranks = {}, np.zeros(len(query_labels), np.int64)
+    for chosen, ranks in blocks:
+        at = (ks, precision_ks, map_ks, mrr_depth)
+        per_query = _per_query(ranks, positives[chosen], candidates[chosen], *at)
+        first_ranks[chosen] = per_query.pop("first_rank")
+        for name, part in per_query.items():
+            values.setdefault(name, np.full(len(query_labels), np.nan))[chosen] = part
+    for part in values.values():
+        part[positives == 0] = np.nan
+    return RetrievalResult(values, query_labels, positives, first_ranks)
 
 
-def _per_query(hits, positives, ks, mrr_depth):
-    """Each metric for each query `(queries,)`, from the ranked hits `(queries, depth)` and the R of each query."""
-    ranks = np.arange(1, hits.shape[1] + 1)
-    counts = np.cumsum(hits, axis=1)
-    within = ranks[None, :] <= positives[:, None]
-    values = {f"recall@{k}": counts[:, min(k, hits.shape[1]) - 1] > 0 for k in ks}
-    values["precision@1"] = hits[:, 0]
-    values["r_precision"] = np.sum(hits & within, axis=1) / positives
-    values["map@r"] = np.sum(np.where(hits & within, counts / ranks, 0.0), axis=1) / positives
-    if mrr_depth is not None:
-        top = hits[:, :mrr_depth]
-        values[f"mrr@{mrr_depth}"] = np.where(top.any(axis=1), 1.0 / (np.argmax(top, axis=1) + 1.0), 0.0)
+def _labels(query_labels, gallery_labels):
+    found = []
+    for name, labels in (("query_labels", query_labels), ("gallery_labels", gallery_labels)):
+        labels = np.asarray(labels).reshape(-1)
+        if len(labels) and not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"{name}: expected integers. Received: {labels.dtype}")
+        found.append(labels.astype(np.int64))
+    return found
+
+
+def _counts(query_labels, gallery_labels, keys):
+    """How many positives and how many items each query has in the gallery, without those of its own key."""
+    classes, inverse = np.unique(np.concatenate([query_labels, gallery_labels]), return_inverse=True)
+    of_queries, of_gallery = inverse[: len(query_labels)], inverse[len(query_labels) :]
+    positives = np.bincount(of_gallery, minlength=len(classes))[of_queries]
+    candidates = np.full(len(query_labels), len(gallery_labels))
+    if keys is None:
+        return positives, candidates
+    most = max(int(keys[0].max(initial=0)), int(keys[1].max(initial=0))) + 1
+    candidates = candidates - np.bincount(keys[1], minlength=most)[keys[0]]
+    both, own = np.unique(of_gallery * most + keys[1], return_counts=True)
+    wanted = of_queries * most + keys[0]
+    if len(both):
+        found = np.minimum(np.searchsorted(both, wanted), len(both) - 1)
+        positives = positives - own[found] * (both[found] == wanted)
+    return positives, candidates
+
+
+def _ranks_in(neighbors, query_labels, gallery_labels, block=4096):
+    """Blocks as `exact.positive_ranks` gives them, of neighbours that were found."""
+    for start in range(0, len(neighbors), block):
+        chosen = np.arange(start, min(start + block, len(neighbors)))
+        found = neighbors[chosen]
+        hits = (gallery_labels[np.maximum(found, 0)] == query_labels[chosen, None]) & (found >= 0)
+        yield chosen, [np.flatnonzero(row) + 1 for row in hits]
+
+
+def _per_query(ranks, positives, candidates, ks, precision_ks, map_ks, mrr_depth):
+    """Each metric for each query `(queries,)`, from the ascending ranks of its positives."""
+    size = len(ranks)
+    lengths = np.array([len(row) for row in ranks])
+    flat = np.concatenate([np.empty(0, np.int64), *ranks])
+    query = np.repeat(np.arange(size), lengths)
+    # How many positives there are up to each, itself included.
+    place = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + 1
+
+    def count(within):
+        return np.bincount(query[within], minlength=size)
+
+    def precisions(within):
+        return np.bincount(query[within], (place / np.maximum(flat, 1))[within], size)
+
+    first = np.zeros(size, np.int64)
+    first[lengths > 0] = flat[(np.cumsum(lengths) - lengths)[lengths > 0]]
+    relevant = np.maximum(positives, 1)
+    in_r = flat <= positives[query]
+    values = {"first_rank": first}
+    values.update({f"recall@{k}": ((first > 0) & (first <= k)).astype(np.float64) for k in ks})
+    for k in precision_ks:
+        values[f"precision@{k}"] = count(flat <= k) / np.maximum(np.minimum(k, candidates), 1)
+    values["r_precision"] = count(in_r) / relevant
+    values["map@r"] = precisions(in_r) / relevant
+    for k in map_ks:
+        values[f"map@{k}"] = precisions(flat <= k) / np.minimum(k, relevant)
+    reached = (first > 0) & (first <= (mrr_depth or np.inf))
+    values["mrr" if mrr_depth is None else f"mrr@{mrr_depth}"] = np.where(reached, 1.0 / np.maximum(first, 1), 0.0)
     return values

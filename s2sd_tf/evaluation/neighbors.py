@@ -1,15 +1,14 @@
-"""Nearest neighbours by cosine similarity, exact or by ScaNN."""
+"""Nearest neighbours, exact or by ScaNN: one call, whatever searches."""
 
 from typing import NamedTuple
 
 import numpy as np
-import tensorflow as tf
+
+from s2sd_tf.checks import checked_int
+from s2sd_tf.evaluation import exact
+from s2sd_tf.evaluation.exact import METRICS
 
 METHODS = ("exact", "scann")
-# What a block of exact similarities may take, in bytes.
-BLOCK_BYTES = 256 * 2**20
-# Below this ScaNN searches by brute force, as its authors advise.
-SCANN_BRUTE_FORCE_SIZE = 20_000
 
 
 class Neighbors(NamedTuple):
@@ -17,129 +16,182 @@ class Neighbors(NamedTuple):
 
     Attributes:
         indices: int64 `(queries, k)`, positions in the gallery; -1 where there are no more.
-        similarities: float32 `(queries, k)`, cosine similarities; -inf where there are no more.
+        similarities: float32 `(queries, k)`: cosine similarities, or for the Euclidean metric minus the distances; -inf
+            where there are no more.
     """
 
     indices: np.ndarray
     similarities: np.ndarray
 
 
-def find_neighbors(queries, gallery, k, query_ids=None, gallery_ids=None, method="exact"):
-    """The k nearest gallery items of every query by cosine similarity.
+def find_neighbors(
+    queries,
+    gallery,
+    k,
+    query_ids=None,
+    gallery_ids=None,
+    method="exact",
+    metric="cosine",
+    recall=0.99,
+    memory_mib=512,
+    progress=False,
+):
+    """The k nearest gallery items of every query.
 
     Args:
-        queries: float array `(queries, dim)`; rows need not be normalised.
-        gallery: float array `(gallery, dim)`.
+        queries: float array `(queries, dim)`, or what gives such rows when sliced: a memory-mapped file
+            (`np.load(path, mmap_mode="r")`), an `EmbeddingShards`. Rows need not be normalised. Pass the gallery itself
+            to search it with its own items: half of the work is saved.
+        gallery: the same, `(gallery, dim)`.
         k: int >= 1; where fewer items remain, the rest is -1.
-        query_ids, gallery_ids: integer arrays `(queries,)` and `(gallery,)`, or None. Items that have the id of the
-            query are left out: the way to keep an image from finding itself, which position in the list is not, as
-            duplicates exist.
-        method: "exact" (blocked matrix products, float32) or "scann" (approximate above 20,000 items).
+        query_ids, gallery_ids: integer arrays `(queries,)` and `(gallery,)`, or `(queries, m)` and `(gallery, m)`, or
+            None. Items that have the id of the query, in all m columns, are left out: the way to keep an image from
+            finding itself (which position in the list is not, as duplicates exist), or an identity from being found in
+            pictures of the same camera (columns identity and camera).
+        method: "exact" (blocked matrix products in float32; on a GPU where TensorFlow sees one, without TensorFloat-32)
+            or "scann" (approximate for large galleries; see `ScannIndex`).
+        metric: "cosine" or "euclidean".
+        recall: float in (0, 1], to which "scann" is tuned.
+        memory_mib: int >= 1, MiB that "exact" may take beside results and arguments. A gallery on disk is read
+            block by block; "scann" copies it into memory.
+        progress: bool, show a progress bar.
 
     Returns:
         `Neighbors`. Among equal similarities "exact" puts the lower position first.
 
     Raises:
-        ValueError: shapes that do not fit, values that are not finite, an unknown method, or only one of the ids given.
+        ValueError: shapes that do not fit, values that are not finite, an unknown method or metric, or only one of the
+            ids given.
     """
-    queries, gallery = _normalized("queries", queries), _normalized("gallery", gallery)
+    queries, gallery, keys = checked_sets(queries, gallery, query_ids, gallery_ids)
+    k = checked_int("k", k, 1)
+    memory_mib = checked_int("memory_mib", memory_mib, 1)
+    check_choice("method", method, METHODS)
+    check_choice("metric", metric, METRICS)
+    if not queries.shape[0] or not gallery.shape[0]:
+        shape = (queries.shape[0], k)
+        return Neighbors(np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32))
+    if method == "scann":
+        return _scann(queries, gallery, k, keys, metric, recall)
+    found = exact_neighbors(queries, gallery, k, metric, keys, memory_mib, progress)
+    return found
+
+
+def exact_neighbors(queries, gallery, k, metric="cosine", keys=None, memory_mib=512, progress=False):
+    """`find_neighbors` by exact search, of arguments that were checked."""
+    left, right = exact.factors(queries, gallery, metric)
+    indices, similarities = exact.search(left, right, k, keys, memory_mib, progress)
+    if metric == "euclidean":
+        return Neighbors(*_exact_distances(queries, gallery, indices))
+    return Neighbors(indices, similarities)
+
+
+def checked_sets(queries, gallery, query_ids=None, gallery_ids=None):
+    """`(queries, gallery, keys)`: rows that can be sliced, and int64 keys `(queries,)`, `(gallery,)` or None.
+
+    Raises:
+        ValueError: what does not fit.
+    """
+    same = queries is gallery
+    queries = checked_rows("queries", queries)
+    gallery = queries if same else checked_rows("gallery", gallery)
     if queries.shape[1] != gallery.shape[1]:
         raise ValueError(f"gallery: expected dimension {queries.shape[1]}. Received: {gallery.shape[1]}")
-    if not k >= 1:
-        raise ValueError(f"k: expected an int >= 1. Received: {k}")
-    if method not in METHODS:
-        raise ValueError(f"method: expected one of {METHODS}. Received: {method!r}")
     if (query_ids is None) != (gallery_ids is None):
         raise ValueError("query_ids and gallery_ids: expected both or neither")
-    if query_ids is not None:
-        query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
-        if len(query_ids) != len(queries) or len(gallery_ids) != len(gallery):
-            raise ValueError(
-                f"ids: expected {len(queries)} query and {len(gallery)} gallery ids. "
-                f"Received: {len(query_ids)} and {len(gallery_ids)}"
-            )
-    found = _exact if method == "exact" else _scann
-    if not len(queries) or not len(gallery):
-        indices, similarities = np.empty((len(queries), 0), np.int64), np.empty((len(queries), 0), np.float32)
-    else:
-        indices, similarities = found(queries, gallery, k, query_ids, gallery_ids)
-    return _padded(indices, similarities, k)
-
-
-def _exact(queries, gallery, k, query_ids, gallery_ids):
-    rows = max(1, BLOCK_BYTES // (4 * len(gallery)))
-    k = min(k, len(gallery))
-    indices, similarities = [], []
-    for start in range(0, len(queries), rows):
-        # On the CPU, as GPUs multiply in TensorFloat-32 by default.
-        with tf.device("CPU:0"):
-            block = tf.matmul(queries[start : start + rows], gallery, transpose_b=True)
-            if query_ids is not None:
-                same = query_ids[start : start + rows, None] == gallery_ids[None, :]
-                block = tf.where(same, -np.inf, block)
-            values, positions = tf.math.top_k(block, k)
-        similarities.append(values.numpy())
-        indices.append(positions.numpy().astype(np.int64))
-    indices, similarities = np.concatenate(indices), np.concatenate(similarities)
-    return np.where(np.isneginf(similarities), -1, indices), similarities
-
-
-def _scann(queries, gallery, k, query_ids, gallery_ids):
-    try:
-        import scann
-    except ImportError as error:
-        raise ImportError(
-            "method='scann' needs ScaNN built for this TensorFlow: `pip install scann==1.4.2` for TensorFlow 2.20, "
-            "`pip install scann==1.3.0` for 2.15. Or use method='exact'."
-        ) from error
-    # As many more as share one id, so that k remain after the query's own are taken out.
-    own = 0 if query_ids is None else int(np.unique(gallery_ids, return_counts=True)[1].max())
-    wanted = min(k + own, len(gallery))
-    builder = scann.scann_ops_pybind.builder(gallery, wanted, "dot_product")
-    if len(gallery) < SCANN_BRUTE_FORCE_SIZE:
-        searcher = builder.score_brute_force().build()
-    else:
-        leaves = int(np.sqrt(len(gallery)))
-        searcher = (
-            builder.tree(
-                num_leaves=leaves,
-                num_leaves_to_search=min(leaves, max(20, leaves // 10)),
-                training_sample_size=min(len(gallery), 250_000),
-            )
-            .score_ah(2, anisotropic_quantization_threshold=0.2)
-            .reorder(max(4 * wanted, 100))
-            .build()
+    if query_ids is None:
+        return queries, gallery, None
+    query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
+    if len(query_ids) != queries.shape[0] or len(gallery_ids) != gallery.shape[0]:
+        raise ValueError(
+            f"ids: expected {queries.shape[0]} query and {gallery.shape[0]} gallery ids. "
+            f"Received: {len(query_ids)} and {len(gallery_ids)}"
         )
-    indices, similarities = searcher.search_batched_parallel(queries, final_num_neighbors=wanted)
-    indices, similarities = np.asarray(indices, np.int64), np.array(similarities, np.float32)
-    missing = ~np.isfinite(similarities)
-    if query_ids is not None:
-        missing |= gallery_ids[np.minimum(indices, len(gallery) - 1)] == query_ids[:, None]
-    # Moves what is left out to the end and keeps the order of the rest.
+    if query_ids.shape[1:] != gallery_ids.shape[1:] or query_ids.ndim > 2:
+        raise ValueError(
+            f"ids: expected both one-dimensional, or with the same columns. Received: {query_ids.shape} and "
+            f"{gallery_ids.shape}"
+        )
+    codes = np.unique(np.concatenate([query_ids, gallery_ids]), axis=0, return_inverse=True)[1].reshape(-1)
+    codes = codes.astype(np.int64)
+    return queries, gallery, (codes[: len(query_ids)], codes[len(query_ids) :])
+
+
+def checked_rows(name, rows):
+    """What gives float rows `(n, dim)` when sliced: `rows`, or an array of them.
+
+    Raises:
+        ValueError: another shape or dtype.
+    """
+    if not (hasattr(rows, "shape") and hasattr(rows, "dtype")) or hasattr(rows, "numpy"):
+        rows = np.asarray(rows)
+    if len(rows.shape) != 2 or not np.issubdtype(rows.dtype, np.floating) or not rows.shape[1]:
+        raise ValueError(
+            f"{name}: expected a floating array of shape (n, dim). Received: {rows.dtype} {tuple(rows.shape)}"
+        )
+    return rows
+
+
+def check_choice(name, value, choices):
+    """Raises ValueError where `value` is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}. Received: {value!r}")
+
+
+def without_own(neighbors, k, query_keys, gallery_keys):
+    """The first k of neighbours without the items that have the query's key."""
+    indices, similarities = neighbors
+    missing = (indices < 0) | (gallery_keys[np.maximum(indices, 0)] == query_keys[:, None])
     order = np.argsort(missing, axis=1, kind="stable")[:, :k]
     missing = np.take_along_axis(missing, order, axis=1)
     indices = np.where(missing, -1, np.take_along_axis(indices, order, axis=1))
-    return indices, np.where(missing, -np.inf, np.take_along_axis(similarities, order, axis=1)).astype(np.float32)
+    similarities = np.where(missing, -np.inf, np.take_along_axis(similarities, order, axis=1))
+    return padded(indices, similarities.astype(np.float32), k)
 
 
-def _normalized(name, embeddings):
-    embeddings = np.asarray(embeddings)
-    if embeddings.ndim != 2 or not np.issubdtype(embeddings.dtype, np.floating):
-        raise ValueError(
-            f"{name}: expected a floating array of shape (n, dim). Received: {embeddings.dtype} {embeddings.shape}"
-        )
-    if not np.isfinite(embeddings).all():
-        bad = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
-        raise ValueError(
-            f"{name}: expected finite values. Received: NaN or infinity in {len(bad)} rows, first row {bad[0]}"
-        )
-    norms = np.linalg.norm(embeddings.astype(np.float64), axis=1, keepdims=True)
-    return (embeddings / np.maximum(norms, 1e-12)).astype(np.float32)
-
-
-def _padded(indices, similarities, k):
+def padded(indices, similarities, k):
+    """`Neighbors` of k columns: what is missing is -1 and -inf."""
     missing = k - indices.shape[1]
     if missing > 0:
         indices = np.pad(indices, ((0, 0), (0, missing)), constant_values=-1)
         similarities = np.pad(similarities, ((0, 0), (0, missing)), constant_values=-np.inf)
     return Neighbors(indices, similarities)
+
+
+def _scann(queries, gallery, k, keys, metric, recall):
+    from s2sd_tf.evaluation.index import ScannIndex
+
+    # As many more as share one id, so that k remain after the query's own are taken out.
+    own = 0 if keys is None else int(np.bincount(keys[1]).max())
+    wanted = min(k + own, gallery.shape[0])
+    index = ScannIndex.build(gallery, metric=metric, recall=recall, k=wanted)
+    found = index.search(queries, wanted)
+    if keys is None:
+        return padded(*found, k)
+    return without_own(found, k, *keys)
+
+
+def _exact_distances(queries, gallery, indices, block=4096):
+    """Neighbours in the order of distances that were computed one by one in float64."""
+    ordered = np.empty_like(indices)
+    similarities = np.empty(indices.shape, np.float32)
+    for start in range(0, len(indices), block):
+        found = indices[start : start + block]
+        rows = np.asarray(queries[start : start + block]).astype(np.float64)
+        distances = np.full(found.shape, np.inf)
+        for column in range(found.shape[1]):
+            there = np.flatnonzero(found[:, column] >= 0)
+            others = take(gallery, found[there, column])
+            distances[there, column] = np.linalg.norm(rows[there] - others, axis=1)
+        # Equal distances: the lower position first, and what is missing last.
+        order = np.lexsort((np.where(found < 0, np.iinfo(np.int64).max, found), distances), axis=1)
+        ordered[start : start + block] = np.take_along_axis(found, order, axis=1)
+        similarities[start : start + block] = -np.take_along_axis(distances, order, axis=1)
+    return ordered, similarities
+
+
+def take(rows, positions):
+    """Rows at some positions, float64."""
+    if hasattr(rows, "take_rows"):
+        return rows.take_rows(positions).astype(np.float64)
+    return np.asarray(rows[positions]).astype(np.float64)

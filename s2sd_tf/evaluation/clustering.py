@@ -1,0 +1,84 @@
+"""How well k-means finds the classes in the embeddings."""
+
+import numpy as np
+
+from s2sd_tf.checks import checked_int
+from s2sd_tf.evaluation.exact import METRICS, check_finite, normalized
+from s2sd_tf.evaluation.neighbors import check_choice, checked_rows
+
+
+def clustering_metrics(embeddings, labels, num_clusters=None, metric="cosine", iterations=20, restarts=1, seed=0):
+    """NMI, AMI and pair F1 between classes and the clusters that k-means finds.
+
+    - `nmi`: normalised mutual information, by the arithmetic mean of the entropies;
+    - `ami`: the same adjusted for chance, 0 for random clusters;
+    - `f1`: F1 of the pairs of items: of those in one cluster, how many are of one class (precision), and of those of
+      one class, how many are in one cluster (recall).
+
+    Args:
+        embeddings: float array `(n, dim)`.
+        labels: integer array `(n,)`.
+        num_clusters: int >= 1. Default: the number of classes in `labels`.
+        metric: "cosine" (unit rows, unit centroids) or "euclidean".
+        iterations, restarts: ints >= 1, of k-means; of the restarts the one with the least error counts.
+        seed: int >= 0.
+
+    Returns:
+        dict of floats by the names above.
+
+    Raises:
+        ValueError: a bad argument, or fewer items than clusters.
+        ImportError: faiss is missing.
+    """
+    labels = np.asarray(labels).reshape(-1)
+    if len(labels) != len(embeddings):
+        raise ValueError(f"labels: expected one for each of {len(embeddings)}. Received: {len(labels)}")
+    clusters = kmeans(embeddings, num_clusters or len(np.unique(labels)), metric, iterations, restarts, seed)
+    return cluster_agreement(labels, clusters)
+
+
+def cluster_agreement(labels, clusters):
+    """`nmi`, `ami` and `f1` of a given clustering: integer arrays `(n,)` of classes and of clusters."""
+    from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    table = contingency_matrix(labels, clusters, sparse=True).astype(np.float64)
+    together, of_class, of_cluster = (
+        np.sum(counts * (counts - 1))
+        for counts in (table.data, np.ravel(table.sum(axis=1)), np.ravel(table.sum(axis=0)))
+    )
+    # No pair at all, of classes of one in clusters of one: all that there is was found.
+    f1 = 2.0 * together / (of_class + of_cluster) if of_class + of_cluster else 1.0
+    return {
+        "nmi": float(normalized_mutual_info_score(labels, clusters)),
+        "ami": float(adjusted_mutual_info_score(labels, clusters)),
+        "f1": float(f1),
+    }
+
+
+def kmeans(embeddings, num_clusters, metric="cosine", iterations=20, restarts=1, seed=0):
+    """The cluster of every row, int64 `(n,)`, by faiss's k-means; see `clustering_metrics`."""
+    rows = np.asarray(checked_rows("embeddings", embeddings)[:])
+    check_finite("embeddings", rows)
+    check_choice("metric", metric, METRICS)
+    num_clusters = checked_int("num_clusters", num_clusters, 1)
+    if num_clusters > len(rows):
+        raise ValueError(f"num_clusters: expected at most the number of rows, {len(rows)}. Received: {num_clusters}")
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("clustering metrics need faiss: `pip install faiss-cpu`") from error
+    rows = normalized(rows) if metric == "cosine" else np.ascontiguousarray(rows, np.float32)
+    search = faiss.Kmeans(
+        rows.shape[1],
+        num_clusters,
+        niter=checked_int("iterations", iterations, 1),
+        nredo=checked_int("restarts", restarts, 1),
+        seed=checked_int("seed", seed, 0),
+        spherical=metric == "cosine",
+        # All rows, however few there are for a cluster.
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(rows),
+    )
+    search.train(rows)
+    return search.index.search(rows, 1)[1][:, 0].astype(np.int64)

@@ -1,0 +1,350 @@
+"""Exact search: blocked matrix products in float32, in bounded memory, over galleries that may be on disk."""
+
+import concurrent.futures
+import contextlib
+import os
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+METRICS = ("cosine", "euclidean")
+# Columns that are looked at together: only where their maximum is among the best so far are they looked at singly.
+_GROUP = 32
+# Columns of a block of similarities at most, and how many times fewer rows it has: it should stay in the cache.
+_WIDTH, _FLATTER = 16_384, 8
+
+
+class Factor:
+    """One side of the product `left @ right.T` that gives the similarities of a metric.
+
+    Cosine: the product of unit rows. Euclidean: minus the squared distance, as (2x, -|x|^2, 1) times (y, 1, -|y|^2);
+    both sides are moved to the gallery's mean before, so that a distance is not the small rest of large numbers.
+
+    Args:
+        rows: what gives float rows `(n, dim)` when sliced: an array, a memory-mapped file, `EmbeddingShards`.
+        name: str, what the rows are, for errors.
+        metric: "cosine" or "euclidean".
+        center: float64 `(dim,)` for "euclidean".
+    """
+
+    def __init__(self, rows, name, metric, center=None):
+        self.rows = rows
+        self.name = name
+        self.metric = metric
+        self.center = center
+
+    def __len__(self):
+        return self.rows.shape[0]
+
+    def left(self, start, stop):
+        """float32 `(stop - start, width)`."""
+        rows, squares = self._rows(start, stop)
+        if self.metric == "cosine":
+            return rows
+        return np.concatenate([2.0 * rows, -squares, np.ones_like(squares)], axis=1)
+
+    def right(self, start, stop):
+        """float32 `(width, stop - start)`."""
+        rows, squares = self._rows(start, stop)
+        if self.metric == "euclidean":
+            rows = np.concatenate([rows, np.ones_like(squares), -squares], axis=1)
+        return np.ascontiguousarray(rows.T)
+
+    def _rows(self, start, stop):
+        rows = np.asarray(self.rows[start:stop])
+        check_finite(self.name, rows, start)
+        if self.metric == "cosine":
+            return normalized(rows), None
+        moved = rows.astype(np.float64) - self.center
+        squares = np.sum(moved * moved, axis=1, keepdims=True)
+        return moved.astype(np.float32), squares.astype(np.float32)
+
+
+def factors(queries, gallery, metric):
+    """`(left, right)` of a search; the same object twice where the queries are the gallery."""
+    center = mean_row(gallery) if metric == "euclidean" else None
+    right = Factor(gallery, "gallery", metric, center)
+    return (right if queries is gallery else Factor(queries, "queries", metric, center)), right
+
+
+def search(left, right, k, keys=None, memory_mib=512, progress=False):
+    """The k nearest of every query: `(indices, similarities)`, int64 and float32 `(queries, k)`.
+
+    Args:
+        left, right: from `factors`.
+        k: int >= 1.
+        keys: `(query_keys, gallery_keys)`, int64 arrays; equal ones are no neighbours. Or None.
+        memory_mib: what blocks may take, beside the results and what is handed in.
+        progress: bool, show a progress bar.
+
+    Where fewer than k are left, the rest is -1 and -inf. Among equal similarities the lower position goes first.
+    """
+    best = _Best(len(left), k)
+    width = _block_width(memory_mib)
+    height = width // _FLATTER
+    on_gpu = bool(tf.config.get_visible_devices("GPU"))
+    symmetric = left is right and not on_gpu
+    bar = tqdm(total=len(left) * len(right), desc="Searching", unit="pair", unit_scale=True, disable=not progress)
+    # The gallery is read once, and the queries once a block of it. Where they are the same set every product serves
+    # both ways, and what lies before a query has been met as columns: each meets the gallery from its first item on.
+    with bar, _workers() as pool, _full_precision(on_gpu):
+        for first in range(0, len(right), width):
+            last = min(first + width, len(right))
+            columns = right.right(first, last)
+            for begin in range(first if symmetric else 0, len(left), height):
+                rows = left.left(begin, min(begin + height, len(left)))
+                if on_gpu:
+                    best.update_on_device(begin, rows, columns, first, keys)
+                    bar.update(rows.shape[0] * columns.shape[1])
+                    continue
+                inside = symmetric and begin < last
+                offset = begin if inside else first
+                scores = np.asarray(tf.matmul(rows, columns[:, offset - first :]))
+                best.update(pool, begin, scores, offset, keys)
+                bar.update(scores.size)
+                if symmetric:
+                    after = scores[:, len(rows) :] if inside else scores
+                    best.update(pool, begin + len(rows) if inside else first, after.T, begin, keys)
+                    bar.update(after.size)
+    return best.indices, best.similarities
+
+
+class _Best:
+    """The k best of all that was seen so far, for each of some queries."""
+
+    def __init__(self, count, k):
+        self.k = k
+        self.similarities = np.full((count, k), -np.inf, np.float32)
+        self.indices = np.full((count, k), -1, np.int64)
+
+    def update(self, pool, first, scores, offset, keys):
+        """Takes in the scores `(rows, columns)` of the queries from `first` on and the items from `offset` on."""
+        if not scores.size:
+            return
+        parts = np.array_split(np.arange(scores.shape[0]), min(_threads(), max(1, scores.shape[0] // 64)))
+        list(pool.map(lambda part: self._update(first, scores, offset, keys, part[0], part[-1] + 1), parts))
+
+    def update_on_device(self, first, rows, columns, offset, keys):
+        """As `update` with the product of `rows` and `columns`, by TensorFlow alone, where its kernels run."""
+        stop = first + len(rows)
+        scores = tf.matmul(rows, columns)
+        if keys is not None:
+            own = keys[0][first:stop, None] == keys[1][None, offset : offset + columns.shape[1]]
+            scores = tf.where(own, -np.inf, scores)
+        values, found = tf.math.top_k(scores, min(self.k, columns.shape[1]))
+        # What was there goes first: it has the lower positions, and keeps its place among equals.
+        values = tf.concat([self.similarities[first:stop], values], axis=1)
+        indices = tf.concat([self.indices[first:stop], tf.cast(found, tf.int64) + offset], axis=1)
+        values, chosen = tf.math.top_k(values, self.k)
+        indices = tf.gather(indices, chosen, batch_dims=1).numpy()
+        self.similarities[first:stop] = values.numpy()
+        self.indices[first:stop] = np.where(np.isneginf(self.similarities[first:stop]), -1, indices)
+
+    def _update(self, first, scores, offset, keys, start, stop):
+        height, width = stop - start, scores.shape[1]
+        grouped, rest = _grouped(scores[start:stop])
+        groups = grouped.shape[2]
+        thresholds = self.similarities[first + start : first + stop, -1]
+        own = _most_own(keys, first + start, first + stop, offset, width)
+        new = np.isneginf(thresholds)
+        if 4 * (self.k + own) >= (groups if new.any() else width):
+            self._take_best(first + start, scores[start:stop], offset, keys, own)
+            return
+        maxima = grouped.max(axis=1)
+        if new.any():
+            # Each of the best groups holds an item as good as the worst of their maxima.
+            lowest = np.partition(maxima[new], groups - self.k - own, axis=1)[:, groups - self.k - own]
+            thresholds = thresholds.copy()
+            thresholds[new] = np.nextafter(lowest, np.float32(-np.inf))
+        rows, group = np.nonzero(maxima > thresholds[:, None])
+        values = grouped[rows, :, group]
+        hit, member = np.nonzero(values > thresholds[rows, None])
+        last_rows, last_columns = np.nonzero(rest > thresholds[:, None])
+        columns = np.concatenate([member * groups + group[hit], last_columns + groups * _GROUP])
+        values = np.concatenate([values[hit, member], rest[last_rows, last_columns]])
+        rows = np.concatenate([rows[hit], last_rows])
+        if keys is not None:
+            others = keys[0][first + start + rows] != keys[1][offset + columns]
+            rows, columns, values = rows[others], columns[others], values[others]
+        if len(rows) > 8 * (self.k + own) * height:
+            self._take_best(first + start, scores[start:stop], offset, keys, own)
+        elif len(rows):
+            order = np.argsort(rows * width + columns)
+            self._merge_lists(first + start, rows[order], columns[order] + offset, values[order])
+
+    def _take_best(self, first, scores, offset, keys, own):
+        """Takes the best of whole rows."""
+        with tf.device("CPU"):
+            values, columns = tf.math.top_k(np.ascontiguousarray(scores), min(self.k + own, scores.shape[1]))
+        values, columns = values.numpy(), columns.numpy().astype(np.int64)
+        queries = np.arange(first, first + len(scores))
+        if own:
+            values[keys[0][queries, None] == keys[1][offset + columns]] = -np.inf
+        self._merge(queries, values, columns + offset)
+
+    def _merge_lists(self, first, rows, indices, values):
+        """Takes in single items, which come in the order of rows, and of indices in a row."""
+        changed, counts = np.unique(rows, return_counts=True)
+        place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        line = np.repeat(np.arange(len(changed)), counts)
+        # Lines of about the same length together, as they are filled up to the longest.
+        for low, high in ((0, self.k), (self.k, 16 * self.k), (16 * self.k, np.inf)):
+            some = (counts > low) & (counts <= high)
+            if not some.any():
+                continue
+            of_items = some[line]
+            lines = (np.cumsum(some) - 1)[line[of_items]]
+            new_values = np.full((int(some.sum()), int(counts[some].max())), -np.inf, np.float32)
+            new_indices = np.full(new_values.shape, -1, np.int64)
+            new_values[lines, place[of_items]] = values[of_items]
+            new_indices[lines, place[of_items]] = indices[of_items]
+            self._merge(first + changed[some], new_values, new_indices)
+
+    def _merge(self, queries, values, indices):
+        values = np.concatenate([self.similarities[queries], values], axis=1)
+        indices = np.concatenate([self.indices[queries], indices], axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")[:, : self.k]
+        values = np.take_along_axis(values, order, axis=1)
+        self.similarities[queries] = values
+        self.indices[queries] = np.where(np.isneginf(values), -1, np.take_along_axis(indices, order, axis=1))
+
+
+def _grouped(scores):
+    """`(grouped, rest)`: views `(rows, _GROUP, groups)` of the scores and `(rows, fewer)` of the columns that are left.
+
+    The columns of a group are `groups` apart, so that a maximum over them is one over whole vectors.
+    """
+    height, width = scores.shape
+    groups = width // _GROUP
+    head, rest = scores[:, : groups * _GROUP], scores[:, groups * _GROUP :]
+    if scores.strides[1] == scores.itemsize:
+        return head.reshape(height, _GROUP, groups), rest
+    return head.T.reshape(_GROUP, groups, height).transpose(2, 0, 1), rest
+
+
+def _most_own(keys, start, stop, offset, width):
+    """How many items of a block have the key of a query of another block, at most."""
+    if keys is None:
+        return 0
+    there, counts = np.unique(keys[1][offset : offset + width], return_counts=True)
+    wanted = keys[0][start:stop]
+    found = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
+    return int(np.max(counts[found] * (there[found] == wanted)))
+
+
+def positive_ranks(left, right, query_labels, gallery_labels, keys=None, memory_mib=512, progress=False):
+    """The ranks of every query's positives in the whole ranking of the gallery.
+
+    Args:
+        left, right, keys, memory_mib, progress: see `search`.
+        query_labels, gallery_labels: int64 arrays `(queries,)` and `(gallery,)`. A positive is an item of the query's
+            label with another key.
+
+    Yields:
+        `(queries, ranks)`, for a block of queries at a time: int64 `(n,)`, their positions, and a list of n int64
+        arrays, the ranks of their positives from 1 on, ascending. Among equal similarities the lower position ranks
+        first, as in `search`.
+    """
+    order = np.argsort(gallery_labels, kind="stable")
+    ordered = gallery_labels[order]
+    begin, end = np.searchsorted(ordered, query_labels, "left"), np.searchsorted(ordered, query_labels, "right")
+    wanted = np.flatnonzero(end > begin)
+    size = len(right)
+    # A product as wide as the gallery, twice where it is put together from parts.
+    height = max(1, min(1024, memory_mib * 2**20 // (8 * max(size, 1))))
+    whole = right.right(0, size) if 4 * size * (right.rows.shape[1] + 2) <= memory_mib * 2**19 else None
+
+    def one(query, row):
+        positives = order[begin[query] : end[query]]
+        if keys is not None:
+            positives = positives[keys[1][positives] != keys[0][query]]
+        if not len(positives):
+            return np.empty(0, np.int64)
+        found = row[positives]
+        above = np.flatnonzero(row >= found.min())
+        if keys is not None:
+            above = above[keys[1][above] != keys[0][query]]
+        values = row[above]
+        ascending = np.sort(values)
+        after = np.searchsorted(ascending, found, "right")
+        ranks = len(ascending) - after + 1
+        equal = after - np.searchsorted(ascending, found, "left")
+        for tied in np.flatnonzero(equal > 1):
+            ranks[tied] += np.sum(above[values == found[tied]] < positives[tied])
+        return np.sort(ranks)
+
+    bar = tqdm(total=len(wanted), desc="Ranking", unit="query", disable=not progress)
+    with bar, _workers() as pool, _full_precision(bool(tf.config.get_visible_devices("GPU"))):
+        for start in range(0, len(wanted), height):
+            chosen = wanted[start : start + height]
+            # Whole blocks of rows are read where possible: the wanted ones are nearly all, and in order.
+            rows = left.left(int(chosen[0]), int(chosen[-1]) + 1)[chosen - chosen[0]]
+            if whole is not None:
+                scores = np.asarray(tf.matmul(rows, whole))
+            else:
+                scores = np.empty((len(rows), size), np.float32)
+                width = _block_width(memory_mib)
+                for first in range(0, size, width):
+                    columns = right.right(first, min(first + width, size))
+                    scores[:, first : first + width] = np.asarray(tf.matmul(rows, columns))
+            yield chosen, list(pool.map(one, chosen, scores, chunksize=16))
+            bar.update(len(chosen))
+
+
+def normalized(rows):
+    """float32 rows of unit length; a row of zeros stays as it is."""
+    rows = np.asarray(rows)
+    wide = rows.astype(np.float64)
+    norms = np.sqrt(np.einsum("ij,ij->i", wide, wide))[:, None]
+    return (wide / np.maximum(norms, 1e-12)).astype(np.float32)
+
+
+def mean_row(rows, block=65_536):
+    """Mean of the rows, float64 `(dim,)`, a block at a time."""
+    total = np.zeros(rows.shape[1], np.float64)
+    for start in range(0, rows.shape[0], block):
+        total += np.sum(np.asarray(rows[start : start + block]), axis=0, dtype=np.float64)
+    return total / max(rows.shape[0], 1)
+
+
+def check_finite(name, rows, start=0):
+    """Raises ValueError where a row has a NaN or an infinity; `start` is the position of the first row."""
+    # A sum is finite where all are, or nearly always; only else is each looked at.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(np.sum(rows, dtype=np.float64)):
+            return
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(bad):
+        raise ValueError(
+            f"{name}: expected finite values. Received: NaN or infinity in {len(bad)} rows, first row {start + bad[0]}"
+        )
+
+
+def _block_width(memory_mib):
+    # A block of scores and what is copied of it take about four times its bytes.
+    width = int(np.sqrt(memory_mib * 2**20 * _FLATTER / 4))
+    return int(np.clip(width - width % _GROUP, 2 * _GROUP, _WIDTH))
+
+
+def _threads():
+    return os.cpu_count() or 1
+
+
+def _workers():
+    return concurrent.futures.ThreadPoolExecutor(_threads())
+
+
+@contextlib.contextmanager
+def _full_precision(on_gpu):
+    """Products in float32 on a GPU too, which TensorFlow makes in TensorFloat-32 by default."""
+    if not on_gpu:
+        # A machine without a GPU has nothing to switch; a matmul on a CPU is float32 as it is.
+        yield
+        return
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)

@@ -1,0 +1,91 @@
+"""How classes lie in the embedding space."""
+
+import numpy as np
+
+from s2sd_tf.evaluation.exact import METRICS, check_finite
+from s2sd_tf.evaluation.neighbors import check_choice, checked_rows
+
+_BLOCK = 2048
+
+
+def embedding_geometry(embeddings, labels, metric="cosine"):
+    """Distances in and between classes, and how evenly the dimensions are used (Roth et al., "Revisiting Training
+    Strategies and Generalization Performance in Deep Metric Learning", ICML 2020, section 5).
+
+    - `intra`: mean distance over all pairs of different items of one class; NaN where no class has two;
+    - `inter`: mean distance over all pairs of class means; NaN for one class;
+    - `ratio`: intra / inter;
+    - `rho`: spectral decay, KL(uniform || s) of the singular values s of the rows, scaled to sum 1: 0 where all
+      dimensions are used alike, infinite where one is not used at all.
+
+    The distance is 1 - cosine similarity (class means are brought to unit length) or the Euclidean one; `rho` is of the
+    unit rows or of the rows.
+
+    Args:
+        embeddings: float array `(n, dim)`, n >= 1.
+        labels: integer array `(n,)`.
+        metric: "cosine" or "euclidean".
+
+    Returns:
+        dict of floats by the names above.
+
+    Raises:
+        ValueError: a bad argument.
+    """
+    rows = np.asarray(checked_rows("embeddings", embeddings)[:])
+    labels = np.asarray(labels).reshape(-1)
+    check_choice("metric", metric, METRICS)
+    check_finite("embeddings", rows)
+    if not len(rows) or len(labels) != len(rows):
+        raise ValueError(f"labels: expected one for each of at least one row. Received: {len(labels)} of {len(rows)}")
+    rows = rows.astype(np.float64)
+    if metric == "cosine":
+        rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    order = np.argsort(labels, kind="stable")
+    starts = np.flatnonzero(np.diff(labels[order], prepend=labels[order][0] - 1))
+    ordered, counts = rows[order], np.diff(np.append(starts, len(rows)))
+    means = np.add.reduceat(ordered, starts, axis=0) / counts[:, None]
+    if metric == "cosine":
+        means = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+
+    within = sum(_pair_sum(ordered[start : start + count], metric) for start, count in zip(starts, counts))
+    pairs = float(np.sum(counts * (counts - 1) / 2))
+    intra = within / pairs if pairs else float("nan")
+    classes = len(means)
+    inter = _pair_sum(means, metric) / (classes * (classes - 1) / 2) if classes > 1 else float("nan")
+    return {
+        "intra": float(intra),
+        "inter": float(inter),
+        "ratio": float(np.divide(intra, inter)) if inter else float("nan"),
+        "rho": spectral_decay(rows),
+    }
+
+
+def spectral_decay(rows):
+    """KL(uniform || s) of the singular values s of rows `(n, dim)`, scaled to sum 1; see `embedding_geometry`."""
+    values = np.linalg.svd(np.asarray(rows, np.float64), compute_uv=False)
+    if values[-1] <= values[0] * max(rows.shape) * np.finfo(np.float64).eps:
+        return float("inf")
+    values = values / values.sum()
+    return float(-np.mean(np.log(len(values) * values)))
+
+
+def _pair_sum(rows, metric):
+    """Sum of the distances of all pairs of different rows."""
+    total = 0.0
+    if metric == "cosine":
+        # Of 1 - x y over i < j: what is needed of the products is their sum alone.
+        size = len(rows)
+        return size * (size - 1) / 2 - (np.sum(np.square(rows.sum(axis=0))) - np.sum(np.square(rows))) / 2
+    for start in range(0, len(rows), _BLOCK):
+        block = rows[start : start + _BLOCK]
+        for other in range(start, len(rows), _BLOCK):
+            there = rows[other : other + _BLOCK]
+            # Moved to a row of theirs, so that near rows are no small rest of large numbers.
+            a, b = block - block[0], there - block[0]
+            squares = np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1)[None] - 2.0 * (a @ b.T)
+            distances = np.sqrt(np.maximum(squares, 0.0))
+            if other == start:
+                np.fill_diagonal(distances, 0.0)
+            total += distances.sum() / (2.0 if other == start else 1.0)
+    return total

@@ -1,0 +1,242 @@
+"""Indexes: what they find, tuning, saving and loading, adding and removing, parts; and embeddings on disk."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from s2sd_tf import evaluation
+from s2sd_tf.evaluation import embeddings as embeddings_module
+from s2sd_tf.evaluation import index as index_module
+
+KINDS = {"brute_force": (10**6, 10**6), "hashing": (10, 10**6), "tree": (5, 10)}
+
+
+def clustered(size, dim=16, classes=60, seed=0):
+    generator = np.random.default_rng(seed)
+    centres = generator.normal(size=(classes, dim))
+    return (centres[generator.integers(0, classes, size)] + 0.4 * generator.normal(size=(size, dim))).astype(np.float32)
+
+
+def of_kind(kind, monkeypatch):
+    brute_force, tree = KINDS[kind]
+    monkeypatch.setattr(index_module, "BRUTE_FORCE_SIZE", brute_force)
+    monkeypatch.setattr(index_module, "TREE_SIZE", tree)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_scann_is_tuned_to_the_recall(kind, metric, monkeypatch):
+    of_kind(kind, monkeypatch)
+    rows = clustered(4000)
+    index = evaluation.build_index(rows, metric=metric, recall=0.95, k=10)
+    assert index.settings["kind"] == kind
+    queries = clustered(500, seed=0)[:500] + 0.05
+    exact = evaluation.find_neighbors(queries, rows, 10, metric=metric)
+    found = index.search(queries, 10)
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact.indices, found.indices)])
+    assert recall > 0.92
+    same = found.indices[:, 0] == exact.indices[:, 0]
+    np.testing.assert_allclose(found.similarities[same, 0], exact.similarities[same, 0], atol=1e-4)
+    assert (np.diff(found.similarities, axis=1) <= 1e-6).all()
+    if kind == "brute_force":
+        assert recall > 0.9999
+        return
+    assert index.tuned["measured"] > 0.93
+    less = evaluation.build_index(rows, metric=metric, recall=0.5, k=10)
+    work = [i.settings["reorder"] * i.settings.get("leaves_to_search", 1) for i in (less, index)]
+    assert work[0] < work[1]
+
+
+def test_small_galleries_are_searched_by_brute_force_and_larger_ones_not():
+    assert index_module.settings_for(19_999)["kind"] == "brute_force"
+    assert index_module.settings_for(20_000)["kind"] == index_module.settings_for(99_999)["kind"] == "hashing"
+    assert index_module.settings_for(1_000_000)["leaves"] == 2000
+
+
+def test_a_recall_that_quantisation_cannot_reach_is_left_to_brute_force(monkeypatch):
+    of_kind("hashing", monkeypatch)
+    monkeypatch.setattr(index_module.ScannIndex, "_found", _only_exact(index_module.ScannIndex._found))
+    rows = clustered(600)
+    index = evaluation.build_index(rows, recall=1.0)
+    assert index.settings == {"kind": "brute_force"}
+    assert (index.search(rows, 1).indices[:, 0] == np.arange(600)).all()
+
+
+def _only_exact(found):
+    def spoiled(self, queries, k, **numbers):
+        indices, similarities = found(self, queries, k, **numbers)
+        return indices, similarities if self.settings["kind"] == "brute_force" else similarities - 1.0
+
+    return spoiled
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("kind", ["exact", *KINDS])
+def test_save_load_move_add_remove(kind, metric, tmp_path, monkeypatch):
+    if kind != "exact":
+        of_kind(kind, monkeypatch)
+    rows, queries = clustered(700), clustered(20, seed=5)
+    names = [f"image {i}" for i in range(700)]
+    index = evaluation.build_index(
+        rows, names, [f"c{i % 7}" for i in range(700)], "exact" if kind == "exact" else "scann", metric
+    )
+    before = index.search(queries, 5)
+    index.save(tmp_path / "one")
+    # The folder does not say where it was.
+    shutil.move(tmp_path / "one", tmp_path / "other")
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in (tmp_path / "other").rglob("*.*"))
+    assert not list(tmp_path.rglob("*.pkl"))
+    index = evaluation.load_index(tmp_path / "other")
+    after = index.search(queries, 5)
+    np.testing.assert_array_equal(before.indices, after.indices)
+    np.testing.assert_array_equal(before.similarities, after.similarities)
+    assert index.ids == names
+
+    # An image far from the others, and a new one in the place of one that is there.
+    far, far2 = -10.0 * rows.mean(axis=0), 10.0 * np.roll(rows[0], 1)
+    index.add(np.stack([far, far2]), ["new", "image 3"], ["c8", "c9"])
+    assert len(index) == 701
+    for row, name, label in ((far, "new", "c8"), (far2, "image 3", "c9")):
+        position = index.search(row[None], 1).indices[0, 0]
+        assert index.ids[position] == name
+        assert index.labels[position] == label
+    index.remove(["new", "image 0"])
+    assert len(index) == len(index.ids) == len(index.labels) == 699
+    found = index.search(rows[:1], 699)
+    there = found.indices[found.indices >= 0]
+    assert "image 0" not in [index.ids[i] for i in there]
+    assert sorted(set(index.ids)) == sorted({*names} - {"image 0"})
+    wrong = [i for i in there if index.ids[i] != "image 3" and index.labels[i] != f"c{int(index.ids[i][6:]) % 7}"]
+    assert not wrong
+    index.save(tmp_path / "changed")
+    again = evaluation.load_index(tmp_path / "changed")
+    assert again.ids == index.ids
+    np.testing.assert_array_equal(again.search(queries, 5).indices, index.search(queries, 5).indices)
+
+
+def test_parts_are_searched_as_one(tmp_path):
+    rows, queries = clustered(900), clustered(30, seed=3)
+    for number, part in enumerate(np.split(np.arange(900), [300, 310])):
+        ids = [str(i) for i in part]
+        index = evaluation.build_index(rows[part], ids, method="exact" if number == 1 else "scann")
+        folder = tmp_path / embeddings_module.shard_name(number)
+        embeddings_module.write_shard(str(folder), rows[part], ids, None, index)
+    index = evaluation.load_index(tmp_path)
+    expected = evaluation.find_neighbors(queries, rows, 20)
+    found = index.search(queries, 20)
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    np.testing.assert_allclose(found.similarities, expected.similarities, atol=1e-5)
+    assert len(index) == 900
+    for change in (lambda: index.add(rows[:1], ["x"]), lambda: index.remove(["1"]), lambda: index.save(tmp_path / "x")):
+        with pytest.raises(ValueError, match="one part"):
+            change()
+
+
+def test_k_beyond_the_gallery_and_no_queries():
+    index = evaluation.build_index(np.eye(3), method="scann")
+    found = index.search(np.eye(3), 5)
+    assert (found.indices[:, 3:] == -1).all()
+    assert index.search(np.zeros((0, 3)), 2).indices.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda i: i.search(np.eye(4), 1), "queries: expected dimension 3"),
+        (lambda i: i.search(np.full((1, 3), np.nan), 1), "finite"),
+        (lambda i: i.search(np.eye(3), 0), "k: expected an int >= 1"),
+        (lambda i: i.add(np.eye(4), list("abcd")), "embeddings: expected dimension 3"),
+        (lambda i: i.add(np.eye(3), list("aab")), "ids: expected different"),
+        (lambda i: i.add(np.eye(3), list("ab")), "ids: expected one for each"),
+        (lambda i: i.add(np.eye(3), list("abc"), list("abc")), "labels"),
+        (lambda i: i.remove(["9"]), "ids"),
+        (lambda i: i.remove(["0", "1", "2"]), "at least one item"),
+        (lambda i: evaluation.build_index(np.eye(3), method="guess"), "method"),
+        (lambda i: evaluation.build_index(np.eye(3), metric="guess"), "metric"),
+        (lambda i: evaluation.build_index(np.eye(3), recall=1.5), "recall"),
+        (lambda i: evaluation.build_index(np.zeros((0, 3))), "at least one row"),
+        (lambda i: evaluation.build_index(np.full((2, 3), np.inf)), "finite"),
+    ],
+)
+@pytest.mark.parametrize("method", ["exact", "scann"])
+def test_errors_name_the_argument(method, call, words):
+    index = evaluation.build_index(np.eye(3), method=method)
+    with pytest.raises(ValueError, match=words):
+        call(index)
+    assert index.ids == ["0", "1", "2"]
+
+
+def test_what_is_no_index_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="index"):
+        evaluation.load_index(tmp_path)
+    evaluation.build_index(np.eye(3)).save(tmp_path / "index")
+    about = json.loads((tmp_path / "index" / "index.json").read_text())
+    (tmp_path / "index" / "index.json").write_text(json.dumps({**about, "format": 99}))
+    with pytest.raises(ValueError, match="format"):
+        evaluation.load_index(tmp_path / "index")
+    evaluation.build_index(np.eye(3)).save(tmp_path / "index")
+    path = tmp_path / "index" / "scann" / "scann_assets.pbtxt"
+    path.write_text(path.read_text().replace('asset_path: "', 'asset_path: "../'))
+    with pytest.raises(ValueError, match="names of files"):
+        evaluation.load_index(tmp_path / "index")
+
+
+def test_without_scann_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "scann", None)
+    with pytest.raises(ImportError, match=r"pip install scann==1.4.2"):
+        evaluation.find_neighbors(np.eye(3), np.eye(3), 1, method="scann")
+
+
+def write_tfrecord(path, rows, ids, labels):
+    def feature(value):
+        if isinstance(value, (str, bytes)):
+            value = value.encode() if isinstance(value, str) else value
+            return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+        if isinstance(value, int):
+            return tf.train.Feature(int64_list=tf.train.Int64List(value=[value]))
+        return tf.train.Feature(float_list=tf.train.FloatList(value=value))
+
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for values in zip(rows, ids, labels):
+            features = {name: feature(v) for name, v in zip(embeddings_module.FEATURES, values)}
+            writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
+
+
+def test_embeddings_of_every_format(tmp_path):
+    rows, ids = clustered(12), [f"é{i}" for i in range(12)]
+    np.save(tmp_path / "a.npy", rows)
+    np.savez(tmp_path / "b.npz", embeddings=rows, labels=np.arange(12) // 2, ids=ids)
+    np.savez_compressed(tmp_path / "c.npz", embeddings=rows, labels=[f"c{i // 2}" for i in range(12)])
+    write_tfrecord(tmp_path / "d.tfrecord", rows, ids, (np.arange(12) // 2).tolist())
+    write_tfrecord(tmp_path / "e.tfrecords", rows, list(range(12)), [f"c{i // 2}" for i in range(12)])
+    for number, part in enumerate((slice(0, 5), slice(5, 5), slice(5, 12))):
+        folder = tmp_path / "shards" / embeddings_module.shard_name(number)
+        embeddings_module.write_shard(str(folder), rows[part], ids[part], ids[part])
+    expected = {
+        "a.npy": (None, None),
+        "b.npz": (ids, (np.arange(12) // 2).tolist()),
+        "c.npz": (None, [f"c{i // 2}" for i in range(12)]),
+        "d.tfrecord": (ids, (np.arange(12) // 2).tolist()),
+        "e.tfrecords": ([str(i) for i in range(12)], [f"c{i // 2}" for i in range(12)]),
+        "shards": (ids, ids),
+    }
+    for name, (its_ids, its_labels) in expected.items():
+        found = evaluation.read_embeddings(tmp_path / name)
+        np.testing.assert_array_equal(np.asarray(found.rows[0:12]), rows)
+        assert found.ids == its_ids
+        assert found.labels == its_labels
+
+
+@pytest.mark.parametrize(
+    "name", ["none.npy", "some.txt", "broken.npz", "broken.npy", "empty.tfrecord", "pickle.npy", "b.npz"]
+)
+def test_embeddings_that_cannot_be_read(name, tmp_path):
+    for broken in ("some.txt", "broken.npz", "broken.npy", "empty.tfrecord"):
+        (tmp_path / broken).write_text("" if broken.startswith("empty") else "nothing")
+    np.save(tmp_path / "pickle.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "b.npz", embeddings=np.eye(3), labels=[1, 2])
+    with pytest.raises((ValueError, FileNotFoundError), match="embeddings: "):
+        evaluation.read_embeddings(tmp_path / name)
