@@ -14,10 +14,11 @@ ALLOWED = {
     "objectives": {"mining"},
     "data": set(),
     "evaluation": set(),
-    "export": set(),
+    "export": {"evaluation"},
+    "serving": {"data", "evaluation"},
     "models": {"objectives", "distillation"},
     "training": {"mining", "models", "data", "evaluation", "export", "objectives", "distillation"},
-    "cli": {"training", "evaluation", "export"},
+    "cli": {"training", "evaluation", "export", "serving", "data"},
 }
 
 

@@ -24,6 +24,16 @@ def metrics_table(rows):
     return "\n".join(text)
 
 
+def embedding_summary(summary, folder):
+    """What was embedded into `folder` and what was not, from its `summary.json`, as text."""
+    lines = [f"{summary['embedded']:,} images, {summary['dim']} dimensions, {summary['shards']} shards: {folder}"]
+    failed = summary["failed"]
+    if failed:
+        lines.append(f"{len(failed):,} images could not be read (all of them in {folder}/summary.json):")
+        lines += [f"  {row['id']}: {row['error']}" for row in failed[:10]]
+    return "\n".join(lines)
+
+
 def _percent(value):
     if isinstance(value, tuple):
         return f"{100 * value[0]:.1f} +- {100 * value[1]:.1f}"

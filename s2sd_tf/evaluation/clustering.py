@@ -1,5 +1,7 @@
 """How well k-means finds the classes in the embeddings."""
 
+import logging
+
 import numpy as np
 
 from s2sd_tf.checks import checked_int
@@ -64,6 +66,8 @@ def kmeans(embeddings, num_clusters, metric="cosine", iterations=20, restarts=1,
     num_clusters = checked_int("num_clusters", num_clusters, 1)
     if num_clusters > len(rows):
         raise ValueError(f"num_clusters: expected at most the number of rows, {len(rows)}. Received: {num_clusters}")
+    # It tells which of its libraries it loads.
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     try:
         import faiss
     except ImportError as error:

@@ -50,6 +50,9 @@ class EmbeddingShards:
     def __len__(self):
         return self.shape[0]
 
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[:], dtype)
+
     def __getitem__(self, chosen):
         if not isinstance(chosen, slice):
             return self.take_rows(np.asarray(chosen))

@@ -106,6 +106,10 @@ class Index:
         if before is not None:
             self.labels = [before[item] for item in self.ids]
 
+    def rows(self):
+        """The embeddings of all items, float32 `(n, dim)`, by position; for the cosine metric they may be unit rows."""
+        raise NotImplementedError
+
     def save(self, folder):
         """Writes the index as a folder, whole or not at all; `load_index` reads it."""
         with replacing(folder) as temporary:
@@ -128,6 +132,9 @@ class ExactIndex(Index):
         super().__init__(metric, rows.shape[1], ids, labels)
         self._rows = rows
 
+    def rows(self):
+        return np.asarray(self._rows[:], np.float32)
+
     def _search(self, queries, k):
         return exact_neighbors(queries, self._rows, k, self.metric)
 
@@ -148,7 +155,7 @@ class ExactIndex(Index):
         return [self.ids[i] for i in kept]
 
     def _save(self, folder):
-        np.save(os.path.join(folder, "embeddings.npy"), np.asarray(self._rows[:], np.float32), allow_pickle=False)
+        np.save(os.path.join(folder, "embeddings.npy"), self.rows(), allow_pickle=False)
 
     @classmethod
     def _load(cls, folder, about, ids, labels):
@@ -201,12 +208,23 @@ class ScannIndex(Index):
         if not 0 < recall <= 1:
             raise ValueError(f"recall: expected a number in (0, 1]. Received: {recall!r}")
         rows = _prepared(rows, metric)
-        settings = settings_for(rows.shape[0])
-        searcher = build_searcher(import_scann(), rows, metric, settings, k)
-        index = cls(searcher, metric, rows.shape[1], ids, labels, settings, {"recall": recall, "k": k, "measured": 1.0})
+        tuned = {"recall": recall, "k": k, "measured": 1.0}
+        return cls._tuned(import_scann().scann_ops_pybind, rows, metric, ids, labels, tuned, seed)
+
+    @classmethod
+    def _tuned(cls, ops, rows, metric, ids, labels, tuned, seed=0, kind=None):
+        """An index of prepared rows, searched by ScaNN's own interface or by TensorFlow's operations (`ops`)."""
+        settings = settings_for(len(rows)) if kind is None else {"kind": kind}
+        searcher = build_searcher(ops, rows, metric, settings, tuned["k"])
+        index = cls(searcher, metric, rows.shape[1], ids, labels, settings, tuned)
         if settings["kind"] != "brute_force":
-            index._tune(rows, np.random.default_rng(checked_int("seed", seed, 0)))
+            index._tune(ops, rows, np.random.default_rng(checked_int("seed", seed, 0)))
         return index
+
+    def rows(self):
+        with tempfile.TemporaryDirectory() as folder:
+            self._searcher.serialize(folder)
+            return np.load(os.path.join(folder, "dataset.npy"), allow_pickle=False)
 
     def _search(self, queries, k):
         return self._found(_prepared(queries, self.metric), k)
@@ -234,7 +252,7 @@ class ScannIndex(Index):
             numbers["leaves_to_search"] = self.settings["leaves_to_search"]
         return numbers
 
-    def _tune(self, rows, generator):
+    def _tune(self, ops, rows, generator):
         """Sets the smallest `leaves_to_search` and `reorder` that reach the recall, or brute force."""
         k, recall, size = self.tuned["k"], self.tuned["recall"], len(rows)
         k = min(k, size - 1)
@@ -269,7 +287,7 @@ class ScannIndex(Index):
         reorder = min(max(200, 10 * k), size)
         while not enough(pre_reorder_num_neighbors=reorder, **leaves):
             if reorder >= size // 8:
-                self._searcher = build_searcher(import_scann(), rows, self.metric, {"kind": "brute_force"}, k)
+                self._searcher = build_searcher(ops, rows, self.metric, {"kind": "brute_force"}, k)
                 self.settings = {"kind": "brute_force"}
                 return
             reorder *= 2
@@ -354,6 +372,9 @@ class ShardedIndex(Index):
         super().__init__(indexes[0].metric, indexes[0].dim, ids, labels)
         self.indexes = list(indexes)
 
+    def rows(self):
+        return np.concatenate([index.rows() for index in self.indexes])
+
     def _search(self, queries, k):
         parts, offset = [], 0
         for index in self.indexes:
@@ -428,18 +449,32 @@ def settings_for(size):
     return {"kind": "tree", "leaves": leaves, "leaves_to_search": max(1, leaves // 10), "reorder": 200}
 
 
-def build_searcher(ops, rows, metric, settings, k, spilling=True):
+def index_for_graphs(index, k):
+    """`(searcher, metric, numbers)`: an index's items in a searcher of TensorFlow's operations, whose state can be
+    saved, and what it is to be called with to find k of them.
+
+    Raises:
+        ImportError: ScaNN is missing or does not fit TensorFlow.
+    """
+    ops = import_scann("scann.scann_ops.py.scann_ops")
+    rows = _prepared(index.rows(), index.metric)
+    tuned = dict(getattr(index, "tuned", {"recall": 0.99, "k": k}))
+    kind = "brute_force" if index.method == "exact" else None
+    built = ScannIndex._tuned(ops, rows, index.metric, index.ids, index.labels, {**tuned, "measured": 1.0}, kind=kind)
+    return built._searcher, index.metric, built._numbers(k)
+
+
+def build_searcher(ops, rows, metric, settings, k):
     """ScaNN's searcher of prepared rows.
 
     Args:
-        ops: the module `scann`, for its own interface, or `scann.scann_ops`, for TensorFlow's.
+        ops: ScaNN's module of its own interface, or of TensorFlow's operations; the latter know no spilling.
         rows: float32 array `(n, dim)`, of unit length for the cosine metric.
         metric, settings: see `ScannIndex`.
         k: int >= 1.
-        spilling: bool; TensorFlow's ops know none.
     """
-    builder = getattr(ops, "scann_ops_pybind", ops).builder
-    builder = builder(rows, min(k, len(rows)), "dot_product" if metric == "cosine" else "squared_l2")
+    spilling = metric == "cosine" and ops.__name__.endswith("pybind")
+    builder = ops.builder(rows, min(k, len(rows)), "dot_product" if metric == "cosine" else "squared_l2")
     if settings["kind"] == "brute_force":
         return builder.score_brute_force().build()
     if settings["kind"] == "tree":
@@ -447,7 +482,7 @@ def build_searcher(ops, rows, metric, settings, k, spilling=True):
             settings["leaves"],
             settings["leaves_to_search"],
             training_sample_size=min(len(rows), 250_000),
-            **({"soar_lambda": 1.5} if spilling and metric == "cosine" else {}),
+            **({"soar_lambda": 1.5} if spilling else {}),
         )
     # The threshold is for products: errors along a row count more, as those decide whether it is found.
     threshold = {"anisotropic_quantization_threshold": 0.2} if metric == "cosine" else {}

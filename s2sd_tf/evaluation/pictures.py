@@ -47,21 +47,58 @@ def save_gallery(path, images, rows, names, title=""):
     """
     low = min(float(np.min(image)) for image in images.values())
     high = max(float(np.max(image)) for image in images.values())
-    figure = Figure(figsize=(1.25 * rows.shape[1], 1.4 * len(rows) + 0.5), layout="constrained")
-    for row, items in enumerate(rows.tolist()):
+    cells = []
+    for items in rows.tolist():
+        line = []
         for column, item in enumerate(items):
             if item < 0:
+                line.append(None)
                 continue
-            axes = figure.add_subplot(*rows.shape, row * rows.shape[1] + column + 1)
-            axes.imshow(np.squeeze((images[item] - low) / max(high - low, 1e-12)), cmap="gray", vmin=0, vmax=1)
-            axes.set_xticks([])
-            axes.set_yticks([])
             right = names[item] == names[items[0]]
             color = "black" if column == 0 else RIGHT if right else WRONG
-            for spine in axes.spines.values():
-                spine.set(color=color, linewidth=1 if column == 0 else 3)
             mark = "query: " if column == 0 else "" if right else "\u2717 "
-            axes.set_title(mark + _short(names[item]), fontsize=7, color=color, pad=2)
+            pixels = (images[item] - low) / max(high - low, 1e-12)
+            line.append((pixels, mark + _short(names[item]), color, 1 if column == 0 else 3))
+        cells.append(line)
+    _save_grid(path, cells, title)
+
+
+def save_matches(path, rows):
+    """Writes a PNG of queries, one a row, and what was found for them.
+
+    Args:
+        path: file to write.
+        rows: list of rows of `(image, caption)`, the query first; an image is a float array `(h, w)` or `(h, w, c)` up
+            to 1, or None where there is none to show.
+    """
+    _save_grid(
+        path,
+        [
+            [
+                (np.ones((8, 8)) if image is None else image, _short(caption, 22), "black", 2 if column == 0 else 0.5)
+                for column, (image, caption) in enumerate(row)
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _save_grid(path, cells, title=""):
+    """Images in rows: each `(image, caption, color, width of the frame)`, or None."""
+    columns = max(len(line) for line in cells)
+    figure = Figure(figsize=(1.25 * columns, 1.4 * len(cells) + 0.5), layout="constrained")
+    for row, line in enumerate(cells):
+        for column, cell in enumerate(line):
+            if cell is None:
+                continue
+            image, caption, color, width = cell
+            axes = figure.add_subplot(len(cells), columns, row * columns + column + 1)
+            axes.imshow(np.squeeze(image), cmap="gray", vmin=0, vmax=1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set(color=color, linewidth=width)
+            axes.set_title(caption, fontsize=7, color=color, pad=2)
     if title:
         figure.suptitle(title, fontsize=10)
     save_figure(path, figure)

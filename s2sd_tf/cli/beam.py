@@ -1,0 +1,50 @@
+"""s2sd-beam: embeds images with Apache Beam, on the machines of the runner, into shards with an index each.
+
+s2sd-beam --encoder=runs/digits8/saved_model --images=<folder> --output=embeddings --shards=16
+"""
+
+import logging
+
+from absl import flags
+
+from s2sd_tf.cli import app
+from s2sd_tf.cli.tables import embedding_summary
+from s2sd_tf.serving import list_images
+
+_ENCODER = flags.DEFINE_string("encoder", None, "SavedModel of s2sd-export, which the workers can read.", required=True)
+_IMAGES = flags.DEFINE_string("images", None, "Folder of images, which the workers can read.")
+_TFRECORDS = flags.DEFINE_string("tfrecords", None, "Pattern of TFRecord files with features image, id and label.")
+_OUTPUT = flags.DEFINE_string("output", None, "New folder, on a file system that the workers share.", required=True)
+_SHARDS = flags.DEFINE_integer("shards", 16, "Shards at most.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images embedded at a time.", lower_bound=1)
+_METHOD = flags.DEFINE_enum("method", "scann", ["scann", "exact", "none"], "Index of every shard.")
+_METRIC = flags.DEFINE_enum("metric", "cosine", ["cosine", "euclidean"], "Metric of the index.")
+_RECALL = flags.DEFINE_float("recall", 0.99, "Recall that an index is tuned to.")
+_OPTIONS = flags.DEFINE_multi_string("beam", [], "An option of the pipeline: --beam=--runner=FlinkRunner")
+
+
+def main():
+    app.run(_main)
+
+
+def _main(_):
+    if (_IMAGES.value is None) == (_TFRECORDS.value is None):
+        raise ValueError("--images and --tfrecords: expected exactly one")
+    try:
+        from s2sd_tf.serving import beam
+    except ImportError as error:
+        raise ImportError("s2sd-beam needs Apache Beam: pip install 's2sd_tf[beam]'") from error
+    # Beam tells every batch.
+    logging.getLogger("apache_beam").setLevel(logging.WARNING)
+    index = None
+    if _METHOD.value != "none":
+        index = {"method": _METHOD.value, "metric": _METRIC.value}
+        if _METHOD.value == "scann":
+            index["recall"] = _RECALL.value
+    source = _TFRECORDS.value or list_images(_IMAGES.value)
+    summary = beam.run(source, _ENCODER.value, _OUTPUT.value, _SHARDS.value, _BATCH_SIZE.value, index, _OPTIONS.value)
+    print(embedding_summary(summary, _OUTPUT.value))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""s2sd-search: the images of an index that are most like given ones; JSON, or a picture.
+
+s2sd-search --index=index --encoder=runs/digits8/saved_model --image=query.png --picture=found.png --images=<folder>
+"""
+
+import json
+import os
+
+from absl import flags
+
+from s2sd_tf.cli import app
+from s2sd_tf.evaluation import load_index
+from s2sd_tf.evaluation.pictures import save_matches
+from s2sd_tf.serving import Encoder
+from s2sd_tf.serving.encoder import read_image
+
+_INDEX = flags.DEFINE_string("index", None, "Folder of s2sd-index, or of s2sd-beam.", required=True)
+_ENCODER = flags.DEFINE_string("encoder", None, "SavedModel of s2sd-export.", required=True)
+_IMAGE = flags.DEFINE_multi_string("image", None, "Image file to search with; may be repeated.", required=True)
+_K = flags.DEFINE_integer("k", 10, "Images to find.", lower_bound=1)
+_PICTURE = flags.DEFINE_string("picture", None, "PNG to write: the queries and what was found.")
+_IMAGES = flags.DEFINE_string("images", None, "Folder that the ids are paths under, for --picture.")
+
+
+def main():
+    app.run(_main)
+
+
+def _main(_):
+    if _PICTURE.value and not _IMAGES.value:
+        raise ValueError("--images: expected the folder that the ids are paths under, for --picture. Received: none")
+    index, encoder = load_index(_INDEX.value), Encoder(_ENCODER.value)
+    contents = []
+    for path in _IMAGE.value:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"--image: expected a file. Received: {path!r}")
+        with open(path, "rb") as file:
+            contents.append(file.read())
+    rows, errors = encoder.embed(contents)
+    if errors:
+        position, error = next(iter(errors.items()))
+        raise ValueError(f"--image: expected an image. Received: {_IMAGE.value[position]!r}: {error}")
+    found = index.search(rows, _K.value)
+    answers = []
+    for path, indices, similarities in zip(_IMAGE.value, *found):
+        matches = []
+        for item, similarity in zip(indices.tolist(), similarities.tolist()):
+            if item >= 0:
+                label = {"label": index.labels[item]} if index.labels else {}
+                matches.append({"id": index.ids[item], **label, "similarity": similarity})
+        answers.append({"query": path, "matches": matches})
+    if _PICTURE.value:
+        rows = [
+            [(read_image(answer["query"]), "query")]
+            + [
+                (
+                    read_image(os.path.join(_IMAGES.value, match["id"])),
+                    f"{match['similarity']:.3f} {match.get('label', '')}",
+                )
+                for match in answer["matches"]
+            ]
+            for answer in answers
+        ]
+        save_matches(_PICTURE.value, rows)
+    print(json.dumps(answers, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""An Apache Beam pipeline that embeds images on as many machines as the runner has.
+
+It writes what `embed_images` writes, shards of embeddings with an index each; `evaluation.load_index` searches all of
+them and merges what they find. The output is a folder on a file system that all workers share.
+"""
+
+import hashlib
+import itertools
+import os
+
+import apache_beam as beam
+import numpy as np
+import tensorflow as tf
+from apache_beam.utils.shared import Shared
+
+from s2sd_tf.evaluation.embeddings import shard_name
+from s2sd_tf.files import read_json, write_json
+from s2sd_tf.serving.embed import Item, write_items_as_shard
+from s2sd_tf.serving.encoder import Encoder, first_line
+
+# Names of the features of a TFRecord's examples: encoded image, id, and label where there is one.
+FEATURES = ("image", "id", "label")
+
+
+class EmbedImages(beam.PTransform):
+    """From images to shards in a folder; gives a dict for every shard: "shard", "embedded" and "failed".
+
+    The input is a collection of `Item`s, whose files are read by the workers, or of `(Item, bytes)`. An image belongs
+    to the shard that its id's hash names, whatever worker embeds it; in a shard the order is that of the ids. A shard
+    is written whole under another name and renamed, so a worker's second try does no harm. An image that cannot be read
+    or decoded is reported in the shard's `failed.json` and goes no further.
+
+    Args:
+        encoder: folder of a SavedModel of `export_encoder`, which the workers can read.
+        folder: folder to write.
+        shards: int >= 1, shards at most; one without an image is not written.
+        batch_size: int >= 1, images embedded at a time.
+        index: dict of arguments of `build_index`, or None for shards without.
+    """
+
+    def __init__(self, encoder, folder, shards=16, batch_size=64, index=None):
+        super().__init__()
+        self.encoder, self.folder, self.shards, self.batch_size, self.index = encoder, folder, shards, batch_size, index
+
+    def expand(self, images):
+        embedded = (
+            images
+            | "Batch" >> beam.BatchElements(min_batch_size=self.batch_size, max_batch_size=self.batch_size)
+            | "Embed" >> beam.ParDo(_Embed(self.encoder, self.shards)).with_outputs("failed", main="rows")
+        )
+        return (
+            {"rows": embedded.rows, "failed": embedded.failed}
+            | "Group" >> beam.CoGroupByKey()
+            | "Write" >> beam.Map(_write, folder=self.folder, index=self.index)
+        )
+
+
+def examples_to_images(records):
+    """`(Item, bytes)` of serialized `tf.train.Example`s with the features `image`, `id` and, or empty, `label`."""
+    return records | "Parse" >> beam.Map(_parse)
+
+
+def run(source, encoder, folder, shards=16, batch_size=64, index=None, options=None):
+    """Runs the pipeline and writes `summary.json`.
+
+    Args:
+        source: list of `Item`s, or a str, the pattern of TFRecord files (see `examples_to_images`).
+        encoder, folder, shards, batch_size, index: see `EmbedImages`.
+        options: list of str, options of the pipeline ("--runner=..."), or None for the DirectRunner.
+
+    Returns:
+        dict: "embedded", "failed" (a list of `{"id", "error"}`) and "shards".
+    """
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise ValueError(f"folder: expected a new or empty one. Received: {folder!r}")
+    # Told here, and not by a worker.
+    dim = Encoder(encoder).dim
+    os.makedirs(folder, exist_ok=True)
+    with beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(options or [])) as pipeline:
+        if isinstance(source, str):
+            records = pipeline | "Read" >> beam.io.ReadFromTFRecord(source)
+            images = examples_to_images(records)
+        else:
+            images = pipeline | "List" >> beam.Create(source) | "Spread" >> beam.Reshuffle()
+        done = images | EmbedImages(encoder, folder, shards, batch_size, index)
+        # The workers may be elsewhere: what they tell comes back as files.
+        (
+            done
+            | "One" >> beam.combiners.ToList()
+            | "Summary" >> beam.Map(_summarize, path=os.path.join(folder, "summary.json"), dim=dim)
+        )
+    return read_json(os.path.join(folder, "summary.json"))
+
+
+class _Embed(beam.DoFn):
+    def __init__(self, encoder, shards):
+        super().__init__()
+        self._path, self._shards = encoder, shards
+        # One for all threads of a worker.
+        self._shared = Shared()
+
+    def setup(self):
+        self._encoder = self._shared.acquire(lambda: Encoder(self._path))
+
+    def process(self, batch):
+        there, contents = [], []
+        for image in batch:
+            item, content = image if not isinstance(image, Item) else (image, None)
+            item = Item(*item)
+            try:
+                if content is None:
+                    with open(item.path, "rb") as file:
+                        content = file.read()
+                if not content:
+                    raise OSError("empty file")
+            except OSError as error:
+                yield beam.pvalue.TaggedOutput(
+                    "failed", (self._shard(item), {"id": item.id, "error": first_line(error)})
+                )
+                continue
+            there.append(item)
+            contents.append(content)
+        rows, errors = self._encoder.embed(contents)
+        for position, item in enumerate(there):
+            if position in errors:
+                failed = {"id": item.id, "error": errors[position]}
+                yield beam.pvalue.TaggedOutput("failed", (self._shard(item), failed))
+            else:
+                yield self._shard(item), (tuple(item), rows[position])
+
+    def _shard(self, item):
+        return int.from_bytes(hashlib.sha256(item.id.encode()).digest()[:8], "big") % self._shards
+
+
+def _write(group, folder, index):
+    shard, found = group
+    rows = sorted(found["rows"], key=lambda pair: pair[0])
+    items = [Item(*item) for item, _ in rows]
+    failed = sorted(found["failed"], key=lambda row: row["id"])
+    repeated = sorted({a.id for a, b in itertools.pairwise(items) if a.id == b.id})
+    if repeated:
+        raise ValueError(f"images: expected different ids. Received more than once: {repeated[:5]}")
+    if items:
+        path = os.path.join(folder, shard_name(shard))
+        write_items_as_shard(path, np.stack([row for _, row in rows]), items, failed, index)
+    return {"shard": shard, "embedded": len(items), "failed": failed}
+
+
+def _parse(record):
+    features = tf.train.Example.FromString(record).features.feature
+    image, name, label = (features[key] for key in FEATURES)
+    label = label.bytes_list.value[0].decode() if label.bytes_list.value else "".join(map(str, label.int64_list.value))
+    return Item(name.bytes_list.value[0].decode(), "", label), image.bytes_list.value[0]
+
+
+def _summarize(done, path, dim):
+    failed = sorted((row for shard in done for row in shard["failed"]), key=lambda row: row["id"])
+    embedded = sum(shard["embedded"] for shard in done)
+    summary = {
+        "images": embedded + len(failed),
+        "embedded": embedded,
+        "failed": failed,
+        "dim": dim,
+        "shards": len(done),
+    }
+    write_json(path, summary)
+    return summary

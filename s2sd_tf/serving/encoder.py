@@ -1,0 +1,100 @@
+"""An exported encoder, from encoded images to embeddings."""
+
+import hashlib
+import os
+
+import numpy as np
+import tensorflow as tf
+
+from s2sd_tf.data.preprocessing import decode_rgb
+
+_SIGNATURE = "encoded_images"
+
+
+class Encoder:
+    """The SavedModel of `export.export_encoder`, for images in batches that may hold broken ones.
+
+    Args:
+        path: folder of the SavedModel.
+
+    Attributes:
+        dim: int, dimension of the embeddings.
+
+    Raises:
+        FileNotFoundError: no SavedModel there.
+        ValueError: one without the signature "encoded_images".
+    """
+
+    def __init__(self, path):
+        self.path = os.fspath(path)
+        if not tf.saved_model.contains_saved_model(self.path):
+            raise FileNotFoundError(f"encoder: expected the folder of a SavedModel. Received: {self.path!r}")
+        # The functions need the model to stay.
+        self._model = tf.saved_model.load(self.path)
+        if _SIGNATURE not in self._model.signatures:
+            raise ValueError(
+                f"encoder: expected a SavedModel of export_encoder, with the signature {_SIGNATURE!r}. Received: "
+                f"{sorted(self._model.signatures)} in {self.path!r}"
+            )
+        self._encode = self._model.signatures[_SIGNATURE]
+        self.dim = int(self._encode.structured_outputs["embedding"].shape[-1])
+
+    def __call__(self, encoded):
+        """float32 `(n, dim)` of n encoded images (bytes).
+
+        Raises:
+            tf.errors.OpError: one cannot be decoded.
+        """
+        return self._encode(encoded_images=tf.constant(encoded, tf.string))["embedding"].numpy()
+
+    def embed(self, encoded):
+        """`(embeddings, errors)` of n encoded images: float32 `(n, dim)`, NaN where one cannot be decoded, and a dict
+        from its position to a str that says why.
+        """
+        rows, errors = np.full((len(encoded), self.dim), np.nan, np.float32), {}
+        if not len(encoded):
+            return rows, errors
+        try:
+            rows[:] = self(encoded)
+        except tf.errors.OpError:
+            # Which one it is the error does not tell.
+            for position, image in enumerate(encoded):
+                try:
+                    rows[position] = self([image])[0]
+                except tf.errors.OpError as error:
+                    errors[position] = first_line(error)
+        for position in np.flatnonzero(~np.isfinite(rows).all(axis=1)):
+            errors.setdefault(int(position), "its embedding is not finite")
+        return rows, errors
+
+    def fingerprint(self):
+        """SHA-256 of the SavedModel's graph and weights, str."""
+        digest = hashlib.sha256()
+        for name in ("saved_model.pb", "variables/variables.index", "variables/variables.data-00000-of-00001"):
+            path = os.path.join(self.path, name)
+            if os.path.exists(path):
+                with open(path, "rb") as file:
+                    digest.update(file.read())
+        return digest.hexdigest()
+
+
+def read_image(path):
+    """An image file as float RGB `(h, w, 3)` up to 1, or None where it cannot be read."""
+    try:
+        return decode_image(tf.io.read_file(path))
+    except tf.errors.OpError:
+        return None
+
+
+def decode_image(encoded):
+    """An encoded image as float RGB `(h, w, 3)` up to 1."""
+    return decode_rgb(encoded).numpy()
+
+
+def first_line(error):
+    """The first line of an error's text that says what is wrong, at most 200 characters."""
+    lines = str(getattr(error, "message", error)).splitlines()
+    # What graphs say of where in them it was.
+    where = ("Graph execution error", "Detected at node", "<stack traces", "[[")
+    told = [line.strip() for line in lines if line.strip() and not line.strip().startswith(where)]
+    return (told or [type(error).__name__])[0][:200]

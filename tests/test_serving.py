@@ -1,0 +1,308 @@
+"""From images to searchable embeddings: embedding in this process and by Beam, and the retrieval SavedModel."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import REPOSITORY
+from PIL import Image
+
+import s2sd_tf
+from s2sd_tf import data, evaluation, export
+from s2sd_tf.evaluation.embeddings import read_items, shard_folders
+from s2sd_tf.files import read_json
+from s2sd_tf.serving import Encoder, Item, beam, embed_images, list_images
+
+IMAGES, BROKEN = 90, ("c1/broken.png", "c2/empty.jpg", "cut.png")
+
+
+@pytest.fixture(scope="module")
+def encoder_path(tmp_path_factory):
+    """SavedModel of a small untrained encoder."""
+    tf.keras.utils.set_random_seed(0)
+    backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(6, 8), pools=1)
+    path = str(tmp_path_factory.mktemp("encoder") / "encoder")
+    model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(8,))
+    export.export_encoder(model, data.Preprocessing(8, 8, 1), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Folder of 90 images in three classes, and three files that are none."""
+    root = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for i in range(IMAGES):
+        (root / f"c{i % 3}").mkdir(exist_ok=True)
+        pixels = generator.integers(0, 256, (10, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(
+            root / f"c{i % 3}" / f"{i:03d} ü.{'png' if i % 2 else 'JPG'}", "PNG" if i % 2 else "JPEG"
+        )
+    for name, content in zip(BROKEN, (b"no image", b"", (root / "c1" / "001 ü.png").read_bytes()[:-40])):
+        (root / name).write_bytes(content)
+    (root / ".hidden.png").write_bytes(b"")
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+def content_of(item):
+    return pathlib.Path(item.path).read_bytes()
+
+
+def one_by_one(encoder, items):
+    """From id to embedding, each image by itself."""
+    return {item.id: encoder([content_of(item)])[0] for item in items if item.id not in BROKEN}
+
+
+def check(folder, summary, encoder, items):
+    """What was written is whole, right and there once."""
+    expected = one_by_one(encoder, items)
+    found = evaluation.read_embeddings(folder)
+    assert sorted(found.ids) == sorted(expected)
+    np.testing.assert_allclose(found.rows[:], [expected[name] for name in found.ids], atol=1e-5)
+    assert found.labels == [name.rpartition("/")[0] for name in found.ids]
+    assert summary == read_json(os.path.join(folder, "summary.json"))
+    assert (summary["embedded"], summary["dim"]) == (IMAGES, 4)
+    errors = {row["id"]: row["error"] for row in summary["failed"]}
+    assert sorted(errors) == sorted(BROKEN)
+    assert errors["c2/empty.jpg"] == "empty file"
+    assert "Unknown image file format" in errors["c1/broken.png"]
+    assert "PNG" in errors["cut.png"]
+    assert not [path for path in os.listdir(folder) if path.startswith(".")]
+
+
+def test_embedding_a_folder(encoder_path, images, tmp_path):
+    items, encoder = list_images(images), Encoder(encoder_path)
+    assert len(items) == IMAGES + len(BROKEN)
+    folder = str(tmp_path / "out")
+    summary = embed_images(items, encoder, folder, shard_size=16, batch_size=5, index={}, progress=False)
+    check(folder, summary, encoder, items)
+    assert summary["shards"] == len(shard_folders(folder)) == 6
+    # Again: nothing is written twice.
+    times = {path: os.stat(path).st_mtime_ns for path in shard_folders(folder)}
+    assert embed_images(items, encoder, folder, shard_size=16, batch_size=7, index={}, progress=False) == summary
+    assert times == {path: os.stat(path).st_mtime_ns for path in shard_folders(folder)}
+    index = evaluation.load_index(folder)
+    query = encoder([content_of(items[5])])
+    assert index.ids[index.search(query, 1).indices[0, 0]] == items[5].id
+    for change in ({"shard_size": 17}, {"items": items[1:]}, {"index": None}):
+        with pytest.raises(ValueError, match="folder: expected a new one"):
+            embed_images(
+                **{"items": items, "encoder": encoder, "folder": folder, "shard_size": 16, "index": {}, **change}
+            )
+
+
+def test_killed_it_goes_on_and_neither_loses_nor_repeats_a_shard(encoder_path, images, tmp_path):
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "s2sd_tf.cli.embed", f"--encoder={encoder_path}", f"--images={images}"]
+    command += [f"--output={folder}", "--shard_size=3", "--batch_size=1"]
+    seen = {}
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(shard_folders(folder)) < len(seen) + 4 and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        now = {path: os.stat(path).st_mtime_ns for path in shard_folders(folder)}
+        assert seen.items() <= now.items()
+        seen = now
+    assert 8 <= len(seen) < 31
+    (folder / ".writing-rest").mkdir()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "90 images, 4 dimensions, 31 shards" in done.stdout
+    assert seen.items() <= {path: os.stat(path).st_mtime_ns for path in shard_folders(folder)}.items()
+    check(str(folder), read_json(folder / "summary.json"), Encoder(encoder_path), list_images(images))
+    # Every image is in the shard of its place.
+    order = [item.id for item in list_images(images)]
+    for number, path in enumerate(shard_folders(folder)):
+        assert read_items(path)[0] == [name for name in order[3 * number : 3 * number + 3] if name not in BROKEN]
+
+
+def test_beam_embeds_files_as_this_process_does(encoder_path, images, tmp_path):
+    items, folder = list_images(images), str(tmp_path / "out")
+    gone = Item("gone.png", str(tmp_path / "gone.png"), "")
+    summary = beam.run([*items, gone], encoder_path, folder, shards=4, batch_size=7, index={"recall": 0.9})
+    assert "No such file" in next(row["error"] for row in summary["failed"] if row["id"] == "gone.png")
+    summary["failed"] = [row for row in summary["failed"] if row["id"] != "gone.png"]
+    summary["images"] -= 1
+    (tmp_path / "out" / "summary.json").write_text(json.dumps(summary))
+    check(folder, summary, Encoder(encoder_path), items)
+    index, found = evaluation.load_index(folder), evaluation.read_embeddings(folder)
+    assert len(index.indexes) == summary["shards"] == 4
+    queries = found.rows[:20]
+    expected = evaluation.find_neighbors(queries, found.rows, 7)
+    merged = index.search(queries, 7)
+    assert index.ids == found.ids
+    np.testing.assert_allclose(merged.similarities, expected.similarities, atol=1e-5)
+    with pytest.raises(ValueError, match="folder: expected a new"):
+        beam.run(items, encoder_path, folder)
+
+
+def test_beam_embeds_tfrecords(encoder_path, images, tmp_path):
+    items = list_images(images)
+
+    def feature(value):
+        return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+    for part in range(2):
+        with tf.io.TFRecordWriter(str(tmp_path / f"images-{part}.tfrecord")) as writer:
+            for item in items[part::2]:
+                content = {"image": content_of(item), "id": item.id.encode(), "label": item.label.encode()}
+                features = tf.train.Features(feature={name: feature(value) for name, value in content.items()})
+                writer.write(tf.train.Example(features=features).SerializeToString())
+    folder = str(tmp_path / "out")
+    summary = beam.run(str(tmp_path / "images-*.tfrecord"), encoder_path, folder, shards=3)
+    check(folder, summary, Encoder(encoder_path), items)
+
+
+def test_errors_of_embedding_name_the_argument(encoder_path, images, tmp_path):
+    encoder = Encoder(encoder_path)
+    with pytest.raises(FileNotFoundError, match="encoder"):
+        Encoder(tmp_path)
+    tf.saved_model.save(tf.Module(), str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="encoded_images"):
+        Encoder(tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match="images"):
+        list_images(tmp_path / "none")
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ValueError, match="images"):
+        list_images(tmp_path / "nothing")
+    items = list_images(images)
+    with pytest.raises(ValueError, match="different ids"):
+        embed_images([items[0], items[0]], encoder, str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="shard_size"):
+        embed_images(items, encoder, str(tmp_path / "out"), shard_size=0)
+    with pytest.raises(ValueError, match="new or empty"):
+        embed_images(items, encoder, str(tmp_path / "other"))
+    assert not (tmp_path / "out").exists()
+
+
+LOADER = """
+import sys, json
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("s2sd_tf", "keras_cv", "tensorflow_addons"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import numpy as np, tensorflow as tf
+from scann.scann_ops.py import scann_ops
+loaded = tf.saved_model.load(sys.argv[1])
+image, rows = open(sys.argv[2], "rb").read(), np.load(sys.argv[3])
+calls = {
+    "encoded_images": {"encoded_images": tf.constant([image, image])},
+    "serving_default": {"images": tf.image.decode_image(image, channels=3)[None, :, :, :1] / 255},
+    "embeddings": {"embeddings": tf.constant(rows)},
+}
+found = {name: loaded.signatures[name](**arguments) for name, arguments in calls.items()}
+decode = lambda v: v.numpy().tolist() if v.dtype != tf.string else [[w.decode() for w in r] for r in v.numpy().tolist()]
+print(json.dumps({name: {key: decode(value) for key, value in f.items()} for name, f in found.items()}))
+"""
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("kind", ["exact", "brute_force", "hashing", "tree"])
+def test_a_retrieval_saved_model_in_another_process(
+    kind, metric, encoder_path, images, tmp_path, run_python, monkeypatch
+):
+    sizes = {"hashing": (10, 10**6), "tree": (5, 10)}.get(kind, (10**6, 10**6))
+    monkeypatch.setattr("s2sd_tf.evaluation.index.BRUTE_FORCE_SIZE", sizes[0])
+    monkeypatch.setattr("s2sd_tf.evaluation.index.TREE_SIZE", sizes[1])
+    items = [item for item in list_images(images) if item.id not in BROKEN]
+    rows = Encoder(encoder_path)([content_of(item) for item in items])
+    labels = [item.label for item in items]
+    ids = [item.id for item in items]
+    index = evaluation.build_index(rows, ids, labels, "exact" if kind == "exact" else "scann", metric)
+    path = str(tmp_path / "retrieval")
+    export.export_retrieval(encoder_path, index, path, k=5)
+    np.save(tmp_path / "rows.npy", rows[:30])
+    here = {
+        key: value.numpy()
+        for key, value in export.load_retrieval(path).signatures["embeddings"](tf.constant(rows[:30])).items()
+    }
+    (tmp_path / "loader.py").write_text(LOADER)
+    output = run_python(tmp_path / "loader.py", path, items[7].path, tmp_path / "rows.npy", cwd=tmp_path).stdout
+    there = json.loads(output.splitlines()[-1])
+    # Identical, to the last bit.
+    assert there["embeddings"]["scores"] == here["scores"].tolist()
+    assert there["embeddings"]["ids"] == [[name.decode() for name in row] for row in here["ids"].tolist()]
+    exact = evaluation.find_neighbors(rows[:30], rows, 5, metric=metric)
+    np.testing.assert_allclose(here["scores"][:, 0], exact.similarities[:, 0], atol=2e-3)
+    agreement = np.mean(
+        [len({n.decode() for n in a} & {ids[i] for i in b}) / 5 for a, b in zip(here["ids"], exact.indices)]
+    )
+    assert agreement > 0.9
+    by_image = there["encoded_images"]
+    assert by_image["ids"][0] == by_image["ids"][1]
+    assert by_image["ids"][0][0] == items[7].id
+    assert by_image["labels"][0][0] == items[7].label
+    assert len(there["serving_default"]["ids"][0]) == 5
+
+
+def test_a_retrieval_saved_model_without_scann(encoder_path, tmp_path, run_python, monkeypatch):
+    index = evaluation.build_index(np.eye(4, dtype=np.float32))
+    path = tmp_path / "retrieval"
+    export.export_retrieval(encoder_path, index, str(path), k=9)
+    code = "import sys, tensorflow as tf; tf.saved_model.load(sys.argv[1])"
+    done = run_python("-c", code, path, check=False)
+    assert done.returncode
+    assert "Scann>" in done.stderr
+    assert "Scann>" in (path / "assets.extra" / "README.txt").read_text()
+    assert str(tmp_path) not in (path / "assets.extra" / "README.txt").read_text()
+    monkeypatch.setitem(sys.modules, "scann.scann_ops.py.scann_ops", None)
+    with pytest.raises(ImportError, match="pip install scann"):
+        export.load_retrieval(path)
+    with pytest.raises(FileNotFoundError, match="path"):
+        export.load_retrieval(tmp_path)
+
+
+def test_an_index_of_another_dimension_is_refused(encoder_path, tmp_path):
+    with pytest.raises(ValueError, match=r"dimension 4\. Received: 3"):
+        export.export_retrieval(encoder_path, evaluation.build_index(np.eye(3)), str(tmp_path / "retrieval"))
+    assert not (tmp_path / "retrieval").exists()
+
+
+def test_the_example_serves_it(encoder_path, images, tmp_path):
+    example = REPOSITORY / "examples" / "serve.py"
+    assert len(example.read_text().splitlines()) <= 40
+    items = [item for item in list_images(images) if item.id not in BROKEN][:20]
+    rows = Encoder(encoder_path)([content_of(item) for item in items])
+    index = evaluation.build_index(rows, [item.id for item in items], [item.label for item in items])
+    export.export_retrieval(encoder_path, index, str(tmp_path / "retrieval"), k=3)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(example), str(tmp_path / "retrieval"), str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        content = content_of(items[4])
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"http://localhost:{port}/", content, timeout=30) as answer:
+                    found = json.load(answer)["matches"]
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert server.poll() is None
+                time.sleep(0.1)
+        assert len(found) == 3
+        assert (found[0]["id"], found[0]["label"]) == (items[4].id, items[4].label)
+        assert found[0]["score"] == pytest.approx(1.0, abs=1e-5)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"http://localhost:{port}/", b"no image", timeout=30)
+        assert refused.value.code == 400
+        assert "error" in json.load(refused.value)
+    finally:
+        server.kill()
+        server.wait()
