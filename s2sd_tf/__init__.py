@@ -1,6 +1,6 @@
 """s2sd_tf: image-retrieval embeddings in TensorFlow with simultaneous similarity-based self-distillation."""
 
-from s2sd_tf import data, evaluation, export, mining, models, objectives
+from s2sd_tf import data, evaluation, export, mining, models, objectives, serving
 from s2sd_tf.distillation import similarity_kl
 from s2sd_tf.models import S2SDModel, preset
 
@@ -14,5 +14,6 @@ __all__ = [
     "models",
     "objectives",
     "preset",
+    "serving",
     "similarity_kl",
 ]

@@ -142,7 +142,7 @@ def _report(queries, gallery, result, results, more, metric):
         image=queries.image,
         title="Retrieval evaluation",
         about=f"{os.path.basename(os.path.normpath(about))}, {queries.rows.shape[1]} dimensions",
-        rows=rows,
+        table=rows,
         seed=_SEED.value,
     )  # fmt: skip
 

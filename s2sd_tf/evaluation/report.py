@@ -94,7 +94,7 @@ def save_report(
     gallery_image=None,
     title="Retrieval",
     about="",
-    rows=None,
+    table=None,
     seed=0,
 ):
     """Writes the page: metrics with their intervals, recall over k, similarities of positives and negatives, the best,
@@ -111,7 +111,7 @@ def save_report(
         ids: n str, or None.
         image: function from a query's position to an array `(h, w)` or `(h, w, c)`, uint8 or float up to 1, or None.
         title, about: str, heading and the line below it.
-        rows: dict from a row's name to a dict of metrics, for the table. Default: the result's.
+        table: dict from a column's name to a dict of metrics. Default: the result's.
         seed: int, of what is sampled.
     """
     own = gallery is None
@@ -120,7 +120,7 @@ def save_report(
     named = _names(class_names)
     generator = np.random.default_rng(seed)
     parts = [
-        _section("Metrics", "In percent, with the 95% interval over classes (bootstrap).", _metrics(result, rows)),
+        _section("Metrics", "In percent, with the 95% interval over classes (bootstrap).", _metrics(result, table)),
         '<div class="pair">',
         _section("Recall over k", "Share of queries with a positive among the k nearest.", _recall_curve(result)),
         _section(
@@ -154,14 +154,16 @@ def _section(heading, text, content):
     return f"<section><h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>{content}</section>"
 
 
-def _metrics(result, rows):
+def _metrics(result, table):
     intervals = result.confidence_intervals()
-    rows = rows or {"": result.means()}
-    first = next(iter(rows.values()))
+    table = table or {"": result.means()}
+    first = next(iter(table.values()))
     names = [name for name, value in first.items() if isinstance(value, float)]
-    lines = ["<tr><th>metric</th>" + "".join(f"<th>{html.escape(row)}</th>" for row in rows) + "<th>interval</th></tr>"]
+    lines = [
+        "<tr><th>metric</th>" + "".join(f"<th>{html.escape(row)}</th>" for row in table) + "<th>interval</th></tr>"
+    ]
     for name in names:
-        cells = [f"<td>{_number(name, row.get(name))}</td>" for row in rows.values()]
+        cells = [f"<td>{_number(name, row.get(name))}</td>" for row in table.values()]
         low_high = " to ".join(_number(name, value) for value in intervals[name]) if name in intervals else ""
         lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(cells)}<td>{low_high}</td></tr>")
     told = f"{len(result.labels):,} queries, {int(np.sum(~result.answerable)):,} of them without a positive."

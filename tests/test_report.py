@@ -1,0 +1,131 @@
+"""The HTML page and the projector's files."""
+
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from s2sd_tf import evaluation
+from s2sd_tf.evaluation.projector import save_projector
+from s2sd_tf.evaluation.report import save_report, thumbnail
+
+EVIL = "</script><script>alert('x')</script> & \"quotes\" <b>"
+# Elements that have no end.
+VOID = {"meta", "link", "img", "br", "line", "polyline", "polygon"}
+
+
+class Page(html.parser.HTMLParser):
+    """The elements of a page, which have to be closed in order, and the data of its scripts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.scripts, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif not self.open or self.open[-1] != "style":
+            self.text += data
+
+
+@pytest.fixture
+def queries():
+    """Rows and labels of seven classes, the last of one."""
+    labels = np.append(np.repeat(np.arange(6), 8), 6)
+    generator = np.random.default_rng(0)
+    return generator.normal(size=(7, 5))[labels] + 0.4 * generator.normal(size=(49, 5)), labels
+
+
+def report(path, rows, labels, **settings):
+    ids = np.arange(len(labels))
+    found = evaluation.find_neighbors(rows, rows, 4, ids, ids)
+    save_report(str(path), evaluation.evaluate_retrieval(rows, labels), found, rows, **settings)
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_page_is_whole_and_needs_nothing_else(queries, tmp_path):
+    rows, labels = queries
+    pictures = np.random.default_rng(0).random((49, 6, 5, 3))
+    names = {label: f"{EVIL} {label}" for label in range(7)}
+    text = report(
+        tmp_path / "report.html", rows, labels, class_names=names, ids=[EVIL] * 49, image=lambda i: pictures[i],
+        title=EVIL, about=EVIL, table={"exact": {"recall@1": 0.25, EVIL: 0.5, "ratio": float("nan")}},
+    )  # fmt: skip
+    page = Page(text)
+    kinds = [tag for tag, _ in page.elements]
+    assert kinds.count("script") == 2
+    assert kinds.count("h2") == 8
+    assert not set(kinds) & {"iframe", "object", "embed", "base", "b"}
+    for _, attributes in page.elements:
+        for name in ("src", "href"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "http" not in re.sub(r"data:[^\"]*", "", text)
+    points = json.loads(page.scripts[0])
+    assert len(points) == 49
+    assert all(0 <= x <= 1 and 0 <= y <= 1 for x, y, _, _ in points)
+    assert points[0][3] == f"{EVIL} 0 · {EVIL}"
+    assert "25.0" in page.text
+    assert "1 of them without a positive" in page.text
+    # Five queries of each kind with four neighbours.
+    assert sum(tag == "img" for tag, _ in page.elements) == 3 * 5 * 5
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_without_images_names_or_ids_and_with_a_gallery(queries, tmp_path):
+    rows, labels = queries
+    assert "position " in report(tmp_path / "a.html", rows, labels)
+    result = evaluation.evaluate_retrieval(rows[:9], labels[:9], rows, labels)
+    found = evaluation.find_neighbors(rows[:9], rows, 3)
+    save_report(str(tmp_path / "b.html"), result, found, rows[:9], gallery=rows, gallery_labels=labels)
+    Page((tmp_path / "b.html").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("size", "dim"), [(2, 1), (3, 2), (12, 3)])
+def test_tiny_sets(size, dim, tmp_path):
+    rows = np.random.default_rng(0).normal(size=(size, dim))
+    Page(report(tmp_path / "report.html", rows, np.zeros(size, int)))
+
+
+def test_thumbnails():
+    for pixels in (np.zeros((300, 20), np.uint8), np.ones((5, 9, 1)), np.ones((4, 4, 3), np.float32)):
+        assert thumbnail(pixels).startswith("data:image/")
+    assert thumbnail(None) is None
+
+
+def test_projector(queries, tmp_path):
+    from google.protobuf import text_format
+    from tensorboard.plugins.projector import ProjectorConfig
+
+    rows, labels = queries
+    ids = [f"image\t{i}\n" for i in range(49)]
+    save_projector(str(tmp_path / "log"), rows, labels, ids, lambda i: np.full((7, 9), i / 49))
+    config = text_format.Parse((tmp_path / "log" / "projector_config.pbtxt").read_text(), ProjectorConfig())
+    tensor = config.embeddings[0]
+    assert list(tensor.tensor_shape) == [49, 5]
+    np.testing.assert_allclose(np.loadtxt(tmp_path / "log" / tensor.tensor_path, delimiter="\t"), rows, rtol=1e-5)
+    lines = (tmp_path / "log" / tensor.metadata_path).read_text().splitlines()
+    assert lines[:2] == ["label\tid", "0\timage 0"]
+    assert len(lines) == 50
+    sprite = Image.open(tmp_path / "log" / tensor.sprite.image_path)
+    assert sprite.size == (7 * 64, 7 * 64)
+    save_projector(str(tmp_path / "plain"), rows, labels)
+    assert len((tmp_path / "plain" / "metadata.tsv").read_text().splitlines()) == 49

@@ -1,0 +1,176 @@
+"""s2sd-evaluate, -embed, -index, -search and -beam as they are called."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import s2sd_tf
+from s2sd_tf import data, evaluation, export
+from s2sd_tf.files import read_json, write_json
+
+
+def call(program, *arguments, status=0):
+    command = [sys.executable, "-m", f"s2sd_tf.cli.{program}", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    if status:
+        assert "Traceback" not in done.stderr
+        return done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folder with images (4 classes of 5), an encoder, and the same model as `.keras`."""
+    root = tmp_path_factory.mktemp("made")
+    generator = np.random.default_rng(0)
+    for label in range(4):
+        (root / "images" / f"c{label}").mkdir(parents=True)
+        pattern = generator.integers(0, 200, (9, 9, 3))
+        for i in range(5):
+            pixels = (pattern + generator.integers(0, 56, (9, 9, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(root / "images" / f"c{label}" / f"{i}.png")
+    backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(6, 8), pools=1)
+    model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(8,))
+    model.compile(optimizer="adam")
+    preprocessing = data.Preprocessing(8, 8, 1)
+    export.export_encoder(model, preprocessing, str(root / "encoder"))
+    model.save(root / "model.keras")
+    write_json(str(root / "preprocessing.json"), preprocessing.get_config())
+    return root
+
+
+def test_from_images_to_a_search(made, tmp_path):
+    images, encoder = made / "images", made / "encoder"
+    output = call(
+        "embed", f"--encoder={encoder}", f"--images={images}", f"--output={tmp_path / 'emb'}", "--shard_size=6"
+    )
+    assert "20 images, 4 dimensions, 4 shards" in output
+    output = call(
+        "index", f"--embeddings={tmp_path / 'emb'}", f"--output={tmp_path / 'index'}",
+        f"--encoder={encoder}", f"--saved_model={tmp_path / 'retrieval'}", "--k=3",
+    )  # fmt: skip
+    assert "20 items, 4 dimensions, scann" in output
+    assert (tmp_path / "retrieval" / "saved_model.pb").exists()
+    queries = [images / "c1" / "3.png", images / "c2" / "0.png"]
+    search = (f"--encoder={encoder}", *(f"--image={path}" for path in queries), "--k=2")
+    for folder in ("index", "emb"):
+        if folder == "emb":
+            error = call("search", f"--index={tmp_path / folder}", *search, status=2)
+            assert "index: expected a folder with an index" in error
+            continue
+        arguments = (*search, f"--picture={tmp_path / 'found.png'}", f"--images={images}")
+        answers = json.loads(call("search", f"--index={tmp_path / folder}", *arguments))
+    assert [answer["query"] for answer in answers] == [str(path) for path in queries]
+    first = answers[0]["matches"]
+    assert len(first) == 2
+    assert (first[0]["id"], first[0]["label"]) == ("c1/3.png", "c1")
+    assert first[0]["similarity"] == pytest.approx(1.0, abs=1e-5)
+    assert np.array(Image.open(tmp_path / "found.png")).std() > 1
+    (tmp_path / "broken.png").write_text("no image")
+    query = f"--image={tmp_path / 'broken.png'}"
+    error = call("search", f"--index={tmp_path / 'index'}", f"--encoder={encoder}", query,
+                 status=2)  # fmt: skip
+    assert "broken.png" in error
+
+
+def test_beam(made, tmp_path):
+    arguments = (f"--encoder={made / 'encoder'}", f"--images={made / 'images'}", f"--output={tmp_path / 'out'}")
+    assert "20 images, 4 dimensions" in call("beam", *arguments, "--shards=3", "--beam=--runner=DirectRunner")
+    found = call("search", f"--index={tmp_path / 'out'}", f"--encoder={made / 'encoder'}",
+                 f"--image={made / 'images' / 'c0' / '1.png'}", "--k=1")  # fmt: skip
+    assert json.loads(found)[0]["matches"][0]["id"] == "c0/1.png"
+    assert "expected exactly one" in call("beam", *arguments, "--tfrecords=x", status=2)
+
+
+def test_evaluating_models_and_embeddings_gives_the_same(made, tmp_path):
+    images = f"--images={made / 'images'}"
+    results = {}
+    for name in ("encoder", "model.keras"):
+        output = tmp_path / f"{name}.json"
+        call("evaluate", f"--model={made / name}", images, f"--output={output}", "--ks=1,3", "--map_ks=2,1000")
+        results[name] = read_json(output)
+    items = s2sd_tf.serving.list_images(made / "images")
+    s2sd_tf.serving.embed_images(
+        items, s2sd_tf.serving.Encoder(made / "encoder"), str(tmp_path / "emb"), progress=False
+    )
+    rows, ids, labels = evaluation.read_embeddings(tmp_path / "emb")
+    np.save(tmp_path / "rows.npy", rows[:])
+    np.savez(tmp_path / "rows.npz", embeddings=rows[:], labels=labels, ids=ids)
+    (tmp_path / "labels.txt").write_text("\n".join(labels) + "\n")
+    for name, more in (("emb", ()), ("rows.npz", ()), ("rows.npy", (f"--labels={tmp_path / 'labels.txt'}",))):
+        output = tmp_path / f"{name}.json"
+        arguments = (f"--embeddings={tmp_path / name}", *more, f"--output={output}", "--ks=1,3", "--map_ks=2,1000")
+        call("evaluate", *arguments, f"--report={tmp_path / 'report.html'}", f"--projector={tmp_path / 'projector'}")
+        results[name] = read_json(output)
+    assert "data:image" not in (tmp_path / "report.html").read_text()
+    expected = evaluation.retrieval_metrics(rows[:], np.repeat(np.arange(4), 5), ks=(1, 3), map_ks=(2, 1000))
+    for result in results.values():
+        for method in ("exact", "scann"):
+            assert result[method] == pytest.approx(expected, abs=1e-5)
+        assert set(result["space"]["cosine"]) == {"intra", "inter", "ratio", "rho", "nmi", "ami", "f1"}
+        low, high = result["intervals"]["recall@1"]
+        assert low <= expected["recall@1"] <= high
+        assert sorted(result["per_class"]) == ["c0", "c1", "c2", "c3"]
+        assert result["space"]["cosine"]["rho"] == pytest.approx(results["encoder"]["space"]["cosine"]["rho"], rel=1e-3)
+
+
+def test_queries_and_gallery_apart_and_both_metrics(made, tmp_path):
+    generator = np.random.default_rng(0)
+    rows, labels = generator.normal(size=(40, 3)), generator.integers(0, 4, 40)
+    np.savez(tmp_path / "queries.npz", embeddings=rows[:10], labels=[f"n{label}" for label in labels[:10]])
+    np.savez(tmp_path / "gallery.npz", embeddings=rows[10:], labels=[f"n{label}" for label in labels[10:]])
+    given = (f"--embeddings={tmp_path / 'queries.npz'}", f"--gallery_embeddings={tmp_path / 'gallery.npz'}")
+    output = call("evaluate", *given, f"--output={tmp_path / 'out.json'}", f"--report={tmp_path / 'r.html'}",
+                  "--noclustering", "--methods=exact")  # fmt: skip
+    assert "euclidean" in output
+    results = read_json(tmp_path / "out.json")
+    for name, metric in (("exact", "cosine"), ("exact, euclidean", "euclidean")):
+        expected = evaluation.retrieval_metrics(
+            rows[:10], labels[:10], rows[10:], labels[10:], map_ks=(1000,), metric=metric
+        )
+        assert results[name] == pytest.approx(expected)
+    again = call("evaluate", f"--model={made / 'encoder'}", f"--images={made / 'images'}", "--methods=exact",
+                 f"--gallery_images={made / 'images'}")  # fmt: skip
+    # Every query finds itself in the other set.
+    assert again.splitlines()[2].split()[1] == "100.0"
+
+
+ERRORS = [
+    ((), "exactly one of --workdir, --model and --embeddings"),
+    (("--embeddings=a", "--model=b"), "exactly one of"),
+    (("--embeddings=none.npy",), "embeddings: expected a file or a folder"),
+    (("--model=none",), "--images: expected"),
+    (("--model=none.keras", "--images=images"), "--model: expected a .keras file"),
+    (("--embeddings=rows.npy",), "--labels: expected labels"),
+    (("--embeddings=rows.npy", "--labels=labels.npy"), "--labels: expected 4 labels"),
+    (("--embeddings=rows.npy", "--ks=0"), "--ks: expected integers >= 1"),
+]
+# A process each, but one import for all.
+FORK = """
+import json, os, sys
+from s2sd_tf.cli import evaluate
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    if not os.fork():
+        sys.argv = ["s2sd-evaluate", *arguments]
+        os.dup2(os.open(f"{number}.txt", os.O_CREAT | os.O_WRONLY), 2)
+        evaluate.main()
+        sys.exit("no error")
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_errors_are_one_line(made, tmp_path, run_python):
+    np.save(tmp_path / "rows.npy", np.ones((4, 3)))
+    np.save(tmp_path / "labels.npy", np.arange(3))
+    (tmp_path / "images").symlink_to(made / "images")
+    output = run_python("-c", FORK, json.dumps([arguments for arguments, _ in ERRORS]), cwd=tmp_path).stdout
+    assert output.split() == ["2"] * len(ERRORS)
+    for number, (_, words) in enumerate(ERRORS):
+        told = (tmp_path / f"{number}.txt").read_text()
+        assert words in told
+        assert "Traceback" not in told
