@@ -29,6 +29,15 @@ def replacing(path):
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_replaceable(argument, path, marker):
+    """Raises ValueError where a folder to be written is there and is something else: not empty, and without the file
+    `marker` that its kind has.
+    """
+    taken = os.path.exists(path) and (not os.path.isdir(path) or bool(os.listdir(path)))
+    if taken and not os.path.exists(os.path.join(path, marker)):
+        raise ValueError(f"{argument}: expected a new folder, or one of its kind, with {marker}. Received: {path!r}")
+
+
 def remove_leftovers(folder):
     """Removes what killed writers left in `folder`; nobody else may be writing there."""
     for name in os.listdir(folder):

@@ -189,6 +189,34 @@ def test_search_among_themselves_is_that_of_a_copy(monkeypatch):
         np.testing.assert_allclose(once.similarities, twice.similarities, atol=1e-6)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_gallery_whose_last_items_are_the_nearest(order, monkeypatch):
+    monkeypatch.setattr(exact, "_WIDTH", 1024)
+    gallery = np.random.default_rng(0).normal(size=(6000, 8)).astype(np.float32)
+    gallery = gallery[np.argsort(gallery[:, 0] / np.linalg.norm(gallery, axis=1))[::order]]
+    queries = (np.eye(8)[:1] + 1e-3 * np.random.default_rng(1).normal(size=(300, 8))).astype(np.float32)
+    found = evaluation.find_neighbors(queries, gallery, 3)
+    np.testing.assert_array_equal(
+        found.indices, np.argsort(-similarities_of(queries, gallery, "cosine"), axis=1)[:, :3]
+    )
+
+
+def test_ranks_among_nothing_but_equals():
+    labels = np.arange(3000) % 2
+    result = evaluation.evaluate_retrieval(np.ones((3000, 4)), labels, ks=(1, 2))
+    # The lower positions first: 0 finds 1, 2, ..., and 1 finds 0, 2, 3.
+    assert result.first_ranks[:4].tolist() == [2, 3, 1, 2]
+
+
+def test_few_queries_that_count_among_many():
+    rows, labels = np.random.default_rng(0).normal(size=(5000, 4)), np.arange(5000)
+    labels[[3, 4990]] = -1
+    exact_ranks = evaluation.evaluate_retrieval(rows, labels).first_ranks[[3, 4990]]
+    similarity = similarities_of(rows[[3, 4990]], rows, "cosine")
+    similarity[[0, 1], [3, 4990]] = -np.inf
+    assert exact_ranks.tolist() == [1 + np.sum(similarity[i] > similarity[i, j]) for i, j in ((0, 4990), (1, 3))]
+
+
 def test_equal_similarities_come_in_the_order_of_positions(monkeypatch):
     monkeypatch.setattr(exact, "_WIDTH", 256)
     gallery = np.tile(np.eye(4, dtype=np.float32), (500, 1))
@@ -249,6 +277,12 @@ def test_galleries_on_disk_are_read_in_parts(tmp_path, metric, monkeypatch):
     assert len(largest) > 8
     np.testing.assert_array_equal(shards.take_rows(np.array([0, 9, 10, 999, 5])), rows[[0, 9, 10, 999, 5]])
     np.testing.assert_array_equal(shards[5:705], rows[5:705])
+    np.testing.assert_array_equal(shards[[-1, 3]], rows[[-1, 3]])
+    np.testing.assert_array_equal(shards[labels < 3], rows[labels < 3])
+    np.testing.assert_array_equal(shards[11], rows[11])
+    np.testing.assert_array_equal(np.asarray(shards), rows)
+    with pytest.raises(IndexError):
+        shards[[1000]]
 
 
 def test_memory_stays_within_the_budget(tmp_path, run_python):

@@ -1,6 +1,7 @@
 """Indexes: what they find, tuning, saving and loading, adding and removing, parts; and embeddings on disk."""
 
 import json
+import pickle
 import shutil
 
 import numpy as np
@@ -51,9 +52,10 @@ def test_scann_is_tuned_to_the_recall(kind, metric, monkeypatch):
 
 
 def test_small_galleries_are_searched_by_brute_force_and_larger_ones_not():
-    assert index_module.settings_for(19_999)["kind"] == "brute_force"
-    assert index_module.settings_for(20_000)["kind"] == index_module.settings_for(99_999)["kind"] == "hashing"
-    assert index_module.settings_for(1_000_000)["leaves"] == 2000
+    assert index_module.settings_for(19_999, True)["kind"] == "brute_force"
+    assert index_module.settings_for(20_000, True)["kind"] == "hashing"
+    assert index_module.settings_for(99_999, True)["kind"] == "hashing"
+    assert index_module.settings_for(1_000_000, True)["leaves"] == 2000
 
 
 def test_a_recall_that_quantisation_cannot_reach_is_left_to_brute_force(monkeypatch):
@@ -179,9 +181,61 @@ def test_what_is_no_index_is_told(tmp_path):
         evaluation.load_index(tmp_path / "index")
     evaluation.build_index(np.eye(3)).save(tmp_path / "index")
     path = tmp_path / "index" / "scann" / "scann_assets.pbtxt"
-    path.write_text(path.read_text().replace('asset_path: "', 'asset_path: "../'))
+    path.write_text(path.read_text().replace('asset_path: "', 'asset_path: "../', 1))
     with pytest.raises(ValueError, match="names of files"):
         evaluation.load_index(tmp_path / "index")
+
+
+class Payload:
+    """Writes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_nothing_is_unpickled(tmp_path):
+    evaluation.build_index(np.eye(3)).save(tmp_path / "index")
+    (tmp_path / "index" / "scann" / "scann_docids.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "run")))
+    assert len(evaluation.load_index(tmp_path / "index")) == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="folder: expected a new folder"):
+        evaluation.build_index(np.eye(3)).save(tmp_path / "run")
+    assert (tmp_path / "run" / "results.json").exists()
+    for _ in range(2):
+        evaluation.build_index(np.eye(3)).save(tmp_path / "index")
+
+
+def test_an_interrupted_run_is_told(tmp_path):
+    embeddings_module.write_shard(
+        str(tmp_path / "shard-00000"), np.eye(3), list("abc"), None, evaluation.build_index(np.eye(3))
+    )
+    (tmp_path / "plan.json").write_text("{}")
+    for read in (evaluation.load_index, evaluation.read_embeddings):
+        with pytest.raises(ValueError, match="interrupted"):
+            read(tmp_path)
+    (tmp_path / "summary.json").write_text("{}")
+    assert len(evaluation.load_index(tmp_path)) == 3
+    embeddings_module.write_shard(str(tmp_path / "shard-00001"), np.eye(3), list("def"))
+    with pytest.raises(FileNotFoundError, match="one each"):
+        evaluation.load_index(tmp_path)
+
+
+def test_more_neighbours_than_it_was_tuned_for(monkeypatch):
+    of_kind("tree", monkeypatch)
+    rows = clustered(3000, classes=300)
+    index = evaluation.build_index(rows, k=2, recall=0.9)
+    found = index.search(rows[:200], 400)
+    assert (found.indices >= 0).all()
+    exact = evaluation.find_neighbors(rows[:200], rows, 400)
+    assert np.mean([len(set(a) & set(b)) / 400 for a, b in zip(exact.indices, found.indices)]) > 0.8
 
 
 def test_without_scann_it_says_what_to_install(monkeypatch):

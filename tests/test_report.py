@@ -99,6 +99,11 @@ def test_without_images_names_or_ids_and_with_a_gallery(queries, tmp_path):
     Page((tmp_path / "b.html").read_text(encoding="utf-8"))
 
 
+def test_a_collapsed_embedding(tmp_path):
+    page = Page(report(tmp_path / "report.html", np.ones((40, 5)), np.arange(40) // 4))
+    assert np.isfinite(np.array([point[:2] for point in json.loads(page.scripts[0])])).all()
+
+
 @pytest.mark.parametrize(("size", "dim"), [(2, 1), (3, 2), (12, 3)])
 def test_tiny_sets(size, dim, tmp_path):
     rows = np.random.default_rng(0).normal(size=(size, dim))
@@ -127,5 +132,9 @@ def test_projector(queries, tmp_path):
     assert len(lines) == 50
     sprite = Image.open(tmp_path / "log" / tensor.sprite.image_path)
     assert sprite.size == (7 * 64, 7 * 64)
-    save_projector(str(tmp_path / "plain"), rows, labels)
+    save_projector(str(tmp_path / "plain"), rows, labels, image=lambda i: None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("{}")
+    with pytest.raises(ValueError, match="folder: expected a new folder"):
+        save_projector(str(tmp_path / "run"), rows)
     assert len((tmp_path / "plain" / "metadata.tsv").read_text().splitlines()) == 49

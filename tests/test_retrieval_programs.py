@@ -134,10 +134,18 @@ def test_queries_and_gallery_apart_and_both_metrics(made, tmp_path):
             rows[:10], labels[:10], rows[10:], labels[10:], map_ks=(1000,), metric=metric
         )
         assert results[name] == pytest.approx(expected)
-    again = call("evaluate", f"--model={made / 'encoder'}", f"--images={made / 'images'}", "--methods=exact",
-                 f"--gallery_images={made / 'images'}")  # fmt: skip
-    # Every query finds itself in the other set.
-    assert again.splitlines()[2].split()[1] == "100.0"
+
+
+def test_an_image_in_queries_and_gallery_does_not_find_itself(made, tmp_path):
+    images, model = f"--images={made / 'images'}", f"--model={made / 'encoder'}"
+    alone = call("evaluate", model, images, "--methods=exact")
+    assert call("evaluate", model, images, f"--gallery_images={made / 'images'}", "--methods=exact") == alone
+    rows = np.random.default_rng(0).normal(size=(8, 3))
+    np.savez(tmp_path / "a.npz", embeddings=rows, labels=np.arange(8) // 4, ids=[f"i{i}" for i in range(8)])
+    given = (f"--embeddings={tmp_path / 'a.npz'}", "--methods=exact", "--metrics=cosine", "--noclustering")
+    others = f"--gallery_embeddings={tmp_path / 'a.npz'}"
+    assert call("evaluate", *given, others, "--same_ids") == call("evaluate", *given)
+    assert call("evaluate", *given, others).splitlines()[2].split()[1] == "100.0"
 
 
 ERRORS = [
@@ -149,6 +157,10 @@ ERRORS = [
     (("--embeddings=rows.npy",), "--labels: expected labels"),
     (("--embeddings=rows.npy", "--labels=labels.npy"), "--labels: expected 4 labels"),
     (("--embeddings=rows.npy", "--ks=0"), "--ks: expected integers >= 1"),
+    (("--embeddings=rows.npy", "--methods="), "--methods: expected at least one"),
+    (("--embeddings=rows.npy", "--gallery_labels=labels.npy"), "--gallery_labels: expected --gallery_embeddings"),
+    (("--embeddings=rows.npy", "--labels=some.txt"), "1 have none"),
+    (("--embeddings=rows.npy", "--projector=."), "--projector: expected a new folder"),
 ]
 # A process each, but one import for all.
 FORK = """
@@ -167,6 +179,7 @@ for number, arguments in enumerate(json.loads(sys.argv[1])):
 def test_errors_are_one_line(made, tmp_path, run_python):
     np.save(tmp_path / "rows.npy", np.ones((4, 3)))
     np.save(tmp_path / "labels.npy", np.arange(3))
+    (tmp_path / "some.txt").write_text("a\na\n\nb\n")
     (tmp_path / "images").symlink_to(made / "images")
     output = run_python("-c", FORK, json.dumps([arguments for arguments, _ in ERRORS]), cwd=tmp_path).stdout
     assert output.split() == ["2"] * len(ERRORS)

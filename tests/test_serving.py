@@ -22,6 +22,7 @@ from s2sd_tf import data, evaluation, export
 from s2sd_tf.evaluation.embeddings import read_items, shard_folders
 from s2sd_tf.files import read_json
 from s2sd_tf.serving import Encoder, Item, beam, embed_images, list_images
+from s2sd_tf.serving.encoder import read_image_under
 
 IMAGES, BROKEN = 90, ("c1/broken.png", "c2/empty.jpg", "cut.png")
 
@@ -75,7 +76,7 @@ def check(folder, summary, encoder, items):
     assert (summary["embedded"], summary["dim"]) == (IMAGES, 4)
     errors = {row["id"]: row["error"] for row in summary["failed"]}
     assert sorted(errors) == sorted(BROKEN)
-    assert errors["c2/empty.jpg"] == "empty file"
+    assert errors["c2/empty.jpg"] == "empty"
     assert "Unknown image file format" in errors["c1/broken.png"]
     assert "PNG" in errors["cut.png"]
     assert not [path for path in os.listdir(folder) if path.startswith(".")]
@@ -166,6 +167,28 @@ def test_beam_embeds_tfrecords(encoder_path, images, tmp_path):
     folder = str(tmp_path / "out")
     summary = beam.run(str(tmp_path / "images-*.tfrecord"), encoder_path, folder, shards=3)
     check(folder, summary, Encoder(encoder_path), items)
+
+
+def test_what_is_not_an_images_fault_is_raised(encoder_path, images, tmp_path, monkeypatch):
+    encoder = Encoder(encoder_path)
+
+    def broken(self, encoded):
+        raise tf.errors.InternalError(None, None, "the device is gone")
+
+    monkeypatch.setattr(Encoder, "__call__", broken)
+    with pytest.raises(tf.errors.InternalError):
+        embed_images(list_images(images), encoder, str(tmp_path / "out"), progress=False)
+    assert not shard_folders(str(tmp_path / "out"))
+    monkeypatch.undo()
+    summary = embed_images(list_images(images), encoder, str(tmp_path / "out"), progress=False)
+    assert summary["embedded"] == IMAGES
+
+
+def test_an_image_outside_of_the_folder_is_not_shown(images, tmp_path):
+    assert read_image_under(images, "c1/001 ü.png").shape == (10, 12, 3)
+    (tmp_path / "other.png").write_bytes((images / "c1" / "001 ü.png").read_bytes())
+    for name in (str(tmp_path / "other.png"), os.path.relpath(tmp_path / "other.png", images)):
+        assert read_image_under(images, name) is None
 
 
 def test_errors_of_embedding_name_the_argument(encoder_path, images, tmp_path):

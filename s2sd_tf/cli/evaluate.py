@@ -18,9 +18,9 @@ from s2sd_tf.data import Preprocessing, load_image_folder
 from s2sd_tf.evaluation import exact
 from s2sd_tf.evaluation.projector import save_projector
 from s2sd_tf.evaluation.report import save_report
-from s2sd_tf.files import read_json, write_json
+from s2sd_tf.files import check_replaceable, read_json, write_json
 from s2sd_tf.serving import Encoder
-from s2sd_tf.serving.encoder import decode_image, read_image
+from s2sd_tf.serving.encoder import decode_image, read_image, read_image_under
 from s2sd_tf.training import load_run
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.run import embed, load_model
@@ -35,6 +35,9 @@ _LABELS = flags.DEFINE_string("labels", None, "With --embeddings: .npy file, or 
 _GALLERY_IMAGES = flags.DEFINE_string("gallery_images", None, "With --model: class folders to search instead.")
 _GALLERY_EMBEDDINGS = flags.DEFINE_string("gallery_embeddings", None, "With --embeddings: those to search instead.")
 _GALLERY_LABELS = flags.DEFINE_string("gallery_labels", None, "Their labels; see --labels.")
+_SAME_IDS = flags.DEFINE_bool(
+    "same_ids", False, "With --gallery_embeddings: equal ids are the same image, which is not to find itself."
+)
 _KS = flags.DEFINE_list("ks", ["1", "2", "4", "8"], "The k of recall@k, separated by commas.")
 _PRECISION_KS = flags.DEFINE_list("precision_ks", ["1"], "The k of precision@k.")
 _MAP_KS = flags.DEFINE_list("map_ks", ["1000"], "The k of map@k.")
@@ -69,9 +72,17 @@ def _main(_):
     if len(chosen) != 1:
         raise ValueError(f"expected exactly one of --workdir, --model and --embeddings. Received: {chosen or 'none'}")
     ks, precision_ks, map_ks = (_ints(flag) for flag in (_KS, _PRECISION_KS, _MAP_KS))
+    if not _METHODS.value:
+        raise ValueError("--methods: expected at least one. Received: none")
+    for more, needed in ((_GALLERY_LABELS, _GALLERY_EMBEDDINGS), (_GALLERY_EMBEDDINGS, _EMBEDDINGS)):
+        if more.value and not needed.value:
+            raise ValueError(f"--{more.name}: expected --{needed.name} too. Received: none")
+    if _PROJECTOR.value:
+        check_replaceable("--projector", _PROJECTOR.value, "projector_config.pbtxt")
     queries, gallery = {"workdir": _of_workdir, "model": _of_model, "embeddings": _of_embeddings}[chosen[0]]()
     metrics = _METRICS.value or ["cosine", *([] if _is_unit(queries.rows) else ["euclidean"])]
     others = () if gallery is None else (gallery.rows, gallery.labels)
+    ids = {} if gallery is None else _shared_ids(queries, gallery)
     results, first = {}, None
     for method in _METHODS.value:
         for metric in metrics:
@@ -79,6 +90,7 @@ def _main(_):
                 queries.rows,
                 queries.labels,
                 *others,
+                **ids,
                 ks=ks,
                 precision_ks=precision_ks,
                 map_ks=map_ks,
@@ -109,9 +121,9 @@ def _main(_):
             queries.names[label]: {"queries": int(count), **{name: float(means[name][i]) for name in means}}
             for i, (label, count) in enumerate(zip(classes.tolist(), counts))
         }
-        write_json(output, {**results, "space": more, "intervals": intervals, "per_class": per_class})
+        write_json(output, _finite({**results, "space": more, "intervals": intervals, "per_class": per_class}))
     if _REPORT.value:
-        _report(queries, gallery, first, results, more, metrics[0])
+        _report(queries, gallery, ids, first, results, more, metrics[0])
         print(f"\nReport: {_REPORT.value}")
     if _PROJECTOR.value:
         labels = [queries.names[label] for label in queries.labels.tolist()]
@@ -119,11 +131,19 @@ def _main(_):
         print(f"\ntensorboard --logdir={_PROJECTOR.value} shows the projector.")
 
 
-def _report(queries, gallery, result, results, more, metric):
-    searched, ids = (queries, np.arange(len(queries.labels))) if gallery is None else (gallery, None)
-    found = evaluation.find_neighbors(
-        queries.rows, searched.rows, 10, ids, ids, metric=metric, memory_mib=_MEMORY.value
-    )
+def _shared_ids(queries, gallery):
+    """Arguments that keep an image that is in both sets from finding itself: known by its file, or by its id."""
+    if queries.ids is None or gallery.ids is None or (_EMBEDDINGS.value and not _SAME_IDS.value):
+        return {}
+    codes = np.unique([*queries.ids, *gallery.ids], return_inverse=True)[1]
+    return {"query_ids": codes[: len(queries.ids)], "gallery_ids": codes[len(queries.ids) :]}
+
+
+def _report(queries, gallery, ids, result, results, more, metric):
+    searched = queries if gallery is None else gallery
+    if gallery is None:
+        ids = dict.fromkeys(("query_ids", "gallery_ids"), np.arange(len(queries.labels)))
+    found = evaluation.find_neighbors(queries.rows, searched.rows, 10, **ids, metric=metric, memory_mib=_MEMORY.value)
     rows = {name: dict(values) for name, values in results.items()}
     for kind, values in more.items():
         rows.setdefault("exact" if kind == metric else f"exact, {kind}", {}).update(values)
@@ -190,7 +210,7 @@ def _part(rows, images, names=None):
     position = np.array([names.index(name) for name in images.class_names])
     shown = {"pixels": lambda i: images.images[i], "bytes": lambda i: decode_image(images.images[i])}
     image = shown.get(images.kind, lambda i: read_image(str(images.images[i])))
-    ids = [str(path) for path in images.images] if images.kind == "paths" else None
+    ids = [os.path.realpath(path) for path in images.images] if images.kind == "paths" else None
     return Part(rows, position[images.labels], dict(enumerate(names)), ids, image)
 
 
@@ -207,6 +227,11 @@ def _of_embeddings():
             raise ValueError(
                 f"--{labels.name}: expected labels of {embeddings.value!r}, which has none. Received: none"
             )
+        if "" in its_labels:
+            raise ValueError(
+                f"--{labels.name}: expected a label of every row. Received: {embeddings.value!r}, where "
+                f"{list(its_labels).count('')} have none, as images outside of class folders"
+            )
         if len(its_labels) != rows.shape[0]:
             raise ValueError(f"--{labels.name}: expected {rows.shape[0]} labels. Received: {len(its_labels)}")
         read.append((rows, [str(label) for label in its_labels], ids, root.value))
@@ -219,8 +244,15 @@ def _of_embeddings():
     return parts[0], parts[1] if len(parts) > 1 else None
 
 
+def _finite(value):
+    """The same with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def _under(root, ids):
-    return lambda position: read_image(os.path.join(root, ids[position]))
+    return lambda position: read_image_under(root, ids[position])
 
 
 def _read_labels(path):

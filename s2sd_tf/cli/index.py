@@ -8,6 +8,8 @@ from absl import flags
 from s2sd_tf.cli import app
 from s2sd_tf.evaluation import build_index, read_embeddings
 from s2sd_tf.export import export_retrieval
+from s2sd_tf.files import check_replaceable
+from s2sd_tf.serving import Encoder
 
 _EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Folder of s2sd-embed, or .npy, .npz, .tfrecord.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the index to write.", required=True)
@@ -28,6 +30,11 @@ def main():
 def _main(_):
     if (_ENCODER.value is None) != (_SAVED_MODEL.value is None):
         raise ValueError("--encoder and --saved_model: expected both or neither")
+    check_replaceable("--output", _OUTPUT.value, "index.json")
+    if _SAVED_MODEL.value:
+        check_replaceable("--saved_model", _SAVED_MODEL.value, "saved_model.pb")
+        # So that another than an encoder is told before an hour of tuning.
+        Encoder(_ENCODER.value)
     rows, ids, labels = read_embeddings(_EMBEDDINGS.value)
     index = build_index(rows, ids, labels, _METHOD.value, _METRIC.value, _RECALL.value, _K.value)
     index.save(_OUTPUT.value)

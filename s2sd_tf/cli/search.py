@@ -12,7 +12,7 @@ from s2sd_tf.cli import app
 from s2sd_tf.evaluation import load_index
 from s2sd_tf.evaluation.pictures import save_matches
 from s2sd_tf.serving import Encoder
-from s2sd_tf.serving.encoder import read_image
+from s2sd_tf.serving.encoder import read_image, read_image_under
 
 _INDEX = flags.DEFINE_string("index", None, "Folder of s2sd-index, or of s2sd-beam.", required=True)
 _ENCODER = flags.DEFINE_string("encoder", None, "SavedModel of s2sd-export.", required=True)
@@ -54,7 +54,7 @@ def _main(_):
             [(read_image(answer["query"]), "query")]
             + [
                 (
-                    read_image(os.path.join(_IMAGES.value, match["id"])),
+                    read_image_under(_IMAGES.value, match["id"]),
                     f"{match['similarity']:.3f} {match.get('label', '')}",
                 )
                 for match in answer["matches"]

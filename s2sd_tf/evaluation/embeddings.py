@@ -54,8 +54,10 @@ class EmbeddingShards:
         return np.asarray(self[:], dtype)
 
     def __getitem__(self, chosen):
+        if isinstance(chosen, (int, np.integer)):
+            return self.take_rows([chosen])[0]
         if not isinstance(chosen, slice):
-            return self.take_rows(np.asarray(chosen))
+            return self.take_rows(chosen)
         start, stop, step = chosen.indices(len(self))
         if step != 1:
             raise ValueError(f"step: expected 1. Received: {step}")
@@ -67,7 +69,19 @@ class EmbeddingShards:
         return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self.dtype)
 
     def take_rows(self, positions):
-        """The rows at some positions, `(len(positions), dim)`."""
+        """The rows at some positions, ints or a mask, `(number of positions, dim)`.
+
+        Raises:
+            IndexError: a position that is not there.
+        """
+        positions = np.asarray(positions)
+        if positions.dtype == bool:
+            if len(positions) != len(self):
+                raise IndexError(f"positions: expected a mask of {len(self)}. Received: one of {len(positions)}")
+            positions = np.flatnonzero(positions)
+        positions = np.where(positions < 0, positions + len(self), positions).astype(np.int64)
+        if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
+            raise IndexError(f"positions: expected them in [0, {len(self)}). Received: {positions.max()}")
         rows = np.empty((len(positions), *self.shape[1:]), self.dtype)
         owner = np.searchsorted(self._ends, positions, "right")
         for shard in np.unique(owner):
@@ -117,12 +131,22 @@ def shard_folders(folder):
     return [path for path in found if os.path.exists(os.path.join(path, "items.json"))]
 
 
+def check_finished(folder):
+    """Raises ValueError where the shards in `folder` are those of an unfinished run."""
+    if os.path.exists(os.path.join(folder, "plan.json")) and not os.path.exists(os.path.join(folder, "summary.json")):
+        raise ValueError(
+            f"embeddings: expected a finished run. Received: {folder!r}, which was interrupted; embed again"
+        )
+
+
 def read_shards(folder):
     """`Embeddings` of all shards in `folder`, memory-mapped.
 
     Raises:
         FileNotFoundError: no shards there.
+        ValueError: an interrupted run.
     """
+    check_finished(folder)
     folders = shard_folders(folder)
     if not folders:
         raise FileNotFoundError(f"embeddings: expected a folder with shards. Received: {folder!r}")
@@ -182,7 +206,11 @@ def _read_npz(path):
         if "embeddings" not in content:
             raise KeyError(f"no array named embeddings, but {sorted(content)}")
         labels = content["labels"].reshape(-1).tolist() if "labels" in content else None
-        ids = [str(item) for item in content["ids"].reshape(-1)] if "ids" in content else None
+        ids = (
+            [i.decode() if isinstance(i, bytes) else str(i) for i in content["ids"].reshape(-1)]
+            if "ids" in content
+            else None
+        )
         return Embeddings(content["embeddings"], ids, labels)
 
 

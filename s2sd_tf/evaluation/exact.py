@@ -37,22 +37,33 @@ class Factor:
     def __len__(self):
         return self.rows.shape[0]
 
+    @property
+    def width(self):
+        """int, length of the factors' rows."""
+        return self.rows.shape[1] + (2 if self.metric == "euclidean" else 0)
+
     def left(self, start, stop):
         """float32 `(stop - start, width)`."""
-        rows, squares = self._rows(start, stop)
+        return self._left(np.asarray(self.rows[start:stop]), start)
+
+    def left_at(self, positions):
+        """float32 `(len(positions), width)`, of some rows."""
+        return self._left(take(self.rows, positions), 0)
+
+    def _left(self, rows, start):
+        rows, squares = self._prepared(rows, start)
         if self.metric == "cosine":
             return rows
         return np.concatenate([2.0 * rows, -squares, np.ones_like(squares)], axis=1)
 
     def right(self, start, stop):
         """float32 `(width, stop - start)`."""
-        rows, squares = self._rows(start, stop)
+        rows, squares = self._prepared(np.asarray(self.rows[start:stop]), start)
         if self.metric == "euclidean":
             rows = np.concatenate([rows, np.ones_like(squares), -squares], axis=1)
         return np.ascontiguousarray(rows.T)
 
-    def _rows(self, start, stop):
-        rows = np.asarray(self.rows[start:stop])
+    def _prepared(self, rows, start):
         check_finite(self.name, rows, start)
         if self.metric == "cosine":
             return normalized(rows), None
@@ -81,7 +92,7 @@ def search(left, right, k, keys=None, memory_mib=512, progress=False):
     Where fewer than k are left, the rest is -1 and -inf. Among equal similarities the lower position goes first.
     """
     best = _Best(len(left), k)
-    width = _block_width(memory_mib)
+    width = _block_width(memory_mib, right.width)
     height = width // _FLATTER
     on_gpu = bool(tf.config.get_visible_devices("GPU"))
     symmetric = left is right and not on_gpu
@@ -158,18 +169,22 @@ class _Best:
             thresholds = thresholds.copy()
             thresholds[new] = np.nextafter(lowest, np.float32(-np.inf))
         rows, group = np.nonzero(maxima > thresholds[:, None])
-        values = grouped[rows, :, group]
-        hit, member = np.nonzero(values > thresholds[rows, None])
-        last_rows, last_columns = np.nonzero(rest > thresholds[:, None])
+        most = 8 * (self.k + own) * height
+        values = grouped[rows, :, group] if len(rows) <= most else None
+        above = values > thresholds[rows, None] if len(rows) <= most else None
+        above_rest = rest > thresholds[:, None]
+        if above is None or np.count_nonzero(above) + np.count_nonzero(above_rest) > most:
+            self._take_best(first + start, scores[start:stop], offset, keys, own)
+            return
+        hit, member = np.nonzero(above)
+        last_rows, last_columns = np.nonzero(above_rest)
         columns = np.concatenate([member * groups + group[hit], last_columns + groups * _GROUP])
         values = np.concatenate([values[hit, member], rest[last_rows, last_columns]])
         rows = np.concatenate([rows[hit], last_rows])
         if keys is not None:
             others = keys[0][first + start + rows] != keys[1][offset + columns]
             rows, columns, values = rows[others], columns[others], values[others]
-        if len(rows) > 8 * (self.k + own) * height:
-            self._take_best(first + start, scores[start:stop], offset, keys, own)
-        elif len(rows):
+        if len(rows):
             order = np.argsort(rows * width + columns)
             self._merge_lists(first + start, rows[order], columns[order] + offset, values[order])
 
@@ -241,6 +256,9 @@ def positive_ranks(left, right, query_labels, gallery_labels, keys=None, memory_
         query_labels, gallery_labels: int64 arrays `(queries,)` and `(gallery,)`. A positive is an item of the query's
             label with another key.
 
+    Ranks are those of float32 products: what is nearer to each other than these are exact, about 1e-7 for cosine and
+    1e-7 times the squared distances from the mean row for Euclidean, may change places.
+
     Yields:
         `(queries, ranks)`, for a block of queries at a time: int64 `(n,)`, their positions, and a list of n int64
         arrays, the ranks of their positives from 1 on, ascending. Among equal similarities the lower position ranks
@@ -253,7 +271,12 @@ def positive_ranks(left, right, query_labels, gallery_labels, keys=None, memory_
     size = len(right)
     # A product as wide as the gallery, twice where it is put together from parts.
     height = max(1, min(1024, memory_mib * 2**20 // (8 * max(size, 1))))
-    whole = right.right(0, size) if 4 * size * (right.rows.shape[1] + 2) <= memory_mib * 2**19 else None
+    width = _block_width(memory_mib, right.width)
+    whole = None
+    if 4 * size * right.width <= memory_mib * 2**18:
+        whole = np.empty((right.width, size), np.float32)
+        for first in range(0, size, width):
+            whole[:, first : first + width] = right.right(first, min(first + width, size))
 
     def one(query, row):
         positives = order[begin[query] : end[query]]
@@ -270,21 +293,24 @@ def positive_ranks(left, right, query_labels, gallery_labels, keys=None, memory_
         after = np.searchsorted(ascending, found, "right")
         ranks = len(ascending) - after + 1
         equal = after - np.searchsorted(ascending, found, "left")
-        for tied in np.flatnonzero(equal > 1):
-            ranks[tied] += np.sum(above[values == found[tied]] < positives[tied])
+        if (equal > 1).any():
+            place = np.empty(len(above), np.int64)
+            place[np.argsort(-values, kind="stable")] = np.arange(1, len(above) + 1)
+            ranks = place[np.searchsorted(above, positives)]
         return np.sort(ranks)
 
     bar = tqdm(total=len(wanted), desc="Ranking", unit="query", disable=not progress)
     with bar, _workers() as pool, _full_precision(bool(tf.config.get_visible_devices("GPU"))):
         for start in range(0, len(wanted), height):
             chosen = wanted[start : start + height]
-            # Whole blocks of rows are read where possible: the wanted ones are nearly all, and in order.
-            rows = left.left(int(chosen[0]), int(chosen[-1]) + 1)[chosen - chosen[0]]
+            # A slice where possible, as nearly all are wanted, and in order.
+            begin_row, end_row = int(chosen[0]), int(chosen[-1]) + 1
+            near = end_row - begin_row <= 2 * height
+            rows = left.left(begin_row, end_row)[chosen - begin_row] if near else left.left_at(chosen)
             if whole is not None:
                 scores = np.asarray(tf.matmul(rows, whole))
             else:
                 scores = np.empty((len(rows), size), np.float32)
-                width = _block_width(memory_mib)
                 for first in range(0, size, width):
                     columns = right.right(first, min(first + width, size))
                     scores[:, first : first + width] = np.asarray(tf.matmul(rows, columns))
@@ -321,9 +347,16 @@ def check_finite(name, rows, start=0):
         )
 
 
-def _block_width(memory_mib):
-    # A block of scores and what is copied of it take about four times its bytes.
-    width = int(np.sqrt(memory_mib * 2**20 * _FLATTER / 4))
+def take(rows, positions):
+    """Rows at some positions, `(len(positions), dim)`."""
+    return np.asarray(rows[np.asarray(positions)])
+
+
+def _block_width(memory_mib, dim):
+    # A block of scores and what is copied of it take about three times its bytes; a column, read, in float64, of unit
+    # length and turned, 28 bytes a dimension: 12 width^2 / _FLATTER + 28 dim width is what there is.
+    columns, square = 28.0 * dim, 12.0 / _FLATTER
+    width = int((np.sqrt(columns**2 + 4 * square * memory_mib * 2**20) - columns) / (2 * square))
     return int(np.clip(width - width % _GROUP, 2 * _GROUP, _WIDTH))
 
 

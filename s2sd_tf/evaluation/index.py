@@ -6,10 +6,11 @@ import re
 import tempfile
 
 import numpy as np
+from absl import logging
 
 from s2sd_tf.checks import checked_int
 from s2sd_tf.evaluation import exact
-from s2sd_tf.evaluation.embeddings import read_items, shard_folders, write_items
+from s2sd_tf.evaluation.embeddings import check_finished, read_items, shard_folders, write_items
 from s2sd_tf.evaluation.exact import METRICS
 from s2sd_tf.evaluation.neighbors import (
     METHODS,
@@ -20,13 +21,15 @@ from s2sd_tf.evaluation.neighbors import (
     padded,
     without_own,
 )
-from s2sd_tf.files import read_json, replacing, write_json
+from s2sd_tf.files import check_replaceable, read_json, replacing, write_json
 
 # ScaNN's authors: brute force below the first size, quantisation without a tree below the second, a tree above.
 BRUTE_FORCE_SIZE = 20_000
 TREE_SIZE = 100_000
 # Queries on which a search is tuned, and on as many others its recall is told.
 _SAMPLE = 1000
+# Rows that are looked at together.
+_BLOCK = 65_536
 _FORMAT = 1
 
 
@@ -111,7 +114,12 @@ class Index:
         raise NotImplementedError
 
     def save(self, folder):
-        """Writes the index as a folder, whole or not at all; `load_index` reads it."""
+        """Writes the index as a folder, whole or not at all; `load_index` reads it.
+
+        Raises:
+            ValueError: a folder that is there and is something else.
+        """
+        check_replaceable("folder", folder, "index.json")
         with replacing(folder) as temporary:
             os.makedirs(temporary)
             self._save(temporary)
@@ -172,7 +180,8 @@ class ScannIndex(Index):
     the recall against exact search. Where no numbers do, it is brute force.
 
     Attributes:
-        settings: dict: "kind", and of the others "leaves", "leaves_to_search", "reorder".
+        settings: dict: "kind" ("brute_force", "hashing" or "tree"), and of the others "reorder", "leaves",
+            "leaves_to_search" and "spilling". A tree with spilling is built anew at its first addition or removal.
         tuned: dict: "recall" asked for, "k", and "measured", the recall on items that were not tuned on.
     """
 
@@ -209,12 +218,12 @@ class ScannIndex(Index):
             raise ValueError(f"recall: expected a number in (0, 1]. Received: {recall!r}")
         rows = _prepared(rows, metric)
         tuned = {"recall": recall, "k": k, "measured": 1.0}
-        return cls._tuned(import_scann().scann_ops_pybind, rows, metric, ids, labels, tuned, seed)
+        settings = settings_for(len(rows), spilling=metric == "cosine")
+        return cls._tuned(import_scann().scann_ops_pybind, rows, metric, ids, labels, settings, tuned, seed)
 
     @classmethod
-    def _tuned(cls, ops, rows, metric, ids, labels, tuned, seed=0, kind=None):
+    def _tuned(cls, ops, rows, metric, ids, labels, settings, tuned, seed=0):
         """An index of prepared rows, searched by ScaNN's own interface or by TensorFlow's operations (`ops`)."""
-        settings = settings_for(len(rows)) if kind is None else {"kind": kind}
         searcher = build_searcher(ops, rows, metric, settings, tuned["k"])
         index = cls(searcher, metric, rows.shape[1], ids, labels, settings, tuned)
         if settings["kind"] != "brute_force":
@@ -243,13 +252,13 @@ class ScannIndex(Index):
         return indices, np.where(missing, np.float32(-np.inf), np.take_along_axis(scores, order, axis=1))
 
     def _numbers(self, k):
-        """Arguments of a search for k neighbours: more candidates where more are wanted than was tuned for."""
+        """Arguments of a search for k neighbours: more leaves and candidates where k is more than was tuned for."""
         if self.settings["kind"] == "brute_force":
             return {}
-        reorder = max(self.settings["reorder"], -(-self.settings["reorder"] * k // self.tuned["k"]))
-        numbers = {"pre_reorder_num_neighbors": min(reorder, len(self))}
-        if self.settings["kind"] == "tree":
-            numbers["leaves_to_search"] = self.settings["leaves_to_search"]
+        settings, more = self.settings, max(1.0, k / self.tuned["k"])
+        numbers = {"pre_reorder_num_neighbors": min(int(np.ceil(settings["reorder"] * more)), len(self))}
+        if settings["kind"] == "tree":
+            numbers["leaves_to_search"] = min(int(np.ceil(settings["leaves_to_search"] * more)), settings["leaves"])
         return numbers
 
     def _tune(self, ops, rows, generator):
@@ -317,6 +326,12 @@ class ScannIndex(Index):
         return list(updater.docids)
 
     def _for_updates(self):
+        if self.settings.get("spilling"):
+            # ScaNN breaks where an item that is in two leaves is replaced or removed.
+            logging.info("The first change of the index: it is built anew, without spilling.")
+            ops, settings = import_scann().scann_ops_pybind, settings_for(len(self), spilling=False)
+            anew = self._tuned(ops, self.rows(), self.metric, self.ids, self.labels, settings, {**self.tuned})
+            self._searcher, self.settings, self.tuned = anew._searcher, anew.settings, anew.tuned
         if self._updater is None:
             # ScaNN maps every result where it knows ids, so what searches knows none.
             self._updater = type(self._searcher)(self._searcher.searcher, docids=list(self.ids))
@@ -340,18 +355,18 @@ class ScannIndex(Index):
     def _load(cls, folder, about, ids, labels):
         scann = import_scann()
         assets = os.path.abspath(os.path.join(folder, "scann"))
-        # ScaNN takes names as they were when it wrote them: it gets a folder of links with where the files are now.
+        with open(os.path.join(assets, "scann_assets.pbtxt")) as file:
+            found = re.findall(r'assets \{\s*asset_type: (\w+)\s*asset_path: "([^"]*)"\s*\}', file.read())
+        for _, name in found:
+            if os.path.basename(name) != name or name.endswith(".pkl"):
+                raise ValueError(f"index: expected names of files in {assets!r}. Received: {name!r}")
+        # ScaNN takes names as they were when it wrote them: it gets a folder with where the files are now. Nothing else
+        # is in it, as it would unpickle a file of ids.
         with tempfile.TemporaryDirectory() as links:
-            for name in os.listdir(assets):
-                if name != "scann_assets.pbtxt":
-                    os.symlink(os.path.join(assets, name), os.path.join(links, name))
-            with open(os.path.join(assets, "scann_assets.pbtxt")) as file:
-                text = file.read()
-            for name in re.findall(r'asset_path: "([^"]*)"', text):
-                if os.path.basename(name) != name:
-                    raise ValueError(f"index: expected names of files in {assets!r}. Received: {name!r}")
+            for name in ("scann_config.pb", *(name for _, name in found)):
+                os.symlink(os.path.join(assets, name), os.path.join(links, name))
             with open(os.path.join(links, "scann_assets.pbtxt"), "w") as file:
-                file.write(text.replace('asset_path: "', f'asset_path: "{links}/'))
+                file.writelines(f'assets {{\n  asset_type: {a}\n  asset_path: "{links}/{b}"\n}}\n' for a, b in found)
             searcher = scann.scann_ops_pybind.load_searcher(links)
         return cls(searcher, about["metric"], about["dim"], ids, labels, about["settings"], about["tuned"])
 
@@ -428,9 +443,12 @@ def load_index(folder):
     if not os.path.exists(path):
         parts = [os.path.join(shard, "index") for shard in shard_folders(folder)]
         # A shard none of whose images could be embedded has no index.
-        parts = [part for part in parts if os.path.exists(part)]
-        if not parts:
-            raise FileNotFoundError(f"index: expected a folder with an index, or with shards. Received: {folder!r}")
+        parts = [part for part in parts if os.path.exists(part) or read_items(os.path.dirname(part))[0]]
+        if not parts or not all(os.path.exists(part) for part in parts):
+            raise FileNotFoundError(
+                f"index: expected a folder with an index, or with shards that have one each. Received: {folder!r}"
+            )
+        check_finished(folder)
         return ShardedIndex([load_index(part) for part in parts])
     about = read_json(path)
     if about.get("format") != _FORMAT:
@@ -439,14 +457,15 @@ def load_index(folder):
     return kind._load(folder, about, *read_items(folder))
 
 
-def settings_for(size):
+def settings_for(size, spilling):
     """How ScaNN is to search a gallery of that size, before it is tuned: see `ScannIndex.settings`."""
     if size < BRUTE_FORCE_SIZE:
         return {"kind": "brute_force"}
     if size < TREE_SIZE:
         return {"kind": "hashing", "reorder": 200}
     leaves = int(2 * np.sqrt(size))
-    return {"kind": "tree", "leaves": leaves, "leaves_to_search": max(1, leaves // 10), "reorder": 200}
+    numbers = {"leaves": leaves, "leaves_to_search": max(1, leaves // 10), "reorder": 200}
+    return {"kind": "tree", **numbers, "spilling": spilling}
 
 
 def index_for_graphs(index, k):
@@ -459,8 +478,9 @@ def index_for_graphs(index, k):
     ops = import_scann("scann.scann_ops.py.scann_ops")
     rows = _prepared(index.rows(), index.metric)
     tuned = dict(getattr(index, "tuned", {"recall": 0.99, "k": k}))
-    kind = "brute_force" if index.method == "exact" else None
-    built = ScannIndex._tuned(ops, rows, index.metric, index.ids, index.labels, {**tuned, "measured": 1.0}, kind=kind)
+    settings = {"kind": "brute_force"} if index.method == "exact" else settings_for(len(rows), spilling=False)
+    tuned = {**tuned, "measured": 1.0}
+    built = ScannIndex._tuned(ops, rows, index.metric, index.ids, index.labels, settings, tuned)
     return built._searcher, index.metric, built._numbers(k)
 
 
@@ -468,12 +488,12 @@ def build_searcher(ops, rows, metric, settings, k):
     """ScaNN's searcher of prepared rows.
 
     Args:
-        ops: ScaNN's module of its own interface, or of TensorFlow's operations; the latter know no spilling.
+        ops: ScaNN's module of its own interface, or of TensorFlow's operations; the latter, and the Euclidean metric,
+            know no spilling.
         rows: float32 array `(n, dim)`, of unit length for the cosine metric.
         metric, settings: see `ScannIndex`.
         k: int >= 1.
     """
-    spilling = metric == "cosine" and ops.__name__.endswith("pybind")
     builder = ops.builder(rows, min(k, len(rows)), "dot_product" if metric == "cosine" else "squared_l2")
     if settings["kind"] == "brute_force":
         return builder.score_brute_force().build()
@@ -482,7 +502,7 @@ def build_searcher(ops, rows, metric, settings, k):
             settings["leaves"],
             settings["leaves_to_search"],
             training_sample_size=min(len(rows), 250_000),
-            **({"soar_lambda": 1.5} if spilling else {}),
+            **({"soar_lambda": 1.5} if settings["spilling"] else {}),
         )
     # The threshold is for products: errors along a row count more, as those decide whether it is found.
     threshold = {"anisotropic_quantization_threshold": 0.2} if metric == "cosine" else {}
@@ -506,7 +526,6 @@ def import_scann(module="scann"):
 
 def _prepared(rows, metric):
     rows = np.asarray(rows[:])
-    exact.check_finite("embeddings", rows)
     return exact.normalized(rows) if metric == "cosine" else np.ascontiguousarray(rows, np.float32)
 
 
@@ -514,6 +533,8 @@ def _checked(embeddings, ids, labels):
     rows = checked_rows("embeddings", embeddings)
     if not rows.shape[0]:
         raise ValueError("embeddings: expected at least one row. Received: none")
+    for start in range(0, rows.shape[0], _BLOCK):
+        exact.check_finite("embeddings", np.asarray(rows[start : start + _BLOCK]), start)
     ids = [str(i) for i in range(rows.shape[0])] if ids is None else [str(item) for item in ids]
     labels = None if labels is None else [str(label) for label in labels]
     for name, values in (("ids", ids), ("labels", labels)):

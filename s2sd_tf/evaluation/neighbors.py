@@ -9,6 +9,8 @@ from s2sd_tf.evaluation import exact
 from s2sd_tf.evaluation.exact import METRICS
 
 METHODS = ("exact", "scann")
+# Neighbours that are looked at beyond the k nearest, before distances are computed one by one.
+_MARGIN = 8
 
 
 class Neighbors(NamedTuple):
@@ -80,10 +82,12 @@ def find_neighbors(
 def exact_neighbors(queries, gallery, k, metric="cosine", keys=None, memory_mib=512, progress=False):
     """`find_neighbors` by exact search, of arguments that were checked."""
     left, right = exact.factors(queries, gallery, metric)
-    indices, similarities = exact.search(left, right, k, keys, memory_mib, progress)
-    if metric == "euclidean":
-        return Neighbors(*_exact_distances(queries, gallery, indices))
-    return Neighbors(indices, similarities)
+    if metric == "cosine":
+        return Neighbors(*exact.search(left, right, k, keys, memory_mib, progress))
+    # Some more, as those at the end may change places.
+    indices, _ = exact.search(left, right, min(k + _MARGIN, gallery.shape[0]), keys, memory_mib, progress)
+    indices, similarities = _exact_distances(queries, gallery, indices)
+    return padded(indices[:, :k], similarities[:, :k], k)
 
 
 def checked_sets(queries, gallery, query_ids=None, gallery_ids=None):
@@ -162,7 +166,10 @@ def _scann(queries, gallery, k, keys, metric, recall):
     from s2sd_tf.evaluation.index import ScannIndex
 
     # As many more as share one id, so that k remain after the query's own are taken out.
-    own = 0 if keys is None else int(np.bincount(keys[1]).max())
+    own = 0
+    if keys is not None:
+        counts = np.bincount(keys[1], minlength=int(keys[0].max()) + 1)
+        own = int(counts[keys[0]].max())
     wanted = min(k + own, gallery.shape[0])
     index = ScannIndex.build(gallery, metric=metric, recall=recall, k=wanted)
     found = index.search(queries, wanted)
@@ -171,7 +178,7 @@ def _scann(queries, gallery, k, keys, metric, recall):
     return without_own(found, k, *keys)
 
 
-def _exact_distances(queries, gallery, indices, block=4096):
+def _exact_distances(queries, gallery, indices, block=1024):
     """Neighbours in the order of distances that were computed one by one in float64."""
     ordered = np.empty_like(indices)
     similarities = np.empty(indices.shape, np.float32)
@@ -181,17 +188,10 @@ def _exact_distances(queries, gallery, indices, block=4096):
         distances = np.full(found.shape, np.inf)
         for column in range(found.shape[1]):
             there = np.flatnonzero(found[:, column] >= 0)
-            others = take(gallery, found[there, column])
+            others = exact.take(gallery, found[there, column]).astype(np.float64)
             distances[there, column] = np.linalg.norm(rows[there] - others, axis=1)
         # Equal distances: the lower position first, and what is missing last.
         order = np.lexsort((np.where(found < 0, np.iinfo(np.int64).max, found), distances), axis=1)
         ordered[start : start + block] = np.take_along_axis(found, order, axis=1)
         similarities[start : start + block] = -np.take_along_axis(distances, order, axis=1)
     return ordered, similarities
-
-
-def take(rows, positions):
-    """Rows at some positions, float64."""
-    if hasattr(rows, "take_rows"):
-        return rows.take_rows(positions).astype(np.float64)
-    return np.asarray(rows[positions]).astype(np.float64)

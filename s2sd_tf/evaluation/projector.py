@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from s2sd_tf.evaluation.neighbors import checked_rows
-from s2sd_tf.files import replacing
+from s2sd_tf.files import check_replaceable, replacing
 
 # The largest side of a sprite that the projector shows, and of one of its images.
 _SPRITE, _CELL = 8192, 64
@@ -19,13 +19,18 @@ def save_projector(folder, embeddings, labels=None, ids=None, image=None, name="
         folder: folder to write, whole or not at all.
         embeddings: float rows `(n, dim)`.
         labels, ids: n values each, shown beside the points, or None.
-        image: function from a position to an array `(h, w)` or `(h, w, c)`, uint8 or float up to 1, shown as the point;
-            or None. More than 16,384 images do not fit into the picture that the projector reads: it is left out.
+        image: function from a position to an array `(h, w)` or `(h, w, c)`, uint8 or float up to 1, shown as the point,
+            or to None; or None. More than 16,384 images do not fit into the picture that the projector reads, which is
+            left out then.
         name: str, of the tensor.
+
+    Raises:
+        ValueError: a folder that is there and is something else.
     """
     from google.protobuf import text_format
     from tensorboard.plugins.projector import ProjectorConfig
 
+    check_replaceable("folder", folder, "projector_config.pbtxt")
     rows = np.asarray(checked_rows("embeddings", embeddings)[:], np.float32)
     columns = {key: values for key, values in (("label", labels), ("id", ids)) if values is not None}
     config = ProjectorConfig()
@@ -47,7 +52,10 @@ def save_projector(folder, embeddings, labels=None, ids=None, image=None, name="
             tensor.sprite.single_image_dim.extend([_CELL, _CELL])
             sprite = Image.new("RGB", (side * _CELL, side * _CELL), "white")
             for position in range(len(rows)):
-                pixels = np.asarray(image(position))
+                pixels = image(position)
+                if pixels is None:
+                    continue
+                pixels = np.asarray(pixels)
                 if pixels.dtype != np.uint8:
                     pixels = np.round(255 * np.clip(pixels, 0.0, 1.0)).astype(np.uint8)
                 picture = Image.fromarray(np.squeeze(pixels)).convert("RGB").resize((_CELL, _CELL))

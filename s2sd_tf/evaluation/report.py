@@ -9,7 +9,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from s2sd_tf.evaluation.exact import normalized
+from s2sd_tf.evaluation.exact import normalized, take
 from s2sd_tf.evaluation.pictures import RIGHT, WRONG
 from s2sd_tf.files import replacing
 
@@ -192,8 +192,7 @@ def _recall_curve(result):
 
 
 def _histogram(embeddings, labels, generator):
-    rows = normalized(np.asarray(embeddings[:]))
-    size = len(rows)
+    size = len(labels)
     order = np.argsort(labels, kind="stable")
     # Neighbours in the order of labels are the pairs of one class; any two are nearly all of different ones.
     starts = np.searchsorted(labels[order], labels[order], "left")
@@ -205,9 +204,7 @@ def _histogram(embeddings, labels, generator):
     one, other = generator.integers(0, size, (2, _PAIRS))
     different = labels[one] != labels[other]
     pairs["different classes"] = (one[different], other[different])
-    found = {
-        name: np.einsum("ij,ij->i", rows[a].astype(np.float64), rows[b]) for name, (a, b) in pairs.items() if len(a)
-    }
+    found = {name: _similarities(embeddings, a, b) for name, (a, b) in pairs.items() if len(a)}
     low = min((values.min() for values in found.values()), default=-1.0)
     edges = np.linspace(max(-1.0, math.floor(10 * low) / 10), 1.0, 51)
     curves = {}
@@ -217,6 +214,15 @@ def _histogram(embeddings, labels, generator):
     middle = (edges[1:] + edges[:-1]) / 2
     ticks = [(v, f"{v:.1f}") for v in np.linspace(edges[0], 1.0, 5)]
     return _plot(middle, {name: curve / highest for name, curve in curves.items()}, ticks, [], filled=True)
+
+
+def _similarities(embeddings, one, other, block=4096):
+    """Cosine similarities of pairs of positions."""
+    parts = []
+    for start in range(0, len(one), block):
+        a, b = (normalized(take(embeddings, side[start : start + block])) for side in (one, other))
+        parts.append(np.einsum("ij,ij->i", a.astype(np.float64), b))
+    return np.concatenate(parts)
 
 
 def _plot(x, curves, x_ticks, y_ticks, filled=False):
@@ -328,14 +334,17 @@ def _map(embeddings, labels, named, ids, generator):
 
     size = len(labels)
     chosen = np.sort(generator.choice(size, min(size, _POINTS), replace=False))
-    rows = normalized(np.asarray(embeddings[:])[chosen])
-    kind = "t-SNE" if len(chosen) >= 10 and rows.shape[1] > 2 else "principal components"
+    rows = normalized(take(embeddings, chosen))
+    # t-SNE has no answer where all are equal.
+    apart = len(chosen) >= 10 and rows.shape[1] > 2 and rows.std(axis=0).max() > 1e-6
+    kind = "t-SNE" if apart else "principal components"
     if kind == "t-SNE":
         perplexity = min(30.0, (len(chosen) - 1) / 3)
         flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine").fit_transform(rows)
     else:
         flat = PCA(min(2, *rows.shape)).fit_transform(rows)
         flat = np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+    flat = np.nan_to_num(flat)
     low, high = flat.min(axis=0), flat.max(axis=0)
     flat = (flat - low) / np.maximum(high - low, 1e-9)
     codes = np.unique(labels[chosen], return_inverse=True)[1]

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
 from s2sd_tf.evaluation.index import import_scann, index_for_graphs
-from s2sd_tf.files import replacing
+from s2sd_tf.files import check_replaceable, replacing
 
 _NEEDS = """Loading this SavedModel takes TensorFlow {tensorflow} and ScaNN's operations for it, imported before:
 
@@ -36,13 +36,14 @@ def export_retrieval(encoder, index, path, k=10):
         encoder: folder of a SavedModel of `export_encoder`.
         index: `evaluation.Index`; an exact one is searched by brute force.
         path: folder to write, whole or not at all.
-        k: int >= 1.
+        k: int >= 1; an index of fewer items gives as many as it has.
 
     Raises:
-        ValueError: an encoder of another dimension than the index.
+        ValueError: an encoder of another dimension than the index, or a folder that is there and is something else.
         ImportError: ScaNN is missing or does not fit TensorFlow.
     """
     k = checked_int("k", k, 1)
+    check_replaceable("path", path, "saved_model.pb")
     module = _Retrieval(tf.saved_model.load(os.fspath(encoder)), index, min(k, len(index)))
     with replacing(path) as temporary:
         tf.saved_model.save(module, temporary, signatures=module.signatures())

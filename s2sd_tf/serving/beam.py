@@ -15,8 +15,8 @@ from apache_beam.utils.shared import Shared
 
 from s2sd_tf.evaluation.embeddings import shard_name
 from s2sd_tf.files import read_json, write_json
-from s2sd_tf.serving.embed import Item, write_items_as_shard
-from s2sd_tf.serving.encoder import Encoder, first_line
+from s2sd_tf.serving.embed import Item, read_item, write_items_as_shard
+from s2sd_tf.serving.encoder import Encoder
 
 # Names of the features of a TFRecord's examples: encoded image, id, and label where there is one.
 FEATURES = ("image", "id", "label")
@@ -33,7 +33,7 @@ class EmbedImages(beam.PTransform):
     Args:
         encoder: folder of a SavedModel of `export_encoder`, which the workers can read.
         folder: folder to write.
-        shards: int >= 1, shards at most; one without an image is not written.
+        shards: int >= 1, shards at most; one that no image belongs to is not written.
         batch_size: int >= 1, images embedded at a time.
         index: dict of arguments of `build_index`, or None for shards without.
     """
@@ -41,6 +41,8 @@ class EmbedImages(beam.PTransform):
     def __init__(self, encoder, folder, shards=16, batch_size=64, index=None):
         super().__init__()
         self.encoder, self.folder, self.shards, self.batch_size, self.index = encoder, folder, shards, batch_size, index
+        # Told here, and not by a worker, where it is no encoder.
+        self.dim = Encoder(encoder).dim
 
     def expand(self, images):
         embedded = (
@@ -51,7 +53,7 @@ class EmbedImages(beam.PTransform):
         return (
             {"rows": embedded.rows, "failed": embedded.failed}
             | "Group" >> beam.CoGroupByKey()
-            | "Write" >> beam.Map(_write, folder=self.folder, index=self.index)
+            | "Write" >> beam.Map(_write, folder=self.folder, index=self.index, dim=self.dim)
         )
 
 
@@ -73,21 +75,22 @@ def run(source, encoder, folder, shards=16, batch_size=64, index=None, options=N
     """
     if os.path.isdir(folder) and os.listdir(folder):
         raise ValueError(f"folder: expected a new or empty one. Received: {folder!r}")
-    # Told here, and not by a worker.
-    dim = Encoder(encoder).dim
+    embed = EmbedImages(encoder, folder, shards, batch_size, index)
     os.makedirs(folder, exist_ok=True)
+    # Until there is a summary, what is there counts as unfinished.
+    write_json(os.path.join(folder, "plan.json"), {"shards": shards, "index": index})
     with beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(options or [])) as pipeline:
         if isinstance(source, str):
             records = pipeline | "Read" >> beam.io.ReadFromTFRecord(source)
             images = examples_to_images(records)
         else:
             images = pipeline | "List" >> beam.Create(source) | "Spread" >> beam.Reshuffle()
-        done = images | EmbedImages(encoder, folder, shards, batch_size, index)
+        done = images | embed
         # The workers may be elsewhere: what they tell comes back as files.
         (
             done
             | "One" >> beam.combiners.ToList()
-            | "Summary" >> beam.Map(_summarize, path=os.path.join(folder, "summary.json"), dim=dim)
+            | "Summary" >> beam.Map(_summarize, path=os.path.join(folder, "summary.json"), dim=embed.dim)
         )
     return read_json(os.path.join(folder, "summary.json"))
 
@@ -107,16 +110,9 @@ class _Embed(beam.DoFn):
         for image in batch:
             item, content = image if not isinstance(image, Item) else (image, None)
             item = Item(*item)
-            try:
-                if content is None:
-                    with open(item.path, "rb") as file:
-                        content = file.read()
-                if not content:
-                    raise OSError("empty file")
-            except OSError as error:
-                yield beam.pvalue.TaggedOutput(
-                    "failed", (self._shard(item), {"id": item.id, "error": first_line(error)})
-                )
+            content, error = read_item(item) if content is None else (content, None)
+            if error is not None:
+                yield beam.pvalue.TaggedOutput("failed", (self._shard(item), {"id": item.id, "error": error}))
                 continue
             there.append(item)
             contents.append(content)
@@ -129,10 +125,12 @@ class _Embed(beam.DoFn):
                 yield self._shard(item), (tuple(item), rows[position])
 
     def _shard(self, item):
-        return int.from_bytes(hashlib.sha256(item.id.encode()).digest()[:8], "big") % self._shards
+        return (
+            int.from_bytes(hashlib.sha256(item.id.encode(errors="surrogateescape")).digest()[:8], "big") % self._shards
+        )
 
 
-def _write(group, folder, index):
+def _write(group, folder, index, dim):
     shard, found = group
     rows = sorted(found["rows"], key=lambda pair: pair[0])
     items = [Item(*item) for item, _ in rows]
@@ -140,15 +138,17 @@ def _write(group, folder, index):
     repeated = sorted({a.id for a, b in itertools.pairwise(items) if a.id == b.id})
     if repeated:
         raise ValueError(f"images: expected different ids. Received more than once: {repeated[:5]}")
-    if items:
-        path = os.path.join(folder, shard_name(shard))
-        write_items_as_shard(path, np.stack([row for _, row in rows]), items, failed, index)
+    path = os.path.join(folder, shard_name(shard))
+    vectors = np.stack([row for _, row in rows]) if rows else np.empty((0, dim), np.float32)
+    write_items_as_shard(path, vectors, items, failed, index)
     return {"shard": shard, "embedded": len(items), "failed": failed}
 
 
 def _parse(record):
     features = tf.train.Example.FromString(record).features.feature
     image, name, label = (features[key] for key in FEATURES)
+    if not image.bytes_list.value or not name.bytes_list.value:
+        raise ValueError(f"tfrecords: expected examples with bytes {FEATURES[:2]}. Received: {sorted(features)}")
     label = label.bytes_list.value[0].decode() if label.bytes_list.value else "".join(map(str, label.int64_list.value))
     return Item(name.bytes_list.value[0].decode(), "", label), image.bytes_list.value[0]
 

@@ -84,7 +84,9 @@ def embed_images(items, encoder, folder, shard_size=4096, batch_size=64, index=N
     shards = -(-len(items) // shard_size)
     plan = {
         "images": len(items),
-        "items": hashlib.sha256("\n".join(f"{i.id}\t{i.label}" for i in items).encode()).hexdigest(),
+        "items": hashlib.sha256(
+            "\n".join(f"{i.id}\t{i.label}" for i in items).encode(errors="surrogateescape")
+        ).hexdigest(),
         "encoder": encoder.fingerprint(),
         "shard_size": shard_size,
         "index": index,
@@ -124,10 +126,12 @@ def _write(folder, number, items, encoder, batch_size, index, pool, bar):
     rows, kept, failed = [], [], []
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     # The next batch is read while one is embedded.
-    reading = [pool.submit(_read, item) for item in batches[0]]
+    reading = [pool.submit(read_item, item) for item in batches[0]]
     for position, batch in enumerate(batches):
         read = [future.result() for future in reading]
-        reading = [pool.submit(_read, item) for item in (batches[position + 1] if position + 1 < len(batches) else [])]
+        reading = [
+            pool.submit(read_item, item) for item in (batches[position + 1] if position + 1 < len(batches) else [])
+        ]
         there = [item for item, (content, _) in zip(batch, read) if content is not None]
         embedded, errors = encoder.embed([content for content, _ in read if content is not None])
         failed += [(item.id, error) for item, (content, error) in zip(batch, read) if content is None]
@@ -158,14 +162,13 @@ def write_items_as_shard(path, rows, items, failed, index):
             write_json(os.path.join(temporary, "failed.json"), failed)
 
 
-def _read(item):
-    """`(content, error)` of an image file, one of them None."""
+def read_item(item):
+    """`(content, error)` of an image file, one of them None. Errors that are not the file's own are raised."""
     try:
         with open(item.path, "rb") as file:
-            content = file.read()
-    except OSError as error:
+            return file.read(), None
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         return None, first_line(error)
-    return (content, None) if content else (None, "empty file")
 
 
 def _summarize(folder, names, images, dim):

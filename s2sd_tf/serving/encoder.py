@@ -50,18 +50,23 @@ class Encoder:
     def embed(self, encoded):
         """`(embeddings, errors)` of n encoded images: float32 `(n, dim)`, NaN where one cannot be decoded, and a dict
         from its position to a str that says why.
+
+        Raises:
+            tf.errors.OpError: something fails that is not the image's fault, as a device.
         """
-        rows, errors = np.full((len(encoded), self.dim), np.nan, np.float32), {}
-        if not len(encoded):
+        rows = np.full((len(encoded), self.dim), np.nan, np.float32)
+        errors = {position: "empty" for position, image in enumerate(encoded) if not image}
+        there = [position for position in range(len(encoded)) if position not in errors]
+        if not there:
             return rows, errors
         try:
-            rows[:] = self(encoded)
-        except tf.errors.OpError:
+            rows[there] = self([encoded[position] for position in there])
+        except tf.errors.InvalidArgumentError:
             # Which one it is the error does not tell.
-            for position, image in enumerate(encoded):
+            for position in there:
                 try:
-                    rows[position] = self([image])[0]
-                except tf.errors.OpError as error:
+                    rows[position] = self([encoded[position]])[0]
+                except tf.errors.InvalidArgumentError as error:
                     errors[position] = first_line(error)
         for position in np.flatnonzero(~np.isfinite(rows).all(axis=1)):
             errors.setdefault(int(position), "its embedding is not finite")
@@ -70,10 +75,9 @@ class Encoder:
     def fingerprint(self):
         """SHA-256 of the SavedModel's graph and weights, str."""
         digest = hashlib.sha256()
-        for name in ("saved_model.pb", "variables/variables.index", "variables/variables.data-00000-of-00001"):
-            path = os.path.join(self.path, name)
-            if os.path.exists(path):
-                with open(path, "rb") as file:
+        for pattern in ("saved_model.pb", "variables/*"):
+            for path in sorted(tf.io.gfile.glob(os.path.join(self.path, pattern))):
+                with tf.io.gfile.GFile(path, "rb") as file:
                     digest.update(file.read())
         return digest.hexdigest()
 
@@ -84,6 +88,13 @@ def read_image(path):
         return decode_image(tf.io.read_file(path))
     except tf.errors.OpError:
         return None
+
+
+def read_image_under(root, name):
+    """The image file `name` under the folder `root`, as `read_image`; None where it is not under it."""
+    root = os.path.realpath(root)
+    path = os.path.realpath(os.path.join(root, name))
+    return read_image(path) if os.path.commonpath([root, path]) == root else None
 
 
 def decode_image(encoded):
