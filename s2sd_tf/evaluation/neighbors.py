@@ -75,8 +75,7 @@ def find_neighbors(
         return Neighbors(np.full(shape, -1, np.int64), np.full(shape, -np.inf, np.float32))
     if method == "scann":
         return _scann(queries, gallery, k, keys, metric, recall)
-    found = exact_neighbors(queries, gallery, k, metric, keys, memory_mib, progress)
-    return found
+    return exact_neighbors(queries, gallery, k, metric, keys, memory_mib, progress)
 
 
 def exact_neighbors(queries, gallery, k, metric="cosine", keys=None, memory_mib=512, progress=False):

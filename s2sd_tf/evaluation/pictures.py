@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from s2sd_tf.files import replacing
 
@@ -115,6 +116,14 @@ def choose_queries(labels, neighbors, count, seed=0):
     clean = np.concatenate([others[wrong[others] == 0], others[wrong[others] > 0]])[: count - len(faulty)]
     chosen = np.concatenate([clean, faulty])
     return chosen[np.argsort(wrong[chosen], kind="stable")]
+
+
+def as_picture(pixels):
+    """A PIL image of an array `(h, w)` or `(h, w, c)`, uint8 or float up to 1."""
+    pixels = np.asarray(pixels)
+    if pixels.dtype != np.uint8:
+        pixels = np.round(255 * np.clip(pixels, 0.0, 1.0)).astype(np.uint8)
+    return Image.fromarray(np.squeeze(pixels))
 
 
 def save_figure(path, figure):

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from s2sd_tf.evaluation.neighbors import checked_rows
+from s2sd_tf.evaluation.pictures import as_picture
 from s2sd_tf.files import check_replaceable, replacing
 
 # The largest side of a sprite that the projector shows, and of one of its images.
@@ -55,10 +56,7 @@ def save_projector(folder, embeddings, labels=None, ids=None, image=None, name="
                 pixels = image(position)
                 if pixels is None:
                     continue
-                pixels = np.asarray(pixels)
-                if pixels.dtype != np.uint8:
-                    pixels = np.round(255 * np.clip(pixels, 0.0, 1.0)).astype(np.uint8)
-                picture = Image.fromarray(np.squeeze(pixels)).convert("RGB").resize((_CELL, _CELL))
+                picture = as_picture(pixels).convert("RGB").resize((_CELL, _CELL))
                 sprite.paste(picture, (position % side * _CELL, position // side * _CELL))
             sprite.save(os.path.join(temporary, "sprite.png"))
         with open(os.path.join(temporary, "projector_config.pbtxt"), "w") as file:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from s2sd_tf.evaluation.exact import normalized, take
-from s2sd_tf.evaluation.pictures import RIGHT, WRONG
+from s2sd_tf.evaluation.pictures import RIGHT, WRONG, as_picture
 from s2sd_tf.files import replacing
 
 _THUMBNAIL = 112
@@ -293,10 +293,7 @@ def thumbnail(pixels):
     """A data URI of an image `(h, w)` or `(h, w, c)`, uint8 or float up to 1; None for None."""
     if pixels is None:
         return None
-    pixels = np.asarray(pixels)
-    if pixels.dtype != np.uint8:
-        pixels = np.round(255 * np.clip(pixels, 0.0, 1.0)).astype(np.uint8)
-    picture = Image.fromarray(np.squeeze(pixels))
+    picture = as_picture(pixels)
     small = max(picture.size) < _THUMBNAIL
     scale = _THUMBNAIL / max(picture.size)
     size = [max(1, round(side * scale)) for side in picture.size]
