@@ -9,6 +9,7 @@ import tensorflow as tf
 from PIL import Image
 
 from s2sd_tf import data
+from s2sd_tf.data.preprocessing import resize_antialiased
 
 
 def write_image(path, seed=0, size=(9, 7), mode="RGB"):
@@ -201,7 +202,26 @@ class TestPreprocessing:
         assert expected.shape == (6, 5, 3)
         with open(path, "rb") as file:
             np.testing.assert_allclose(preprocessing.from_bytes(file.read()), expected)
-        np.testing.assert_allclose(preprocessing.from_path(path), expected)
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+    @pytest.mark.parametrize(
+        ("shape", "size"),
+        [
+            ((9, 13, 3), (5, 4)),
+            ((7, 5, 1), (11, 20)),
+            ((2, 33, 20, 3), (8, 32)),
+            ((1, 1, 3), (4, 3)),
+            ((6, 8, 3), (1, 1)),
+        ],
+    )
+    def test_resizing_is_tensorflows(self, shape, size, dtype):
+        images = (255 * np.random.default_rng(0).random(shape)).astype(dtype)
+        expected = tf.image.resize(images, size, antialias=True)
+        dynamic = tf.TensorSpec([*[None] * (len(shape) - 1), shape[-1]], dtype)
+        resize = tf.function(lambda images, size: resize_antialiased(images, size[0], size[1]))
+        np.testing.assert_array_equal(resize_antialiased(tf.constant(images), *size), expected)
+        resize = resize.get_concrete_function(dynamic, tf.TensorSpec([2], tf.int32))
+        np.testing.assert_array_equal(resize(tf.constant(images), tf.constant(size)), expected)
 
     def test_the_right_size_is_only_normalised(self):
         pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 1), dtype=np.uint8)

@@ -169,8 +169,10 @@ def _report(queries, gallery, ids, result, results, more, metric):
 
 def _of_workdir():
     model, config, preprocessing = load_run(_WORKDIR.value)
-    test = load_data(config).test
-    return _part(embed(model, test, preprocessing), test), None
+    run_data = load_data(config)
+    parts = [images for images in (run_data.test, run_data.gallery) if images is not None]
+    parts = [_part(embed(model, images, preprocessing), images) for images in parts]
+    return parts[0], parts[1] if len(parts) > 1 else None
 
 
 def _of_model():
@@ -196,11 +198,8 @@ def _of_model():
 def _embed_files(encoder, images, batch=64):
     rows = []
     for start in range(0, len(images), batch):
-        contents = []
-        for path in images.images[start : start + batch]:
-            with open(path, "rb") as file:
-                contents.append(file.read())
-        rows.append(encoder(contents))
+        positions = range(start, min(start + batch, len(images)))
+        rows.append(encoder([images.encoded(position) for position in positions]))
     return np.concatenate(rows)
 
 
@@ -208,8 +207,8 @@ def _part(rows, images, names=None):
     """`Part` of an `ImageSet`, whose classes get their positions in `names`."""
     names = list(names or images.class_names)
     position = np.array([names.index(name) for name in images.class_names])
-    shown = {"pixels": lambda i: images.images[i], "bytes": lambda i: decode_image(images.images[i])}
-    image = shown.get(images.kind, lambda i: read_image(str(images.images[i])))
+    shown = {"pixels": lambda i: images.images[i], "paths": lambda i: read_image(str(images.images[i]))}
+    image = shown.get(images.kind, lambda i: decode_image(images.encoded(i)))
     ids = [os.path.realpath(path) for path in images.images] if images.kind == "paths" else None
     return Part(rows, position[images.labels], dict(enumerate(names)), ids, image)
 

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
+from s2sd_tf.data.image_set import read_slice
 from s2sd_tf.data.samplers import ClassBalanced, Sampler
 from s2sd_tf.data.samplers.base import checked_labels
 
@@ -16,7 +17,9 @@ CACHE_BYTES = 512 * 2**20
 _sources = weakref.WeakValueDictionary()
 
 
-def training_batches(images, preprocessing, sampler, steps_per_epoch=None, seed=0, start_epoch=0, cache=None):
+def training_batches(
+    images, preprocessing, sampler, steps_per_epoch=None, seed=0, start_epoch=0, cache=None, augmentation=None
+):
     """A `tf.data.Dataset` of `(images, labels)`, batches that a sampler chooses, for `model.fit`.
 
     Every pass over it is an epoch with batches of its own, as after a reshuffle: the first pass is epoch `start_epoch`,
@@ -39,14 +42,18 @@ def training_batches(images, preprocessing, sampler, steps_per_epoch=None, seed=
         seed: int >= 0.
         start_epoch: int >= 0, the epoch of the first pass. For a sampler with a storage it is `RefreshStorage` that
             has to know it.
-        cache: bool, keep all preprocessed images in memory. Default: where they take at most 512 MiB.
+        cache: bool, keep all preprocessed images in memory. Default: where they take at most 512 MiB. Augmented images
+            are made anew every time.
+        augmentation: `Augmentation`, or None. Every image of an epoch gets its own, a function of `seed`, the epoch and
+            the image's place in the epoch.
 
     Returns:
         Dataset of float32 images `(sampler.batch_size, height, width, channels)` and int32 labels
         `(sampler.batch_size,)`.
 
     Raises:
-        ValueError: a bad argument, or labels that the sampler cannot draw a batch from.
+        ValueError: a bad argument, labels that the sampler cannot draw a batch from, or a cache asked for together with
+            an augmentation.
 
     Example:
         >>> sampler = data.samplers.get("greedy_coreset", classes_per_batch=28, samples_per_class=4)
@@ -61,6 +68,8 @@ def training_batches(images, preprocessing, sampler, steps_per_epoch=None, seed=
     else:
         steps = checked_int("steps_per_epoch", steps_per_epoch, 1)
     seed = checked_int("seed", seed, 0)
+    if augmentation is not None and cache:
+        raise ValueError("cache: expected none, as augmented images are made anew every time. Received: True")
     passes = itertools.count(checked_int("start_epoch", start_epoch, 0))
     labels = checked_labels(images.labels)
     # Here, so that what cannot be drawn is told at once and not by the first training step.
@@ -68,13 +77,28 @@ def training_batches(images, preprocessing, sampler, steps_per_epoch=None, seed=
 
     def next_epoch():
         if sampler.storage is None:
-            return sampler.epoch(labels, steps, seed, next(passes))
+            epoch = next(passes)
+            return sampler.epoch(labels, steps, seed, epoch), np.int64(epoch)
         # So that the epoch's number and the embeddings are of the same refresh.
         with sampler.storage.lock:
-            return sampler.epoch(labels, steps, seed, sampler.storage.epoch)
+            epoch = sampler.storage.epoch
+            return sampler.epoch(labels, steps, seed, epoch), np.int64(epoch)
 
-    dataset = _asked_every_pass(next_epoch, [steps, batch])
-    if _is_cached(cache, images, preprocessing):
+    def one_pass(_):
+        chosen, epoch = tf.numpy_function(next_epoch, [], [tf.int64, tf.int64])
+        chosen = tf.data.Dataset.from_tensor_slices(tf.ensure_shape(chosen, [steps, batch]))
+        if augmentation is None:
+            return chosen
+        seed_of_epoch = tf.random.experimental.stateless_fold_in([tf.constant(seed, tf.int64), 0], epoch)
+        seeds = tf.data.Dataset.range(steps * batch).map(
+            lambda place: tf.random.experimental.stateless_fold_in(seed_of_epoch, place)
+        )
+        return tf.data.Dataset.zip((chosen, seeds.batch(batch)))
+
+    dataset = tf.data.Dataset.range(1).flat_map(one_pass)
+    if augmentation is not None:
+        dataset = _load(dataset.unbatch(), images, preprocessing, augmentation).batch(batch, drop_remainder=True)
+    elif _is_cached(cache, images, preprocessing):
         with tf.device("CPU"):
             pixels, known = tf.constant(_preprocess_all(images, preprocessing)), tf.constant(images.labels)
         dataset = dataset.map(lambda chosen: (tf.gather(pixels, chosen), tf.gather(known, chosen)))
@@ -93,6 +117,7 @@ def class_balanced_batches(
     seed=0,
     start_epoch=0,
     cache=None,
+    augmentation=None,
 ):
     """`training_batches` of the sampler "class_balanced": P classes x M samples a batch.
 
@@ -104,7 +129,7 @@ def class_balanced_batches(
         ValueError: fewer than P classes, or a class with fewer than M images.
     """
     sampler = ClassBalanced(classes_per_batch, samples_per_class)
-    return training_batches(images, preprocessing, sampler, steps_per_epoch, seed, start_epoch, cache)
+    return training_batches(images, preprocessing, sampler, steps_per_epoch, seed, start_epoch, cache, augmentation)
 
 
 def evaluation_batches(images, preprocessing, batch_size=256, cache=False):
@@ -132,46 +157,60 @@ def batches_at(positions, images, preprocessing, batch_size=256):
         positions: function of no arguments that returns int64 `(n,)`, positions in the `ImageSet`; asked at every pass.
         images, preprocessing, batch_size: see `evaluation_batches`.
     """
-    dataset = _load(_asked_every_pass(positions, [None]), images, preprocessing)
+
+    def one_pass(_):
+        return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(tf.numpy_function(positions, [], tf.int64), [None]))
+
+    dataset = _load(tf.data.Dataset.range(1).flat_map(one_pass), images, preprocessing)
     return dataset.map(lambda pixels, label: pixels).batch(batch_size).prefetch(tf.data.AUTOTUNE)
 
 
-def _asked_every_pass(function, shape):
-    """Dataset of the rows of what `function()` returns at every pass over it, int64 of that shape."""
-
-    def one_pass(_):
-        rows = tf.numpy_function(function, [], tf.int64)
-        return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(rows, shape))
-
-    return tf.data.Dataset.range(1).flat_map(one_pass)
-
-
-def _load(indices, images, preprocessing):
-    """Dataset of `(preprocessed image, label)` for a dataset of positions."""
-    read = {
-        "pixels": preprocessing.from_pixels,
-        "bytes": preprocessing.from_bytes,
-        "paths": preprocessing.from_path,
-    }[images.kind]
+def _load(indices, images, preprocessing, augmentation=None):
+    """Dataset of `(preprocessed image, label)` for a dataset of positions, or of `(position, seed)` to augment."""
     source = _source(images)
     labels = tf.constant(images.labels)
+    convert = "from_pixels" if images.kind == "pixels" else "from_bytes"
 
-    def load(index):
-        pixels = tf.ensure_shape(read(source[index]), preprocessing.output_shape)
-        return pixels, labels[index]
+    def load(index, *seed):
+        image = _READ[images.kind](source, index)
+        if seed:
+            image = getattr(augmentation, convert)(image, preprocessing, *seed)
+        else:
+            image = getattr(preprocessing, convert)(image)
+        return tf.ensure_shape(image, preprocessing.output_shape), labels[index]
 
     return indices.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
 
+def _read_slice(source, index):
+    # TensorFlow's own reading of records out of their order takes milliseconds each.
+    arguments = [source[name][index] for name in ("path", "offset", "length")]
+    return tf.ensure_shape(tf.numpy_function(read_slice, arguments, tf.string, stateful=False), [])
+
+
+# An image, pixels or a string scalar, from the source and a position.
+_READ = {
+    "pixels": lambda source, index: source[index],
+    "bytes": lambda source, index: source[index],
+    "paths": lambda source, index: tf.io.read_file(source[index]),
+    "slices": _read_slice,
+}
+
+
 def _source(images):
-    """The images as a tensor, in which pixels and bytes are copied: the same one for all datasets of an `ImageSet`."""
-    source = _sources.get(images)
-    if source is None:
-        # `tf.data` reads it there: a tensor on a GPU would be copied back.
-        with tf.device("CPU"):
+    """The images as a tensor, in which pixels and bytes are copied: the same one for all datasets of an `ImageSet`.
+
+    Of slices, a dict of tensors.
+    """
+    # `tf.data` reads it there: a tensor on a GPU would be copied back.
+    with tf.device("CPU"):
+        if images.kind == "slices":
+            return {name: tf.constant(images.images[name]) for name in images.images.dtype.names}
+        source = _sources.get(images)
+        if source is None:
             source = tf.constant(images.images if images.kind != "bytes" else images.images.tolist())
-        _sources[images] = source
-    return source
+            _sources[images] = source
+        return source
 
 
 def _preprocess_all(images, preprocessing):

@@ -1,10 +1,13 @@
-"""A labelled set of images, wherever the pixels are, and its division by class."""
+"""A labelled set of images, wherever the pixels are, and its division by class or by image."""
 
 import dataclasses
 import fnmatch
 import math
+import os
 
 import numpy as np
+
+from s2sd_tf.checks import checked_int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -13,14 +16,17 @@ class ImageSet:
 
     Attributes:
         images: uint8 `(n, height, width, channels)` pixels; or `(n,)` object array of `bytes`, encoded images; or
-            `(n,)` array of `str`, paths of image files.
+            `(n,)` array of `str`, paths of image files; or `(n,)` structured array as `image_slices` makes it, encoded
+            images that are byte ranges of files.
         labels: int32 `(n,)`, positions in `class_names`.
         class_names: names of the classes.
+        super_classes: the name of each class's super-class; empty where there are none.
     """
 
     images: np.ndarray
     labels: np.ndarray
     class_names: tuple
+    super_classes: tuple = ()
 
     def __post_init__(self):
         if len(self.images) != len(self.labels):
@@ -31,6 +37,11 @@ class ImageSet:
             raise ValueError(
                 f"labels: expected integers in [0, {len(self.class_names)}). "
                 f"Received: {self.labels.min()} to {self.labels.max()}"
+            )
+        if len(self.super_classes) not in (0, len(self.class_names)):
+            raise ValueError(
+                f"super_classes: expected none, or one for each of {len(self.class_names)} classes. "
+                f"Received: {len(self.super_classes)}"
             )
 
     def __len__(self):
@@ -43,10 +54,24 @@ class ImageSet:
 
     @property
     def kind(self):
-        """Where the pixels are: "pixels", "bytes" or "paths"."""
+        """Where the pixels are: "pixels", "bytes", "paths" or "slices"."""
         if self.images.dtype == np.uint8:
             return "pixels"
+        if self.images.dtype.names:
+            return "slices"
         return "bytes" if self.images.dtype == object else "paths"
+
+    def encoded(self, position):
+        """The encoded image at a position, as bytes; of any kind but "pixels".
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        image = self.images[position]
+        if self.kind == "paths":
+            with open(image, "rb") as file:
+                return file.read()
+        return read_slice(*image.item()) if self.kind == "slices" else image
 
     def class_counts(self):
         """Images of each class, int `(num_classes,)`."""
@@ -59,8 +84,27 @@ class ImageSet:
         new_labels[classes] = np.arange(len(classes))
         chosen = np.flatnonzero(new_labels[self.labels] >= 0)
         return ImageSet(
-            self.images[chosen], new_labels[self.labels[chosen]], tuple(self.class_names[c] for c in classes)
+            self.images[chosen],
+            new_labels[self.labels[chosen]],
+            tuple(self.class_names[c] for c in classes),
+            tuple(self.super_classes[c] for c in classes) if self.super_classes else (),
         )
+
+    def select_images(self, positions):
+        """The images at some positions, in the order given; the classes stay, also those left without images."""
+        positions = np.asarray(positions, np.int64)
+        return dataclasses.replace(self, images=self.images[positions], labels=self.labels[positions])
+
+    def with_super_classes(self):
+        """The same images, labelled by their super-classes in sorted order.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not self.super_classes:
+            raise ValueError("super_classes: expected a data set that has some. Received: none")
+        names, of_class = np.unique(self.super_classes, return_inverse=True)
+        return ImageSet(self.images, of_class.astype(np.int32)[self.labels], tuple(names.tolist()))
 
     def select_by_name(self, patterns):
         """The classes whose name equals one of `patterns` or matches it as a shell pattern (`Sanskrit/*`).
@@ -79,6 +123,40 @@ class ImageSet:
                 raise ValueError(f"classes: expected names or patterns of classes ({some}, ...). Received: {pattern!r}")
             chosen += [c for c in found if c not in chosen]
         return self.select_classes(sorted(chosen))
+
+
+def image_slices(paths, offsets, lengths):
+    """`images` of an `ImageSet` that are byte ranges of files, as a structured array `(n,)`.
+
+    Args:
+        paths: n str, files; the same one may hold many images.
+        offsets: n int >= 0, the position of each encoded image's first byte in its file.
+        lengths: n int >= 1, bytes of each.
+
+    Returns:
+        Array of the fields "path" (str), "offset" and "length" (int64).
+    """
+    paths = np.asarray(paths, np.str_)
+    slices = np.empty(len(paths), [("path", paths.dtype), ("offset", "<i8"), ("length", "<i8")])
+    slices["path"], slices["offset"], slices["length"] = paths, offsets, lengths
+    return slices
+
+
+def read_slice(path, offset, length):
+    """The bytes of a file from `offset` on.
+
+    Raises:
+        OSError: it cannot be read, or ends before.
+    """
+    # Neither a file object nor its buffer: it is called for every image of a batch.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        content = os.pread(descriptor, length, offset)
+    finally:
+        os.close(descriptor)
+    if len(content) < length:
+        raise OSError(f"{os.fsdecode(path)}: expected {length} bytes from {offset} on. Received: {len(content)}")
+    return content
 
 
 def split_classes(images, test_classes=None, test_fraction=None):
@@ -130,3 +208,30 @@ def hold_out_classes(images, count, seed=0):
     held_out = np.sort(np.random.default_rng(seed).choice(images.num_classes, count, replace=False))
     rest = np.setdiff1d(np.arange(images.num_classes), held_out)
     return images.select_classes(rest), images.select_classes(held_out)
+
+
+def split_samples(images, fraction, seed=0):
+    """`(train, rest)`: divides the images of every class by chance, for data with too few classes, or too few images in
+    them, to hold out classes. Both parts have all classes of `images`, under the same labels.
+
+    Args:
+        images: `ImageSet`.
+        fraction: float in (0, 1), the share of each class's images that goes to `rest`, rounded. A class of at least 2
+            images has at least 1 in both parts; a single image goes to `train`.
+        seed: int >= 0.
+
+    Raises:
+        ValueError: a bad argument, or no class with 2 images.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction: expected a number in (0, 1). Received: {fraction}")
+    rng = np.random.default_rng(checked_int("seed", seed, 0))
+    counts = images.class_counts()
+    if not (counts >= 2).any():
+        raise ValueError("images: expected a class of at least 2 images. Received: none")
+    # By class, and within a class in an order by chance.
+    shuffled = np.lexsort((rng.random(len(images)), images.labels))
+    rank = np.arange(len(images)) - np.repeat(np.cumsum(counts) - counts, counts)
+    held_out = np.where(counts < 2, 0, np.clip(np.floor(counts * fraction + 0.5), 1, counts - 1))
+    trains = rank >= np.repeat(held_out, counts)
+    return images.select_images(np.sort(shuffled[trains])), images.select_images(np.sort(shuffled[~trains]))

@@ -1,0 +1,123 @@
+"""Image files that cannot be read: found before the training that would meet them, then refused or left out."""
+
+import concurrent.futures
+import os
+
+import tensorflow as tf
+from absl import logging
+from tqdm import tqdm
+
+from s2sd_tf.data.preprocessing import decode_rgb
+
+CHECKS = ("none", "files", "decode")
+ON_CORRUPT = ("raise", "skip")
+
+# How files of the formats that are decoded begin, and what is near their end where they are whole.
+_FORMATS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"", b"BM": b""}
+# Cameras and editors append to a JPEG after its end marker.
+_TAIL_BYTES = 4096
+_CHUNK = 64
+
+
+def check_options(on_corrupt, check):
+    """Raises ValueError where `on_corrupt` or `check` is none of `ON_CORRUPT` and `CHECKS`."""
+    if on_corrupt not in ON_CORRUPT:
+        raise ValueError(f"on_corrupt: expected 'raise' or 'skip'. Received: {on_corrupt!r}")
+    if check not in CHECKS:
+        raise ValueError(f"check: expected one of {list(CHECKS)}. Received: {check!r}")
+
+
+def select_readable(parts, root, on_corrupt, check, bad=()):
+    """`ImageSet`s without the files that cannot be read; their classes stay.
+
+    Args:
+        parts: list of `ImageSet` of paths.
+        root: folder that the files are under, for the message.
+        on_corrupt: "raise" refuses such files, "skip" leaves them out; either way their paths are told.
+        check: "none", "files" or "decode", see `unreadable`.
+        bad: `(path, reason)` of files that are known to be unreadable.
+
+    Raises:
+        ValueError: with "raise", files that cannot be read.
+    """
+    bad = [*bad, *unreadable([path for images in parts for path in images.images.tolist()], check)]
+    if not bad:
+        return parts
+    lines = [f"  {path}: {why}" for path, why in bad]
+    message = f"{len(bad)} files under {root!r} are not readable images"
+    if on_corrupt == "raise":
+        shown = "\n".join(lines[:20] + ["  ..."] * (len(lines) > 20))
+        raise ValueError(f"{message}:\n{shown}\nPass on_corrupt='skip' to train without them.")
+    logging.warning("%s and are skipped:\n%s", message, "\n".join(lines))
+    left_out = {path for path, _ in bad}
+    return [
+        images.select_images([at for at, path in enumerate(images.images.tolist()) if path not in left_out])
+        for images in parts
+    ]
+
+
+def unreadable(paths, check):
+    """`(path, reason)` of the files that are no images, with a progress bar for more than 1,000.
+
+    Args:
+        paths: list of str.
+        check: "none" looks at no file. "files" reads the first bytes and the last 4 KiB of each: it is there, not
+            empty, begins as PNG, JPEG, BMP or GIF, and has the end marker if it is PNG or JPEG, which a truncated one
+            lacks. "decode" decodes each whole file, as training does.
+    """
+    if check == "none":
+        return []
+    find = _decode_error if check == "decode" else _file_error
+    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+    bad = []
+    with (
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(paths), desc="Checking images", unit="file", disable=len(paths) <= 1000) as bar,
+    ):
+        for chunk, reasons in zip(chunks, pool.map(lambda chunk: [find(path) for path in chunk], chunks)):
+            bad += [(path, reason) for path, reason in zip(chunk, reasons) if reason]
+            bar.update(len(chunk))
+    return bad
+
+
+def _decode_error(path):
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+        if not content:
+            return "empty file"
+        with tf.device("CPU:0"):
+            decode_rgb(content)
+    except (OSError, tf.errors.OpError) as error:
+        return _first_line(error)
+    return _name_error(path)
+
+
+def _file_error(path):
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            tail = file.read()
+    except OSError as error:
+        return error.strerror or _first_line(error)
+    if not head:
+        return "empty file"
+    ends = [end for begin, end in _FORMATS.items() if head.startswith(begin)]
+    if not ends:
+        return "no PNG, JPEG, BMP or GIF by its first bytes"
+    return _name_error(path) if ends[0] in tail else "truncated: its end marker is missing"
+
+
+def _name_error(path):
+    # TensorFlow takes no other names.
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    return None
+
+
+def _first_line(error):
+    return str(error).strip().splitlines()[0][:200]

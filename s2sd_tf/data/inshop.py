@@ -1,0 +1,88 @@
+"""In-Shop Clothes Retrieval of DeepFashion: 7,982 items, of which 3,997 train, with queries and a gallery."""
+
+import os
+
+from absl import logging
+
+from s2sd_tf.data.annotations import Row, as_int, find_root, image_set, path_under, read_columns
+from s2sd_tf.data.image_files import check_options
+from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split, tell_unpublished_counts
+
+_FOLDERS = ("", "in-shop", "inshop", "In-shop Clothes Retrieval Benchmark")
+_PARTITIONS = ("Eval/list_eval_partition.txt", "list_eval_partition.txt")
+_PARTS = {"train": "train", "query": "test", "gallery": "gallery"}
+
+
+def load_inshop(root, on_corrupt="raise", check="files"):
+    """`RetrievalSplit` of In-Shop Clothes Retrieval (Liu et al., CVPR 2016, "DeepFashion"), by its own partition.
+
+    25,882 images of 3,997 items train; 14,218 are queries and 12,612 the gallery, of 3,985 other items. Other counts
+    are told, and so are items with queries that the gallery lacks. The super-class is the kind of clothing
+    ("WOMEN/Dresses"), of an item's first image where they differ. Known is `Eval/list_eval_partition.txt`, or that file
+    without `Eval`, with the images in `Img/img` or `img`; in `root` or in its folder `in-shop` (as the published code
+    has it), `inshop` or `In-shop Clothes Retrieval Benchmark`.
+
+    Args:
+        root, on_corrupt, check: see `load_cub200`.
+
+    Returns:
+        `RetrievalSplit` of paths with a gallery; classes are named by the item ("id_00000002") and sorted.
+
+    Raises:
+        FileNotFoundError: the partition or the folder of images is not under `root`.
+        ValueError: see `load_cub200`.
+    """
+    check_options(on_corrupt, check)
+    found = find_root(root, _FOLDERS, _PARTITIONS)
+    if not found:
+        raise FileNotFoundError(
+            f"root: expected In-Shop Clothes Retrieval, {_PARTITIONS[0]} or {_PARTITIONS[1]} in one of "
+            f"{list(_FOLDERS)} under it. Received: {root!r}"
+        )
+    folder, partition = found
+    images = find_root(folder, ["Img", ""], ["img"])
+    if not images:
+        raise FileNotFoundError(f"root: expected the images in Img/img or img. Received: {folder!r} without them")
+    split = readable_split(_read_partition(os.path.join(folder, partition), images[0]), folder, on_corrupt, check)
+    _tell_missing_items(split)
+    tell_unpublished_counts("inshop", split)
+    return split
+
+
+def _read_partition(path, folder):
+    rows = {part: [] for part in _PARTS}
+    super_class_of = {}
+    for where, (relative, item, part) in read_columns(path, 3, header=2, path_first=True):
+        if part not in _PARTS:
+            raise ValueError(f"{where}: expected one of {list(_PARTS)} as evaluation_status. Received: {part!r}")
+        folders = relative.split("/")
+        if len(folders) < 4:
+            raise ValueError(f"{where}: expected img/<gender>/<kind>/.../<file>. Received: {relative!r}")
+        super_class_of.setdefault(item, "/".join(folders[1:3]))
+        rows[part].append(Row(path_under(folder, relative, where), item, where))
+    where, (count,) = next(read_columns(path, 1), (path, ("nothing",)))
+    found = sum(map(len, rows.values()))
+    if as_int(count, "the number of images", where) != found:
+        raise ValueError(f"{where}: expected the number of images that the file has, {found}. Received: {count}")
+
+    def images(part, rows_of_classes):
+        items = sorted({row.class_name for row in rows_of_classes})
+        return image_set(rows[part], items, [super_class_of[item] for item in items])
+
+    tested = rows["query"] + rows["gallery"]
+    return RetrievalSplit(images("train", rows["train"]), images("query", tested), images("gallery", tested))
+
+
+def _tell_missing_items(split):
+    missing = [
+        name
+        for name, queries, there in zip(split.test.class_names, split.test.class_counts(), split.gallery.class_counts())
+        if queries and not there
+    ]
+    if missing:
+        logging.warning(
+            "inshop: expected every item with a query in the gallery. Received: %d items without, %s, whose queries "
+            "cannot be found",
+            len(missing),
+            missing[:5],
+        )

@@ -1,0 +1,187 @@
+"""Data sets as TFRecord shards: few large files, which other programs read too, and an index for random access."""
+
+import os
+import zipfile
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from s2sd_tf.checks import check_above
+from s2sd_tf.data.image_set import ImageSet, image_slices
+from s2sd_tf.data.retrieval_split import RetrievalSplit
+from s2sd_tf.files import check_replaceable, read_json, replacing, write_json
+
+DESCRIPTION = "dataset.json"
+_INDEX = "index.npz"
+_VERSION = 1
+_ARRAYS = ("shard", "offset", "length", "label")
+# Around the data of a TFRecord: its length and that length's checksum before, its own checksum after.
+_RECORD_HEAD, _RECORD_TAIL = 12, 4
+
+
+def write_shards(split, folder, shard_mib=128):
+    """Writes a `RetrievalSplit` as TFRecord shards, whole or not at all.
+
+    `<part>-00000-of-00007.tfrecord` are uncompressed records of `tf.train.Example`, in the order of the images:
+
+    - `image/encoded` (bytes), as it was; pixels become PNG;
+    - `image/class/label` (int64) and `image/class/text` (bytes);
+    - `image/super_class/text` (bytes), where there are super-classes;
+    - `image/filename` (bytes), the file's name without its folder, where there was a file for each image.
+
+    `dataset.json` has the classes and the shards' sizes, `index.npz` the place of every encoded image.
+
+    Args:
+        split: `RetrievalSplit` of any kind of images.
+        folder: folder to write; a new one, or one of shards, which it takes the place of.
+        shard_mib: float > 0, MiB from which on the next shard is begun.
+
+    Returns:
+        Dict from a part's name to its number of shards.
+
+    Raises:
+        ValueError: a bad argument, a folder of something else, or an image that is empty.
+        OSError: an image that cannot be read.
+    """
+    check_above("shard_mib", shard_mib, 0)
+    check_replaceable("folder", folder, DESCRIPTION)
+    description = {"version": _VERSION, "parts": {}}
+    index = {}
+    total = sum(len(images) for images in split.parts().values())
+    with (
+        replacing(folder) as temporary,
+        tqdm(total=total, desc="Writing shards", unit="image", disable=total <= 1000) as bar,
+    ):
+        os.makedirs(temporary)
+        for part, images in split.parts().items():
+            places, names = _write_part(temporary, part, images, shard_mib * 2**20, bar)
+            index.update({f"{part}_{name}": array for name, array in places.items()})
+            description["parts"][part] = {
+                "images": len(images),
+                "class_names": list(images.class_names),
+                "super_classes": list(images.super_classes),
+                "shards": [{"name": name, "bytes": os.path.getsize(os.path.join(temporary, name))} for name in names],
+            }
+        np.savez(os.path.join(temporary, _INDEX), **index)
+        write_json(os.path.join(temporary, DESCRIPTION), description)
+    return {part: len(about["shards"]) for part, about in description["parts"].items()}
+
+
+def read_shards(folder):
+    """The `RetrievalSplit` that `write_shards` wrote, of slices: no image is read before it is needed.
+
+    Raises:
+        FileNotFoundError: no `dataset.json` in `folder`, or a file missing that it names.
+        ValueError: another format; a shard of another size than it was written with; an index that does not fit.
+    """
+    path = os.path.join(folder, DESCRIPTION)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"folder: expected shards, with {DESCRIPTION}. Received: {os.fspath(folder)!r}")
+    try:
+        description = read_json(path)
+        if description["version"] != _VERSION:
+            raise ValueError(f"version {description['version']!r}")
+        parts = description["parts"]
+        shards = {part: [(str(s["name"]), int(s["bytes"])) for s in about["shards"]] for part, about in parts.items()}
+        classes = {part: (tuple(about["class_names"]), tuple(about["super_classes"])) for part, about in parts.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected what write_shards writes, version {_VERSION}. Received: {error!r}"
+        ) from error
+    if not {"train", "test"} <= set(parts) <= set(RetrievalSplit._fields):
+        raise ValueError(f"{path}: expected the parts {list(RetrievalSplit._fields)}. Received: {sorted(parts)}")
+    if "gallery" in parts and classes["gallery"] != classes["test"]:
+        raise ValueError(f"{path}: expected a gallery of the classes of test. Received: others")
+    for name, size in (shard for of_part in shards.values() for shard in of_part):
+        _check_shard(folder, name, size)
+    index_path = os.path.join(folder, _INDEX)
+    try:
+        with np.load(index_path, allow_pickle=False) as index:
+            places = {part: [index[f"{part}_{name}"] for name in _ARRAYS] for part in parts}
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"folder: expected {_INDEX} beside {DESCRIPTION}. Received: {os.fspath(folder)!r}"
+        ) from None
+    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{index_path}: expected the index that write_shards writes. Received: {error}") from error
+    for part, about in parts.items():
+        if about.get("images") != len(places[part][0]):
+            raise ValueError(
+                f"{index_path}: expected {about.get('images')} images of {part}. Received: {len(places[part][0])}"
+            )
+    return RetrievalSplit(
+        **{part: _image_set(folder, index_path, shards[part], places[part], *classes[part]) for part in parts}
+    )
+
+
+def _write_part(folder, part, images, shard_bytes, bar):
+    """`(places, names)`: the arrays of the index, and the names of the shards."""
+    places = {name: np.zeros(len(images), np.int32 if name in ("shard", "label") else np.int64) for name in _ARRAYS}
+    places["label"][:] = images.labels
+    writer, written, shards = None, 0, 0
+    try:
+        for position in range(len(images)):
+            if writer is None or written >= shard_bytes:
+                if writer is not None:
+                    writer.close()
+                # How many there will be is known at the end.
+                writer, written, shards = tf.io.TFRecordWriter(os.path.join(folder, f"{part}-{shards}")), 0, shards + 1
+            encoded = _encoded(images, position)
+            if not encoded:
+                raise ValueError(f"split: expected encoded images. Received: an empty one, {position} of {part}")
+            example = _example(images, position, encoded).SerializeToString()
+            places["shard"][position] = shards - 1
+            # The first place with these bytes holds the image, whichever it is.
+            places["offset"][position] = written + _RECORD_HEAD + example.index(encoded)
+            places["length"][position] = len(encoded)
+            writer.write(example)
+            written += _RECORD_HEAD + len(example) + _RECORD_TAIL
+            bar.update()
+    finally:
+        if writer is not None:
+            writer.close()
+    names = [f"{part}-{number:05d}-of-{shards:05d}.tfrecord" for number in range(shards)]
+    for number, name in enumerate(names):
+        os.rename(os.path.join(folder, f"{part}-{number}"), os.path.join(folder, name))
+    return places, names
+
+
+def _encoded(images, position):
+    if images.kind != "pixels":
+        return images.encoded(position)
+    with tf.device("CPU"):
+        return tf.io.encode_png(images.images[position]).numpy()
+
+
+def _example(images, position, encoded):
+    label = int(images.labels[position])
+    texts = {"image/encoded": encoded, "image/class/text": images.class_names[label].encode()}
+    if images.super_classes:
+        texts["image/super_class/text"] = images.super_classes[label].encode()
+    if images.kind == "paths":
+        texts["image/filename"] = os.path.basename(images.images[position]).encode()
+    feature = {name: tf.train.Feature(bytes_list=tf.train.BytesList(value=[text])) for name, text in texts.items()}
+    feature["image/class/label"] = tf.train.Feature(int64_list=tf.train.Int64List(value=[label]))
+    return tf.train.Example(features=tf.train.Features(feature=feature))
+
+
+def _check_shard(folder, name, size):
+    if os.path.basename(name) != name:
+        raise ValueError(f"{DESCRIPTION}: expected names of shards in its folder. Received: {name!r}")
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"folder: expected the shard {name}. Received: {os.fspath(folder)!r} without it")
+    if os.path.getsize(path) != size:
+        raise ValueError(f"folder: expected the shard {path} to have {size} bytes. Received: {os.path.getsize(path)}")
+
+
+def _image_set(folder, index_path, shards, places, class_names, super_classes):
+    shard, offset, length, label = places
+    sizes = np.array([size for _, size in shards], np.int64)
+    fits = len({array.shape for array in places}) == 1 and all(array.dtype.kind == "i" for array in places)
+    fits = fits and (not len(shard) or 0 <= shard.min() <= shard.max() < len(shards))
+    if not fits or not ((offset >= 0) & (length > 0) & (offset + length <= sizes[shard])).all():
+        raise ValueError(f"{index_path}: expected places of images in the shards. Received: others")
+    paths = np.array([os.path.join(folder, name) for name, _ in shards], np.str_)
+    return ImageSet(image_slices(paths[shard], offset, length), label.astype(np.int32), class_names, super_classes)

@@ -1,0 +1,55 @@
+"""Stanford Online Products: 22,634 products of an online shop, of which 11,318 train."""
+
+import os
+
+from s2sd_tf.data.annotations import Row, as_int, find_root, image_set, path_under, read_columns
+from s2sd_tf.data.image_files import check_options
+from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split, tell_unpublished_counts
+
+_FOLDERS = ("", "Stanford_Online_Products", "online_products")
+
+
+def load_sop(root, on_corrupt="raise", check="files"):
+    """`RetrievalSplit` of Stanford Online Products (Song et al., CVPR 2016), by its own lists.
+
+    59,551 images of 11,318 classes train, 60,502 of 11,316 test; other counts are told. The 12 super-classes are kinds
+    of products ("bicycle"). Two layouts are known, in `root` or in its folder `Stanford_Online_Products` or
+    `online_products`:
+
+    - the archive's: `Ebay_train.txt`, `Ebay_test.txt` and `<super-class>_final/*`;
+    - the published code's: `Info_Files/Ebay_train.txt`, `Info_Files/Ebay_test.txt` and `images/<super-class>_final/*`.
+
+    Args:
+        root, on_corrupt, check: see `load_cub200`.
+
+    Returns:
+        `RetrievalSplit` of paths without a gallery; classes are named by their number in the lists and in its order.
+
+    Raises:
+        FileNotFoundError: neither layout is under `root`, or one of its lists is missing.
+        ValueError: see `load_cub200`.
+    """
+    check_options(on_corrupt, check)
+    found = find_root(root, _FOLDERS, ["Ebay_train.txt", "Info_Files/Ebay_train.txt"])
+    if not found:
+        raise FileNotFoundError(
+            "root: expected Stanford Online Products, Ebay_train.txt or Info_Files/Ebay_train.txt in one of "
+            f"{list(_FOLDERS)} under it. Received: {root!r}"
+        )
+    folder, file = found
+    lists = os.path.dirname(os.path.join(folder, file))
+    images = folder if file == "Ebay_train.txt" else os.path.join(folder, "images")
+    parts = [_part(os.path.join(lists, f"Ebay_{part}.txt"), images) for part in ("train", "test")]
+    split = readable_split(RetrievalSplit(*parts), folder, on_corrupt, check)
+    tell_unpublished_counts("sop", split)
+    return split
+
+
+def _part(path, folder):
+    rows, super_class_of = [], {}
+    for where, (_, number, _, relative) in read_columns(path, 4, header=1):
+        number = as_int(number, "class_id", where)
+        super_class_of.setdefault(number, relative.split("/")[0].removesuffix("_final"))
+        rows.append(Row(path_under(folder, relative, where), str(number), where))
+    numbers = sorted(super_class_of)
+    return image_set(rows, [str(number) for number in numbers], [super_class_of[number] for number in numbers])

@@ -1,0 +1,108 @@
+"""Data sets that TensorFlow Datasets has prepared."""
+
+import os
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from s2sd_tf.data.image_set import ImageSet, split_classes
+from s2sd_tf.data.retrieval_split import RetrievalSplit, tell_unpublished_counts
+
+# The features to read beside the image, and the name that the published counts have.
+_BUILDERS = {
+    "caltech_birds2011": ({"label": True, "image/filename": True}, "cub200"),
+    "cars196": ({"label": True}, "cars196"),
+    "stanford_online_products": ({"class_id": True, "super_class_id": True}, "sop"),
+}
+
+
+def load_tfds(name, data_dir=None):
+    """`RetrievalSplit` of a data set that TensorFlow Datasets has prepared: nothing is downloaded.
+
+    Images stay encoded, in memory: how many MiB they take is logged, and `write_shards` puts them where they need none.
+    The parts are those of `load_cub200`, `load_cars196` and `load_sop`: of the first two the builder's own parts are
+    joined, and the first half of the classes trains.
+
+    Args:
+        name: "caltech_birds2011", "cars196" or "stanford_online_products".
+        data_dir: folder of prepared data sets. Default: that of TensorFlow Datasets.
+
+    Returns:
+        `RetrievalSplit` of bytes without a gallery, with the class names of the loaders named above.
+
+    Raises:
+        ImportError: tensorflow-datasets is not installed.
+        FileNotFoundError: the data set is not prepared in `data_dir`; the message says how to.
+        ValueError: another name, or fewer than two classes.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"name: expected one of {sorted(_BUILDERS)}. Received: {name!r}")
+    tfds = _import_tfds()
+    builder = tfds.builder(name, data_dir=data_dir)
+    if not builder.is_prepared():
+        raise FileNotFoundError(
+            f"data_dir: expected {name}, prepared. Received: {os.fspath(builder.data_dir)!r} without it. To download "
+            f"and prepare it: tfds.builder({name!r}, data_dir=...).download_and_prepare()"
+        )
+    features, published = _BUILDERS[name]
+    examples = {part: _read(tfds, builder, part, features) for part in ("train", "test")}
+    if name == "stanford_online_products":
+        split = RetrievalSplit(*(_products(examples[part], builder.info.features) for part in ("train", "test")))
+    else:
+        named = _birds if name == "caltech_birds2011" else _cars
+        images = named(examples["train"] + examples["test"], builder.info.features)
+        split = RetrievalSplit(*split_classes(images, test_fraction=0.5))
+    size = sum(len(example["image"]) for part in examples.values() for example in part)
+    logging.info("%s: %.0f MiB of encoded images are in memory", name, size / 2**20)
+    tell_unpublished_counts(published, split)
+    return split
+
+
+def _import_tfds():
+    # Late, as its import takes seconds.
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ImportError(
+            "load_tfds: expected tensorflow-datasets. Received: none; pip install tensorflow-datasets"
+        ) from error
+    return tensorflow_datasets
+
+
+def _read(tfds, builder, part, features):
+    decoders = tfds.decode.PartialDecoding({"image": True, **features}, decoders={"image": tfds.decode.SkipDecoding()})
+    dataset = tfds.as_numpy(builder.as_dataset(split=part, decoders=decoders, shuffle_files=False))
+    count = builder.info.splits[part].num_examples
+    return list(tqdm(dataset, total=count, desc=f"Reading {part}", unit="image", disable=count <= 1000))
+
+
+def _cars(examples, features):
+    return _image_set(examples, [int(example["label"]) for example in examples], features["label"].int2str)
+
+
+def _birds(examples, _):
+    # The builder's class names have no number; the folders' have.
+    labels = [int(example["label"]) for example in examples]
+    folders = [os.path.basename(os.path.dirname(example["image/filename"].decode())) for example in examples]
+    return _image_set(examples, labels, dict(zip(labels, folders)).__getitem__)
+
+
+def _products(examples, features):
+    numbers = [int(example["class_id"]) for example in examples]
+    super_class_of = dict(zip(numbers, (int(example["super_class_id"]) for example in examples)))
+
+    def super_class(number):
+        return features["super_class_id"].int2str(super_class_of[number])
+
+    # As in the lists, where they count from 1.
+    return _image_set(examples, numbers, lambda number: str(number + 1), super_class)
+
+
+def _image_set(examples, numbers, class_name, super_class=None):
+    numbers, labels = np.unique(numbers, return_inverse=True)
+    images = np.empty(len(examples), object)
+    images[:] = [example["image"] for example in examples]
+    names = tuple(class_name(number) for number in numbers.tolist())
+    super_classes = tuple(super_class(number) for number in numbers.tolist()) if super_class else ()
+    return ImageSet(images, labels.astype(np.int32), names, super_classes)
