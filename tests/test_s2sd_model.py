@@ -195,6 +195,34 @@ def test_learning_rate_multipliers_scale_what_the_optimizer_does(small_model, op
             np.testing.assert_allclose(other, factor * one, atol=2e-6, err_msg=group)
 
 
+def test_layers_of_the_backbone_have_multipliers_of_their_own(small_model):
+    images, labels = images_and_labels()
+
+    def updates(multipliers):
+        keras.utils.set_random_seed(0)
+        model = small_model(learning_rate_multipliers=multipliers)
+        model.compile(optimizer=keras.optimizers.Adam(1e-2))
+        layers = [layer for layer in model.backbone.layers if layer.trainable_variables]
+        before = [[v.numpy() for v in layer.trainable_variables] for layer in layers]
+        model.train_on_batch(images, labels)
+        changes = [
+            [v.numpy() - w for v, w in zip(layer.trainable_variables, old)] for layer, old in zip(layers, before)
+        ]
+        return [layer.name for layer in layers], changes, model
+
+    names, plain, _ = updates(None)
+    _, scaled, model = updates({"backbone": 0.5, f"backbone/{names[0]}": 0.0, f"backbone/{names[1][:-1]}*": 4.0})
+    for name, one, other in zip(names, plain, scaled):
+        factor = 0.0 if name == names[0] else 2.0 if name.startswith(names[1][:-1]) else 0.5
+        for a, b in zip(one, other):
+            np.testing.assert_allclose(b, factor * a, atol=2e-6, err_msg=name)
+    counted = [v for name, variables, _ in model.learning_rate_groups() if name != "objectives" for v in variables]
+    heads = [v for head in (model.embedding_head, *model.auxiliary_heads) for v in head.trainable_variables]
+    assert sorted(map(id, counted)) == sorted(map(id, [*model.backbone.trainable_variables, *heads]))
+    with pytest.raises(ValueError, match=r"learning_rate_multipliers: .*Received: \['backbone/none'\]"):
+        small_model(learning_rate_multipliers={"backbone/none": 2.0})
+
+
 def test_adam_moves_each_beta_by_the_learning_rate(small_model):
     objective = s2sd_tf.objectives.Margin(num_classes=3, miner="all", learning_rate_multiplier=1.0)
     model = small_model(objective=objective, target_dims=(), feature_distill=False)

@@ -1,5 +1,6 @@
 """The model that trains an embedding by simultaneous similarity-based self-distillation."""
 
+import fnmatch
 import types
 
 import numpy as np
@@ -20,9 +21,11 @@ from s2sd_tf.keras_compat import (
     scale_loss,
 )
 from s2sd_tf.models.heads import AuxiliaryHead, EmbeddingHead
+from s2sd_tf.models.pooling import POOLINGS, GeM, pool
 
-POOLINGS = ("avg", "avg+max")
 GROUPS = ("backbone", "heads", "objectives")
+# How a key of the multipliers begins that goes on with a pattern of layer names.
+_LAYERS = "backbone/"
 # Names in a saved model of what Keras does not save of an optimizer.
 _LEGACY_OPTIMIZER = "legacy_optimizer_"
 
@@ -48,8 +51,10 @@ class S2SDModel(keras.Model):
         objective: name of a registered objective or an `objectives.Objective`, for the base embedding.
         target_objective: the same for the targets, each of which gets an instance of its own. Default: the base's.
         target_dims: dimensions of the target embeddings, each >= 1.
-        pooling: "avg" or "avg+max" (their sum): how feature maps become the f of the base embedding.
-        target_pooling: the same for f', which feeds the targets and is the feature teacher.
+        pooling: "avg", "max", "avg+max" (their sum) or "gem" (`GeM`): how feature maps become the f of the base
+            embedding.
+        target_pooling: the same for f', which feeds the targets and is the feature teacher. Where both are "gem", they
+            are one layer, so that f' is f, as with other equal poolings.
         temperature: float > 0, T of the divergences.
         distill_weight: float >= 0, w.
         distill_warmup_steps: int >= 0; w is reached by a linear ramp of so many steps.
@@ -59,11 +64,13 @@ class S2SDModel(keras.Model):
         feature_distill_warmup_steps: int >= 0, length of the ramp of w_f after the delay.
         num_classes: int, number of training classes, for objectives by name that have weights a class.
         l2: float >= 0; adds `l2 * weight` to the gradient of every trainable weight of backbone and heads: L2 coupled
-            to the optimizer, as opposed to the decoupled decay of AdamW.
+            to the optimizer, as opposed to the decoupled decay of AdamW. The power of `GeM`, which is trained with the
+            heads, is left out, as in its authors' code.
         learning_rate_multipliers: factors on the updates of the groups "backbone", "heads" and "objectives" (the
-            latter on top of each objective's own multiplier). They scale what the optimizer does to a weight, so they
-            mean the same with every Keras optimizer; an update below the float32 spacing of the weight (1e-7 of it)
-            is lost before it is scaled. Default: 1 each.
+            latter on top of each objective's own multiplier), and of "backbone/<shell pattern>": the layers of the
+            backbone of such names, on top of the backbone's factor; the first pattern that matches counts. They scale
+            what the optimizer does to a weight, so they mean the same with every Keras optimizer; an update below the
+            float32 spacing of the weight (1e-7 of it) is lost before it is scaled. Default: 1 each.
         log_per_target: bool, log every target's objective and divergence beside their means.
         similarity_kl_implementation: "auto", "fused" or "composed"; see `similarity_kl`.
         name, dtype: as for any Keras model.
@@ -71,6 +78,7 @@ class S2SDModel(keras.Model):
     Attributes:
         step: int64 variable, training steps taken; saved with the model.
         embedding_head, auxiliary_heads, objective, target_objectives: the layers.
+        gem: the `GeM` layer; None where neither pooling is "gem".
 
     Raises:
         ValueError: an argument out of its range; the message names it.
@@ -124,7 +132,8 @@ class S2SDModel(keras.Model):
             check_at_least(argument, value, 0)
         multipliers = dict(learning_rate_multipliers or {})
         for group, value in multipliers.items():
-            _check_choice("learning_rate_multipliers", group, GROUPS)
+            if not group.startswith(_LAYERS):
+                _check_choice("learning_rate_multipliers", group, GROUPS)
             check_at_least(f"learning_rate_multipliers[{group!r}]", value, 0)
 
         self.embedding_dim = int(embedding_dim)
@@ -146,6 +155,8 @@ class S2SDModel(keras.Model):
         self._steps_are_jitted = None  # not known before `compile`
 
         self.backbone = backbone
+        uses_gem = "gem" in (pooling, target_pooling)
+        self.gem = GeM(dtype=loss_dtype(self), name="gem") if uses_gem else None
         self.embedding_head = EmbeddingHead(self.embedding_dim, dtype=self.dtype_policy, name="embedding_head")
         self.auxiliary_heads = [
             AuxiliaryHead(dim, dtype=self.dtype_policy, name=f"auxiliary_head{k}_{dim}")
@@ -167,17 +178,18 @@ class S2SDModel(keras.Model):
             return
         if not self.backbone.built:
             self.backbone.build(input_shape)
-        shape = tuple(self.backbone.compute_output_shape(input_shape))
+        shape = _output_shape(self.backbone, input_shape)
         if len(shape) not in (2, 4) or shape[-1] is None:
             raise ValueError(
                 f"backbone: expected an output of shape (batch, h, w, features) or (batch, features). Received: {shape}"
             )
-        if len(shape) == 2 and "avg+max" in (self.pooling, self.target_pooling):
+        if len(shape) == 2 and {self.pooling, self.target_pooling} != {"avg"}:
             raise ValueError(
-                f"pooling: 'avg+max' needs a backbone that gives feature maps; this one gives pooled features {shape}. "
-                "Received: "
-                f"pooling={self.pooling!r}, target_pooling={self.target_pooling!r}"
+                f"pooling: expected 'avg' for a backbone that gives pooled features {shape}; the others need feature "
+                f"maps. Received: pooling={self.pooling!r}, target_pooling={self.target_pooling!r}"
             )
+        if self.gem is not None and not self.gem.built:
+            self.gem.build(shape)
         layers = [
             (self.embedding_head, shape[-1]),
             (self.objective, self.embedding_dim),
@@ -188,6 +200,7 @@ class S2SDModel(keras.Model):
             # A loaded objective comes built.
             if not layer.built:
                 layer.build((None, dim))
+        self._backbone_groups()
         self.built = True
 
     def compile(self, *args, jit_compile="auto", **kwargs):
@@ -227,7 +240,7 @@ class S2SDModel(keras.Model):
 
     def call(self, inputs, training=None):
         """The base embedding z, `(batch, embedding_dim)`, of images."""
-        return self.embedding_head(_pool(self.backbone(inputs, training=training), self.pooling))
+        return self.embedding_head(pool(self.backbone(inputs, training=training), self.pooling, self.gem))
 
     def compute_losses(self, inputs, labels, training=False):
         """Every term of the loss of one batch, as a dict of tensors.
@@ -244,12 +257,12 @@ class S2SDModel(keras.Model):
         if not self.built:
             self.build(inputs.shape)
         features = self.backbone(inputs, training=training)
-        embedding = self.embedding_head(_pool(features, self.pooling))
+        embedding = self.embedding_head(pool(features, self.pooling, self.gem))
         losses = {"objective": self.objective(embedding, labels, training=training)}
         teachers, weights = [], []
         loss = losses["objective"]
 
-        target_features = _pool(features, self.target_pooling)
+        target_features = pool(features, self.target_pooling, self.gem)
         if self.target_dims:
             teachers = [head(target_features) for head in self.auxiliary_heads]
             losses["target_objectives"] = tf.stack(
@@ -306,7 +319,13 @@ class S2SDModel(keras.Model):
             tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
             for gradient in tape.gradient(loss, variables)
         ]
-        scaled = self._scaled_variables()
+        # The updates that are not taken as the optimizer makes them.
+        scaled = [
+            (variable, multiplier)
+            for _, group, multiplier in self.learning_rate_groups()
+            if multiplier != 1.0
+            for variable in group
+        ]
         before = [tf.identity(variable) for variable, _ in scaled]
         apply_gradients(self.optimizer, gradients, variables)
         for (variable, multiplier), old in zip(scaled, before):
@@ -383,22 +402,39 @@ class S2SDModel(keras.Model):
                     total += self.l2 * tf.cast(tf.nn.l2_loss(tf.convert_to_tensor(variable)), dtype)
         return total
 
-    def _scaled_variables(self):
-        """`(variable, multiplier)` of the trainable variables whose update is not taken as the optimizer makes it."""
-        groups = [
-            (self.backbone, self.learning_rate_multipliers["backbone"]),
-            *((head, self.learning_rate_multipliers["heads"]) for head in (self.embedding_head, *self.auxiliary_heads)),
-            *(
-                (objective, self.learning_rate_multipliers["objectives"] * objective.learning_rate_multiplier)
-                for objective in (self.objective, *self.target_objectives)
-            ),
-        ]
-        return [
-            (variable, multiplier)
-            for layer, multiplier in groups
-            if multiplier != 1.0
-            for variable in layer.trainable_variables
-        ]
+    def learning_rate_groups(self):
+        """`(name, trainable variables, multiplier)` of the groups of `learning_rate_multipliers`, every objective and
+        every pattern of layer names being one of its own.
+        """
+        multipliers = self.learning_rate_multipliers
+        groups = self._backbone_groups()
+        gem = () if self.gem is None else (self.gem,)
+        for head in (*gem, self.embedding_head, *self.auxiliary_heads):
+            groups.append(("heads", head.trainable_variables, multipliers["heads"]))
+        for objective in (self.objective, *self.target_objectives):
+            multiplier = multipliers["objectives"] * objective.learning_rate_multiplier
+            groups.append(("objectives", objective.trainable_variables, multiplier))
+        return groups
+
+    def _backbone_groups(self):
+        patterns = [key for key in self.learning_rate_multipliers if key.startswith(_LAYERS)]
+        own = self.learning_rate_multipliers["backbone"]
+        found = {key: [] for key in patterns}
+        for layer in _leaves(self.backbone) if patterns else ():
+            match = [key for key in patterns if fnmatch.fnmatchcase(layer.name, key[len(_LAYERS) :])][:1]
+            for key in match:
+                found[key] += layer.trainable_variables
+        unused = [key for key, variables in found.items() if not variables]
+        if unused:
+            names = [layer.name for layer in _leaves(self.backbone) if layer.trainable_variables]
+            raise ValueError(
+                f"learning_rate_multipliers: expected patterns of names of layers that train, out of {names}. Received: "
+                f"{unused}, which match none, or only what others match before them"
+            )
+        scaled = {id(variable) for variables in found.values() for variable in variables}
+        rest = [variable for variable in self.backbone.trainable_variables if id(variable) not in scaled]
+        groups = [(key, variables, own * self.learning_rate_multipliers[key]) for key, variables in found.items()]
+        return [*groups, ("backbone", rest, own)]
 
     def _make_metrics(self):
         names = ["loss", "objective"]
@@ -430,23 +466,19 @@ class S2SDModel(keras.Model):
         return {metric.name: metric.result() for metric in self.metrics}
 
 
-def _pool(features, pooling):
-    """Feature maps `(batch, h, w, features)` to `(batch, features)`; pooled features stay as they are."""
-    if features.shape.rank == 2:
-        return features
-    pooled = tf.reduce_mean(features, axis=[1, 2])
-    return pooled + _global_max(features) if pooling == "avg+max" else pooled
+def _output_shape(backbone, input_shape):
+    # A functional model knows its outputs, where Keras 2 could not compute their shape: it asks every layer, and
+    # multi-head attention and the operations in ConvNeXt cannot tell.
+    outputs = getattr(backbone, "outputs", None)
+    return tuple(outputs[0].shape if outputs else backbone.compute_output_shape(input_shape))
 
 
-def _global_max(features):
-    # ReLU maps are often 0 throughout: the gradient goes to the first of equal maxima, as the published implementation
-    # has it, where reduce_max would share it out.
-    shape = tf.shape(features)
-    positions = tf.reshape(features, [shape[0], shape[1] * shape[2], features.shape[3]])
-    first = tf.one_hot(
-        tf.argmax(positions, axis=1), shape[1] * shape[2], on_value=True, off_value=False, axis=1, dtype=tf.bool
-    )
-    return tf.reduce_sum(tf.where(first, positions, tf.zeros_like(positions)), axis=1)
+def _leaves(layer):
+    """The layers that a model is made of, and those of models in it."""
+    parts = getattr(layer, "layers", None)
+    if not parts:
+        return [layer]
+    return [leaf for part in parts for leaf in _leaves(part)]
 
 
 def _unpack(data):

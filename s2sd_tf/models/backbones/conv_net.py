@@ -1,4 +1,4 @@
-"""Backbones by name: models from images to feature maps."""
+"""A small convolutional network."""
 
 from s2sd_tf.keras_compat import keras
 
@@ -27,22 +27,3 @@ def conv_blocks(input_shape, filters=(64, 64, 64, 64), pools=None):
         if block < pools and min(features.shape[1:3]) >= 2:
             features = keras.layers.MaxPooling2D(2, name=f"pool{block}")(features)
     return keras.Model(images, features, name="conv_blocks")
-
-
-_BACKBONES = {"conv_blocks": conv_blocks}
-
-
-def names():
-    """Names that `get` knows."""
-    return sorted(_BACKBONES)
-
-
-def get(name, input_shape, **settings):
-    """The backbone of that name for images of `input_shape`.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if name not in _BACKBONES:
-        raise ValueError(f"backbone: expected one of {names()}. Received: {name!r}")
-    return _BACKBONES[name](input_shape, **settings)

@@ -1,0 +1,8 @@
+"""Backbones by name: models from images to feature maps, with weights of files and frozen batch normalisation."""
+
+from s2sd_tf.models.backbones.conv_net import conv_blocks
+from s2sd_tf.models.backbones.frozen_norm import freeze_batch_norm
+from s2sd_tf.models.backbones.registry import get, names, normalization
+from s2sd_tf.models.backbones.state_dict import read_state_dict
+
+__all__ = ["conv_blocks", "freeze_batch_norm", "get", "names", "normalization", "read_state_dict"]

@@ -1,0 +1,140 @@
+"""Vision transformers."""
+
+import re
+
+import numpy as np
+import tensorflow as tf
+
+from s2sd_tf.keras_compat import keras
+from s2sd_tf.models.backbones.layers import image_input
+
+PATCH = 16
+# From timm's names (also those of DeiT and DINO) and torchvision's former ones to torchvision's.
+RENAMED = (
+    (r"^cls_token$", "class_token"),
+    (r"^pos_embed$", "encoder.pos_embedding"),
+    (r"^patch_embed\.proj\.", "conv_proj."),
+    (r"^norm\.", "encoder.ln."),
+    (r"^blocks\.(\d+)\.", r"encoder.layers.encoder_layer_\1."),
+    (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.attn\.qkv\.", ".self_attention.in_proj_"),
+    (r"\.attn\.proj\.", ".self_attention.out_proj."),
+    (r"\.mlp\.(fc1|linear_1)\.", ".mlp.0."),
+    (r"\.mlp\.(fc2|linear_2)\.", ".mlp.3."),
+)
+
+
+def vit_b16(input_shape, depth=12, dim=768, heads=12, mlp_dim=3072):
+    """ViT-B/16 (Dosovitskiy et al., ICLR 2021) without dropout, that gives the patches after the last normalisation.
+
+    Its layers take the parameters of torchvision and timm by name. It is written here as the transformers of KerasHub
+    need Keras 3 and another TensorFlow than ScaNN does, and KerasCV has but the one of detectors (ViTDet).
+
+    Args:
+        input_shape: `(height, width, 3)`, multiples of 16. There is a position embedding for each patch of that size.
+        depth: int >= 1, blocks.
+        dim: int >= 1, features of a token, a multiple of `heads`.
+        heads: int >= 1, attention heads.
+        mlp_dim: int >= 1, units of the hidden layer of each block.
+
+    Returns:
+        A `keras.Model` from `(batch, height, width, 3)` to `(batch, height / 16, width / 16, dim)`.
+
+    Raises:
+        ValueError: a bad `input_shape`, or `dim` is no multiple of `heads`.
+    """
+    return _vit(input_shape, depth, dim, heads, mlp_dim, "vit_b16")
+
+
+def vit_s16(input_shape, depth=12, dim=384, heads=6, mlp_dim=1536):
+    """ViT-S/16 (Touvron et al., ICML 2021, as DeiT-S); see `vit_b16`. Gives `(batch, height / 16, width / 16, dim)`."""
+    return _vit(input_shape, depth, dim, heads, mlp_dim, "vit_s16")
+
+
+def torchvision_state(state, grid):
+    """A state dict of a vision transformer under torchvision's names, with position embeddings for other maps.
+
+    Args:
+        state: dict of arrays, under the names of torchvision or timm.
+        grid: `(rows, columns)` of patches. Where the file has other ones, in a square, their embeddings are
+            interpolated (bicubic), as the paper does for other resolutions.
+
+    Returns:
+        dict of arrays.
+    """
+    renamed = {}
+    for name, array in state.items():
+        for pattern, replacement in RENAMED:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = array
+    positions = renamed.get("encoder.pos_embedding")
+    if positions is not None and positions.ndim == 3:
+        count = positions.shape[1] - 1
+        side = round(count**0.5)
+        if count > 0 and side * side == count and (side, side) != tuple(grid):
+            maps = positions[:, 1:].reshape(1, side, side, -1).astype(np.float32)
+            maps = tf.image.resize(maps, grid, "bicubic", antialias=True).numpy().reshape(1, grid[0] * grid[1], -1)
+            renamed["encoder.pos_embedding"] = np.concatenate([positions[:, :1], maps], axis=1)
+    return renamed
+
+
+@keras.utils.register_keras_serializable("s2sd_tf")
+class ClassTokenAndPositions(keras.layers.Layer):
+    """Puts a learned class token before the patches and adds a learned embedding of each position.
+
+    `(batch, patches, dim)` to `(batch, 1 + patches, dim)`.
+    """
+
+    def build(self, input_shape):
+        _, patches, dim = input_shape
+        self.class_token = self.add_weight(name="class_token", shape=(1, 1, dim), initializer="zeros")
+        self.positions = self.add_weight(name="positions", shape=(1, 1 + patches, dim), initializer=_initializer())
+        super().build(input_shape)
+
+    def call(self, patches):
+        token = tf.cast(tf.convert_to_tensor(self.class_token), patches.dtype)
+        token = tf.tile(token, [tf.shape(patches)[0], 1, 1])
+        return tf.concat([token, patches], axis=1) + tf.cast(tf.convert_to_tensor(self.positions), patches.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], 1 + input_shape[1], input_shape[2])
+
+
+def _vit(input_shape, depth, dim, heads, mlp_dim, name):
+    if dim % heads:
+        raise ValueError(f"dim: expected a multiple of heads, {heads}. Received: {dim}")
+    images = image_input(input_shape, PATCH)
+    if any(side % PATCH for side in images.shape[1:3]):
+        raise ValueError(f"input_shape: expected sides that are multiples of {PATCH}. Received: {input_shape!r}")
+    patches = keras.layers.Conv2D(dim, PATCH, PATCH, kernel_initializer=_initializer(), name="conv_proj")(images)
+    rows, columns = patches.shape[1:3]
+    tokens = keras.layers.Reshape((rows * columns, dim), name="patches")(patches)
+    tokens = ClassTokenAndPositions(name="encoder")(tokens)
+    for block in range(depth):
+        tokens = _block(tokens, dim, heads, mlp_dim, f"encoder.layers.encoder_layer_{block}")
+    tokens = _layer_norm(tokens, "encoder.ln")
+    patches = keras.layers.Cropping1D((1, 0), name="without_class_token")(tokens)
+    return keras.Model(images, keras.layers.Reshape((rows, columns, dim), name="map")(patches), name=name)
+
+
+def _block(tokens, dim, heads, mlp_dim, name):
+    attention = keras.layers.MultiHeadAttention(
+        heads, dim // heads, kernel_initializer=_initializer(), name=f"{name}.self_attention"
+    )
+    normalized = _layer_norm(tokens, f"{name}.ln_1")
+    tokens = keras.layers.Add(name=f"{name}.attended")([tokens, attention(normalized, normalized)])
+    hidden = _dense(_layer_norm(tokens, f"{name}.ln_2"), mlp_dim, f"{name}.mlp.0", activation="gelu")
+    return keras.layers.Add(name=name)([tokens, _dense(hidden, dim, f"{name}.mlp.3")])
+
+
+def _layer_norm(tokens, name):
+    return keras.layers.LayerNormalization(epsilon=1e-6, name=name)(tokens)
+
+
+def _dense(tokens, units, name, activation=None):
+    return keras.layers.Dense(units, activation=activation, kernel_initializer=_initializer(), name=name)(tokens)
+
+
+def _initializer():
+    # timm's; Keras's own would take the heads of an attention kernel for its inputs.
+    return keras.initializers.TruncatedNormal(stddev=0.02)
