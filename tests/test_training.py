@@ -122,8 +122,12 @@ class TestARun:
 def test_killed_in_an_epoch_it_goes_on_to_the_same_weights(tmp_path):
     arguments = (
         *SMALL,
-        # A stochastic miner, whose draws have to go on too.
+        # A stochastic miner and augmentation, whose draws have to go on too, as the schedule and the averages.
         "--config.objective.name=margin",
+        "--config.data.augmentation=base",
+        "--config.optimizer.schedule.name=cosine",
+        "--config.optimizer.schedule.warmup_epochs=1",
+        "--config.optimizer.settings.use_ema=True",
         "--config.train.epochs=5",
         "--config.train.steps_per_epoch=100",
         "--config.train.checkpoint_every=1",
@@ -229,6 +233,20 @@ class TestErrors:
             ({"data.samples_per_class": 200}, "samples_per_class: expected at least 200 images in every class"),
             ({"data.classes_per_batch": 6}, "classes_per_batch: expected at most 5"),
             ({"data.validation_classes": 4}, "at least 2 classes held out"),
+            ({"data.validation_classes": 2, "data.validation_fraction": 0.5}, "config.data.validation_fraction"),
+            ({"data.augmentation": "loud"}, "config.data.augmentation: expected one of"),
+            ({"data.augmentation_settings": {"flip": 1.0}}, "config.data.augmentation_settings: expected none"),
+            (
+                {"data.augmentation": "base", "data.augmentation_settings": {"flip": 7}},
+                "config.data.augmentation_settings: expected settings of Augmentation",
+            ),
+            ({"data.check": "twice"}, "config.data.check: expected one of"),
+            ({"model.frozen_bn": "half"}, "config.model.frozen_bn: expected one of"),
+            ({"optimizer.layers": ("conv9*=0.5",)}, "learning_rate_multipliers: expected patterns"),
+            ({"optimizer.layers": ("conv0",)}, "config.optimizer.layers: expected"),
+            ({"optimizer.schedule.name": "steps"}, "config.optimizer.schedule.name: expected one of"),
+            ({"optimizer.schedule.name": "multi_step"}, "config.optimizer.schedule.milestones"),
+            ({"optimizer.schedule.warmup_epochs": 99.0}, "config.optimizer.schedule.warmup_epochs"),
             ({"model.backbone": "nonsense"}, "backbone"),
             ({"optimizer.name": "nonsense"}, "config.optimizer.name"),
             ({"train.epochs": 0}, "config.train.epochs"),

@@ -24,6 +24,19 @@ def metrics_table(rows):
     return "\n".join(text)
 
 
+def sections_table(sections):
+    """Sections of `(name, value)` as aligned lines of text under their titles.
+
+    Args:
+        sections: dict from title to a list of pairs of str.
+    """
+    width = max(len(name) for rows in sections.values() for name, _ in rows)
+    lines = []
+    for title, rows in sections.items():
+        lines += ["", title, "-" * len(title), *(f"{name.ljust(width)}  {value}" for name, value in rows)]
+    return "\n".join(lines[1:])
+
+
 def embedding_summary(summary, folder):
     """What was embedded into `folder` and what was not, from its `summary.json`, as text."""
     lines = [f"{summary['embedded']:,} images, {summary['dim']} dimensions, {summary['shards']} shards: {folder}"]

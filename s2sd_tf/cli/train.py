@@ -1,15 +1,19 @@
 """s2sd-train: trains from a config file, and resumes when called again.
 
 s2sd-train --config=configs/digits.py --config.model.embedding_dim=8 --workdir=runs/digits8
+
+With --dry_run it builds everything, takes two steps, evaluates a sample, says what it found, and writes nothing.
 """
 
 from absl import flags
 
 from s2sd_tf.cli import app, configs
-from s2sd_tf.cli.tables import metrics_table
+from s2sd_tf.cli.tables import metrics_table, sections_table
 from s2sd_tf.training import train
+from s2sd_tf.training.dry_run import dry_run
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made, or resumed from.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made, or resumed from.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, take two steps, evaluate a sample; write nothing.")
 _CONFIG = configs.define()
 
 
@@ -18,6 +22,11 @@ def main():
 
 
 def _main(_):
+    if _DRY_RUN.value:
+        print(sections_table(dry_run(configs.value(_CONFIG))))
+        return
+    if not _WORKDIR.value:
+        raise ValueError("--workdir: expected a folder for the run, without --dry_run. Received: none")
     results = train(configs.value(_CONFIG), _WORKDIR.value)
     print(metrics_table({f"test, {method}": metrics for method, metrics in results["test"].items()}))
     print(f"Epoch {results['best_epoch']} of {results['epochs']} ({results['selected_by']}). All in {_WORKDIR.value}")

@@ -18,13 +18,26 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         prefix: str, goes before the names of the metrics.
         ks: ints >= 1, for recall@k.
         method: "exact" or "scann".
+        gallery_images, gallery_labels: the same of what the images are searched in. Default: among themselves.
 
     Attributes:
         latest: the metrics of the last evaluation, without the prefix.
     """
 
-    def __init__(self, images, labels, every=1, prefix="val_", ks=(1, 2, 4, 8), method="exact"):
+    def __init__(
+        self,
+        images,
+        labels,
+        every=1,
+        prefix="val_",
+        ks=(1, 2, 4, 8),
+        method="exact",
+        gallery_images=None,
+        gallery_labels=None,
+    ):
         super().__init__()
+        if (gallery_images is None) != (gallery_labels is None):
+            raise ValueError("gallery_labels: expected labels with gallery_images, and only then")
         if every < 1:
             raise ValueError(f"every: expected an int >= 1. Received: {every}")
         self.images = images
@@ -33,13 +46,18 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         self.prefix = prefix
         self.ks = tuple(ks)
         self.method = method
+        self.gallery_images = gallery_images
+        self.gallery_labels = gallery_labels
         self.latest = None
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every and epoch + 1 != self.params.get("epochs"):
             return
+        gallery = None if self.gallery_images is None else self.model.predict(self.gallery_images, verbose=0)
         embeddings = self.model.predict(self.images, verbose=0)
-        metrics = retrieval_metrics(embeddings, self.labels, ks=self.ks, method=self.method)
+        metrics = retrieval_metrics(
+            embeddings, self.labels, gallery, self.gallery_labels, ks=self.ks, method=self.method
+        )
         self.latest = {name: value for name, value in metrics.items() if isinstance(value, float)}
         if logs is not None:
             logs.update({self.prefix + name: value for name, value in self.latest.items()})

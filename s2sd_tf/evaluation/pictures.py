@@ -107,10 +107,11 @@ def _save_grid(path, cells, title=""):
 
 def choose_queries(labels, neighbors, count, seed=0):
     """Positions of `count` queries to show: half of them among those whose neighbours are not all of their class, where
-    there are so many, in the order of their number of wrong ones.
+    there are so many, in the order of their number of wrong ones. The labels are the queries', and after them those of
+    other positions that may be neighbours.
     """
-    wrong = np.sum((labels[np.maximum(neighbors, 0)] != labels[:, None]) & (neighbors >= 0), axis=1)
-    order = np.random.default_rng(seed).permutation(len(labels))
+    wrong = np.sum((labels[np.maximum(neighbors, 0)] != labels[: len(neighbors), None]) & (neighbors >= 0), axis=1)
+    order = np.random.default_rng(seed).permutation(len(neighbors))
     faulty = order[wrong[order] > 0][: count // 2]
     others = np.setdiff1d(order, faulty, assume_unique=True)
     clean = np.concatenate([others[wrong[others] == 0], others[wrong[others] > 0]])[: count - len(faulty)]

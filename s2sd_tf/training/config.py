@@ -1,18 +1,20 @@
 """The configuration of a training run: every key there is, with its default."""
 
+import functools
 import json
 
 import ml_collections
 from ml_collections import config_dict
 
 from s2sd_tf import mining, objectives
-from s2sd_tf.data import samplers
+from s2sd_tf.data import augmentation, samplers
 from s2sd_tf.models.presets import preset
+from s2sd_tf.training import optimizers
 
 # Settings of objectives and samplers that the run gives.
 _GIVEN_BY_THE_RUN = ("num_classes", "seed", "name", "dtype", "batch_size", "classes_per_batch", "samples_per_class")
-# The section that takes any key.
-_FREE = "config.optimizer.settings"
+# The sections that take any key.
+_FREE = ("config.optimizer.settings", "config.data.augmentation_settings")
 
 
 def default_config():
@@ -25,25 +27,40 @@ def default_config():
     config.seed = 0
 
     config.data = ml_collections.ConfigDict()
-    # "digits" (embedded), "omniglot" or "folder".
+    # "digits" (embedded), "omniglot", "folder", "lists", or a benchmark: "cub200", "cars196", "sop", "inshop".
     config.data.name = "digits"
-    # Folder with the data: Omniglot's archives, or class folders.
+    # Folder with the data: Omniglot's archives, class folders, what the lists are relative to, or a benchmark in the
+    # layout of its archive, of the published code, of `s2sd-shards`, or of tensorflow-datasets.
     config.data.root = ""
+    # Benchmarks: "auto" finds out what is under the root; or "files", "shards", "tfds".
+    config.data.source = "auto"
+    # "folder", "lists" and benchmarks: "none"; "files" looks at every file's size and ends; "decode" decodes each once.
+    config.data.check = "decode"
+    # "lists": text files with a path a line, as of iNaturalist's retrieval split.
+    config.data.train_list = ""
+    config.data.test_list = ""
     # "folder": a second root with the classes to test on; or else classes of the first one, by name or shell pattern
     # separated by commas; or else this share of its classes, the last ones.
     config.data.test_root = ""
     config.data.test_classes = ""
     config.data.test_fraction = 0.5
-    # "folder": "raise" or "skip" for files that cannot be decoded.
+    # "raise" or "skip" for files that are missing or cannot be decoded.
     config.data.on_corrupt = "raise"
-    # "folder" and "omniglot": size of the model's input in pixels; "folder": channels (1 or 3), side to which the
-    # shorter side is scaled before the centre crop (0: no crop), and whether to invert.
+    # All but "digits": size of the model's input in pixels; all but "omniglot" too: channels (1 or 3), side to which
+    # the shorter side is scaled before the centre crop (0: no crop), and whether to invert.
     config.data.image_size = 28
     config.data.channels = 3
     config.data.resize_size = 0
     config.data.invert = False
+    # Random crops, flips and colours of training images: "" for none, or "base", "adv", "big" (which has an image_size
+    # of 256), "red", "rand", "flip"; see `s2sd_tf.data.augmentation.preset`.
+    config.data.augmentation = ""
+    # Settings of `Augmentation` that take the place of the preset's (`rand_augment`, `magnitude`, `scale`, ...).
+    config.data.augmentation_settings = ml_collections.ConfigDict()
     # Training classes that are held out to choose the best checkpoint on; 0: train on all, and the last is the best.
     config.data.validation_classes = 0
+    # Instead of classes: the share of every training class's images that is held out.
+    config.data.validation_fraction = 0.0
     # P and M of a batch.
     config.data.classes_per_batch = 4
     config.data.samples_per_class = 16
@@ -54,11 +71,17 @@ def default_config():
         config.sampler[name] = _settings(samplers, name)
 
     config.model = ml_collections.ConfigDict()
+    # One of `models.backbones.names()`.
     config.model.backbone = "conv_blocks"
+    # "": random; "imagenet": those of Keras; or a file of Keras weights, or of a PyTorch state dict.
+    config.model.weights = ""
+    # BatchNorm of the backbone: "" trains; "statistics" keeps its statistics, as published; "all" its weights too.
+    config.model.frozen_bn = ""
     # "conv_blocks": channels of each block, and how many of the blocks halve the resolution.
     config.model.filters = (64, 64, 64, 64)
     config.model.pools = 4
     config.model.embedding_dim = 128
+    # "avg", "max", "avg+max" or "gem"; that of the targets is `s2sd.target_pooling`.
     config.model.pooling = "avg"
 
     # `objective.name` chooses; the settings of each objective stand under its own name.
@@ -88,8 +111,16 @@ def default_config():
     config.optimizer.backbone_multiplier = 1.0
     config.optimizer.heads_multiplier = 1.0
     config.optimizer.objectives_multiplier = 1.0
-    # Further arguments of the optimizer (weight_decay, beta_1, momentum, clipnorm, ...): any key, checked when the
-    # optimizer is made.
+    # Layer-wise: "<shell pattern of the names of backbone layers>=<factor>", on top of backbone_multiplier; the first
+    # that matches counts. ("conv1*=0", "conv2*=0.1") keeps the stem and slows the first stage down.
+    config.optimizer.layers = ()
+    # Of the learning rate, after a linear warm-up: "constant"; "multi_step" multiplies by `gamma` after each of the
+    # epochs in `milestones`; "cosine" falls to `final_fraction` of it at the end.
+    config.optimizer.schedule = ml_collections.ConfigDict({
+        "name": "constant", "warmup_epochs": 0.0, "milestones": (), "gamma": 0.3, "final_fraction": 0.0
+    })  # fmt: skip
+    # Further arguments of the optimizer (weight_decay, beta_1, momentum, clipnorm, use_ema, ...): any key, checked when
+    # the optimizer is made. With use_ema the averaged weights are evaluated, chosen from and exported.
     config.optimizer.settings = ml_collections.ConfigDict()
 
     config.train = ml_collections.ConfigDict()
@@ -110,6 +141,7 @@ def default_config():
     config.eval.select_by = "map@r"
     config.lock()
     config.optimizer.settings.unlock()
+    config.data.augmentation_settings.unlock()
     return config
 
 
@@ -148,10 +180,24 @@ def resolve(config):
         ("objective.name", [name for name in config.objective if name != "name"]),
         ("s2sd.target_objective", ["", *(name for name in config.objective if name != "name")]),
         ("sampler.name", samplers.names()),
+        ("optimizer.schedule.name", optimizers.SCHEDULES),
+        ("data.check", ["none", "files", "decode"]),
+        ("data.augmentation", ["", *sorted(augmentation.PRESETS)]),
+        ("model.frozen_bn", ["", "statistics", "all"]),
     ]:
-        section, name = key.split(".")
-        if config[section][name] not in known_names:
-            raise ValueError(f"config.{key}: expected one of {known_names}. Received: {config[section][name]!r}")
+        value = functools.reduce(getattr, key.split("."), config)
+        if value not in known_names:
+            raise ValueError(f"config.{key}: expected one of {list(known_names)}. Received: {value!r}")
+    if config.data.validation_classes and config.data.validation_fraction:
+        raise ValueError(
+            "config.data.validation_fraction: expected 0 with validation_classes. "
+            f"Received: {config.data.validation_fraction!r} and {config.data.validation_classes!r} classes"
+        )
+    if config.data.augmentation_settings and not config.data.augmentation:
+        raise ValueError(
+            "config.data.augmentation_settings: expected none without config.data.augmentation. "
+            f"Received: {sorted(config.data.augmentation_settings)}"
+        )
     names = ("precision@1", "r_precision", "map@r", *(f"recall@{k}" for k in config.eval.ks))
     if config.eval.select_by not in names:
         raise ValueError(f"config.eval.select_by: expected one of {names}. Received: {config.eval.select_by!r}")
@@ -163,7 +209,7 @@ def _settings(registry, name):
 
 
 def _check_keys(config, known, path):
-    if path == _FREE:
+    if path in _FREE:
         return
     for key in config:
         if key not in known:

@@ -3,6 +3,10 @@
 from typing import NamedTuple
 
 from s2sd_tf import data
+from s2sd_tf.data import augmentation, benchmarks
+from s2sd_tf.models import backbones
+
+_OTHERS = ("digits", "folder", "lists", "omniglot")
 
 
 class RunData(NamedTuple):
@@ -10,15 +14,19 @@ class RunData(NamedTuple):
 
     Attributes:
         train: `ImageSet` to train on.
-        validation: `ImageSet` of held-out training classes to choose the best checkpoint on, or None.
-        test: `ImageSet` of classes seen at the end only.
+        validation: `ImageSet` of held-out training classes or images to choose the best checkpoint on, or None.
+        test: `ImageSet` of classes seen at the end only; the queries where there is a gallery.
         preprocessing: `Preprocessing`.
+        gallery: `ImageSet` in which the test images search, or None: among themselves.
+        augmentation: `Augmentation` of training images, or None.
     """
 
     train: data.ImageSet
     validation: data.ImageSet
     test: data.ImageSet
     preprocessing: data.Preprocessing
+    gallery: data.ImageSet = None
+    augmentation: data.Augmentation = None
 
 
 def load_data(config):
@@ -28,37 +36,73 @@ def load_data(config):
         ValueError, FileNotFoundError: what the data loaders raise.
     """
     section = config.data
-    if section.name == "digits":
-        train, test, preprocessing = data.load_digits()
-    elif section.name == "omniglot":
-        train, test, preprocessing = data.load_omniglot(section.root, section.image_size)
-    elif section.name == "folder":
-        train, test = _load_folders(section)
+    split, preprocessing = _load_split(section)
+    if preprocessing is None:
+        size = augmentation.PRESET_SIZES.get(section.augmentation, section.image_size)
+        # Random weights are trained on the scale of the library's.
+        normalization = backbones.normalization(config.model.backbone, config.model.weights or None)
+        if section.channels != 3:
+            normalization = {}
         preprocessing = data.Preprocessing(
-            section.image_size,
-            section.image_size,
+            size,
+            size,
             section.channels,
             resize_size=section.resize_size or None,
             invert=section.invert,
+            **normalization,
         )
-    else:
-        raise ValueError(
-            f"config.data.name: expected one of ['digits', 'folder', 'omniglot']. Received: {section.name!r}"
-        )
-    validation = None
+    train, validation = split.train, None
     if section.validation_classes:
         train, validation = data.hold_out_classes(train, section.validation_classes, config.seed)
-    return RunData(train, validation, test, preprocessing)
+    elif section.validation_fraction:
+        train, validation = data.split_samples(train, section.validation_fraction, config.seed)
+    return RunData(train, validation, split.test, preprocessing, split.gallery, _augmentation(section))
+
+
+def _augmentation(section):
+    if not section.augmentation:
+        return None
+    settings = {**augmentation.preset(section.augmentation), **dict(section.augmentation_settings)}
+    try:
+        return data.Augmentation(**settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"config.data.augmentation_settings: expected settings of Augmentation. "
+            f"Received: {dict(section.augmentation_settings)}. It says: {error}"
+        ) from error
+
+
+def _load_split(section):
+    """`(RetrievalSplit, Preprocessing)`; None for a `Preprocessing` that is the config's."""
+    if section.name in ("digits", "omniglot"):
+        if section.name == "digits":
+            train, test, preprocessing = data.load_digits()
+        else:
+            train, test, preprocessing = data.load_omniglot(section.root, section.image_size)
+        return data.RetrievalSplit(train, test), preprocessing
+    if section.name == "folder":
+        return data.RetrievalSplit(*_load_folders(section)), None
+    if section.name == "lists":
+        return data.load_inaturalist(
+            section.root, section.train_list, section.test_list, on_corrupt=section.on_corrupt, check=section.check
+        ), None
+    if section.name in benchmarks.names():
+        return benchmarks.load(
+            section.name, section.root, section.source, on_corrupt=section.on_corrupt, check=section.check
+        ), None
+    raise ValueError(
+        f"config.data.name: expected one of {sorted([*_OTHERS, *benchmarks.names()])}. Received: {section.name!r}"
+    )
 
 
 def _load_folders(section):
-    images = data.load_image_folder(section.root, section.on_corrupt)
+    images = data.load_image_folder(section.root, section.on_corrupt, section.check)
     patterns = [pattern.strip() for pattern in section.test_classes.split(",") if pattern.strip()]
     if not section.test_root:
         if patterns:
             return data.split_classes(images, test_classes=patterns)
         return data.split_classes(images, test_fraction=section.test_fraction)
-    test = data.load_image_folder(section.test_root, section.on_corrupt)
+    test = data.load_image_folder(section.test_root, section.on_corrupt, section.check)
     if patterns:
         test = test.select_by_name(patterns)
     both = sorted(set(images.class_names) & set(test.class_names))

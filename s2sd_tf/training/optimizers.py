@@ -1,12 +1,16 @@
-"""Optimizers by name, with their settings: Keras's, and those of tensorflow-addons."""
+"""Optimizers by name, with their settings: Keras's, and those of tensorflow-addons; and learning-rate schedules."""
 
 import inspect
 import numbers
 
+import tensorflow as tf
+
+from s2sd_tf.checks import check_above, check_at_least
 from s2sd_tf.keras_compat import import_addons, keras
 from s2sd_tf.registry import constructor_arguments
 
 ADDONS = "addons/"
+SCHEDULES = ("constant", "multi_step", "cosine")
 # What Keras has instead of each optimizer of tensorflow-addons; every class has its lower-case name here.
 _INSTEAD = {
     "adabelief": "Keras has no AdaBelief; 'adam' is the nearest",
@@ -37,7 +41,7 @@ def get(name, learning_rate, settings=None):
         name: class name of a Keras optimizer, or "addons/" and the class name of one of tensorflow-addons; case does
             not matter. "addons/lookahead" goes around the optimizer that the setting `optimizer` names, "adam" unless
             given, and the settings that are not its own go to that.
-        learning_rate: float > 0. COCOB has none, and it is not used there.
+        learning_rate: float > 0, or a Keras schedule. COCOB has none, and it is not used there.
         settings: dict of further arguments of the constructor (`weight_decay`, `beta_1`, `momentum`, `clipnorm`, ...).
 
     Returns:
@@ -56,6 +60,94 @@ def get(name, learning_rate, settings=None):
     # It takes legacy optimizers alone.
     cls = _lookup(inner) if inner.lower().startswith(ADDONS) else _choose(inner, keras.optimizers.legacy)
     return _call(lookahead, name, _make(inner, cls, learning_rate, settings, also=_LOOKAHEAD), **own)
+
+
+def schedule(
+    learning_rate, name, steps_per_epoch, epochs, warmup_epochs=0.0, milestones=(), gamma=0.3, final_fraction=0
+):
+    """A learning rate over steps, as `config.optimizer.schedule` has it: Keras's schedules, after a linear warm-up.
+
+    Args:
+        learning_rate: float > 0, after the warm-up.
+        name: "constant"; "multi_step", times `gamma` after each of `milestones`; or "cosine", down to
+            `final_fraction * learning_rate` at the end of the last epoch (Loshchilov and Hutter, ICLR 2017).
+        steps_per_epoch, epochs: int >= 1.
+        warmup_epochs: float >= 0, epochs of a linear rise from 0.
+        milestones: epochs, rising, each > 0.
+        gamma: float > 0.
+        final_fraction: float in [0, 1].
+
+    Returns:
+        A float where it is constant throughout, else a `keras.optimizers.schedules.LearningRateSchedule`.
+
+    Raises:
+        ValueError: an argument out of its range; the message names its key.
+    """
+    key = "config.optimizer.schedule"
+    check_above("config.optimizer.learning_rate", learning_rate, 0)
+    check_at_least(f"{key}.warmup_epochs", warmup_epochs, 0)
+    check_above(f"{key}.gamma", gamma, 0)
+    if not 0 <= final_fraction <= 1:
+        raise ValueError(f"{key}.final_fraction: expected a number in [0, 1]. Received: {final_fraction!r}")
+    if warmup_epochs >= epochs:
+        raise ValueError(f"{key}.warmup_epochs: expected fewer than the {epochs} epochs. Received: {warmup_epochs!r}")
+    if list(milestones) != sorted(set(milestones)) or any(epoch <= 0 for epoch in milestones):
+        raise ValueError(f"{key}.milestones: expected rising epochs > 0. Received: {milestones!r}")
+    if (name == "multi_step") != bool(milestones):
+        raise ValueError(
+            f"{key}.milestones: expected epochs with 'multi_step', and with that alone. Received: {milestones!r} with "
+            f"{name!r}"
+        )
+    warmup = round(warmup_epochs * steps_per_epoch)
+    rate = learning_rate
+    if name == "multi_step":
+        # Keras's changes after the boundary's step.
+        boundaries = [round(epoch * steps_per_epoch) - 1 for epoch in milestones]
+        values = [learning_rate * gamma**power for power in range(len(milestones) + 1)]
+        rate = keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)
+    elif name == "cosine":
+        rate = keras.optimizers.schedules.CosineDecay(
+            learning_rate, max(1, steps_per_epoch * epochs - warmup), final_fraction
+        )
+    return WarmUp(rate, warmup, offset=warmup if name == "cosine" else 0) if warmup else rate
+
+
+@keras.utils.register_keras_serializable("s2sd_tf")
+class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
+    """A linear rise from 0, and then another schedule. Keras has it for cosine decay alone, and not in all versions.
+
+    Args:
+        schedule: float, or `keras.optimizers.schedules.LearningRateSchedule`, the learning rate afterwards; the rise
+            ends at its value there.
+        steps: int >= 1, length of the rise.
+        offset: int >= 0, the step at which `schedule` begins to count.
+    """
+
+    def __init__(self, schedule, steps, offset=0):
+        super().__init__()
+        self.schedule = schedule
+        self.steps = steps
+        self.offset = offset
+
+    def __call__(self, step):
+        step = tf.cast(step, tf.float32)
+        after = self.schedule
+        if callable(after):
+            after = after(tf.maximum(step, float(self.steps)) - self.offset)
+        return tf.minimum((step + 1.0) / self.steps, 1.0) * after
+
+    def get_config(self):
+        schedule = self.schedule
+        if callable(schedule):
+            schedule = keras.optimizers.schedules.serialize(schedule)
+        return {"schedule": schedule, "steps": self.steps, "offset": self.offset}
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        if isinstance(config["schedule"], dict):
+            config["schedule"] = keras.optimizers.schedules.deserialize(config["schedule"])
+        return cls(**config)
 
 
 def _lookup(name):

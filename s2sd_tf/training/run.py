@@ -21,8 +21,10 @@ from s2sd_tf.files import LEFTOVER, read_json, remove_leftovers, replacing, writ
 from s2sd_tf.keras_compat import keras, keras_version
 from s2sd_tf.models import S2SDModel, backbones
 from s2sd_tf.training import optimizers
+from s2sd_tf.training.averages import averaged_weights
 from s2sd_tf.training.config import resolve
 from s2sd_tf.training.datasets import load_data
+from s2sd_tf.training.input_timer import InputTimer
 
 CHECKPOINTS_KEPT = 2
 
@@ -51,12 +53,7 @@ def train(config, workdir):
         logging.info("%s is finished; its results are in %s", workdir, results_path)
         return read_json(results_path)
 
-    if config.train.threads:
-        tf.config.threading.set_intra_op_parallelism_threads(config.train.threads)
-        tf.config.threading.set_inter_op_parallelism_threads(config.train.threads)
-    if config.train.deterministic:
-        tf.config.experimental.enable_op_determinism()
-    keras.utils.set_random_seed(config.seed)
+    set_up(config)
     run_data = load_data(config)
 
     state = _State(workdir)
@@ -66,38 +63,59 @@ def train(config, workdir):
     else:
         logging.info("Resuming after epoch %d from %s", state.epoch, state.path)
     sampler = build_sampler(config)
-    batches = training_batches(
-        run_data.train,
-        run_data.preprocessing,
-        sampler,
-        steps_per_epoch=config.train.steps_per_epoch or None,
-        seed=config.seed,
-        start_epoch=state.epoch,
-    )
+    batches = build_batches(config, run_data, sampler, state.epoch)
+    timer = InputTimer(batches, config.data.classes_per_batch * config.data.samples_per_class)
     if os.path.isdir(workdir):
         remove_leftovers(workdir)
     # Only now, as a config that cannot be trained should leave nothing behind.
     write_json(os.path.join(workdir, "config.json"), config.to_dict())
     if state.epoch < config.train.epochs:
         model.fit(
-            batches,
+            timer.batches,
             epochs=config.train.epochs,
             initial_epoch=state.epoch,
             # Keras 3 would warn that it cannot shuffle a dataset.
             shuffle=False,
-            callbacks=_callbacks(config, run_data, sampler, workdir, state),
+            callbacks=[timer, *_callbacks(config, run_data, sampler, workdir, state)],
             verbose=1 if sys.stdout.isatty() else 2,
         )
     return _finish(config, run_data, workdir, state, model)
 
 
+def set_up(config):
+    """Threads, determinism and seeds, as a resolved config says; before anything of TensorFlow has run."""
+    if config.train.threads:
+        tf.config.threading.set_intra_op_parallelism_threads(config.train.threads)
+        tf.config.threading.set_inter_op_parallelism_threads(config.train.threads)
+    if config.train.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    keras.utils.set_random_seed(config.seed)
+
+
+def build_batches(config, run_data, sampler, start_epoch=0):
+    """The training batches of a resolved config from an epoch on."""
+    return training_batches(
+        run_data.train,
+        run_data.preprocessing,
+        sampler,
+        steps_per_epoch=config.train.steps_per_epoch or None,
+        seed=config.seed,
+        start_epoch=start_epoch,
+        augmentation=run_data.augmentation,
+    )
+
+
 def build_model(config, run_data):
     """The compiled `S2SDModel` of a resolved config."""
+    settings = {}
+    if config.model.backbone == "conv_blocks":
+        settings = {"filters": tuple(config.model.filters), "pools": config.model.pools}
     backbone = backbones.get(
         config.model.backbone,
         run_data.preprocessing.output_shape,
-        filters=tuple(config.model.filters),
-        pools=config.model.pools,
+        weights=config.model.weights or None,
+        frozen_bn=config.model.frozen_bn or None,
+        **settings,
     )
     enabled = config.s2sd.enabled
     target = config.s2sd.target_objective or config.objective.name
@@ -122,15 +140,34 @@ def build_model(config, run_data):
             "backbone": config.optimizer.backbone_multiplier,
             "heads": config.optimizer.heads_multiplier,
             "objectives": config.optimizer.objectives_multiplier,
+            **_layer_multipliers(config),
         },
         log_per_target=config.s2sd.log_per_target,
     )
-    model.compile(
-        optimizer=optimizers.get(
-            config.optimizer.name, config.optimizer.learning_rate, config.optimizer.settings.to_dict()
-        )
+    batch = config.data.classes_per_batch * config.data.samples_per_class
+    learning_rate = optimizers.schedule(
+        config.optimizer.learning_rate,
+        steps_per_epoch=config.train.steps_per_epoch or max(1, len(run_data.train) // batch),
+        epochs=config.train.epochs,
+        **config.optimizer.schedule,
     )
+    model.compile(optimizer=optimizers.get(config.optimizer.name, learning_rate, config.optimizer.settings.to_dict()))
     return model
+
+
+def _layer_multipliers(config):
+    found = {}
+    for entry in config.optimizer.layers:
+        pattern, _, factor = str(entry).rpartition("=")
+        try:
+            found[f"backbone/{pattern}"] = float(factor)
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise ValueError(
+                f"config.optimizer.layers: expected '<pattern of layer names>=<factor>'. Received: {entry!r}"
+            )
+    return found
 
 
 def build_sampler(config):
@@ -307,16 +344,31 @@ def _callbacks(config, run_data, sampler, workdir, state):
         )
     every = config.eval.every or config.train.epochs
     if run_data.validation is not None:
-        callbacks.append(_evaluation(run_data.validation, run_data, "val_", config, every))
-    callbacks.append(_evaluation(run_data.test, run_data, "test_", config, every))
+        callbacks.append(_evaluation(run_data, "validation", None, "val_", config, every))
+    callbacks.append(_evaluation(run_data, "test", run_data.gallery, "test_", config, every))
     callbacks.append(keras.callbacks.TensorBoard(os.path.join(workdir, "tensorboard"), write_graph=False))
     callbacks.append(_Checkpoints(config, workdir, state, run_data.validation is not None))
     return callbacks
 
 
-def _evaluation(images, run_data, prefix, config, every):
+class _Evaluation(RetrievalEvaluation):
+    """With the averaged weights, where the optimizer keeps averages."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        with averaged_weights(self.model):
+            super().on_epoch_end(epoch, logs)
+
+
+def _evaluation(run_data, part, gallery, prefix, config, every):
+    images = getattr(run_data, part)
+    searched = {}
+    if gallery is not None:
+        searched = {
+            "gallery_images": evaluation_batches(gallery, run_data.preprocessing, cache=None),
+            "gallery_labels": gallery.labels,
+        }
     batches = evaluation_batches(images, run_data.preprocessing, cache=None)
-    return RetrievalEvaluation(batches, images.labels, every=every, prefix=prefix, ks=config.eval.ks)
+    return _Evaluation(batches, images.labels, every=every, prefix=prefix, ks=config.eval.ks, **searched)
 
 
 def _finish(config, run_data, workdir, state, model):
@@ -326,17 +378,29 @@ def _finish(config, run_data, workdir, state, model):
         state.best_epoch = state.epoch
     else:
         model = load_model(state.best_path)
+    with averaged_weights(model):
+        results = _evaluate_and_export(config, run_data, workdir, state, model, steps)
+    write_json(os.path.join(workdir, "results.json"), results)
+    return results
+
+
+def _evaluate_and_export(config, run_data, workdir, state, model, steps):
     with replacing(os.path.join(workdir, "best.keras")) as temporary:
         model.save(temporary)
     embeddings = embed(model, run_data.test, run_data.preprocessing)
     labels = run_data.test.labels
+    gallery = ()
+    if run_data.gallery is not None:
+        gallery = (embed(model, run_data.gallery, run_data.preprocessing), run_data.gallery.labels)
     results = {
         "test": {
-            method: retrieval_metrics(embeddings, labels, ks=config.eval.ks, method=method)
+            method: retrieval_metrics(embeddings, labels, *gallery, ks=config.eval.ks, method=method)
             for method in ("exact", "scann")
         },
         "best_epoch": state.best_epoch,
-        "selected_by": f"{config.eval.select_by} on held-out training classes" if run_data.validation else "last epoch",
+        "selected_by": "last epoch"
+        if run_data.validation is None
+        else f"{config.eval.select_by} on {_held_out(config)}",
         "best_value": state.best_value,
         "epochs": state.epoch,
         "steps": steps,
@@ -347,6 +411,7 @@ def _finish(config, run_data, workdir, state, model):
                 ("train", run_data.train),
                 ("validation", run_data.validation),
                 ("test", run_data.test),
+                ("gallery", run_data.gallery),
             ]
             if images is not None
         },
@@ -360,36 +425,51 @@ def _finish(config, run_data, workdir, state, model):
     export_encoder(model, run_data.preprocessing, os.path.join(workdir, "saved_model"))
     write_json(os.path.join(workdir, "preprocessing.json"), run_data.preprocessing.get_config())
     _write_history(os.path.join(workdir, "history.csv"), state.history)
-    _draw(workdir, state.history, run_data, embeddings)
-    write_json(os.path.join(workdir, "results.json"), results)
+    _draw(config, workdir, state.history, run_data, embeddings, *gallery)
     return results
+
+
+def _held_out(config):
+    return "held-out training classes" if config.data.validation_classes else "held-out images of training classes"
 
 
 def _count(layers):
     return int(sum(np.prod(variable.shape) for layer in layers for variable in layer.trainable_variables))
 
 
-def _draw(workdir, history, run_data, embeddings):
+def _draw(config, workdir, history, run_data, embeddings, gallery=None, gallery_labels=None):
     """Writes `curves.png` and `gallery.png`."""
     panels = {"loss": {}, "retrieval on unseen classes": {}}
     for name in ("loss", "objective", "target_objective"):
         panels["loss"].update(_curve(history, name, name.replace("_", " ")))
-    for prefix, part in (("val_", "held-out training classes"), ("test_", "test classes")):
+    for prefix, part in (("val_", _held_out(config)), ("test_", "test classes")):
         for metric in ("recall@1", "map@r"):
             panels["retrieval on unseen classes"].update(_curve(history, prefix + metric, f"{metric}, {part}"))
     save_curves(os.path.join(workdir, "curves.png"), {title: curves for title, curves in panels.items() if curves})
     ids = np.arange(len(run_data.test))
-    found = find_neighbors(embeddings, embeddings, 6, ids, ids).indices
-    queries = choose_queries(run_data.test.labels, found, 8)
+    labels = run_data.test.labels
+    if gallery is None:
+        found = find_neighbors(embeddings, embeddings, 6, ids, ids).indices
+        searched, before = run_data.test, 0
+    else:
+        found = find_neighbors(embeddings, gallery, 6).indices
+        searched, before = run_data.gallery, len(ids)
+    # Positions of the pictures: the queries, then the gallery where it is another set.
+    found = np.where(found >= 0, found + before, found)
+    labels = labels if gallery is None else np.concatenate([labels, gallery_labels])
+    queries = choose_queries(labels, found, 8)
     rows = np.concatenate([queries[:, None], found[queries]], axis=1)
-    shown = np.unique(rows[rows >= 0])
-    part = dataclasses.replace(run_data.test, images=run_data.test.images[shown], labels=run_data.test.labels[shown])
-    pixels = evaluation_batches(part, run_data.preprocessing).unbatch().as_numpy_iterator()
+    shown = {}
+    for images, first in ((run_data.test, 0), (searched, before)):
+        chosen = np.unique(rows[(rows >= first) & (rows < first + len(images))]) - first
+        part = dataclasses.replace(images, images=images.images[chosen], labels=images.labels[chosen])
+        pixels = evaluation_batches(part, run_data.preprocessing.without_normalization()).unbatch()
+        shown.update(zip((chosen + first).tolist(), pixels.as_numpy_iterator()))
     save_gallery(
         os.path.join(workdir, "gallery.png"),
-        dict(zip(shown.tolist(), pixels)),
+        shown,
         rows,
-        [run_data.test.class_names[label] for label in run_data.test.labels],
+        [run_data.test.class_names[label] for label in labels],
         "Queries of unseen classes and their nearest neighbours",
     )
 

@@ -1,0 +1,21 @@
+r"""CUB200-2011, BN-Inception, 512 dimensions: the published protocol.
+
+    s2sd-train --config=configs/cub200_ibn_512.py --config.data.root=<folder> \
+        --config.model.weights=bn_inception.weights.h5 --workdir=runs/cub200_ibn_512
+
+Variants: `--config=configs/cub200_ibn_512.py:<options>`, words separated by commas: plain, dsd, msd, msda, msdf, msdfa
+(published: msdfa); multi_similarity, margin, r_margin (published: multi_similarity); frozen. Their meaning:
+`s2sd_tf.training.published_config`. `s2sd-convert` makes the weights' file.
+
+Published: in the paper's comparison with the state of the art, by a tuned schedule; no figure is repeated here.
+
+Expected time: 7,800 steps of 112 images, 52 an epoch; on two CPU cores about 6 seconds a step, not yet
+measured on a GPU. The last epoch is evaluated, and the test classes choose nothing: expect a little less than the best
+epoch has.
+"""
+
+from s2sd_tf.training import published_config
+
+
+def get_config(options=""):
+    return published_config("cub200", "bn_inception", 512, options)

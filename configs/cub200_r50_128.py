@@ -1,0 +1,23 @@
+r"""CUB200-2011, ResNet-50, 128 dimensions: the published protocol.
+
+    s2sd-train --config=configs/cub200_r50_128.py --config.data.root=<folder> \
+        --config.model.weights=resnet50.weights.h5 --workdir=runs/cub200_r50_128
+
+Variants: `--config=configs/cub200_r50_128.py:<options>`, words separated by commas: plain, dsd, msd, msda, msdf, msdfa
+(published: msdfa); multi_similarity, margin, r_margin (published: multi_similarity); frozen, later. Their meaning:
+`s2sd_tf.training.published_config`. `s2sd-convert` makes the weights' file.
+
+Published (recall@1 / NMI on the test classes, best epoch): multi_similarity 62.80 / 68.55, dsd 65.57 / 70.08,
+msd 65.80 / 70.65, msdf 67.04 / 71.87, msdfa 67.68 / 71.40; margin 63.09 / 68.21, with msdf 67.58 / 71.47; r_margin
+64.93 / 68.36, with msdfa 68.58 / 71.64; best with tuned schedules 68.9.
+
+Expected time: 7,800 steps of 112 images, 52 an epoch; on two CPU cores about 15 seconds a step, not yet
+measured on a GPU. The last epoch is evaluated, and the test classes choose nothing: expect a little less than the best
+epoch has.
+"""
+
+from s2sd_tf.training import published_config
+
+
+def get_config(options=""):
+    return published_config("cub200", "resnet50_v1_5", 128, options)

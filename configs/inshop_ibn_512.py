@@ -1,0 +1,21 @@
+r"""In-Shop Clothes Retrieval, BN-Inception, 512 dimensions: the published protocol.
+
+    s2sd-train --config=configs/inshop_ibn_512.py --config.data.root=<folder> \
+        --config.model.weights=bn_inception.weights.h5 --workdir=runs/inshop_ibn_512
+
+Variants: `--config=configs/inshop_ibn_512.py:<options>`, words separated by commas: plain, dsd, msd, msda, msdf, msdfa
+(published: msdf); multi_similarity, margin, r_margin (published: margin); frozen. Their meaning:
+`s2sd_tf.training.published_config`. `s2sd-convert` makes the weights' file.
+
+Published: the paper has no In-Shop; this is its protocol for Stanford Online Products.
+
+Expected time: 34,650 steps of 112 images, 231 an epoch; on two CPU cores about 6 seconds a step, not yet
+measured on a GPU. The last epoch is evaluated, and the test classes choose nothing: expect a little less than the best
+epoch has.
+"""
+
+from s2sd_tf.training import published_config
+
+
+def get_config(options=""):
+    return published_config("inshop", "bn_inception", 512, options)

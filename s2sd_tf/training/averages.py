@@ -1,0 +1,28 @@
+"""Averaged weights: what a Keras optimizer with `use_ema=True` keeps, in the model's place for a while."""
+
+import contextlib
+
+import tensorflow as tf
+
+
+@contextlib.contextmanager
+def averaged_weights(model):
+    """Within the block the model has the averages of its trainable weights, where its optimizer keeps any.
+
+    Keras's own `SwapEMAWeights` is in Keras 3 alone. Averages are taken before the factors of
+    `learning_rate_multipliers`, so where those are not 1 an average is that of weights one update ahead at most.
+
+    Args:
+        model: compiled `keras.Model`.
+    """
+    if not getattr(model.optimizer, "use_ema", False) or not int(tf.convert_to_tensor(model.optimizer.iterations)):
+        yield
+        return
+    variables = model.trainable_variables
+    own = [tf.identity(tf.convert_to_tensor(variable)) for variable in variables]
+    model.optimizer.finalize_variable_values(variables)
+    try:
+        yield
+    finally:
+        for variable, value in zip(variables, own):
+            variable.assign(value)

@@ -1,0 +1,197 @@
+"""A look at a run before it is begun: everything is built, two steps are taken, a sample is evaluated."""
+
+import time
+
+import numpy as np
+import tensorflow as tf
+
+from s2sd_tf.data import evaluation_batches, samplers
+from s2sd_tf.evaluation import retrieval_metrics
+from s2sd_tf.keras_compat import keras
+from s2sd_tf.training import optimizers
+from s2sd_tf.training.config import resolve
+from s2sd_tf.training.datasets import load_data
+from s2sd_tf.training.input_timer import InputTimer
+from s2sd_tf.training.run import build_batches, build_model, build_sampler, set_up
+
+STEPS = 2
+SAMPLE = 64
+
+
+def dry_run(config):
+    """Builds all that `train` builds, takes two steps and evaluates a sample; writes no file.
+
+    Args:
+        config: `ConfigDict` with the keys of `default_config`.
+
+    Returns:
+        Dict from the title of a section to a list of `(name, value)`, all str: data, model, optimizer, steps,
+        evaluation.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: what `train` raises.
+    """
+    config = resolve(config)
+    set_up(config)
+    begin = time.monotonic()
+    run_data = load_data(config)
+    loaded = time.monotonic()
+    model = build_model(config, run_data)
+    built = time.monotonic()
+    sampler, drawn_by = build_sampler(config), config.sampler.name
+    if sampler.storage is not None:
+        # It would embed all training images first.
+        sampler = samplers.ClassBalanced(config.data.classes_per_batch, config.data.samples_per_class)
+        drawn_by += " (class_balanced for these steps)"
+    batches = build_batches(config, run_data, sampler)
+    steps_per_epoch = int(batches.cardinality())
+    batch = sampler.batch_size
+    steps, losses = _steps(model, batches, batch)
+    evaluation = _evaluation(model, run_data)
+    total = config.train.epochs * steps_per_epoch
+    preprocessing = run_data.preprocessing
+    return {
+        "data": [
+            *(
+                (part, f"{images.num_classes:,} classes, {len(images):,} images ({images.kind})")
+                for part, images in _parts(run_data)
+            ),
+            ("read and checked in", f"{loaded - begin:.1f} s"),
+            ("input", f"{' x '.join(str(size) for size in preprocessing.output_shape)}, {preprocessing.channel_order}"),
+            ("augmentation", config.data.augmentation or "none"),
+            (
+                "batch",
+                f"{batch} = {config.data.classes_per_batch} classes x {config.data.samples_per_class}, by {drawn_by}",
+            ),
+        ],
+        "model": [
+            ("backbone", f"{config.model.backbone}, {_parameters(model.backbone)}, {config.model.weights or 'random'}"),
+            ("frozen BatchNorm", config.model.frozen_bn or "no"),
+            ("embedding", f"{config.model.embedding_dim} dimensions, {_parameters(model.embedding_head)}"),
+            *(("target", f"{head.dim} dimensions, {_parameters(head)}") for head in model.auxiliary_heads),
+            ("objective", f"{config.objective.name}, {_parameters(model.objective)}"),
+            ("weights in memory", _mib(model.variables)),
+            ("optimizer's state", _mib(_optimizer_variables(model.optimizer))),
+            ("built in", f"{built - loaded:.1f} s"),
+        ],
+        "learning rates": [
+            ("optimizer", f"{config.optimizer.name}, schedule {config.optimizer.schedule.name}"),
+            *_learning_rates(config, total, steps_per_epoch),
+            *_groups(model),
+        ],
+        "steps": [*steps, *losses, ("in all", f"{total:,} steps, {config.train.epochs} epochs of {steps_per_epoch:,}")],
+        "evaluation": evaluation,
+        "memory": [("largest so far", _peak_memory())],
+    }
+
+
+def _parts(run_data):
+    names = ("train", "validation", "test", "gallery")
+    return [(name, getattr(run_data, name)) for name in names if getattr(run_data, name) is not None]
+
+
+class _Clock(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.times = [time.monotonic()]
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.times.append(time.monotonic())
+
+
+def _steps(model, batches, batch):
+    """Two steps through `fit`, and how fast the images come without them."""
+    begin = time.monotonic()
+    count = sum(1 for _ in batches.take(STEPS + 1))
+    input_rate = count * batch / (time.monotonic() - begin)
+    timer, clock = InputTimer(batches.take(STEPS), batch), _Clock()
+    history = model.fit(timer.batches, epochs=1, shuffle=False, verbose=0, callbacks=[timer, clock])
+    first, second = np.diff(clock.times)[:2]
+    losses = {name: values[-1] for name, values in history.history.items()}
+    if not np.isfinite(losses["loss"]):
+        raise ValueError(f"loss: expected a finite number. Received: {losses}")
+    limit = "images" if input_rate < 0.9 * batch / second else "computing"
+    return [
+        ("images alone", f"{input_rate:,.0f} images/s, the first batches with all that must be started"),
+        ("first step", f"{first:.2f} s, with tracing"),
+        ("next step", f"{second:.2f} s, {batch / second:,.0f} images/s; the limit: {limit}"),
+    ], [("loss", ", ".join(f"{name} {value:.4g}" for name, value in losses.items()))]
+
+
+def _sample(images, classes=None):
+    """The first four images of each class, `SAMPLE` in all; of some classes alone where they are named."""
+    order = np.argsort(images.labels, kind="stable")
+    counts = images.class_counts()
+    rank = np.arange(len(images)) - np.repeat(np.cumsum(counts) - counts, counts)
+    chosen = order[rank < 4]
+    if classes is not None:
+        chosen = chosen[np.isin(images.labels[chosen], classes)]
+    return images.select_images(chosen[:SAMPLE])
+
+
+def _evaluation(model, run_data):
+    queries = _sample(run_data.test)
+    classes = np.unique(queries.labels)
+    begin = time.monotonic()
+    rows = [_embed(model, queries, run_data)]
+    count = len(queries)
+    gallery = ()
+    if run_data.gallery is not None:
+        searched = _sample(run_data.gallery, classes)
+        gallery = (_embed(model, searched, run_data), searched.labels)
+        count += len(searched)
+    seconds = time.monotonic() - begin
+    metrics = retrieval_metrics(*rows, queries.labels, *gallery)
+    return [
+        ("sample", f"{count} images of {len(classes)} classes, {seconds:.2f} s with tracing"),
+        ("recall@1", f"{100 * metrics['recall@1']:.1f}% on it"),
+    ]
+
+
+def _embed(model, images, run_data):
+    return model.predict(evaluation_batches(images, run_data.preprocessing), verbose=0)
+
+
+def _learning_rates(config, total, steps_per_epoch):
+    schedule = config.optimizer.schedule
+    rate = optimizers.schedule(
+        config.optimizer.learning_rate, steps_per_epoch=steps_per_epoch, epochs=config.train.epochs, **schedule
+    )
+    if not callable(rate):
+        return [("learning rate", f"{rate:g}")]
+    steps = sorted({0, *(round(epoch * steps_per_epoch) for epoch in schedule.milestones), total - 1})
+    return [("learning rate", ", ".join(f"{float(rate(step)):.3g} at step {step:,}" for step in steps))]
+
+
+def _groups(model):
+    """Trainable parameters by the factor of their updates."""
+    counts = {}
+    for name, variables, factor in model.learning_rate_groups():
+        counts[name, factor] = counts.get((name, factor), 0) + sum(int(np.prod(v.shape)) for v in variables)
+    return [(name, f"x {factor:g}, {count:,} parameters") for (name, factor), count in counts.items() if count]
+
+
+def _parameters(layer):
+    trained = sum(int(np.prod(variable.shape)) for variable in layer.trainable_variables)
+    kept = sum(int(np.prod(variable.shape)) for variable in layer.non_trainable_variables)
+    return f"{trained:,} parameters" + (f" and {kept:,} not trained" if kept else "")
+
+
+def _mib(variables):
+    size = sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables)
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _optimizer_variables(optimizer):
+    variables = optimizer.variables
+    return variables() if callable(variables) else variables
+
+
+def _peak_memory():
+    """The process's largest resident memory. (`ru_maxrss` of a child begins with its parent's.)"""
+    try:
+        with open("/proc/self/status") as file:
+            kib = next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return "unknown on this system"
+    return f"{kib / 1024:,.0f} MiB of main memory"

@@ -1,0 +1,249 @@
+"""What a config can ask of a run beyond the defaults: schedules, averages, galleries, dry runs, the input's log."""
+
+import logging
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from dataset_layouts import write_cub200, write_inshop, write_sop
+
+import s2sd_tf
+from s2sd_tf import data
+from s2sd_tf.cli.tables import sections_table
+from s2sd_tf.keras_compat import IS_KERAS_3, keras
+from s2sd_tf.training import default_config, optimizers, train
+from s2sd_tf.training.averages import averaged_weights
+from s2sd_tf.training.datasets import load_data
+from s2sd_tf.training.dry_run import dry_run
+from s2sd_tf.training.input_timer import InputTimer
+
+
+def small_config(**changes):
+    config = default_config()
+    config.train.deterministic = False  # a setting of the process, which other tests share
+    config.model.filters = (8, 8)
+    config.model.embedding_dim = 8
+    config.s2sd.target_dims = (16,)
+    config.data.classes_per_batch = 3
+    config.data.samples_per_class = 2
+    config.train.epochs = 2
+    config.train.steps_per_epoch = 3
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+class TestSchedules:
+    arguments = {"steps_per_epoch": 10, "epochs": 5}
+
+    def test_constant(self):
+        assert optimizers.schedule(0.1, "constant", **self.arguments) == 0.1
+
+    def test_multi_step(self):
+        rate = optimizers.schedule(0.1, "multi_step", milestones=(1, 3.5), gamma=0.3, **self.arguments)
+        expected = [0.1] * 10 + [0.03] * 25 + [0.009] * 15
+        np.testing.assert_allclose([float(rate(step)) for step in range(50)], expected, rtol=1e-6)
+
+    def test_cosine(self):
+        rate = optimizers.schedule(0.1, "cosine", final_fraction=0.2, **self.arguments)
+        steps = np.arange(51)
+        expected = 0.1 * (0.2 + 0.8 * 0.5 * (1 + np.cos(np.pi * steps / 50)))
+        np.testing.assert_allclose([float(rate(step)) for step in steps], expected, rtol=1e-5)
+
+    @pytest.mark.parametrize("name", ["constant", "multi_step", "cosine"])
+    def test_warm_up(self, name):
+        milestones = (3,) if name == "multi_step" else ()
+        rate = optimizers.schedule(0.1, name, warmup_epochs=1.5, milestones=milestones, **self.arguments)
+        values = np.array([float(rate(step)) for step in range(51)])
+        np.testing.assert_allclose(values[:15], 0.1 * np.arange(1, 16) / 15, rtol=1e-6)
+        after = {
+            "constant": np.full(36, 0.1),
+            "multi_step": np.where(np.arange(15, 51) < 30, 0.1, 0.03),
+            "cosine": 0.1 * 0.5 * (1 + np.cos(np.pi * np.arange(36) / 35)),
+        }[name]
+        np.testing.assert_allclose(values[15:], after, rtol=1e-5, atol=1e-9)
+
+    @pytest.mark.parametrize("name", ["constant", "multi_step", "cosine"])
+    def test_is_saved_with_the_model(self, name, tmp_path):
+        milestones = (3,) if name == "multi_step" else ()
+        rate = optimizers.schedule(0.1, name, warmup_epochs=1, milestones=milestones, **self.arguments)
+        backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4,))
+        model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(), feature_distill=False)
+        model.compile(optimizers.get("adam", rate))
+        batch = np.random.default_rng(0).random((4, 8, 8, 1), np.float32), np.array([0, 0, 1, 1])
+        model.train_on_batch(*batch)
+        model.save(tmp_path / "model.keras")
+        again = keras.models.load_model(tmp_path / "model.keras")
+        assert int(tf.convert_to_tensor(again.optimizer.iterations)) == 1
+        model.train_on_batch(*batch)
+        again.train_on_batch(*batch)
+        # Keras 3 tells that of the next step, Keras 2 that of the last one.
+        np.testing.assert_allclose(
+            tf.convert_to_tensor(again.optimizer.learning_rate), float(rate(1 + IS_KERAS_3)), rtol=1e-6
+        )
+        for one, other in zip(model.get_weights(), again.get_weights()):
+            np.testing.assert_allclose(one, other, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("changes", "key"),
+        [
+            ({"learning_rate": 0.0}, "config.optimizer.learning_rate"),
+            ({"gamma": 0.0}, "gamma"),
+            ({"final_fraction": 2.0}, "final_fraction"),
+            ({"warmup_epochs": 5}, "warmup_epochs"),
+            ({"name": "multi_step", "milestones": (3, 2)}, "milestones"),
+            ({"milestones": (3,)}, "milestones"),
+        ],
+    )
+    def test_errors(self, changes, key):
+        with pytest.raises(ValueError, match=rf"{key}: expected .*Received: "):
+            optimizers.schedule(**{"learning_rate": 0.1, "name": "constant", **self.arguments, **changes})
+
+
+class TestAverages:
+    def test_are_the_averages_of_the_steps(self):
+        backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4,))
+        model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(), feature_distill=False)
+        model.compile(optimizers.get("sgd", 0.5, {"use_ema": True, "ema_momentum": 0.9}))
+        images = np.random.default_rng(0).random((8, 8, 8, 1), np.float32)
+        labels = np.repeat(np.arange(4), 2)
+        averages = [variable.numpy() for variable in model.trainable_variables]
+        for step in range(5):
+            model.train_on_batch(images, labels)
+            # Keras 3 begins with the weights after the first step, Keras 2 with those before it.
+            keep = 0.0 if step == 0 and IS_KERAS_3 else 0.9
+            averages = [keep * a + (1 - keep) * v.numpy() for a, v in zip(averages, model.trainable_variables)]
+        own = [variable.numpy() for variable in model.trainable_variables]
+        with averaged_weights(model):
+            for variable, average in zip(model.trainable_variables, averages):
+                np.testing.assert_allclose(variable.numpy(), average, atol=1e-6)
+            assert any(np.abs(v.numpy() - raw).max() > 1e-4 for v, raw in zip(model.trainable_variables, own))
+        for variable, raw in zip(model.trainable_variables, own):
+            np.testing.assert_array_equal(variable.numpy(), raw)
+
+    def test_a_model_without_keeps_its_weights(self):
+        backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4,))
+        model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(), feature_distill=False)
+        model.compile("sgd")
+        before = model.get_weights()
+        with averaged_weights(model):
+            for one, other in zip(before, model.get_weights()):
+                np.testing.assert_array_equal(one, other)
+
+
+class TestBenchmarkSets:
+    def test_a_run_with_queries_and_gallery(self, tmp_path):
+        write_inshop(tmp_path / "data", classes=8, images_per_class=4)
+        config = small_config(**{
+            "data.name": "inshop", "data.root": str(tmp_path / "data"), "data.check": "files", "data.image_size": 16,
+            "data.resize_size": 20, "data.augmentation": "adv", "optimizer.settings": {"use_ema": True},
+        })  # fmt: skip
+        results = train(config, str(tmp_path / "run"))
+        split = data.load_inshop(str(tmp_path / "data"))
+        assert results["counts"]["gallery"] == {"classes": split.gallery.num_classes, "images": len(split.gallery)}
+        assert results["test"]["exact"]["queries"] == len(split.test)
+        model = keras.models.load_model(tmp_path / "run" / "best.keras")
+        assert (tmp_path / "run" / "gallery.png").exists()
+        assert int(tf.convert_to_tensor(model.step)) == 6
+
+    def test_validation_by_image(self, tmp_path):
+        write_sop(tmp_path, classes=8, images_per_class=4)
+        config = small_config(**{
+            "data.name": "sop", "data.root": str(tmp_path), "data.check": "none", "data.validation_fraction": 0.25,
+        })  # fmt: skip
+        parts = load_data(config)
+        assert parts.train.class_names == parts.validation.class_names
+        assert (parts.train.class_counts() == 3).all()
+        assert (parts.validation.class_counts() == 1).all()
+        assert parts.train.super_classes
+
+    def test_sizes_and_normalisation_follow_preset_and_backbone(self, tmp_path):
+        write_cub200(tmp_path, classes=4)
+        changes = {"data.name": "cub200", "data.root": str(tmp_path), "data.resize_size": 256}
+        parts = load_data(small_config(**changes, **{"data.augmentation": "big", "model.backbone": "bn_inception"}))
+        assert parts.preprocessing.output_shape == (256, 256, 3)
+        assert parts.preprocessing.channel_order == "bgr"
+        config = small_config(**changes, **{"data.augmentation": "red", "data.image_size": 224})
+        parts = load_data(config)
+        assert parts.preprocessing.output_shape == (224, 224, 3)
+        assert parts.preprocessing.channel_order == "rgb"
+        assert parts.augmentation.crop == "random"
+
+    def test_lists(self, tmp_path):
+        write_cub200(tmp_path, classes=4)
+        folder = tmp_path / "CUB_200_2011" / "images"
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        half = sorted({name.split("/")[0] for name in names})[:2]
+        for part, wanted in (("train", True), ("test", False)):
+            lines = [name for name in names if (name.split("/")[0] in half) == wanted]
+            (tmp_path / f"{part}.txt").write_text("\n".join(lines))
+        config = small_config(**{
+            "data.name": "lists", "data.root": str(folder), "data.train_list": str(tmp_path / "train.txt"),
+            "data.test_list": str(tmp_path / "test.txt"), "data.check": "none",
+        })  # fmt: skip
+        parts = load_data(config)
+        assert (parts.train.num_classes, parts.test.num_classes) == (2, 2)
+
+
+class TestDryRun:
+    def test_tells_everything_and_writes_nothing(self, tmp_path, monkeypatch):
+        write_inshop(tmp_path / "data", classes=8, images_per_class=4)
+        before = sorted(tmp_path.rglob("*"))
+        monkeypatch.chdir(tmp_path)
+        config = small_config(**{
+            "data.name": "inshop", "data.root": str(tmp_path / "data"), "data.image_size": 16,
+            "data.augmentation": "rand", "optimizer.layers": ("conv0=0.1",), "optimizer.schedule.name": "cosine",
+            "sampler.name": "greedy_coreset",
+        })  # fmt: skip
+        sections = dry_run(config)
+        assert sorted(tmp_path.rglob("*")) == before
+        text = sections_table(sections)
+        split = data.load_inshop(str(tmp_path / "data"))
+        for part, images in split.parts().items():
+            assert f"{images.num_classes:,} classes, {len(images):,} images (paths)" in dict(sections["data"])[part]
+        assert "greedy_coreset" in text
+        backbone = s2sd_tf.models.backbones.conv_blocks((16, 16, 3), filters=(8, 8))
+        trained = sum(int(np.prod(v.shape)) for v in backbone.trainable_variables)
+        stem = sum(int(np.prod(v.shape)) for v in backbone.get_layer("conv0").trainable_variables)
+        rates = dict(sections["learning rates"])
+        assert rates["backbone/conv0"] == f"x 0.1, {stem:,} parameters"
+        assert rates["backbone"] == f"x 1, {trained - stem:,} parameters"
+        assert "6 steps, 2 epochs of 3" in dict(sections["steps"])["in all"]
+        assert "recall@1" in dict(sections["evaluation"])
+
+    def test_bad_data_is_told(self, tmp_path):
+        config = small_config(**{"data.name": "sop", "data.root": str(tmp_path)})
+        with pytest.raises(FileNotFoundError, match="Ebay_train"):
+            dry_run(config)
+
+
+@pytest.mark.parametrize(("slow", "told"), [(True, True), (False, False)])
+def test_the_log_says_where_training_waits_for_images(slow, told, caplog):
+    def images(_):
+        def wait():
+            time.sleep(0.1 if slow else 0.0)
+            return np.zeros([4, 8, 8, 1], np.float32)
+
+        return tf.ensure_shape(tf.numpy_function(wait, [], tf.float32), [4, 8, 8, 1]), tf.constant([0, 0, 1, 1])
+
+    backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4,))
+    model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(), feature_distill=False)
+    model.compile("sgd")
+    timer = InputTimer(tf.data.Dataset.range(8).map(images), 4)
+    assert int(timer.batches.cardinality()) == 8
+    if not slow:
+        # So that a step takes longer than its images.
+        step = model.train_step
+        model.train_step = lambda batch: (
+            tf.numpy_function(lambda: time.sleep(0.05) or True, [], tf.bool),
+            step(batch),
+        )[1]
+    logger = logging.getLogger("absl")
+    logger.addHandler(caplog.handler)
+    try:
+        model.fit(timer.batches, epochs=2, verbose=0)
+        caplog.clear()
+        model.fit(timer.batches, epochs=1, verbose=0, callbacks=[timer])
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert any("waiting for images" in record.getMessage() for record in caplog.records) == told
