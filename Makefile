@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.10; 
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 RUN := $(VENV)/bin
 
-.PHONY: train test lint clean
+.PHONY: train test dryrun lint clean
 .DELETE_ON_ERROR:
 
 # Plain objective against S2SD on the embedded digits: a table, and runs/digits with curves, gallery and SavedModel.
@@ -14,6 +14,10 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN)/python -m pytest -n 2
+
+# Every config's whole program, two steps long, on generated images in the data sets' layouts.
+dryrun: $(VENV)/installed
+	TF_CPP_MIN_LOG_LEVEL=3 $(RUN)/python benchmarks/dry_runs.py
 
 lint: $(VENV)/installed
 	$(RUN)/ruff check .

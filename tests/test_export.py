@@ -76,6 +76,15 @@ def test_only_the_encoder_is_in_it(small_model, tmp_path):
     assert not any(512 in shape for _, shape in stored)
 
 
+def test_a_learned_pooling_is_in_it(small_model, tmp_path):
+    model = small_model(pooling="gem", target_pooling="avg")
+    model.gem.p.assign(2.5)
+    export.export_encoder(model, data.Preprocessing(8, 8, 1), str(tmp_path / "encoder"))
+    images = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
+    found = tf.saved_model.load(str(tmp_path / "encoder")).signatures["serving_default"](images=tf.constant(images))
+    np.testing.assert_allclose(found["embedding"], model.predict(images, verbose=0), atol=1e-5)
+
+
 def test_writing_replaces_as_a_whole_or_not_at_all(tmp_path):
     target = tmp_path / "folder"
     for content in ("old", "new"):

@@ -18,7 +18,7 @@ ALLOWED = {
     "serving": {"data", "evaluation"},
     "models": {"objectives", "distillation"},
     "training": {"mining", "models", "data", "evaluation", "export", "objectives", "distillation"},
-    "cli": {"training", "evaluation", "export", "serving", "data"},
+    "cli": {"training", "evaluation", "export", "serving", "data", "models"},
 }
 
 

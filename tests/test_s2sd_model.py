@@ -366,7 +366,7 @@ def test_pooled_features_and_unbuilt_backbones():
         ({"objective": "nonsense"}, "objective: expected one of .*multi_similarity.*Received: 'nonsense'"),
         ({"objective": "proxy_anchor"}, "num_classes"),
         ({"pooling": "sum"}, "pooling.*Received: 'sum'"),
-        ({"target_pooling": "max"}, "target_pooling"),
+        ({"target_pooling": "sum"}, "target_pooling"),
         ({"distill_weight": -1.0}, "distill_weight"),
         ({"feature_distill_delay": -1}, "feature_distill_delay"),
         ({"l2": -1e-4}, "l2"),

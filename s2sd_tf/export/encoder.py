@@ -33,7 +33,8 @@ class _Encoder(tf.Module):
     def __init__(self, model, preprocessing):
         super().__init__()
         # What the graphs below capture has to be tracked, and nothing else.
-        self._variables = [raw_variable(v) for v in (*model.backbone.variables, *model.embedding_head.variables)]
+        layers = [model.backbone, model.embedding_head, *([model.gem] if model.pooling == "gem" else [])]
+        self._variables = [raw_variable(variable) for layer in layers for variable in layer.variables]
 
         def encode(images):
             return {"embedding": tf.cast(model(preprocessing(images), training=False), tf.float32)}

@@ -428,8 +428,8 @@ class S2SDModel(keras.Model):
         if unused:
             names = [layer.name for layer in _leaves(self.backbone) if layer.trainable_variables]
             raise ValueError(
-                f"learning_rate_multipliers: expected patterns of names of layers that train, out of {names}. Received: "
-                f"{unused}, which match none, or only what others match before them"
+                f"learning_rate_multipliers: expected patterns of names of layers that train, out of {names}. "
+                f"Received: {unused}, which match none, or only what others match before them"
             )
         scaled = {id(variable) for variables in found.values() for variable in variables}
         rest = [variable for variable in self.backbone.trainable_variables if id(variable) not in scaled]

@@ -1,0 +1,131 @@
+r"""The whole program of every config file, on generated data in the layouts of the data sets: `make dryrun`.
+
+    python benchmarks/dry_runs.py --output=benchmarks/results/dry_runs.json
+
+Writes a small copy of every data set (CUB200-2011 with its 200 classes, CARS196 with 196, the others with 200, a few
+images each, as noise), and runs `s2sd-train --dry_run` with every file of configs/, in a process of its own: it reads
+and checks the data, builds the model with random weights, takes two steps with the config's own batch, and evaluates a
+sample. Step times are real; what is retrieved is not. Writes the JSON and a table (.md) of the same name.
+"""
+
+import io
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+from absl import app, flags
+from machine import describe
+from PIL import Image
+from tqdm import tqdm
+
+from s2sd_tf.data.omniglot import ARCHIVES, TEST_ALPHABETS
+from s2sd_tf.files import write_json
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+FLAGS = flags.FLAGS
+flags.DEFINE_list("only", [], "Names of configs; default: all of configs/.")
+flags.DEFINE_integer("images_per_class", 4, "Images of each class.")
+flags.DEFINE_string("output", None, "JSON to write; the table gets its name.")
+
+CLASSES = {"cub200": 200, "cars196": 196, "sop": 200, "inshop": 200}
+SIZE = (300, 400)
+SHOWN = {
+    "next step": r"([\d.]+) s",
+    "images alone": r"([\d,]+) images/s",
+    "backbone": r"([\d,]+) parameters",
+    "largest so far": r"([\d,]+) MiB",
+}
+
+
+def write_omniglot(root):
+    """Both archives, 40 characters each, 20 drawings of each."""
+    rng = np.random.default_rng(0)
+    for archive, alphabets in zip(ARCHIVES, (("Greek",), TEST_ALPHABETS)):
+        with zipfile.ZipFile(root / archive, "w") as file:
+            for number in range(40):
+                for drawing in range(20):
+                    buffer = io.BytesIO()
+                    Image.fromarray(rng.integers(0, 256, (105, 105), dtype=np.uint8)).save(buffer, "png")
+                    alphabet = alphabets[number % len(alphabets)]
+                    name = f"{archive[:-4]}/{alphabet}/character{number:02d}/{number:04d}_{drawing:02d}.png"
+                    file.writestr(name, buffer.getvalue())
+
+
+def write_data(root):
+    """Every data set; returns the folder of each by the beginning of the configs' names."""
+    sys.path.insert(0, str(REPOSITORY / "tests"))
+    import dataset_layouts
+
+    folders = {}
+    for name, classes in tqdm(CLASSES.items(), desc="Writing data", unit="set"):
+        folders[name] = root / name
+        write = getattr(dataset_layouts, f"write_{name}")
+        write(folders[name], classes=classes, images_per_class=FLAGS.images_per_class, size=SIZE)
+    folders["omniglot"] = root / "omniglot"
+    folders["omniglot"].mkdir()
+    write_omniglot(folders["omniglot"])
+    folders["folder"] = folders["cub200"] / "CUB_200_2011" / "images"
+    return folders
+
+
+def run(config, folders):
+    """What the program printed."""
+    name = config.stem.split("_")[0]
+    arguments = [f"--config={config}", "--dry_run"]
+    if name in folders:
+        arguments.append(f"--config.data.root={folders[name]}")
+    if name in CLASSES:
+        arguments.append("--config.model.weights=")
+    command = [sys.executable, "-m", "s2sd_tf.cli.train", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def main(_):
+    configs = [
+        path for path in sorted((REPOSITORY / "configs").glob("*.py")) if not FLAGS.only or path.stem in FLAGS.only
+    ]
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        folders = write_data(pathlib.Path(folder))
+        for config in tqdm(configs, desc="Configs", unit="run"):
+            output = run(config, folders)
+            results[config.stem] = {}
+            for key, pattern in SHOWN.items():
+                value = re.search(rf"^{key} +.*?{pattern}", output, re.MULTILINE).group(1)
+                results[config.stem][key] = float(value.replace(",", ""))
+            tqdm.write(f"\n== {config.name}\n{output}")
+    text = table(results)
+    print(text)
+    if FLAGS.output:
+        write_json(FLAGS.output, {"machine": describe(os.cpu_count()), "configs": results})
+        machine = "".join(f"- {key}: {value}\n" for key, value in describe(os.cpu_count()).items())
+        title = "# Dry runs of all configs, on generated images\n\n"
+        pathlib.Path(FLAGS.output).with_suffix(".md").write_text(f"{title}{machine}\n{text}\n")
+
+
+def table(results):
+    """A Markdown table of the runs."""
+    lines = [
+        "| config | backbone's parameters | a step, s | images alone, 1/s | largest memory, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in results.items():
+        lines.append(
+            f"| {name} | {row['backbone']:,.0f} | {row['next step']:.2f} | {row['images alone']:,.0f} "
+            f"| {row['largest so far']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app.run(main)

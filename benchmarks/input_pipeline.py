@@ -1,0 +1,292 @@
+r"""Images a second of the training input, against PyTorch's DataLoader with torchvision's transforms.
+
+    pip install torch==2.13.0 torchvision==0.28.0
+    python benchmarks/input_pipeline.py --output=benchmarks/results/input_pipeline.json
+
+JPEGs of ImageNet's size (500 x 375, about 110 KiB) are generated; or `--images=<folder>` with your own. The same work
+on both sides: read, random resized crop to 224, flip, (colours,) normalise, batches of 112; two threads here, two
+worker processes there. They take turns, each in a process of its own. Where torchvision is missing, its crop and flip
+are done with Pillow, as torchvision does them. Areas, aspect ratios and places of the crops are compared by their
+distributions. Writes the JSON and a table (.md) of the same name.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+from absl import app, flags
+from PIL import Image
+from tqdm import tqdm
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("images", "", "Folder of JPEG files; default: generated ones.")
+flags.DEFINE_list("presets", ["base", "adv", "red", "rand", "evaluation"], "Augmentations to measure.")
+flags.DEFINE_integer("count", 3000, "Images a pass.")
+flags.DEFINE_integer("turns", 5, "Passes of each.")
+flags.DEFINE_integer("threads", 2, "Threads here, worker processes there.")
+flags.DEFINE_string("output", None, "JSON to write; the table gets its name.")
+flags.DEFINE_enum("side", "", ["", "s2sd_tf", "torch"], "For the processes of the benchmark itself.")
+
+BATCH, SIZE, RESIZE = 112, 224, 256
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# What torchvision has the like of.
+BOTH = ("base", "adv", "red", "evaluation")
+
+
+def generate(folder, count=64, seed=0):
+    """JPEGs of 500 x 375 and 375 x 500 pixels: clouds of seven octaves and grain, compressed to about 110 KiB."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        width, height = (500, 375) if number % 3 else (375, 500)
+        pixels = np.zeros((height, width, 3))
+        for octave in range(1, 8):
+            points = rng.normal(size=(2**octave + 1, 2**octave + 1, 3)).astype(np.float32)
+            layers = [
+                np.asarray(Image.fromarray(points[..., c]).resize((width, height), Image.BICUBIC)) for c in range(3)
+            ]
+            pixels += 0.55**octave * np.stack(layers, -1)
+        pixels = 255 * (pixels - pixels.min()) / np.ptp(pixels) + rng.normal(scale=7, size=(height, width, 1))
+        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+        image.save(os.path.join(folder, f"{number:03d}.jpg"), quality=95)
+
+
+def ours(paths, name):
+    """A function that makes one pass and returns the number of images."""
+    import tensorflow as tf
+
+    from s2sd_tf import data
+    from s2sd_tf.data.augmentation import preset
+
+    tf.config.threading.set_intra_op_parallelism_threads(FLAGS.threads)
+    tf.config.threading.set_inter_op_parallelism_threads(FLAGS.threads)
+    chosen = np.array([paths[i % len(paths)] for i in range(FLAGS.count)])
+    images = data.ImageSet(chosen, np.arange(FLAGS.count, dtype=np.int32) % 8, tuple("abcdefgh"))
+    preprocessing = data.Preprocessing(SIZE, SIZE, resize_size=RESIZE, mean=MEAN, std=STD)
+    if name == "evaluation":
+        batches = data.evaluation_batches(images, preprocessing, BATCH)
+    else:
+        augmentation = data.Augmentation(**preset(name))
+        sampler = data.samplers.get("random", batch_size=BATCH)
+        batches = data.training_batches(images, preprocessing, sampler, cache=False, augmentation=augmentation)
+    return lambda: sum(int(batch[0].shape[0] if isinstance(batch, tuple) else batch.shape[0]) for batch in batches)
+
+
+def torchs(paths, name):
+    """The same with PyTorch."""
+    import torch
+
+    def read(path):
+        with open(path, "rb") as file:
+            return Image.open(file).convert("RGB")
+
+    change = _torchvision_transforms(name) or _pillow_transforms(name)
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self):
+            return FLAGS.count
+
+        def __getitem__(self, index):
+            return change(read(paths[index % len(paths)]))
+
+    loader = torch.utils.data.DataLoader(
+        Images(), batch_size=BATCH, shuffle=name != "evaluation", num_workers=FLAGS.threads, persistent_workers=True
+    )
+    return lambda: sum(len(batch) for batch in loader)
+
+
+def torchvision_transforms_module():
+    """The module, or None."""
+    try:
+        import torch
+
+        # Its compiled operations do not load beside a PyTorch of another build; these transforms need none of them.
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in ("nms(Tensor a, Tensor b, float c) -> Tensor", "qnms(Tensor a, Tensor b, float c) -> Tensor"):
+            with contextlib.suppress(RuntimeError):
+                library.define(schema)
+        from torchvision import transforms
+    except (ImportError, RuntimeError, AttributeError):
+        return None
+    return transforms
+
+
+def _torchvision_transforms(name):
+    transforms = torchvision_transforms_module()
+    if transforms is None:
+        return None
+    crop = {
+        "red": [transforms.Resize(RESIZE), transforms.RandomCrop(SIZE), transforms.RandomHorizontalFlip()],
+        "evaluation": [transforms.Resize(RESIZE), transforms.CenterCrop(SIZE)],
+    }.get(name, [transforms.RandomResizedCrop(SIZE), transforms.RandomHorizontalFlip()])
+    colors = [transforms.ColorJitter(0.2, 0.2, 0.2, 0.2), transforms.RandomGrayscale(0.2)] if name == "adv" else []
+    return transforms.Compose([*crop, *colors, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+
+def _pillow_transforms(name):
+    import torch
+
+    if name != "base":
+        raise ValueError(f"presets: expected 'base' without torchvision. Received: {name!r}")
+    rng = np.random.default_rng()
+    mean, std = np.float32(MEAN), np.float32(STD)
+
+    def change(image):
+        top, left, height, width = loop_crop(rng, image.height, image.width)
+        image = image.crop((left, top, left + width, top + height)).resize((SIZE, SIZE), Image.BILINEAR)
+        if rng.random() < 0.5:
+            image = image.transpose(Image.FLIP_LEFT_RIGHT)
+        pixels = (np.asarray(image, np.float32) / 255 - mean) / std
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+    return change
+
+
+def loop_crop(rng, height, width):
+    """A random resized crop by the algorithm's words: `(top, left, height, width)`."""
+    for _ in range(10):
+        area = height * width * rng.uniform(0.08, 1.0)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.integers(0, height - h + 1), rng.integers(0, width - w + 1), h, w
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width / (3 / 4)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def measure(paths):
+    """In a process of its own: prints the rates of all passes, the first without counting, by preset."""
+    if FLAGS.side == "torch":
+        import torch
+
+        torch.set_num_threads(1)
+    for line in sys.stdin:
+        name = line.strip()
+        if name not in measure.passes:
+            measure.passes[name] = (ours if FLAGS.side == "s2sd_tf" else torchs)(paths, name)
+            measure.passes[name]()
+        begin = time.perf_counter()
+        count = measure.passes[name]()
+        print(json.dumps(count / (time.perf_counter() - begin)), flush=True)
+
+
+measure.passes = {}
+
+
+def crops(count=4000, height=375, width=500):
+    """Kolmogorov-Smirnov p-values of areas, ratios and places of our crops against torchvision's, or the loop's."""
+    import scipy.stats
+    import tensorflow as tf
+
+    from s2sd_tf import data
+
+    augmentation = data.Augmentation()
+    preprocessing = data.Preprocessing(SIZE, SIZE)
+    seeds = tf.stack([tf.zeros([count], tf.int64), tf.range(count, dtype=tf.int64)], axis=1)
+
+    def window(seed):
+        return augmentation.crop_window(height, width, preprocessing, seed)
+
+    own = tf.function(lambda: tf.map_fn(window, seeds, fn_output_signature=tf.int32))().numpy()
+    transforms = torchvision_transforms_module()
+    if transforms:
+        image = Image.new("RGB", (width, height))
+        draw = transforms.RandomResizedCrop(SIZE)
+        theirs = np.array([draw.get_params(image, draw.scale, draw.ratio) for _ in range(count)])
+    else:
+        rng = np.random.default_rng(0)
+        theirs = np.array([loop_crop(rng, height, width) for _ in range(count)])
+    quantities = {
+        "area": lambda w: w[:, 2] * w[:, 3],
+        "aspect ratio": lambda w: w[:, 3] / w[:, 2],
+        "top": lambda w: w[:, 0] / np.maximum(1, height - w[:, 2]),
+        "left": lambda w: w[:, 1] / np.maximum(1, width - w[:, 3]),
+    }
+    p_values = {
+        name: float(scipy.stats.ks_2samp(value(own), value(theirs)).pvalue) for name, value in quantities.items()
+    }
+    return {"against": "torchvision" if transforms else "a loop", "crops": count, "p_values": p_values}
+
+
+def main(_):
+    if FLAGS.side:
+        measure([str(path) for path in sorted(pathlib.Path(FLAGS.images).rglob("*.jpg"))])
+        return
+    from machine import describe
+
+    from s2sd_tf.files import write_json
+
+    with tempfile.TemporaryDirectory() as folder:
+        images = FLAGS.images or folder
+        if not FLAGS.images:
+            generate(folder)
+        sizes = [path.stat().st_size for path in pathlib.Path(images).rglob("*.jpg")]
+        results = {
+            "machine": describe(FLAGS.threads),
+            "images": {"files": len(sizes), "mean_kib": round(np.mean(sizes) / 1024, 1), "generated": not FLAGS.images},
+            "crops": crops(),
+            "rates": _take_turns(images),
+        }
+    for preset, rates in results["rates"].items():
+        print(preset, {side: round(float(np.median(values))) for side, values in rates.items()})
+    print(results["crops"])
+    if FLAGS.output:
+        write_json(FLAGS.output, results)
+        pathlib.Path(FLAGS.output).with_suffix(".md").write_text(_table(results))
+
+
+def _take_turns(images):
+    command = [sys.executable, __file__, f"--images={images}", f"--count={FLAGS.count}", f"--threads={FLAGS.threads}"]
+    sides = {
+        side: subprocess.Popen([*command, f"--side={side}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for side in ("s2sd_tf", "torch")
+    }
+    rates = {name: {side: [] for side in sides if side == "s2sd_tf" or name in BOTH} for name in FLAGS.presets}
+    for _ in tqdm(range(FLAGS.turns), desc="Turns"):
+        for name, by_side in rates.items():
+            for side, values in by_side.items():
+                process = sides[side]
+                process.stdin.write(name + "\n")
+                process.stdin.flush()
+                values.append(json.loads(process.stdout.readline()))
+    for process in sides.values():
+        process.stdin.close()
+        process.wait()
+    return rates
+
+
+def _table(results):
+    lines = ["# Input pipeline: images a second", ""]
+    lines += [f"- {key}: {value}" for key, value in results["machine"].items()]
+    images = results["images"]
+    lines += [
+        f"- {images['files']} JPEGs, {'generated, ' if images['generated'] else ''}{images['mean_kib']} KiB on average",
+        "",
+        f"Median (least to greatest) of {FLAGS.turns} passes over {FLAGS.count} images.",
+        "",
+        "| augmentation | s2sd_tf | DataLoader, torchvision | ratio |",
+        "|---|---|---|---|",
+    ]
+    for name, rates in results["rates"].items():
+        cells = [f"{np.median(v):.0f} ({min(v):.0f} to {max(v):.0f})" for v in rates.values()]
+        ratio = f"{np.median(rates['s2sd_tf']) / np.median(rates['torch']):.2f}" if "torch" in rates else ""
+        lines.append(f"| {name} | {' | '.join(cells + [''] * (2 - len(cells)))} | {ratio} |")
+    crops_of = results["crops"]
+    lines += [
+        "",
+        f"Crops, {crops_of['crops']} of each, against {crops_of['against']}; p-values of Kolmogorov-Smirnov tests: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in crops_of["p_values"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app.run(main)
