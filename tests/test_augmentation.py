@@ -125,8 +125,18 @@ class TestPaths:
         augment = data.Augmentation(crop="center", flip=0.0)
         gray = augment.from_bytes(encoded(pixels), data.Preprocessing(20, 20, channels=1), seeds(1)[0])
         np.testing.assert_allclose(gray, data.Preprocessing(20, 20, channels=1).from_pixels(pixels), atol=1e-6)
-        rgb = augment.from_pixels(pixels[..., :1], data.Preprocessing(20, 20), seeds(1)[0])
-        assert rgb.shape == (20, 20, 3)
+        for size in (20, 14):
+            rgb = augment.from_pixels(pixels[..., :1], data.Preprocessing(size, size), seeds(1)[0])
+            assert rgb.shape == (size, size, 3)
+            np.testing.assert_allclose(rgb[..., 0], rgb[..., 2], atol=1e-6)
+            gray = augment.from_pixels(pixels, data.Preprocessing(size, size, channels=1), seeds(1)[0])
+            assert gray.shape == (size, size, 1)
+        jittered = data.Augmentation(crop="center", brightness=0.3, grayscale=0.5)
+        assert jittered.from_pixels(pixels[..., :1], data.Preprocessing(14, 14, channels=1), seeds(1)[0]).shape == (
+            14,
+            14,
+            1,
+        )
         bgr = augment.from_pixels(pixels, data.Preprocessing(20, 20, channel_order="bgr"), seeds(1)[0])
         np.testing.assert_allclose(bgr, pixels[..., ::-1] / np.float32(255), atol=1e-6)
 
@@ -259,6 +269,8 @@ class TestBatches:
         {"crop": "corner"},
         {"scale": (0.5, 0.2)},
         {"scale": (0.0, 1.0)},
+        {"scale": 0.5},
+        {"magnitude": "a"},
         {"ratio": (1.0,)},
         {"flip": 1.5},
         {"hue": 0.7},

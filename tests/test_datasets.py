@@ -519,7 +519,7 @@ class TestShards:
             data.read_shards(str(shards))
 
     def test_a_changed_description_or_index_is_refused(self, shards):
-        path = shards / "dataset.json"
+        path = shards / "s2sd_shards.json"
         whole = json.loads(path.read_text())
         shard = whole["parts"]["train"]["shards"][0]
         for changed in (
@@ -573,7 +573,7 @@ class TestShards:
         images = data.ImageSet(empty, np.array([0], np.int32), ("a",))
         with pytest.raises(ValueError, match="an empty one, 0 of train"):
             data.write_shards(data.RetrievalSplit(images, images), str(tmp_path / "new"))
-        with pytest.raises(FileNotFoundError, match=r"dataset\.json"):
+        with pytest.raises(FileNotFoundError, match=r"s2sd_shards\.json"):
             data.read_shards(str(tmp_path / "other"))
 
 

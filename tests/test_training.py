@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,16 @@ class TestARun:
         assert "workdir" in done.stderr
         assert "optimizer.learning_rate (0.0003 there, 0.5 here)" in done.stderr
         assert "Traceback" not in done.stderr
+
+    def test_goes_on_where_new_keys_have_their_defaults(self, finished, tmp_path):
+        workdir, arguments, output = finished
+        copy = tmp_path / "old"
+        shutil.copytree(workdir, copy)
+        config = read_json(copy / "config.json")
+        del config["data"]["augmentation"], config["optimizer"]["schedule"]
+        write_json(copy / "config.json", config)
+        again = call("train", *arguments[:-1], f"--workdir={copy}").stdout
+        assert again.splitlines()[-4:-1] == output.splitlines()[-4:-1]
 
     def test_evaluate_and_export(self, finished, tmp_path):
         workdir = finished[0]

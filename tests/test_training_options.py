@@ -121,6 +121,20 @@ class TestAverages:
         for variable, raw in zip(model.trainable_variables, own):
             np.testing.assert_array_equal(variable.numpy(), raw)
 
+    def test_what_does_not_move_keeps_its_weights(self):
+        backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4,))
+        model = s2sd_tf.S2SDModel(
+            backbone, 4, target_dims=(), feature_distill=False, learning_rate_multipliers={"backbone": 0.0}
+        )
+        model.compile(optimizers.get("adam", 1e-2, {"use_ema": True, "ema_momentum": 0.5}))
+        before = [variable.numpy() for variable in backbone.trainable_variables]
+        images = np.random.default_rng(0).random((8, 8, 8, 1), np.float32)
+        for _ in range(3):
+            model.train_on_batch(images, np.repeat(np.arange(4), 2))
+        with averaged_weights(model):
+            for variable, value in zip(backbone.trainable_variables, before):
+                np.testing.assert_array_equal(variable.numpy(), value)
+
     def test_a_model_without_keeps_its_weights(self):
         backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4,))
         model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(), feature_distill=False)
@@ -184,8 +198,37 @@ class TestBenchmarkSets:
         parts = load_data(config)
         assert (parts.train.num_classes, parts.test.num_classes) == (2, 2)
 
+    def test_shards_of_folders_and_of_other_data(self, tmp_path):
+        write_cub200(tmp_path, classes=4)
+        split = data.load_cub200(str(tmp_path))
+        data.write_shards(split, str(tmp_path / "shards"), name="folder")
+        changes = {"data.root": str(tmp_path / "shards"), "data.source": "shards"}
+        parts = load_data(small_config(**changes, **{"data.name": "folder"}))
+        assert parts.train.kind == "slices"
+        assert len(parts.test) == len(split.test)
+        with pytest.raises(ValueError, match=r"expected shards of 'sop'. Received: of 'folder'"):
+            load_data(small_config(**changes, **{"data.name": "sop"}))
+        with pytest.raises(ValueError, match=r"config.data.source: expected .* for 'digits'"):
+            load_data(small_config(**changes))
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"data.augmentation": "adv"}, r"config.data.augmentation: expected one without colours for grayscale"),
+            ({"data.augmentation": "red"}, r"config.data.resize_size: expected the side .*'red'"),
+            ({"data.name": "lists"}, r"config.data.train_list: expected a text file"),
+        ],
+    )
+    def test_errors(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            load_data(small_config(**changes))
+
 
 class TestDryRun:
+    def test_an_epoch_of_one_step(self):
+        sections = dry_run(small_config(**{"train.steps_per_epoch": 1}))
+        assert "2 steps, 2 epochs of 1" in dict(sections["steps"])["in all"]
+
     def test_tells_everything_and_writes_nothing(self, tmp_path, monkeypatch):
         write_inshop(tmp_path / "data", classes=8, images_per_class=4)
         before = sorted(tmp_path.rglob("*"))

@@ -32,7 +32,7 @@ def main():
 
 def _main(_):
     split = _load()
-    shards = write_shards(split, _OUTPUT.value, _SHARD_MIB.value)
+    shards = write_shards(split, _OUTPUT.value, _SHARD_MIB.value, _NAME.value)
     lines = [("part", "images", "classes", "shards")]
     lines += [
         (part, f"{images:,}", f"{classes:,}", f"{shards[part]:,}") for part, (images, classes) in split.counts().items()

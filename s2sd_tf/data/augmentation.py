@@ -8,10 +8,11 @@ others than one that was not interrupted.
 """
 
 import copy
+import numbers
 
 import tensorflow as tf
 
-from s2sd_tf.checks import check_at_least, checked_int
+from s2sd_tf.checks import checked_int
 from s2sd_tf.data.preprocessing import resize_antialiased, to_grayscale
 
 # Draws of a crop before the centre one is taken, as torchvision has it.
@@ -73,7 +74,7 @@ class Augmentation:
             ("grayscale", grayscale, 1.0),
             ("magnitude", magnitude, 1.0),
         ]:
-            if not 0.0 <= value <= most:
+            if not _is_number(value) or not 0.0 <= value <= most:
                 raise ValueError(f"{argument}: expected a number in [0, {most:g}]. Received: {value!r}")
         self.crop = crop
         self.scale = tuple(scale)
@@ -89,6 +90,11 @@ class Augmentation:
         # Once, and not at every tracing: keras-cv's layers are Keras layers.
         self._jitter = _color_layers() if brightness or contrast or saturation or hue else None
         self._operations = _rand_augment_operations(magnitude) if rand_augment else []
+
+    @property
+    def changes_colors(self):
+        """Whether it does more than crop and flip; grayscale images go through RGB then."""
+        return bool(self._jitter or self.grayscale or self._operations)
 
     def from_bytes(self, encoded, preprocessing, seed):
         """An encoded image, a scalar string, to the model's input `(height, width, channels)`.
@@ -162,16 +168,14 @@ class Augmentation:
     def _finish(self, image, preprocessing, seed):
         """Flip, colours and normalisation of a crop, float `(height, width, c)` up to 1."""
         if self.crop == "center":
-            image = preprocessing.resize(image)
+            image = preprocessing.resize(_with_channels(image, preprocessing.channels))
         draws = tf.unstack(tf.random.stateless_uniform([6], _sub_seed(seed, 1)))
         if self.flip:
             # Not tf.where, which takes twenty times as long.
             image = tf.cond(draws[0] < self.flip, lambda image=image: tf.reverse(image, [1]), lambda image=image: image)
-        if image.shape[-1] == 3:
-            image = self._colored(image, draws, seed)
-        if image.shape[-1] != preprocessing.channels:
-            image = to_grayscale(image) if preprocessing.channels == 1 else tf.image.grayscale_to_rgb(image)
-        return preprocessing.normalize(image)
+        if self.changes_colors:
+            image = self._colored(_with_channels(image, 3), draws, seed)
+        return preprocessing.normalize(_with_channels(image, preprocessing.channels))
 
     def _colored(self, image, draws, seed):
         images = image[None]
@@ -235,9 +239,19 @@ def preset(name):
 
 
 def _check_range(argument, value, most):
-    if len(value) != 2 or not 0 < value[0] <= value[1] <= most:
+    fits = isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_number(bound) for bound in value)
+    if not fits or not 0 < value[0] <= value[1] <= most:
         raise ValueError(f"{argument}: expected two numbers, 0 < least <= greatest <= {most:g}. Received: {value!r}")
-    check_at_least(argument, value[0], 0)
+
+
+def _is_number(value):
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _with_channels(image, channels):
+    if image.shape[-1] == channels:
+        return image
+    return to_grayscale(image) if channels == 1 else tf.image.grayscale_to_rgb(image)
 
 
 def _sub_seed(seed, stream):

@@ -41,7 +41,7 @@ def load(name, root, source="auto", on_corrupt="raise", check="files"):
         root: folder of the data.
         source: what is in `root`. "files": a published layout, see `load_cub200` and its like. "shards": what
             `write_shards` wrote. "tfds": data prepared by TensorFlow Datasets, see `load_tfds`. "auto": shards where
-            there is a `dataset.json`, else files.
+            there is a `s2sd_shards.json`, else files.
         on_corrupt, check: for files, see `load_cub200`; other sources are not looked at image by image.
 
     Raises:
@@ -60,7 +60,7 @@ def load(name, root, source="auto", on_corrupt="raise", check="files"):
             )
         return load_tfds(benchmark.tfds, root)
     if source == "shards" or (source == "auto" and os.path.isfile(os.path.join(root, DESCRIPTION))):
-        split = read_shards(root)
+        split = read_shards(root, name)
         tell_unpublished_counts(name, split)
         return split
     return benchmark.load(root, on_corrupt, check)

@@ -27,7 +27,7 @@ def load_image_list(root, image_list, on_corrupt="raise", check="files"):
         ValueError: see `load_cub200`.
     """
     check_options(on_corrupt, check)
-    (images,) = select_readable([_read(root, image_list)], root, on_corrupt, check)
+    (images,) = select_readable([_read(root, image_list, "image_list")], root, on_corrupt, check)
     if not len(images):
         raise ValueError(f"image_list: expected images that can be read. Received: none of {image_list!r}")
     return images.select_classes(np.flatnonzero(images.class_counts()))
@@ -50,15 +50,15 @@ def load_inaturalist(root, train_list, test_list, on_corrupt="raise", check="fil
         ValueError: see `load_cub200`; a class that is in both lists.
     """
     check_options(on_corrupt, check)
-    split = RetrievalSplit(_read(root, train_list), _read(root, test_list))
+    split = RetrievalSplit(_read(root, train_list, "train_list"), _read(root, test_list, "test_list"))
     split = readable_split(split, root, on_corrupt, check)
     tell_unpublished_counts("inaturalist", split)
     return split
 
 
-def _read(root, image_list):
+def _read(root, image_list, argument):
     if not os.path.isfile(image_list):
-        raise FileNotFoundError(f"image_list: expected a text file of paths. Received: {image_list!r}")
+        raise FileNotFoundError(f"{argument}: expected a text file of paths. Received: {image_list!r}")
     rows, super_class_of, labelled = [], {}, None
     for where, (line,) in read_columns(image_list, 1):
         has_label = not line.lower().endswith(EXTENSIONS)

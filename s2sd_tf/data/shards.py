@@ -12,7 +12,7 @@ from s2sd_tf.data.image_set import ImageSet, image_slices
 from s2sd_tf.data.retrieval_split import RetrievalSplit
 from s2sd_tf.files import check_replaceable, read_json, replacing, write_json
 
-DESCRIPTION = "dataset.json"
+DESCRIPTION = "s2sd_shards.json"
 _INDEX = "index.npz"
 _VERSION = 1
 _ARRAYS = ("shard", "offset", "length", "label")
@@ -20,7 +20,7 @@ _ARRAYS = ("shard", "offset", "length", "label")
 _RECORD_HEAD, _RECORD_TAIL = 12, 4
 
 
-def write_shards(split, folder, shard_mib=128):
+def write_shards(split, folder, shard_mib=128, name=""):
     """Writes a `RetrievalSplit` as TFRecord shards, whole or not at all.
 
     `<part>-00000-of-00007.tfrecord` are uncompressed records of `tf.train.Example`, in the order of the images:
@@ -30,12 +30,13 @@ def write_shards(split, folder, shard_mib=128):
     - `image/super_class/text` (bytes), where there are super-classes;
     - `image/filename` (bytes), the file's name without its folder, where there was a file for each image.
 
-    `dataset.json` has the classes and the shards' sizes, `index.npz` the place of every encoded image.
+    `s2sd_shards.json` has the name, the classes and the shards' sizes, `index.npz` the place of every encoded image.
 
     Args:
         split: `RetrievalSplit` of any kind of images.
         folder: folder to write; a new one, or one of shards, which it takes the place of.
         shard_mib: float > 0, MiB from which on the next shard is begun.
+        name: str, of the data set; `read_shards` compares it.
 
     Returns:
         Dict from a part's name to its number of shards.
@@ -46,7 +47,7 @@ def write_shards(split, folder, shard_mib=128):
     """
     check_above("shard_mib", shard_mib, 0)
     check_replaceable("folder", folder, DESCRIPTION)
-    description = {"version": _VERSION, "parts": {}}
+    description = {"version": _VERSION, "name": name, "parts": {}}
     index = {}
     total = sum(len(images) for images in split.parts().values())
     with (
@@ -68,12 +69,17 @@ def write_shards(split, folder, shard_mib=128):
     return {part: len(about["shards"]) for part, about in description["parts"].items()}
 
 
-def read_shards(folder):
+def read_shards(folder, name=None):
     """The `RetrievalSplit` that `write_shards` wrote, of slices: no image is read before it is needed.
 
+    Args:
+        folder: folder of shards.
+        name: str, the data set that is expected in it; None takes any, and shards without a name are taken for any.
+
     Raises:
-        FileNotFoundError: no `dataset.json` in `folder`, or a file missing that it names.
-        ValueError: another format; a shard of another size than it was written with; an index that does not fit.
+        FileNotFoundError: no `s2sd_shards.json` in `folder`, or a file missing that it names.
+        ValueError: another format or data set; a shard of another size than it was written with; an index that
+            does not fit.
     """
     path = os.path.join(folder, DESCRIPTION)
     if not os.path.isfile(path):
@@ -89,12 +95,14 @@ def read_shards(folder):
         raise ValueError(
             f"{path}: expected what write_shards writes, version {_VERSION}. Received: {error!r}"
         ) from error
+    if name is not None and description.get("name") not in ("", name):
+        raise ValueError(f"{path}: expected shards of {name!r}. Received: of {description.get('name')!r}")
     if not {"train", "test"} <= set(parts) <= set(RetrievalSplit._fields):
         raise ValueError(f"{path}: expected the parts {list(RetrievalSplit._fields)}. Received: {sorted(parts)}")
     if "gallery" in parts and classes["gallery"] != classes["test"]:
         raise ValueError(f"{path}: expected a gallery of the classes of test. Received: others")
-    for name, size in (shard for of_part in shards.values() for shard in of_part):
-        _check_shard(folder, name, size)
+    for shard in (shard for of_part in shards.values() for shard in of_part):
+        _check_shard(folder, *shard)
     index_path = os.path.join(folder, _INDEX)
     try:
         with np.load(index_path, allow_pickle=False) as index:

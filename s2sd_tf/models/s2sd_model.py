@@ -420,7 +420,7 @@ class S2SDModel(keras.Model):
         patterns = [key for key in self.learning_rate_multipliers if key.startswith(_LAYERS)]
         own = self.learning_rate_multipliers["backbone"]
         found = {key: [] for key in patterns}
-        for layer in _leaves(self.backbone) if patterns else ():
+        for layer in dict.fromkeys(_leaves(self.backbone)) if patterns else ():
             match = [key for key in patterns if fnmatch.fnmatchcase(layer.name, key[len(_LAYERS) :])][:1]
             for key in match:
                 found[key] += layer.trainable_variables

@@ -10,10 +10,11 @@ def averaged_weights(model):
     """Within the block the model has the averages of its trainable weights, where its optimizer keeps any.
 
     Keras's own `SwapEMAWeights` is in Keras 3 alone. Averages are taken before the factors of
-    `learning_rate_multipliers`, so where those are not 1 an average is that of weights one update ahead at most.
+    `learning_rate_multipliers` come in: where a factor is not 1, an average is off by the average of what the factor
+    takes from an update, at most. Weights whose factor is 0 have no averages here, as they do not move.
 
     Args:
-        model: compiled `keras.Model`.
+        model: compiled `S2SDModel`.
     """
     if not getattr(model.optimizer, "use_ema", False) or not int(tf.convert_to_tensor(model.optimizer.iterations)):
         yield
@@ -21,6 +22,12 @@ def averaged_weights(model):
     variables = model.trainable_variables
     own = [tf.identity(tf.convert_to_tensor(variable)) for variable in variables]
     model.optimizer.finalize_variable_values(variables)
+    kept = {
+        id(variable) for _, group, multiplier in model.learning_rate_groups() if not multiplier for variable in group
+    }
+    for variable, value in zip(variables, own):
+        if id(variable) in kept:
+            variable.assign(value)
     try:
         yield
     finally:

@@ -32,7 +32,7 @@ def default_config():
     # Folder with the data: Omniglot's archives, class folders, what the lists are relative to, or a benchmark in the
     # layout of its archive, of the published code, of `s2sd-shards`, or of tensorflow-datasets.
     config.data.root = ""
-    # Benchmarks: "auto" finds out what is under the root; or "files", "shards", "tfds".
+    # Benchmarks: "auto" finds out what is under the root; or "files", "shards", "tfds". "folder": "shards" too.
     config.data.source = "auto"
     # "folder", "lists" and benchmarks: "none"; "files" looks at every file's size and ends; "decode" decodes each once.
     config.data.check = "decode"

@@ -51,12 +51,22 @@ def load_data(config):
             invert=section.invert,
             **normalization,
         )
+    chosen = _augmentation(section)
+    if chosen is not None and chosen.crop == "random" and preprocessing.resize_size is None:
+        raise ValueError(
+            "config.data.resize_size: expected the side to scale the image to before the random crop of "
+            f"{section.augmentation!r}. Received: {section.resize_size!r}"
+        )
+    if chosen is not None and chosen.changes_colors and preprocessing.channels == 1:
+        raise ValueError(
+            f"config.data.augmentation: expected one without colours for grayscale. Received: {section.augmentation!r}"
+        )
     train, validation = split.train, None
     if section.validation_classes:
         train, validation = data.hold_out_classes(train, section.validation_classes, config.seed)
     elif section.validation_fraction:
         train, validation = data.split_samples(train, section.validation_fraction, config.seed)
-    return RunData(train, validation, split.test, preprocessing, split.gallery, _augmentation(section))
+    return RunData(train, validation, split.test, preprocessing, split.gallery, chosen)
 
 
 def _augmentation(section):
@@ -74,6 +84,12 @@ def _augmentation(section):
 
 def _load_split(section):
     """`(RetrievalSplit, Preprocessing)`; None for a `Preprocessing` that is the config's."""
+    if section.name in _OTHERS and section.source not in ("auto", "files"):
+        if (section.name, section.source) != ("folder", "shards"):
+            raise ValueError(
+                f"config.data.source: expected 'auto' or 'files' for {section.name!r}. Received: {section.source!r}"
+            )
+        return data.read_shards(section.root, "folder"), None
     if section.name in ("digits", "omniglot"):
         if section.name == "digits":
             train, test, preprocessing = data.load_digits()
@@ -83,6 +99,9 @@ def _load_split(section):
     if section.name == "folder":
         return data.RetrievalSplit(*_load_folders(section)), None
     if section.name == "lists":
+        for key in ("train_list", "test_list"):
+            if not section[key]:
+                raise ValueError(f"config.data.{key}: expected a text file of paths, with 'lists'. Received: none")
         return data.load_inaturalist(
             section.root, section.train_list, section.test_list, on_corrupt=section.on_corrupt, check=section.check
         ), None

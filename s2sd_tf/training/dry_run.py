@@ -102,6 +102,8 @@ class _Clock(keras.callbacks.Callback):
 def _steps(model, batches, batch):
     """Two steps through `fit`, and how fast the images come without them."""
     begin = time.monotonic()
+    # An epoch may be shorter.
+    batches = batches.repeat(STEPS + 1)
     count = sum(1 for _ in batches.take(STEPS + 1))
     input_rate = count * batch / (time.monotonic() - begin)
     timer, clock = InputTimer(batches.take(STEPS), batch), _Clock()
@@ -159,7 +161,8 @@ def _learning_rates(config, total, steps_per_epoch):
     )
     if not callable(rate):
         return [("learning rate", f"{rate:g}")]
-    steps = sorted({0, *(round(epoch * steps_per_epoch) for epoch in schedule.milestones), total - 1})
+    changes = {round(epoch * steps_per_epoch) for epoch in schedule.milestones}
+    steps = sorted({0, *(step for step in changes if step < total), total - 1})
     return [("learning rate", ", ".join(f"{float(rate(step)):.3g} at step {step:,}" for step in steps))]
 
 

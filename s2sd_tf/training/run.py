@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import os
 import shutil
 import sys
@@ -22,7 +23,7 @@ from s2sd_tf.keras_compat import keras, keras_version
 from s2sd_tf.models import S2SDModel, backbones
 from s2sd_tf.training import optimizers
 from s2sd_tf.training.averages import averaged_weights
-from s2sd_tf.training.config import resolve
+from s2sd_tf.training.config import default_config, resolve
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.input_timer import InputTimer
 
@@ -192,7 +193,7 @@ def load_run(workdir):
     for name, path in paths.items():
         if not os.path.exists(path):
             raise FileNotFoundError(f"workdir: expected a finished run, with {name}. Received: {workdir!r}")
-    config = config_dict.FrozenConfigDict(read_json(paths["config.json"]))
+    config = config_dict.FrozenConfigDict(_stored_config(paths["config.json"]))
     preprocessing = Preprocessing(**read_json(paths["preprocessing.json"]))
     return load_model(paths["best.keras"]), config, preprocessing
 
@@ -286,7 +287,7 @@ def _check_workdir(config, workdir):
     """Refuses a work directory that another config wrote, or that is something else."""
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path):
-        there = config_dict.FrozenConfigDict(read_json(path)).to_dict()
+        there = config_dict.FrozenConfigDict(_stored_config(path)).to_dict()
         differing = sorted(_differences(_used(there), _used(config.to_dict())))
         if differing:
             raise ValueError(
@@ -297,6 +298,20 @@ def _check_workdir(config, workdir):
         not os.path.isdir(workdir) or any(not name.startswith(LEFTOVER) for name in os.listdir(workdir))
     ):
         raise ValueError(f"workdir: expected a new or empty folder, or that of a run. Received: {workdir!r}")
+
+
+def _stored_config(path):
+    """The config of a run, as a dict; keys that there were not when it began have their defaults."""
+
+    def fill(defaults, stored):
+        for key, value in defaults.items():
+            if isinstance(value, dict) and isinstance(stored.get(key), dict):
+                fill(value, stored[key])
+            else:
+                stored.setdefault(key, value)
+        return stored
+
+    return fill(json.loads(default_config().to_json()), read_json(path))
 
 
 def _used(config):
@@ -460,7 +475,7 @@ def _draw(config, workdir, history, run_data, embeddings, gallery=None, gallery_
     queries = choose_queries(labels, found, 8)
     rows = np.concatenate([queries[:, None], found[queries]], axis=1)
     shown = {}
-    for images, first in ((run_data.test, 0), (searched, before)):
+    for images, first in dict.fromkeys([(run_data.test, 0), (searched, before)]):
         chosen = np.unique(rows[(rows >= first) & (rows < first + len(images))]) - first
         part = dataclasses.replace(images, images=images.images[chosen], labels=images.labels[chosen])
         pixels = evaluation_batches(part, run_data.preprocessing.without_normalization()).unbatch()
