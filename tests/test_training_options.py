@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import REPOSITORY
 from dataset_layouts import write_cub200, write_inshop, write_sop
 
 import s2sd_tf
@@ -253,6 +254,18 @@ class TestDryRun:
         assert rates["backbone"] == f"x 1, {trained - stem:,} parameters"
         assert "6 steps, 2 epochs of 3" in dict(sections["steps"])["in all"]
         assert "recall@1" in dict(sections["evaluation"])
+
+    def test_the_program_with_all_colours_where_runs_are_deterministic(self, tmp_path, run_python):
+        write_cub200(tmp_path, classes=8, images_per_class=4)
+        done = run_python(
+            "-m", "s2sd_tf.cli.train", f"--config={REPOSITORY / 'configs' / 'folder.py'}", "--dry_run",
+            "--config.data.name=cub200", f"--config.data.root={tmp_path}", "--config.data.validation_classes=0",
+            "--config.data.classes_per_batch=3", "--config.data.samples_per_class=2", "--config.data.image_size=16",
+            "--config.data.resize_size=18", "--config.data.augmentation=adv",
+            "--config.data.augmentation_settings.rand_augment=1", "--config.model.filters=(8,8)",
+        )  # fmt: skip
+        assert "4 classes, 16 images (paths)" in done.stdout
+        assert "augmentation         adv" in done.stdout
 
     def test_bad_data_is_told(self, tmp_path):
         config = small_config(**{"data.name": "sop", "data.root": str(tmp_path)})

@@ -271,15 +271,26 @@ def _resized(image, preprocessing):
     return image
 
 
-def _color_layers():
+def _keras_cv_layers():
     # Its import takes seconds.
     import keras_cv
 
+    # The layers ask for the global generator, though nothing is drawn from it here; where runs are deterministic there
+    # is none before it is set.
+    try:
+        tf.random.get_global_generator()
+    except RuntimeError:
+        tf.random.set_global_generator(tf.random.Generator.from_seed(0))
+    return keras_cv.layers
+
+
+def _color_layers():
+    layers = _keras_cv_layers()
     return {
-        "brightness": keras_cv.layers.RandomBrightness(0.0, value_range=(0, 1)),
-        "contrast": keras_cv.layers.RandomContrast((0, 1), 0.5),
-        "saturation": keras_cv.layers.RandomSaturation(0.5),
-        "hue": keras_cv.layers.RandomHue(0.5, value_range=(0, 1)),
+        "brightness": layers.RandomBrightness(0.0, value_range=(0, 1)),
+        "contrast": layers.RandomContrast((0, 1), 0.5),
+        "saturation": layers.RandomSaturation(0.5),
+        "hue": layers.RandomHue(0.5, value_range=(0, 1)),
     }
 
 
@@ -288,9 +299,7 @@ def _rand_augment_operations(magnitude, deviation=0.15):
 
     The operations and what their strengths are drawn from are those of keras-cv's `RandAugment`.
     """
-    import keras_cv
-
-    layers = keras_cv.layers.RandAugment.get_standard_policy((0, 255), magnitude, deviation)
+    layers = _keras_cv_layers().RandAugment.get_standard_policy((0, 255), magnitude, deviation)
     (contrast_of, equalized, solarized, colors, contrast, brightness, shear_x, shear_y, move_x, move_y) = layers
 
     def strength(draws):
