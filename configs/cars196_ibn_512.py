@@ -9,7 +9,7 @@ Variants: `--config=configs/cars196_ibn_512.py:<options>`, words separated by co
 
 Published: in the paper's comparison with the state of the art, by a tuned schedule; no figure is repeated here.
 
-Expected time: 10,650 steps of 112 images, 71 an epoch; on two CPU cores about 6 seconds a step, not yet
+Expected time: 10,650 steps of 112 images, 71 an epoch; on two CPU cores about 10 seconds a step, not yet
 measured on a GPU. The last epoch is evaluated, and the test classes choose nothing: expect a little less than the best
 epoch has.
 """

@@ -11,7 +11,7 @@ Published (recall@1 / NMI on the test classes, best epoch): multi_similarity 81.
 msd 83.98 / 71.34, msdf 85.69 / 72.77, msdfa 85.89 / 71.45; margin 79.86 / 67.36, with msdf 85.55 / 71.68; r_margin
 82.37 / 68.66, with msdfa 86.81 / 71.48; best with tuned schedules 87.6.
 
-Expected time: 10,650 steps of 112 images, 71 an epoch; on two CPU cores about 15 seconds a step, not yet
+Expected time: 10,650 steps of 112 images, 71 an epoch; on two CPU cores about 17 seconds a step, not yet
 measured on a GPU. The last epoch is evaluated, and the test classes choose nothing: expect a little less than the best
 epoch has.
 """

@@ -9,7 +9,7 @@ Variants: `--config=configs/cars196_r50_512.py:<options>`, words separated by co
 
 Published: recall@1 89.5 on the test classes, with a tuned schedule.
 
-Expected time: 10,650 steps of 112 images, 71 an epoch; on two CPU cores about 15 seconds a step, not yet
+Expected time: 10,650 steps of 112 images, 71 an epoch; on two CPU cores about 17 seconds a step, not yet
 measured on a GPU. The last epoch is evaluated, and the test classes choose nothing: expect a little less than the best
 epoch has.
 """

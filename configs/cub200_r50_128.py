@@ -11,7 +11,7 @@ Published (recall@1 / NMI on the test classes, best epoch): multi_similarity 62.
 msd 65.80 / 70.65, msdf 67.04 / 71.87, msdfa 67.68 / 71.40; margin 63.09 / 68.21, with msdf 67.58 / 71.47; r_margin
 64.93 / 68.36, with msdfa 68.58 / 71.64; best with tuned schedules 68.9.
 
-Expected time: 7,800 steps of 112 images, 52 an epoch; on two CPU cores about 15 seconds a step, not yet
+Expected time: 7,800 steps of 112 images, 52 an epoch; on two CPU cores about 17 seconds a step, not yet
 measured on a GPU. The last epoch is evaluated, and the test classes choose nothing: expect a little less than the best
 epoch has.
 """

@@ -9,7 +9,7 @@ Variants: `--config=configs/cub200_r50_512.py:<options>`, words separated by com
 
 Published: recall@1 70.1 on the test classes, with a tuned schedule.
 
-Expected time: 7,800 steps of 112 images, 52 an epoch; on two CPU cores about 15 seconds a step, not yet
+Expected time: 7,800 steps of 112 images, 52 an epoch; on two CPU cores about 17 seconds a step, not yet
 measured on a GPU. The last epoch is evaluated, and the test classes choose nothing: expect a little less than the best
 epoch has.
 """

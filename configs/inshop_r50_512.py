@@ -9,7 +9,7 @@ Variants: `--config=configs/inshop_r50_512.py:<options>`, words separated by com
 
 Published: the paper has no In-Shop; this is its protocol for Stanford Online Products.
 
-Expected time: 34,650 steps of 112 images, 231 an epoch; on two CPU cores about 15 seconds a step, not yet
+Expected time: 34,650 steps of 112 images, 231 an epoch; on two CPU cores about 17 seconds a step, not yet
 measured on a GPU. The last epoch is evaluated, and the test classes choose nothing: expect a little less than the best
 epoch has.
 """

@@ -11,7 +11,7 @@ Published (recall@1 / NMI on the test classes, best epoch): multi_similarity 77.
 msd 78.42 / 90.09, msdf 78.59 / 90.09, msdfa 78.07 / 89.88; margin 78.43 / 90.40, with msdf 79.63 / 90.70; r_margin
 77.58 / 90.42, with msdfa 78.00 / 90.41; best with tuned schedules 80.2.
 
-Expected time: 79,650 steps of 112 images, 531 an epoch; on two CPU cores about 15 seconds a step, not yet
+Expected time: 79,650 steps of 112 images, 531 an epoch; on two CPU cores about 17 seconds a step, not yet
 measured on a GPU. The last epoch is evaluated, and the test classes choose nothing: expect a little less than the best
 epoch has.
 """

@@ -9,7 +9,7 @@ Variants: `--config=configs/sop_r50_512.py:<options>`, words separated by commas
 
 Published: recall@1 81.0 on the test classes, with a tuned schedule.
 
-Expected time: 79,650 steps of 112 images, 531 an epoch; on two CPU cores about 15 seconds a step, not yet
+Expected time: 79,650 steps of 112 images, 531 an epoch; on two CPU cores about 17 seconds a step, not yet
 measured on a GPU. The last epoch is evaluated, and the test classes choose nothing: expect a little less than the best
 epoch has.
 """
