@@ -13,7 +13,7 @@ import numbers
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
-from s2sd_tf.data.preprocessing import resize_antialiased, to_grayscale
+from s2sd_tf.data.preprocessing import resize_antialiased, to_grayscale, with_channels
 
 # Draws of a crop before the centre one is taken, as torchvision has it.
 _ATTEMPTS = 10
@@ -168,14 +168,14 @@ class Augmentation:
     def _finish(self, image, preprocessing, seed):
         """Flip, colours and normalisation of a crop, float `(height, width, c)` up to 1."""
         if self.crop == "center":
-            image = preprocessing.resize(_with_channels(image, preprocessing.channels))
+            image = preprocessing.resize(with_channels(image, preprocessing.channels))
         draws = tf.unstack(tf.random.stateless_uniform([6], _sub_seed(seed, 1)))
         if self.flip:
             # Not tf.where, which takes twenty times as long.
             image = tf.cond(draws[0] < self.flip, lambda image=image: tf.reverse(image, [1]), lambda image=image: image)
         if self.changes_colors:
-            image = self._colored(_with_channels(image, 3), draws, seed)
-        return preprocessing.normalize(_with_channels(image, preprocessing.channels))
+            image = self._colored(with_channels(image, 3), draws, seed)
+        return preprocessing.normalize(with_channels(image, preprocessing.channels))
 
     def _colored(self, image, draws, seed):
         images = image[None]
@@ -246,12 +246,6 @@ def _check_range(argument, value, most):
 
 def _is_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _with_channels(image, channels):
-    if image.shape[-1] == channels:
-        return image
-    return to_grayscale(image) if channels == 1 else tf.image.grayscale_to_rgb(image)
 
 
 def _sub_seed(seed, stream):

@@ -16,6 +16,13 @@ def to_grayscale(images):
     return tf.reduce_sum(images * tf.constant([0.299, 0.587, 0.114]), axis=-1, keepdims=True)
 
 
+def with_channels(images, channels):
+    """Images `(..., 1)` or `(..., 3)` as grayscale (1) or RGB (3)."""
+    if images.shape[-1] == channels:
+        return images
+    return to_grayscale(images) if channels == 1 else tf.image.grayscale_to_rgb(images)
+
+
 def resize_antialiased(images, height, width):
     """`tf.image.resize(images, (height, width), antialias=True)`, equal to the last bit and several times as fast.
 
@@ -133,15 +140,12 @@ class Preprocessing:
 
     def decode(self, encoded):
         """A PNG, JPEG, BMP or GIF (first frame) image, a string scalar, to float `(h, w, channels)` up to 1."""
-        image = decode_rgb(encoded)
-        return to_grayscale(image) if self.channels == 1 else image
+        return with_channels(decode_rgb(encoded), self.channels)
 
     def from_pixels(self, pixels):
         """uint8 images `(..., h, w, c)` to the model's input; gray becomes RGB or RGB gray as asked."""
         images = tf.cast(pixels, tf.float32) / 255.0
-        if images.shape[-1] != self.channels:
-            images = to_grayscale(images) if self.channels == 1 else tf.image.grayscale_to_rgb(images)
-        return self(images)
+        return self(with_channels(images, self.channels))
 
     def from_bytes(self, encoded):
         """An encoded image, a scalar string, to the model's input `(height, width, channels)`."""

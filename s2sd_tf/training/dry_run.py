@@ -5,14 +5,13 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.data import evaluation_batches, samplers
+from s2sd_tf.data import samplers
 from s2sd_tf.evaluation import retrieval_metrics
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.training import optimizers
 from s2sd_tf.training.config import resolve
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.input_timer import InputTimer
-from s2sd_tf.training.run import build_batches, build_model, build_sampler, set_up
+from s2sd_tf.training.run import build_batches, build_model, build_sampler, build_schedule, embed, set_up
 
 STEPS = 2
 SAMPLE = 64
@@ -25,8 +24,8 @@ def dry_run(config):
         config: `ConfigDict` with the keys of `default_config`.
 
     Returns:
-        Dict from the title of a section to a list of `(name, value)`, all str: data, model, optimizer, steps,
-        evaluation.
+        Dict from the title of a section to a list of `(name, value)`, all str: data, model, learning rates,
+        steps, evaluation, memory.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: what `train` raises.
@@ -76,7 +75,7 @@ def dry_run(config):
         ],
         "learning rates": [
             ("optimizer", f"{config.optimizer.name}, schedule {config.optimizer.schedule.name}"),
-            *_learning_rates(config, total, steps_per_epoch),
+            *_learning_rates(config, build_schedule(config, run_data), total, steps_per_epoch),
             *_groups(model),
         ],
         "steps": [*steps, *losses, ("in all", f"{total:,} steps, {config.train.epochs} epochs of {steps_per_epoch:,}")],
@@ -135,33 +134,25 @@ def _evaluation(model, run_data):
     queries = _sample(run_data.test)
     classes = np.unique(queries.labels)
     begin = time.monotonic()
-    rows = [_embed(model, queries, run_data)]
+    rows = embed(model, queries, run_data.preprocessing)
     count = len(queries)
     gallery = ()
     if run_data.gallery is not None:
         searched = _sample(run_data.gallery, classes)
-        gallery = (_embed(model, searched, run_data), searched.labels)
+        gallery = (embed(model, searched, run_data.preprocessing), searched.labels)
         count += len(searched)
     seconds = time.monotonic() - begin
-    metrics = retrieval_metrics(*rows, queries.labels, *gallery)
+    metrics = retrieval_metrics(rows, queries.labels, *gallery)
     return [
         ("sample", f"{count} images of {len(classes)} classes, {seconds:.2f} s with tracing"),
         ("recall@1", f"{100 * metrics['recall@1']:.1f}% on it"),
     ]
 
 
-def _embed(model, images, run_data):
-    return model.predict(evaluation_batches(images, run_data.preprocessing), verbose=0)
-
-
-def _learning_rates(config, total, steps_per_epoch):
-    schedule = config.optimizer.schedule
-    rate = optimizers.schedule(
-        config.optimizer.learning_rate, steps_per_epoch=steps_per_epoch, epochs=config.train.epochs, **schedule
-    )
+def _learning_rates(config, rate, total, steps_per_epoch):
     if not callable(rate):
         return [("learning rate", f"{rate:g}")]
-    changes = {round(epoch * steps_per_epoch) for epoch in schedule.milestones}
+    changes = {round(epoch * steps_per_epoch) for epoch in config.optimizer.schedule.milestones}
     steps = sorted({0, *(step for step in changes if step < total), total - 1})
     return [("learning rate", ", ".join(f"{float(rate(step)):.3g} at step {step:,}" for step in steps))]
 

@@ -145,15 +145,20 @@ def build_model(config, run_data):
         },
         log_per_target=config.s2sd.log_per_target,
     )
+    learning_rate = build_schedule(config, run_data)
+    model.compile(optimizer=optimizers.get(config.optimizer.name, learning_rate, config.optimizer.settings.to_dict()))
+    return model
+
+
+def build_schedule(config, run_data):
+    """The learning rate of a resolved config, a float or a Keras schedule."""
     batch = config.data.classes_per_batch * config.data.samples_per_class
-    learning_rate = optimizers.schedule(
+    return optimizers.schedule(
         config.optimizer.learning_rate,
         steps_per_epoch=config.train.steps_per_epoch or max(1, len(run_data.train) // batch),
         epochs=config.train.epochs,
         **config.optimizer.schedule,
     )
-    model.compile(optimizer=optimizers.get(config.optimizer.name, learning_rate, config.optimizer.settings.to_dict()))
-    return model
 
 
 def _layer_multipliers(config):
