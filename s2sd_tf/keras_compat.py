@@ -67,6 +67,50 @@ def apply_gradients(optimizer, gradients, variables):
     optimizer.apply_gradients(zip(gradients, variables))
 
 
+def sums_gradients_too_late(optimizer):
+    """Whether the optimizer wants to know of several replicas' gradients what they are together.
+
+    Keras 3 clips each replica's own before they are summed, and a loss-scaling optimizer looks for overflows in those
+    of the first replica alone. Keras 2 sums them first.
+    """
+    scales = hasattr(optimizer, "inner_optimizer")
+    return IS_KERAS_3 and (scales or any(_clipping(optimizer)))
+
+
+def apply_summed_gradients(optimizer, gradients, variables, replicas):
+    """`apply_gradients` on several replicas, for gradients that have been summed over them."""
+    clipnorm, global_clipnorm, clipvalue = _clipping(optimizer)
+    scale = tf.cast(scale_loss(optimizer, tf.ones([])), tf.float32)
+    # Clipped here, so that the optimizer finds nothing to clip in a replica's share of them.
+    if global_clipnorm:
+        present = [gradient for gradient in gradients if gradient is not None]
+        clipped = iter(tf.clip_by_global_norm(present, global_clipnorm * scale)[0])
+        gradients = [None if gradient is None else next(clipped) for gradient in gradients]
+
+    def share(gradient):
+        if clipnorm:
+            gradient = tf.clip_by_norm(gradient, tf.cast(clipnorm * scale, gradient.dtype))
+        if clipvalue:
+            limit = tf.cast(clipvalue * scale, gradient.dtype)
+            # An overflow stays one.
+            gradient = tf.where(tf.math.is_finite(gradient), tf.clip_by_value(gradient, -limit, limit), gradient)
+        return gradient / replicas
+
+    gradients = [None if gradient is None else share(gradient) for gradient in gradients]
+    apply_gradients(optimizer, gradients, variables)
+
+
+def _clipping(optimizer):
+    """`(clipnorm, global_clipnorm, clipvalue)` of an optimizer, None for what it does not do."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return [getattr(optimizer, name, None) for name in ("clipnorm", "global_clipnorm", "clipvalue")]
+
+
+def restores_random_layers():
+    """Whether a layer's random numbers come from a variable that can be set back. Keras 2's come from nowhere."""
+    return IS_KERAS_3
+
+
 def import_addons(wanted, instead):
     """The module `tensorflow_addons`, which there is for Keras 2 alone.
 

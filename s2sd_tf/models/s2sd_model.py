@@ -7,10 +7,11 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf import objectives
-from s2sd_tf.checks import check_above, check_at_least
+from s2sd_tf.checks import check_above, check_at_least, checked_int
 from s2sd_tf.distillation import distillation_weight, similarity_kl
 from s2sd_tf.keras_compat import (
     apply_gradients,
+    apply_summed_gradients,
     dtype_policy_config,
     import_addons,
     keras,
@@ -18,12 +19,18 @@ from s2sd_tf.keras_compat import (
     loss_dtype,
     resolve_jit_compile,
     restore_legacy_optimizer_state,
+    restores_random_layers,
     scale_loss,
+    sums_gradients_too_late,
 )
+from s2sd_tf.models import replicas
+from s2sd_tf.models.diagnostics import effective_rank, mean_similarity
+from s2sd_tf.models.gradient_caching import gradients_in_parts, outputs_in_parts
 from s2sd_tf.models.heads import AuxiliaryHead, EmbeddingHead
 from s2sd_tf.models.pooling import POOLINGS, GeM, pool
 
 GROUPS = ("backbone", "heads", "objectives")
+SIMILARITIES = ("global", "replica")
 # How a key of the multipliers begins that goes on with a pattern of layer names.
 _LAYERS = "backbone/"
 # Names in a saved model of what Keras does not save of an optimizer.
@@ -73,10 +80,24 @@ class S2SDModel(keras.Model):
             float32 spacing of the weight (1e-7 of it) is lost before it is scaled. Default: 1 each.
         log_per_target: bool, log every target's objective and divergence beside their means.
         similarity_kl_implementation: "auto", "fused" or "composed"; see `similarity_kl`.
+        similarities: where a distribution strategy shares a batch out over replicas, "global": objectives and teachers
+            see the batch of all of them, and a step is that of one device with the whole batch, but for BatchNorm,
+            whose statistics are each replica's own. Every replica computes the objectives of the whole batch, and of
+            the divergences its own rows. "replica": each replica sees its own part alone.
+        micro_batch_size: int >= 1, or None. Images of a replica that the backbone takes at a time in training: the
+            memory is that of such a part, while the loss is that of the whole batch and its gradients are exact, but
+            for BatchNorm that trains, whose statistics are the part's. The backbone computes every image twice forward
+            and once backward (Gao et al., RepL4NLP 2021, arXiv 2101.06983).
+        diagnostics: bool, log how training goes beside the loss, without a copy to the host: "gradient_norm", the norm
+            of the gradients of all weights; "mean_similarity", the mean cosine of the base embeddings of different
+            images; "embedding_rank", the participation ratio of their covariance, from 1 to `embedding_dim`; and where
+            there are targets "target_mean_similarity" and "target_embedding_rank", of the target where it is largest
+            and smallest. A similarity near 1 and a rank near 1 are those of embeddings that have collapsed.
         name, dtype: as for any Keras model.
 
     Attributes:
         step: int64 variable, training steps taken; saved with the model.
+        first_nonfinite_step: int64 variable, the first step (from 0) whose loss was not finite; -1: none.
         embedding_head, auxiliary_heads, objective, target_objectives: the layers.
         gem: the `GeM` layer; None where neither pooling is "gem".
 
@@ -111,6 +132,9 @@ class S2SDModel(keras.Model):
         learning_rate_multipliers=None,
         log_per_target=False,
         similarity_kl_implementation="auto",
+        similarities="global",
+        micro_batch_size=None,
+        diagnostics=False,
         name=None,
         **kwargs,
     ):
@@ -130,6 +154,9 @@ class S2SDModel(keras.Model):
             ("l2", l2),
         ]:
             check_at_least(argument, value, 0)
+        _check_choice("similarities", similarities, SIMILARITIES)
+        if micro_batch_size is not None:
+            micro_batch_size = checked_int("micro_batch_size", micro_batch_size, 1)
         multipliers = dict(learning_rate_multipliers or {})
         for group, value in multipliers.items():
             if not group.startswith(_LAYERS):
@@ -152,6 +179,9 @@ class S2SDModel(keras.Model):
         self.learning_rate_multipliers = types.MappingProxyType({**dict.fromkeys(GROUPS, 1.0), **multipliers})
         self.log_per_target = log_per_target
         self.similarity_kl_implementation = similarity_kl_implementation
+        self.similarities = similarities
+        self.micro_batch_size = micro_batch_size
+        self.diagnostics = diagnostics
         self._steps_are_jitted = None  # not known before `compile`
 
         self.backbone = backbone
@@ -168,6 +198,13 @@ class S2SDModel(keras.Model):
         self._target_objective = types.MappingProxyType(keras.utils.serialize_keras_object(template))
         self.target_objectives = [self._copy_of(template, k) for k in range(len(self.target_dims))]
         self.step = self.add_weight(name="step", shape=(), dtype="int64", initializer="zeros", trainable=False)
+        self.first_nonfinite_step = self.add_weight(
+            name="first_nonfinite_step",
+            shape=(),
+            dtype="int64",
+            initializer=keras.initializers.Constant(-1),
+            trainable=False,
+        )
         self._make_metrics()
         if backbone.built:
             self.build(backbone.input_shape)
@@ -201,15 +238,28 @@ class S2SDModel(keras.Model):
             if not layer.built:
                 layer.build((None, dim))
         self._backbone_groups()
+        if self.micro_batch_size:
+            self._check_parts_can_be_repeated()
+        self._feature_dim = shape[-1]
         self.built = True
 
     def compile(self, *args, jit_compile="auto", **kwargs):
-        """As for any Keras model; `jit_compile="auto"` jits where there is a GPU.
+        """As for any Keras model; `jit_compile="auto"` jits where there is a GPU, and no other one beside it.
 
         The steps rely on it: a function of one's own with `jit_compile=True` around `train_step` wants a model that is
         compiled with `jit_compile=True` too.
+
+        Raises:
+            ValueError: `jit_compile=True` on several replicas: XLA knows no collectives of TensorFlow's strategies.
         """
-        super().compile(*args, jit_compile=resolve_jit_compile(jit_compile), **kwargs)
+        several = self.distribute_strategy.num_replicas_in_sync > 1
+        if several and jit_compile is True:
+            raise ValueError(
+                "jit_compile: expected False or 'auto' under a distribution strategy of several replicas. Received: "
+                f"True, and {self.distribute_strategy.num_replicas_in_sync} replicas"
+            )
+        jit_compile = False if several else resolve_jit_compile(jit_compile)
+        super().compile(*args, jit_compile=jit_compile, **kwargs)
         self._steps_are_jitted = bool(self.jit_compile)
 
     def compile_from_config(self, config):
@@ -245,6 +295,8 @@ class S2SDModel(keras.Model):
     def compute_losses(self, inputs, labels, training=False):
         """Every term of the loss of one batch, as a dict of tensors.
 
+        On several replicas and with `similarities="global"` the mean over the replicas is the batch's.
+
         Args:
             inputs: images, as the backbone takes them.
             labels: integer tensor `(batch,)`.
@@ -256,69 +308,17 @@ class S2SDModel(keras.Model):
         """
         if not self.built:
             self.build(inputs.shape)
-        features = self.backbone(inputs, training=training)
-        embedding = self.embedding_head(pool(features, self.pooling, self.gem))
-        losses = {"objective": self.objective(embedding, labels, training=training)}
-        teachers, weights = [], []
-        loss = losses["objective"]
-
-        target_features = pool(features, self.target_pooling, self.gem)
-        if self.target_dims:
-            teachers = [head(target_features) for head in self.auxiliary_heads]
-            losses["target_objectives"] = tf.stack(
-                [
-                    objective(teacher, labels, training=training)
-                    for objective, teacher in zip(self.target_objectives, teachers)
-                ]
-            )
-            loss = (loss + tf.reduce_mean(losses["target_objectives"])) / 2.0
-            weight = distillation_weight(self.distill_weight, self.step, 0, self.distill_warmup_steps, embedding.dtype)
-            weights = [weight / len(self.target_dims)] * len(self.target_dims)
-        if self.feature_distill:
-            features = tf.cast(tf.stop_gradient(target_features), embedding.dtype)
-            teachers.append(tf.math.l2_normalize(features, axis=1, epsilon=1e-12))
-            weights.append(
-                distillation_weight(
-                    self.feature_distill_weight,
-                    self.step,
-                    self.feature_distill_delay,
-                    self.feature_distill_warmup_steps,
-                    embedding.dtype,
-                )
-            )
-        if teachers:
-            # One call for all teachers, as they share the student's similarities.
-            total, kls = similarity_kl(
-                embedding,
-                teachers,
-                self.temperature,
-                tf.stack(weights),
-                self.similarity_kl_implementation,
-                compute_gradient=training,
-                jit_compile=self._steps_are_jitted,
-            )
-            loss += tf.cast(total, loss.dtype)
-            if self.target_dims:
-                losses["distill_kls"] = kls[: len(self.target_dims)]
-            if self.feature_distill:
-                losses["feature_kl"] = kls[-1]
-        return {"loss": loss, **losses}
+        return self._losses_of(self._pooled(inputs, training), labels, training)[0]
 
     def train_step(self, data):
         """One optimizer step on a batch `(images, labels)`; returns the running means of the logged terms."""
         inputs, labels = _unpack(data)
-        with tf.GradientTape() as tape:
-            losses = self.compute_losses(inputs, labels, training=True)
-            loss = losses["loss"] + self._regularization(losses["loss"].dtype)
-            # Keras sums the gradients of the replicas of a distribution strategy.
-            loss /= tf.cast(tf.distribute.get_strategy().num_replicas_in_sync, loss.dtype)
-            loss = scale_loss(self.optimizer, loss)
+        if not self.built:
+            self.build(inputs.shape)
         variables = self.trainable_variables
-        # Dense, as Keras 3's optimizers square the entries of a sparse gradient before they add up repeated ones.
-        gradients = [
-            tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
-            for gradient in tape.gradient(loss, variables)
-        ]
+        losses, batch, gradients = (self._gradients_in_parts if self.micro_batch_size else self._gradients)(
+            inputs, labels, variables
+        )
         # The updates that are not taken as the optimizer makes them.
         scaled = [
             (variable, multiplier)
@@ -327,11 +327,23 @@ class S2SDModel(keras.Model):
             for variable in group
         ]
         before = [tf.identity(variable) for variable, _ in scaled]
-        apply_gradients(self.optimizer, gradients, variables)
+        diagnosed = {}
+        several = replicas.count() > 1
+        if several and (self.diagnostics or sums_gradients_too_late(self.optimizer)):
+            gradients = replicas.sum_gradients(gradients)
+        if self.diagnostics:
+            diagnosed = self._diagnose(batch, gradients)
+        if several and (self.diagnostics or sums_gradients_too_late(self.optimizer)):
+            apply_summed_gradients(self.optimizer, gradients, variables, replicas.count())
+        else:
+            apply_gradients(self.optimizer, gradients, variables)
         for (variable, multiplier), old in zip(scaled, before):
             variable.assign(old + multiplier * (tf.convert_to_tensor(variable) - old))
+        step, first = tf.convert_to_tensor(self.step), tf.convert_to_tensor(self.first_nonfinite_step)
+        is_first = (first < 0) & ~tf.math.is_finite(losses["loss"])
+        self.first_nonfinite_step.assign(tf.where(is_first, step, first))
         self.step.assign_add(1)
-        return self._log(losses)
+        return self._log({**losses, **diagnosed})
 
     def test_step(self, data):
         """The terms of the loss of a batch `(images, labels)`, without training."""
@@ -366,6 +378,9 @@ class S2SDModel(keras.Model):
             "learning_rate_multipliers": dict(self.learning_rate_multipliers),
             "log_per_target": self.log_per_target,
             "similarity_kl_implementation": self.similarity_kl_implementation,
+            "similarities": self.similarities,
+            "micro_batch_size": self.micro_batch_size,
+            "diagnostics": self.diagnostics,
         }
 
     @classmethod
@@ -391,6 +406,139 @@ class S2SDModel(keras.Model):
         if "seed" in config:
             config["seed"] += k + 1
         return type(template).from_config(config)
+
+    def _pooled(self, inputs, training):
+        """`[f, f']`, the pooled features of images, or `[f]` where they are the same."""
+        features = self.backbone(inputs, training=training)
+        poolings = dict.fromkeys((self.pooling, self.target_pooling))
+        return [pool(features, pooling, self.gem) for pooling in poolings]
+
+    def _losses_of(self, pooled, labels, training):
+        """What `compute_losses` returns, and the `replicas.Batch` that it is of, from `_pooled` features."""
+        target_features = pooled[-1]
+        batch = replicas.Batch(
+            self.embedding_head(pooled[0]), [head(target_features) for head in self.auxiliary_heads], None, labels
+        )
+        if self.feature_distill:
+            features = tf.cast(tf.stop_gradient(target_features), batch.embedding.dtype)
+            batch = batch._replace(features=tf.math.l2_normalize(features, axis=1, epsilon=1e-12))
+        if self.similarities == "global":
+            batch = replicas.gather(batch)
+
+        losses = {"objective": self.objective(batch.embedding, batch.labels, training=training)}
+        loss = losses["objective"]
+        teachers, weights, dtype = list(batch.targets), [], batch.embedding.dtype
+        if self.target_dims:
+            losses["target_objectives"] = tf.stack(
+                [
+                    objective(target, batch.labels, training=training)
+                    for objective, target in zip(self.target_objectives, batch.targets)
+                ]
+            )
+            loss = (loss + tf.reduce_mean(losses["target_objectives"])) / 2.0
+            weight = distillation_weight(self.distill_weight, self.step, 0, self.distill_warmup_steps, dtype)
+            weights = [weight / len(self.target_dims)] * len(self.target_dims)
+        if self.feature_distill:
+            teachers.append(batch.features)
+            weights.append(
+                distillation_weight(
+                    self.feature_distill_weight,
+                    self.step,
+                    self.feature_distill_delay,
+                    self.feature_distill_warmup_steps,
+                    dtype,
+                )
+            )
+        if teachers:
+            # One call for all teachers, as they share the student's similarities.
+            total, kls = similarity_kl(
+                batch.embedding,
+                teachers,
+                self.temperature,
+                tf.stack(weights),
+                self.similarity_kl_implementation,
+                rows=batch.rows,
+                compute_gradient=training,
+                jit_compile=self._steps_are_jitted,
+            )
+            if batch.share is not None:
+                share = tf.cast(batch.share, total.dtype)
+                total, kls = share * total, share * kls
+            loss += tf.cast(total, loss.dtype)
+            if self.target_dims:
+                losses["distill_kls"] = kls[: len(self.target_dims)]
+            if self.feature_distill:
+                losses["feature_kl"] = kls[-1]
+        return {"loss": loss, **losses}, batch
+
+    def _loss_to_differentiate(self, loss):
+        """The loss as the optimizer wants it, with what regularises the weights."""
+        loss += self._regularization(loss.dtype)
+        # Keras sums the gradients of the replicas of a distribution strategy.
+        return scale_loss(self.optimizer, loss / tf.cast(replicas.count(), loss.dtype))
+
+    def _gradients(self, inputs, labels, variables):
+        """`(losses, batch, gradients)` of a training step."""
+        with tf.GradientTape() as tape:
+            losses, batch = self._losses_of(self._pooled(inputs, True), labels, training=True)
+            loss = self._loss_to_differentiate(losses["loss"])
+        return losses, batch, _dense(tape.gradient(loss, variables))
+
+    def _gradients_in_parts(self, inputs, labels, variables):
+        """The same, with the backbone computing `micro_batch_size` images at a time."""
+        dtype = loss_dtype(self)
+        size = self.micro_batch_size
+
+        def compute(part):
+            return [tf.cast(features, dtype) for features in self._pooled(part, True)]
+
+        # Statistics and random numbers of the second time shall be those of the first.
+        state = self.backbone.non_trainable_variables
+        before = [tf.identity(variable) for variable in state]
+        dims = [self._feature_dim] * len({self.pooling, self.target_pooling})
+        pooled = outputs_in_parts(compute, inputs, size, dims, dtype)
+        for variable, value in zip(state, before):
+            variable.assign(value)
+        with tf.GradientTape() as tape:
+            tape.watch(pooled)
+            losses, batch = self._losses_of(pooled, labels, training=True)
+            loss = self._loss_to_differentiate(losses["loss"])
+        gradients, upstream = tape.gradient(loss, (variables, pooled))
+        gradients = _dense(gradients)
+
+        trained = {id(v) for layer in (self.backbone, self.gem) if layer is not None for v in layer.trainable_variables}
+        places = [k for k, variable in enumerate(variables) if id(variable) in trained]
+        in_parts = gradients_in_parts(compute, inputs, size, upstream, [variables[k] for k in places])
+        for k, gradient in zip(places, in_parts):
+            if gradient is not None:
+                gradients[k] = gradient if gradients[k] is None else gradients[k] + gradient
+        return losses, batch, gradients
+
+    def _check_parts_can_be_repeated(self):
+        for layer in _leaves(self.backbone):
+            if getattr(layer, "activity_regularizer", None) is not None:
+                raise ValueError(
+                    "micro_batch_size: expected a backbone without activity regularizers. "
+                    f"Received: one with {layer.name!r}"
+                )
+            if not restores_random_layers() and getattr(layer, "rate", 0) and "rate" in layer.get_config():
+                raise ValueError(
+                    "micro_batch_size: expected a backbone without dropout or noise with Keras 2, which cannot draw "
+                    f"the same random numbers twice. Received: one with {layer.name!r}"
+                )
+
+    def _diagnose(self, batch, gradients):
+        scale = tf.cast(scale_loss(self.optimizer, tf.ones([])), tf.float32)
+        present = [tf.cast(gradient, tf.float32) for gradient in gradients if gradient is not None]
+        found = {
+            "gradient_norm": tf.linalg.global_norm(present) / scale,
+            "mean_similarity": mean_similarity(batch.embedding),
+            "embedding_rank": effective_rank(batch.embedding),
+        }
+        if self.target_dims:
+            found["target_mean_similarity"] = tf.reduce_max([mean_similarity(target) for target in batch.targets])
+            found["target_embedding_rank"] = tf.reduce_min([effective_rank(target) for target in batch.targets])
+        return found
 
     def _regularization(self, dtype):
         total = tf.zeros([], dtype)
@@ -445,13 +593,16 @@ class S2SDModel(keras.Model):
                 names += [f"target{k}_{dim}_kl" for k, dim in enumerate(self.target_dims)]
         if self.feature_distill:
             names.append("feature_kl")
+        if self.diagnostics:
+            names += ["gradient_norm", "mean_similarity", "embedding_rank"]
+            names += ["target_mean_similarity", "target_embedding_rank"] if self.target_dims else []
         self._metric_attributes = tuple(f"_mean_{name}" for name in names)
         for attribute, name in zip(self._metric_attributes, names):
             # One attribute each: Keras 2 would take metrics in a list for layers.
             setattr(self, attribute, keras.metrics.Mean(name=name))
 
     def _log(self, losses):
-        values = {"loss": losses["loss"], "objective": losses["objective"]}
+        values = dict(losses)
         if self.target_dims:
             values["target_objective"] = tf.reduce_mean(losses["target_objectives"])
             values["distill_kl"] = tf.reduce_mean(losses["distill_kls"])
@@ -459,11 +610,10 @@ class S2SDModel(keras.Model):
                 for k, dim in enumerate(self.target_dims):
                     values[f"target{k}_{dim}_objective"] = losses["target_objectives"][k]
                     values[f"target{k}_{dim}_kl"] = losses["distill_kls"][k]
-        if self.feature_distill:
-            values["feature_kl"] = losses["feature_kl"]
-        for metric in self.metrics:
+        logged = [metric for metric in self.metrics if metric.name in values]
+        for metric in logged:
             metric.update_state(values[metric.name])
-        return {metric.name: metric.result() for metric in self.metrics}
+        return {metric.name: metric.result() for metric in logged}
 
 
 def _output_shape(backbone, input_shape):
@@ -479,6 +629,13 @@ def _leaves(layer):
     if not parts:
         return [layer]
     return [leaf for part in parts for leaf in _leaves(part)]
+
+
+def _dense(gradients):
+    # Keras 3's optimizers square the entries of a sparse gradient before they add up repeated ones.
+    return [
+        tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient for gradient in gradients
+    ]
 
 
 def _unpack(data):
