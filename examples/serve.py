@@ -3,7 +3,7 @@
     python examples/serve.py <folder of the SavedModel> 8501
     curl --data-binary @query.jpg http://localhost:8501/
 
-answers {"matches": [{"id": ..., "label": ..., "score": ...}, ...]}, or {"error": ...} with status 400.
+answers {"matches": [{"id": ..., "label": ..., "score": ...}, ...]}, or {"error": ...} with status 400 or 413.
 """
 
 import http.server
@@ -13,20 +13,23 @@ import sys
 import tensorflow as tf
 from scann.scann_ops.py import scann_ops  # noqa: F401  registers the operations of the index
 
-MODEL = tf.saved_model.load(sys.argv[1])
-SEARCH = MODEL.signatures["encoded_images"]
+MODEL, MAX_BYTES = tf.saved_model.load(sys.argv[1]), 2**24
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    timeout = 30  # seconds
+
     def do_POST(self):
-        image = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        try:
-            found = SEARCH(encoded_images=tf.constant([image]))
-            ids, labels, scores = (found[name].numpy()[0].tolist() for name in ("ids", "labels", "scores"))
-            matches = [{"id": i.decode(), "label": n.decode(), "score": s} for i, n, s in zip(ids, labels, scores) if i]
-            status, answer = 200, {"matches": matches}
-        except tf.errors.OpError as error:
-            status, answer = 400, {"error": error.message.splitlines()[0]}
+        status, answer = 413, {"error": f"expected a Content-Length of at most {MAX_BYTES} bytes"}
+        length = self.headers.get("Content-Length", "")
+        if length.isdecimal() and len(length) < 15 and int(length) <= MAX_BYTES:
+            try:
+                found = MODEL.signatures["encoded_images"](tf.constant([self.rfile.read(int(length))]))
+                rows = zip(*(found[name].numpy()[0].tolist() for name in ("ids", "labels", "scores")))
+                matches = [{"id": i.decode(), "label": n.decode(), "score": s} for i, n, s in rows if i]
+                status, answer = 200, {"matches": matches}
+            except tf.errors.OpError:
+                status, answer = 400, {"error": "expected a PNG, JPEG, BMP or GIF image"}
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.end_headers()

@@ -33,7 +33,7 @@ def golden():
     return lambda name: np.load(DATA / f"{name}.npz")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_python():
     """Runs Python code or a module in a process of its own and returns the finished process."""
 

@@ -1,49 +1,146 @@
-"""Training under MirroredStrategy on two virtual CPUs."""
+"""Training on several devices: virtual CPUs under MirroredStrategy, and workers on this machine."""
 
 import json
 
 import numpy as np
+import pytest
 
+# Trains cases on so many virtual CPUs. A process each, as TensorFlow's collectives know but one size of a group.
 SCRIPT = """
-import json
+import json, sys
 import numpy as np, tensorflow as tf
 import s2sd_tf
 keras = tf.keras
 tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
-images = np.random.default_rng(0).normal(size=(8, 8, 8, 1)).astype(np.float32)
-labels = np.arange(8) % 3
+devices = int(sys.argv[1])
+images = np.random.default_rng(0).normal(size=(10, 16, 8, 8, 1)).astype(np.float32)
+labels = np.tile(np.arange(16) // 4, (10, 1)).astype(np.int32)
+strategy = tf.distribute.get_strategy()
+if devices > 1:
+    strategy = tf.distribute.MirroredStrategy([f"CPU:{k}" for k in range(devices)])
 
-def train(strategy, images, labels):
+def train(case):
+    x, y = images, labels
+    if case.get("tile"):
+        x, y = np.tile(x[:, :8], (1, devices, 1, 1, 1)), np.tile(y[:, :8], (1, devices))
+    size = x.shape[1]
     with strategy.scope():
         keras.utils.set_random_seed(0)
-        backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4, 6), pools=1)
-        model = s2sd_tf.S2SDModel(
-            backbone, 4, objective="proxy_anchor", num_classes=3, target_dims=(8,), feature_distill_delay=2, l2=0.01
-        )
-        model.compile(optimizer=keras.optimizers.SGD(0.01))
-    dataset = tf.data.Dataset.from_tensors((images, labels))
-    history = model.fit(dataset, epochs=5, verbose=0).history
-    layers = (model.backbone, model.embedding_head, *model.auxiliary_heads, model.objective)
-    weights = [w.tolist() for layer in layers for w in layer.get_weights()]
-    return weights, history["loss"], int(tf.convert_to_tensor(model.step))
+        inputs = keras.Input((8, 8, 1))
+        features = keras.layers.Conv2D(6, 3, activation="relu")(inputs)
+        features = keras.layers.Conv2D(8, 3)(features)
+        if case.get("norm"):
+            features = keras.layers.BatchNormalization()(features)
+        features = keras.layers.ReLU()(features)
+        settings = {"target_dims": (8, 12), "feature_distill_delay": 2, "num_classes": 4, **case["model"]}
+        objective = s2sd_tf.objectives.get(**case["objective"])
+        model = s2sd_tf.S2SDModel(keras.Model(inputs, features), 4, objective=objective, **settings)
+        optimizer = getattr(keras.optimizers, case.get("optimizer", "SGD"))(**case["settings"])
+        model.compile(optimizer=optimizer)
+    # The last batch is a small one; Keras 3 wants the first to divide.
+    x, y = x.reshape((-1, 8, 8, 1)), y.reshape(-1)
+    x, y = x[: len(x) - case.get("missing", 0)], y[: len(y) - case.get("missing", 0)]
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(size)
+    history = model.fit(dataset, epochs=1, shuffle=False, verbose=0).history
+    state = [tf.convert_to_tensor(v).numpy().tolist() for v in model.non_trainable_variables]
+    weights = [tf.convert_to_tensor(v).numpy().tolist() for v in model.trainable_variables]
+    result = {"weights": weights, "history": history, "state": state}
+    if case.get("evaluate"):
+        dataset = tf.data.Dataset.from_tensor_slices((x[: 2 * size - 3], y[: 2 * size - 3])).batch(size)
+        result["evaluated"] = model.evaluate(dataset, verbose=0, return_dict=True)
+    return result
 
-one = train(tf.distribute.get_strategy(), images, labels)
-# Both replicas get the same images: the mean of their losses is the loss of one.
-two = train(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]), np.tile(images, (2, 1, 1, 1)), np.tile(labels, 2))
-print(json.dumps([one, two]))
+print(json.dumps({name: train(case) for name, case in json.loads(sys.argv[2]).items()}))
 """
 
+SGD = {"settings": {"learning_rate": 0.004, "momentum": 0.9}}
+OBJECTIVES = {
+    "multi_similarity": {"identifier": "multi_similarity"},
+    "margin": {"identifier": "margin", "num_classes": 4, "beta": 0.6},
+    "proxy_anchor": {"identifier": "proxy_anchor", "num_classes": 4},
+}
+GLOBAL = {
+    **{
+        f"{name}, {implementation}": {
+            "objective": objective, "model": {"similarity_kl_implementation": implementation}, **SGD,
+        }
+        for name, objective in OBJECTIVES.items()
+        for implementation in ("fused", "composed")
+    },
+    "adam, multipliers, l2, gem": {
+        "objective": OBJECTIVES["proxy_anchor"],
+        "model": {
+            "l2": 0.01, "pooling": "gem", "learning_rate_multipliers": {"heads": 0.5, "objectives": 10.0},
+            "log_per_target": True,
+        },
+        "optimizer": "Adam", "settings": {"learning_rate": 0.001, "epsilon": 1e-3},
+    },
+    "clipped by the norm of all": {
+        "objective": OBJECTIVES["multi_similarity"], "model": {"diagnostics": True},
+        "settings": {"learning_rate": 0.1, "global_clipnorm": 0.05},
+    },
+    "clipped one by one": {
+        "objective": OBJECTIVES["multi_similarity"], "model": {},
+        "settings": {"learning_rate": 0.1, "clipnorm": 0.02},
+    },
+    "in parts": {"objective": OBJECTIVES["margin"], "model": {"micro_batch_size": 3, "diagnostics": True}, **SGD},
+    "a memory of past batches": {
+        "objective": {"identifier": "contrastive", "memory_size": 20, "memory_start": 2}, "model": {}, **SGD,
+    },
+    "a batch that does not divide": {
+        "objective": OBJECTIVES["margin"], "model": {}, "missing": 2, "evaluate": True, **SGD,
+    },
+}  # fmt: skip
 
-def test_two_replicas_with_the_same_images_are_one(tmp_path, run_python):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    output = run_python("script.py", cwd=tmp_path).stdout
-    one, two = json.loads(output.splitlines()[-1])
-    assert one[2] == two[2] == 5
-    np.testing.assert_allclose(one[1], two[1], rtol=1e-4)
-    for a, b in zip(one[0], two[0]):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+
+TILED = {
+    "objective": OBJECTIVES["proxy_anchor"], "model": {"similarities": "replica"}, "tile": True, **SGD
+}  # fmt: skip
+
+
+# What tells four devices from two.
+ON_FOUR = [*(name for name in GLOBAL if name.endswith("fused")), "a batch that does not divide", "tiled"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, run_python):
+    """What every case gives, by the number of devices."""
+    folder = tmp_path_factory.mktemp("distribution")
+    (folder / "script.py").write_text(SCRIPT)
+    cases = {**GLOBAL, "tiled": TILED}
+    found = {}
+    for devices, names in ((1, cases), (2, cases), (4, ON_FOUR)):
+        chosen = json.dumps({name: cases[name] for name in names})
+        output = run_python("script.py", devices, chosen, cwd=folder, timeout=900).stdout
+        found[devices] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def assert_same_training(trained, name, devices, state_within=1e-5):
+    one, other = trained[1][name], trained[devices][name]
+    for key in {"history", "evaluated"} & one.keys():
+        assert one[key].keys() == other[key].keys()
+        for metric, expected in one[key].items():
+            np.testing.assert_allclose(other[key][metric], expected, rtol=1e-5, atol=1e-5, err_msg=metric)
+    for kind, within in (("weights", 1e-5), ("state", state_within)):
+        assert len(one[kind]) == len(other[kind])
+        for expected, values in zip(one[kind], other[kind]):
+            np.testing.assert_allclose(values, expected, rtol=1e-5, atol=within)
+
+
+@pytest.mark.parametrize(
+    ("devices", "name"), [(2, name) for name in GLOBAL] + [(4, name) for name in ON_FOUR if name in GLOBAL]
+)
+def test_a_batch_on_many_devices_is_that_batch_on_one(trained, name, devices):
+    # A memory's rows are embeddings, those of short features among them.
+    assert_same_training(trained, name, devices, state_within=1e-3 if "memory" in name else 1e-5)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_replicas_that_see_the_same_images_are_one(trained, devices):
+    assert_same_training(trained, "tiled", devices)
 
 
 MEMORY_SCRIPT = """
@@ -58,7 +155,7 @@ images = np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype(np.float32)
 with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
     backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4, 6), pools=1)
     objective = s2sd_tf.objectives.get("contrastive", memory_size=10, memory_start=0)
-    model = s2sd_tf.S2SDModel(backbone, 4, objective=objective, target_dims=(8,))
+    model = s2sd_tf.S2SDModel(backbone, 4, objective=objective, target_dims=(8,), similarities="replica")
     model.compile(optimizer=keras.optimizers.SGD(0.01))
 dataset = tf.data.Dataset.from_tensors((images, np.arange(16) // 2))
 model.fit(dataset, epochs=3, verbose=0)
@@ -67,7 +164,7 @@ print(json.dumps([tf.convert_to_tensor(value).numpy().tolist() for value in valu
 """
 
 
-def test_a_cross_batch_memory_under_a_strategy_holds_embeddings_of_one_replica(tmp_path, run_python):
+def test_a_cross_batch_memory_per_replica_holds_embeddings_of_one_replica(tmp_path, run_python):
     (tmp_path / "script.py").write_text(MEMORY_SCRIPT)
     memory, labels, draws = json.loads(run_python("script.py", cwd=tmp_path).stdout.splitlines()[-1])
     np.testing.assert_allclose(np.linalg.norm(memory, axis=1), 1.0, atol=1e-5)

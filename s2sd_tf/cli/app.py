@@ -5,11 +5,15 @@ import sys
 
 from absl import app, flags
 
+from s2sd_tf.files import OutOfSpace
+from s2sd_tf.training import Interrupted
 from s2sd_tf.training.compare import RunFailed
 
 
 def run(main):
-    """Runs an absl `main(argv)`; a bad argument, config or file ends in one message on stderr and exit status 2.
+    """Runs an absl `main(argv)`; a bad argument, config or file ends in one message on stderr and exit status 2, as a
+    loss that is not finite or a full disk does. An interrupted run, which can be called again, says so in one line and
+    ends with exit status 75.
 
     With the environment variable `S2SD_TF_TRACEBACK` set, the error is raised instead.
     """
@@ -43,7 +47,10 @@ def _told(main, program):
             _fail(program, f"unexpected arguments {argv[1:]}")
         try:
             return main(argv)
-        except (ValueError, FileNotFoundError, ImportError, RunFailed) as error:
+        except Interrupted as error:
+            print(f"{program}: {error}", file=sys.stderr)
+            raise
+        except (ValueError, FileNotFoundError, FloatingPointError, ImportError, OutOfSpace, RunFailed) as error:
             if os.environ.get("S2SD_TF_TRACEBACK"):
                 raise
             _fail(program, error)

@@ -12,7 +12,7 @@ from absl import flags
 from s2sd_tf.cli import app, configs
 from s2sd_tf.cli.tables import metrics_table
 from s2sd_tf.evaluation.pictures import save_curves
-from s2sd_tf.files import replacing, write_json
+from s2sd_tf.files import check_replaceable, replacing, write_json
 from s2sd_tf.training import resolve
 from s2sd_tf.training.compare import mean_and_deviation, run_all, summarize
 from s2sd_tf.training.run import read_history
@@ -32,8 +32,9 @@ def main():
 
 
 def _main(_):
-    if not all(seed.isdigit() for seed in _SEEDS.value):
+    if not all(seed.isdecimal() for seed in _SEEDS.value):
         raise ValueError(f"--seeds: expected integers >= 0 separated by commas. Received: {','.join(_SEEDS.value)}")
+    check_replaceable("--workdir", os.path.join(_WORKDIR.value, "saved_model"), "saved_model.pb")
     config = resolve(configs.value(_CONFIG))
     if len(set(_SEEDS.value)) < len(_SEEDS.value):
         raise ValueError(f"--seeds: expected different seeds. Received: {','.join(_SEEDS.value)}")

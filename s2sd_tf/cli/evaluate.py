@@ -12,18 +12,21 @@ import numpy as np
 from absl import flags
 
 from s2sd_tf import evaluation
+from s2sd_tf.checks import check_file_to_write
 from s2sd_tf.cli import app
 from s2sd_tf.cli.tables import metrics_table
 from s2sd_tf.data import Preprocessing, load_image_folder
+from s2sd_tf.data.untrusted import read_array, reading
 from s2sd_tf.evaluation import exact
 from s2sd_tf.evaluation.projector import save_projector
 from s2sd_tf.evaluation.report import save_report
-from s2sd_tf.files import check_replaceable, read_json, write_json
+from s2sd_tf.export import load_model
+from s2sd_tf.files import check_replaceable, write_json
 from s2sd_tf.serving import Encoder
 from s2sd_tf.serving.encoder import decode_image, read_image, read_image_under
 from s2sd_tf.training import load_run
 from s2sd_tf.training.datasets import load_data
-from s2sd_tf.training.run import embed, load_model
+from s2sd_tf.training.run import embed
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run: its model on its test classes.")
 _MODEL = flags.DEFINE_string("model", None, "SavedModel of s2sd-export, or .keras file beside its preprocessing.json.")
@@ -77,6 +80,9 @@ def _main(_):
     for more, needed in ((_GALLERY_LABELS, _GALLERY_EMBEDDINGS), (_GALLERY_EMBEDDINGS, _EMBEDDINGS)):
         if more.value and not needed.value:
             raise ValueError(f"--{more.name}: expected --{needed.name} too. Received: none")
+    for output in (_OUTPUT, _REPORT):
+        if output.value:
+            check_file_to_write(f"--{output.name}", output.value)
     if _PROJECTOR.value:
         check_replaceable("--projector", _PROJECTOR.value, "projector_config.pbtxt")
     queries, gallery = {"workdir": _of_workdir, "model": _of_model, "embeddings": _of_embeddings}[chosen[0]]()
@@ -190,7 +196,7 @@ def _of_model():
                 raise FileNotFoundError(
                     f"--model: expected a .keras file beside its preprocessing.json. Missing: {name}"
                 )
-        model, preprocessing = load_model(_MODEL.value), Preprocessing(**read_json(path))
+        model, preprocessing = load_model(_MODEL.value), Preprocessing.load(path)
         parts = [_part(embed(model, images, preprocessing), images, names) for images in folders]
     return parts[0], parts[1] if len(parts) > 1 else None
 
@@ -258,13 +264,13 @@ def _read_labels(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"labels: expected a file. Received: {path!r}")
     if path.endswith(".npy"):
-        return np.load(path, allow_pickle=False).reshape(-1).tolist()
-    with open(path, encoding="utf-8") as file:
+        return read_array(path).reshape(-1).tolist()
+    with reading(path, "a label a line"), open(path, encoding="utf-8") as file:
         return file.read().splitlines()
 
 
 def _ints(flag):
-    if not all(k.isdigit() and int(k) for k in flag.value):
+    if not all(k.isdecimal() and len(k) < 10 and int(k) for k in flag.value):
         raise ValueError(f"--{flag.name}: expected integers >= 1 separated by commas. Received: {','.join(flag.value)}")
     return [int(k) for k in flag.value]
 

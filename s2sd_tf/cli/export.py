@@ -9,6 +9,7 @@ from absl import flags
 
 from s2sd_tf.cli import app
 from s2sd_tf.export import export_encoder
+from s2sd_tf.files import check_replaceable
 from s2sd_tf.training import load_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
@@ -20,8 +21,9 @@ def main():
 
 
 def _main(_):
-    model, _, preprocessing = load_run(_WORKDIR.value)
     output = _OUTPUT.value or os.path.join(_WORKDIR.value, "saved_model")
+    check_replaceable("--output", output, "saved_model.pb")
+    model, _, preprocessing = load_run(_WORKDIR.value)
     export_encoder(model, preprocessing, output)
     print(f"SavedModel with signatures serving_default and encoded_images: {output}")
 

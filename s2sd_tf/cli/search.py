@@ -8,7 +8,9 @@ import os
 
 from absl import flags
 
+from s2sd_tf.checks import check_file_to_write
 from s2sd_tf.cli import app
+from s2sd_tf.data.untrusted import image_excess
 from s2sd_tf.evaluation import load_index
 from s2sd_tf.evaluation.pictures import save_matches
 from s2sd_tf.serving import Encoder
@@ -29,11 +31,15 @@ def main():
 def _main(_):
     if _PICTURE.value and not _IMAGES.value:
         raise ValueError("--images: expected the folder that the ids are paths under, for --picture. Received: none")
+    if _PICTURE.value:
+        check_file_to_write("--picture", _PICTURE.value)
     index, encoder = load_index(_INDEX.value), Encoder(_ENCODER.value)
     contents = []
     for path in _IMAGE.value:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"--image: expected a file. Received: {path!r}")
+        if reason := image_excess(path):
+            raise ValueError(f"--image: expected an image. Received: {path!r}: {reason}")
         with open(path, "rb") as file:
             contents.append(file.read())
     rows, errors = encoder.embed(contents)
@@ -62,7 +68,8 @@ def _main(_):
             for answer in answers
         ]
         save_matches(_PICTURE.value, rows)
-    print(json.dumps(answers, indent=2, ensure_ascii=False))
+    # Ids may be file names that are not UTF-8; in JSON an escape is what they become.
+    print(json.dumps(answers, indent=2, ensure_ascii=False).encode(errors="backslashreplace").decode())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 s2sd-train --config=configs/digits.py --config.model.embedding_dim=8 --workdir=runs/digits8
 
+On SIGTERM or Ctrl-C it saves where it is and ends with exit status 75 (EX_TEMPFAIL): the same command goes on from
+there. Before it has begun, SIGTERM ends it as it ends any program, and nothing is lost.
+
 With --dry_run it builds everything, takes two steps, evaluates a sample, says what it found, and writes nothing.
 """
 

@@ -1,15 +1,24 @@
 """Reading of annotation files, text and MATLAB; what is malformed is refused by file and line."""
 
+import json
 import ntpath
 import os
 import posixpath
-import struct
+import subprocess
+import sys
 import zlib
 from typing import NamedTuple
 
 import numpy as np
 
+from s2sd_tf.data import matlab_reader
 from s2sd_tf.data.image_set import ImageSet
+from s2sd_tf.data.untrusted import reading
+
+# What a MATLAB file may inflate to: that of CARS196 has 2 MB.
+_INFLATED_BYTES = 2**26
+# The type of compressed elements in it.
+_COMPRESSED = 15
 
 
 class Row(NamedTuple):
@@ -112,34 +121,17 @@ def read_matlab(path, *names):
 
     Raises:
         FileNotFoundError: it is not there.
-        ValueError: another kind of file, or one without a variable of those names.
+        ValueError: another kind of file, one that inflates to more than 64 MiB, or without a variable of those names.
     """
-    # scikit-learn brings it along; it takes a while to import.
-    import scipy.io
-
     _check_there(path)
-    try:
-        content = scipy.io.loadmat(path, simplify_cells=True)
-    except (
-        ValueError,
-        TypeError,
-        NotImplementedError,
-        OSError,
-        KeyError,
-        IndexError,
-        struct.error,
-        zlib.error,
-        scipy.io.matlab.MatReadError,
-    ) as error:
-        raise ValueError(f"{path}: expected a MATLAB file up to version 7. Received: {error}") from error
+    with reading(path, "a MATLAB file up to version 7"):
+        _check_inflated(path)
+        content = _variables(path)
     missing = [name for name in names if name not in content]
     if missing:
         raise ValueError(f"{path}: expected the variables {list(names)}. Received: none named {missing}")
     # One that is alone is no array.
-    return [
-        [content[name]] if isinstance(content[name], (dict, str)) else np.atleast_1d(content[name]).tolist()
-        for name in names
-    ]
+    return [content[name] if isinstance(content[name], list) else [content[name]] for name in names]
 
 
 def find_root(root, folders, files):
@@ -160,3 +152,37 @@ def find_root(root, folders, files):
 def _check_there(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: expected an annotation file. Received: none")
+
+
+def _variables(path):
+    """The variables of a MATLAB file by name, read in another process, as some broken files crash scipy."""
+    done = subprocess.run(
+        [sys.executable, "-I", matlab_reader.__file__, os.path.abspath(path)],
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise ValueError(done.stderr.strip() or "a file that crashes its reader")
+    return json.loads(done.stdout)
+
+
+def _check_inflated(path):
+    """Raises ValueError where the compressed elements of a MATLAB file of version 5 are too large, before scipy makes
+    an array of them.
+    """
+    with open(path, "rb") as file:
+        content = file.read(_INFLATED_BYTES + 1)
+    left = _INFLATED_BYTES - len(content)
+    order = "little" if content[126:128] == b"IM" else "big"
+    start = 128
+    while left >= 0 and start + 8 <= len(content):
+        kind, length = (int.from_bytes(content[at : at + 4], order) for at in (start, start + 4))
+        if kind == _COMPRESSED:
+            left -= len(zlib.decompressobj().decompress(content[start + 8 : start + 8 + length], left + 1))
+        start += 8 + length
+    if left < 0:
+        raise ValueError(f"more than {_INFLATED_BYTES:,} bytes")

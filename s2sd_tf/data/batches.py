@@ -18,7 +18,17 @@ _sources = weakref.WeakValueDictionary()
 
 
 def training_batches(
-    images, preprocessing, sampler, steps_per_epoch=None, seed=0, start_epoch=0, cache=None, augmentation=None
+    images,
+    preprocessing,
+    sampler,
+    steps_per_epoch=None,
+    seed=0,
+    start_epoch=0,
+    cache=None,
+    augmentation=None,
+    start_step=0,
+    position=None,
+    input_context=None,
 ):
     """A `tf.data.Dataset` of `(images, labels)`, batches that a sampler chooses, for `model.fit`.
 
@@ -27,6 +37,10 @@ def training_batches(
     gets the batches it would have got. Under a distribution strategy the replicas share out each batch; Keras 3 then
     takes one batch to build the model at every `fit`, which is a pass: all epochs after it get the batches of the next
     one.
+
+    An epoch can be gone on with in its middle: with `start_step` the first pass leaves out the batches before it, and
+    the others are what they would have been. Keras takes all epochs of a `fit` to be of one length, so the rest of an
+    epoch is for a `fit` of its own.
 
     Where the sampler stores embeddings, a pass is of the epoch that they were last refreshed for, whatever passes there
     were (see `RefreshStorage`), and an epoch is a function of them too. An epoch's batches are drawn when its first one
@@ -46,10 +60,18 @@ def training_batches(
             are made anew every time.
         augmentation: `Augmentation`, or None. Every image of an epoch gets its own, a function of `seed`, the epoch and
             the image's place in the epoch.
+        start_step: int in [0, steps_per_epoch), the batch of its epoch that the first pass begins with.
+        position: function of no arguments that is asked at the begin of every pass for its `(epoch, step)`, the first
+            batch of it from 0; in place of `start_epoch` and `start_step`. (Where the sampler has a storage, that
+            knows the epoch.)
+        input_context: `tf.distribute.InputContext` that `strategy.distribute_datasets_from_function` hands over: the
+            dataset is then of the parts of every batch that are the pipeline's replicas', one replica after the other,
+            and reads no other images. Replica k of n has the k-th of n equal parts of a batch.
 
     Returns:
         Dataset of float32 images `(sampler.batch_size, height, width, channels)` and int32 labels
-        `(sampler.batch_size,)`.
+        `(sampler.batch_size,)`. Its cardinality is not known where passes may be shorter than an epoch: with
+        `start_step` or `position`.
 
     Raises:
         ValueError: a bad argument, labels that the sampler cannot draw a batch from, or a cache asked for together with
@@ -70,41 +92,51 @@ def training_batches(
     seed = checked_int("seed", seed, 0)
     if augmentation is not None and cache:
         raise ValueError("cache: expected none, as augmented images are made anew every time. Received: True")
-    passes = itertools.count(checked_int("start_epoch", start_epoch, 0))
+    start_epoch, start_step = checked_int("start_epoch", start_epoch, 0), checked_int("start_step", start_step, 0)
+    if start_step >= steps:
+        raise ValueError(f"start_step: expected an int below the {steps} steps of an epoch. Received: {start_step}")
+    whole_epochs = position is None and not start_step
+    own, size = _own_part(input_context, batch)
+    if position is None:
+        position = _counted_passes(start_epoch, start_step)
     labels = checked_labels(images.labels)
     # Here, so that what cannot be drawn is told at once and not by the first training step.
     sampler.check(labels)
 
     def next_epoch():
+        epoch, step = position()
         if sampler.storage is None:
-            epoch = next(passes)
-            return sampler.epoch(labels, steps, seed, epoch), np.int64(epoch)
-        # So that the epoch's number and the embeddings are of the same refresh.
-        with sampler.storage.lock:
-            epoch = sampler.storage.epoch
-            return sampler.epoch(labels, steps, seed, epoch), np.int64(epoch)
+            chosen = sampler.epoch(labels, steps, seed, epoch)
+        else:
+            # So that the epoch's number and the embeddings are of the same refresh.
+            with sampler.storage.lock:
+                epoch = sampler.storage.epoch
+                chosen = sampler.epoch(labels, steps, seed, epoch)
+        places = np.arange(steps * batch).reshape(steps, batch)
+        return own(chosen[step:]), own(places[step:]), np.int64(epoch)
 
     def one_pass(_):
-        chosen, epoch = tf.numpy_function(next_epoch, [], [tf.int64, tf.int64])
-        chosen = tf.data.Dataset.from_tensor_slices(tf.ensure_shape(chosen, [steps, batch]))
+        chosen, places, epoch = tf.numpy_function(next_epoch, [], [tf.int64, tf.int64, tf.int64])
+        chosen = tf.data.Dataset.from_tensor_slices(tf.ensure_shape(chosen, [None, size]))
         if augmentation is None:
             return chosen
         seed_of_epoch = tf.random.experimental.stateless_fold_in([tf.constant(seed, tf.int64), 0], epoch)
-        seeds = tf.data.Dataset.range(steps * batch).map(
+        seeds = tf.data.Dataset.from_tensor_slices(tf.reshape(places, [-1])).map(
             lambda place: tf.random.experimental.stateless_fold_in(seed_of_epoch, place)
         )
-        return tf.data.Dataset.zip((chosen, seeds.batch(batch)))
+        return tf.data.Dataset.zip((chosen, seeds.batch(size)))
 
     dataset = tf.data.Dataset.range(1).flat_map(one_pass)
     if augmentation is not None:
-        dataset = _load(dataset.unbatch(), images, preprocessing, augmentation).batch(batch, drop_remainder=True)
+        dataset = _load(dataset.unbatch(), images, preprocessing, augmentation).batch(size, drop_remainder=True)
     elif _is_cached(cache, images, preprocessing):
         with tf.device("CPU"):
             pixels, known = tf.constant(_preprocess_all(images, preprocessing)), tf.constant(images.labels)
         dataset = dataset.map(lambda chosen: (tf.gather(pixels, chosen), tf.gather(known, chosen)))
     else:
-        dataset = _load(dataset.unbatch(), images, preprocessing).batch(batch, drop_remainder=True)
-    dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps))
+        dataset = _load(dataset.unbatch(), images, preprocessing).batch(size, drop_remainder=True)
+    if whole_epochs:
+        dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps * own(np.zeros([1, batch])).shape[0]))
     return dataset.prefetch(tf.data.AUTOTUNE)
 
 
@@ -163,6 +195,28 @@ def batches_at(positions, images, preprocessing, batch_size=256):
 
     dataset = _load(tf.data.Dataset.range(1).flat_map(one_pass), images, preprocessing)
     return dataset.map(lambda pixels, label: pixels).batch(batch_size).prefetch(tf.data.AUTOTUNE)
+
+
+def _counted_passes(epoch, step):
+    """A function to the `(epoch, step)` of one pass after the other, of which the first alone begins at `step`."""
+    positions = itertools.chain([(epoch, step)], zip(itertools.count(epoch + 1), itertools.repeat(0)))
+    return lambda: next(positions)
+
+
+def _own_part(input_context, batch):
+    """The function from `(steps, batch)` to `(steps * replicas, size)`, the parts of own replicas; and size."""
+    if input_context is None:
+        return lambda rows: rows, batch
+    replicas, pipelines = input_context.num_replicas_in_sync, input_context.num_input_pipelines
+    if batch % replicas:
+        raise ValueError(f"sampler: expected a batch that {replicas} replicas can share. Received: {batch} images")
+    size, count = batch // replicas, replicas // pipelines
+    first = input_context.input_pipeline_id * count
+
+    def own(rows):
+        return rows.reshape(-1, replicas, size)[:, first : first + count].reshape(-1, size)
+
+    return own, size
 
 
 def _load(indices, images, preprocessing, augmentation=None):

@@ -8,6 +8,7 @@ from absl import logging
 from tqdm import tqdm
 
 from s2sd_tf.data.preprocessing import decode_rgb
+from s2sd_tf.data.untrusted import image_excess
 
 CHECKS = ("none", "files", "decode")
 ON_CORRUPT = ("raise", "skip")
@@ -63,7 +64,8 @@ def unreadable(paths, check):
         paths: list of str.
         check: "none" looks at no file. "files" reads the first bytes and the last 4 KiB of each: it is there, not
             empty, begins as PNG, JPEG, BMP or GIF, and has the end marker if it is PNG or JPEG, which a truncated one
-            lacks. "decode" decodes each whole file, as training does.
+            lacks. "decode" decodes each whole file, as training does. Either refuses what is no regular file, has more
+            than 64 MiB, or more than 89 million pixels by its header.
     """
     if check == "none":
         return []
@@ -82,6 +84,8 @@ def unreadable(paths, check):
 
 def _decode_error(path):
     try:
+        if reason := image_excess(path):
+            return reason
         with open(path, "rb") as file:
             content = file.read()
         if not content:
@@ -95,6 +99,8 @@ def _decode_error(path):
 
 def _file_error(path):
     try:
+        if reason := image_excess(path):
+            return reason
         with open(path, "rb") as file:
             head = file.read(8)
             size = file.seek(0, os.SEEK_END)

@@ -15,7 +15,7 @@ def load_image_folder(root, on_corrupt="raise", check=True):
 
     A class is named by its path under `root`, so class folders may be nested (`Greek/character01`). Where all of them
     are, the first folder (`Greek`) is the super-class. Classes and files are in sorted order. Files and folders whose
-    name begins with a dot are passed over.
+    name begins with a dot are passed over. Links are followed, but for one to a folder that it is in.
 
     Args:
         root: folder; `root/<class>/*.{png,jpg,jpeg,bmp,gif}`, whatever the case of the extension.
@@ -56,16 +56,34 @@ def scan_image_folder(root):
     return ImageSet(paths, labels.astype(np.int32), class_names, super_classes), bad
 
 
+def walk_folders(root):
+    """Yields `(folder, names of its files)` of `root` and of all folders under it, sorted.
+
+    Names that begin with a dot are passed over. Links are followed, but for one to a folder that it is in.
+    """
+    root = os.fspath(root)
+    # What every folder that is to be visited is itself in, links resolved.
+    inside = {root: {_identity(root)}}
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        around = inside.pop(folder)
+        found = {name: _identity(os.path.join(folder, name)) for name in subfolders if not name.startswith(".")}
+        subfolders[:] = sorted(name for name, identity in found.items() if identity not in around)
+        inside.update((os.path.join(folder, name), around | {found[name]}) for name in subfolders)
+        yield folder, sorted(name for name in names if not name.startswith("."))
+
+
+def _identity(folder):
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
 def _scan(root):
     """`(files, bad)`: `(path, class name)` of the image files, `(path, reason)` of the others."""
     files, bad = [], []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    for folder, names in walk_folders(root):
         class_name = os.path.relpath(folder, root).replace(os.sep, "/")
-        for name in sorted(names):
+        for name in names:
             path = os.path.join(folder, name)
-            if name.startswith("."):
-                continue
             if not name.lower().endswith(EXTENSIONS):
                 bad.append((path, "not an image file by its extension"))
             elif class_name == ".":

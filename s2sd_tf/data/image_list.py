@@ -81,6 +81,9 @@ def _read(root, image_list, argument):
     if not rows:
         raise ValueError(f"image_list: expected a path a line. Received: {image_list!r}, which is empty")
     numbered = all(name.isdecimal() for name in super_class_of)
-    class_names = sorted(super_class_of, key=(lambda name: (int(name), name)) if numbered else None)
+    # By length first, as Python refuses to read numbers of thousands of digits.
+    class_names = sorted(
+        super_class_of, key=(lambda name: (len(name.lstrip("0")), name.lstrip("0"), name)) if numbered else None
+    )
     super_classes = [super_class_of[name] for name in class_names]
     return image_set(rows, class_names, () if labelled or None in super_classes else super_classes)

@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 
-from s2sd_tf.checks import checked_int
+from s2sd_tf.checks import check_number, checked_int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -181,6 +181,7 @@ def split_classes(images, test_classes=None, test_fraction=None):
         names = set(test.class_names)
         train = images.select_classes([c for c, name in enumerate(images.class_names) if name not in names])
     else:
+        check_number("test_fraction", test_fraction, "a number in (0, 1)")
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction: expected a number in (0, 1). Received: {test_fraction}")
         first = images.num_classes - max(1, math.floor(images.num_classes * test_fraction + 0.5))
@@ -200,7 +201,7 @@ def hold_out_classes(images, count, seed=0):
     Raises:
         ValueError: fewer than 2 held out (retrieval among one class is always right), or fewer than 2 left.
     """
-    if count < 2 or images.num_classes - count < 2:
+    if checked_int("hold_out_classes", count, 0) < 2 or images.num_classes - count < 2:
         raise ValueError(
             "hold_out_classes: expected at least 2 classes held out and 2 left. "
             f"Received: count={count} of {images.num_classes} classes"
@@ -223,6 +224,7 @@ def split_samples(images, fraction, seed=0):
     Raises:
         ValueError: a bad argument, or no class with 2 images.
     """
+    check_number("fraction", fraction, "a number in (0, 1)")
     if not 0 < fraction < 1:
         raise ValueError(f"fraction: expected a number in (0, 1). Received: {fraction}")
     rng = np.random.default_rng(checked_int("seed", seed, 0))

@@ -1,12 +1,13 @@
 """Omniglot's two small background archives, as a zero-shot retrieval task."""
 
 import os
-import zipfile
 
 import numpy as np
 
+from s2sd_tf.data.annotations import path_under
 from s2sd_tf.data.image_set import ImageSet
 from s2sd_tf.data.preprocessing import Preprocessing
+from s2sd_tf.data.untrusted import image_excess, open_archive
 
 ARCHIVES = ("images_background_small1.zip", "images_background_small2.zip")
 TEST_ALPHABETS = ("Japanese_(katakana)", "Sanskrit", "Tagalog")
@@ -25,6 +26,8 @@ def load_omniglot(data_dir, size=28):
 
     Raises:
         FileNotFoundError: an archive is not there.
+        ValueError: one that is broken, inflates too far, or holds other images than
+            `<folder>/<alphabet>/<character>/<file>.png`; the message names it.
     """
     train = _read_archive(os.path.join(data_dir, ARCHIVES[0]))
     test = _read_archive(os.path.join(data_dir, ARCHIVES[1])).select_by_name([f"{name}/*" for name in TEST_ALPHABETS])
@@ -35,12 +38,18 @@ def load_omniglot(data_dir, size=28):
 def _read_archive(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"data_dir: expected Omniglot's archive {os.path.basename(path)}. Received: {path}")
+    with open_archive(path) as archive:
+        files = [(name, archive.read(name)) for name in sorted(archive.namelist()) if name.endswith(".png")]
     images, characters = [], []
-    with zipfile.ZipFile(path) as archive:
-        for name in sorted(archive.namelist()):
-            if name.endswith(".png"):
-                images.append(archive.read(name))
-                characters.append("/".join(name.split("/")[1:3]))
+    for name, image in files:
+        path_under(path, name, path)
+        folders = name.split("/")[:-1]
+        if len(folders) < 3:
+            raise ValueError(f"{path}: expected images <folder>/<alphabet>/<character>/<file>.png. Received: {name!r}")
+        if reason := image_excess(image):
+            raise ValueError(f"{path}: expected drawings. Received: {name!r} of {reason}")
+        images.append(image)
+        characters.append("/".join(folders[1:3]))
     class_names, labels = np.unique(characters, return_inverse=True)
     array = np.empty(len(images), dtype=object)
     array[:] = images

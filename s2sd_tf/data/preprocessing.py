@@ -1,6 +1,12 @@
 """From encoded or decoded images to what the model takes; the same in training, evaluation and in exported graphs."""
 
+import math
+import numbers
+
 import tensorflow as tf
+
+from s2sd_tf.checks import checked_int
+from s2sd_tf.data.untrusted import read_json_object, reading
 
 
 def decode_rgb(encoded):
@@ -70,21 +76,34 @@ class Preprocessing:
         channels: 1 (grayscale) or 3 (RGB).
         resize_size: int >= max(height, width), or None.
         invert: bool; for dark drawings on white, so that the background is 0.
-        mean, std: float, or one for each channel in the order that comes out; on the scale where white is 1.
+        mean, std: float, std > 0, or one for each channel in the order that comes out; on the scale where white is 1.
         channel_order: "rgb" or "bgr", the order that comes out; images come in as RGB.
+
+    Raises:
+        ValueError: an argument out of its range; the message names it.
     """
 
     def __init__(
         self, height, width, channels=3, resize_size=None, invert=False, mean=0.0, std=1.0, channel_order="rgb"
     ):
-        if height < 1 or width < 1:
-            raise ValueError(f"Preprocessing: expected height and width >= 1. Received: {height} x {width}")
-        if channels not in (1, 3):
-            raise ValueError(f"channels: expected 1 or 3. Received: {channels}")
-        if resize_size is not None and resize_size < max(height, width):
+        height, width = checked_int("height", height, 1), checked_int("width", width, 1)
+        if isinstance(channels, bool) or channels not in (1, 3):
+            raise ValueError(f"channels: expected 1 or 3. Received: {channels!r}")
+        if resize_size is not None and checked_int("resize_size", resize_size, 1) < max(height, width):
             raise ValueError(
                 f"resize_size: expected at least the size of the crop, {height} x {width}. Received: {resize_size}"
             )
+        if not isinstance(invert, bool):
+            raise ValueError(f"invert: expected a bool. Received: {invert!r}")
+        for argument, value in (("mean", mean), ("std", std)):
+            values = value if isinstance(value, (list, tuple)) else [value]
+            fits = all(isinstance(v, numbers.Real) and math.isfinite(v) for v in values) and len(values) in (
+                1,
+                channels,
+            )
+            if not fits or (argument == "std" and not min(values) > 0):
+                wanted = "finite numbers > 0" if argument == "std" else "finite numbers"
+                raise ValueError(f"{argument}: expected 1 or {channels} {wanted}. Received: {value!r}")
         if channel_order not in ("rgb", "bgr"):
             raise ValueError(f"channel_order: expected 'rgb' or 'bgr'. Received: {channel_order!r}")
         self.height = height
@@ -95,6 +114,18 @@ class Preprocessing:
         self.mean = mean
         self.std = std
         self.channel_order = channel_order
+
+    @classmethod
+    def load(cls, path):
+        """That of a JSON file of `get_config()`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: something else in it; the message names the file.
+        """
+        config = read_json_object(path)
+        with reading(path, "the arguments of Preprocessing"):
+            return cls(**config)
 
     @property
     def output_shape(self):

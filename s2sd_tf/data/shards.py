@@ -1,7 +1,6 @@
 """Data sets as TFRecord shards: few large files, which other programs read too, and an index for random access."""
 
 import os
-import zipfile
 
 import numpy as np
 import tensorflow as tf
@@ -10,7 +9,8 @@ from tqdm import tqdm
 from s2sd_tf.checks import check_above
 from s2sd_tf.data.image_set import ImageSet, image_slices
 from s2sd_tf.data.retrieval_split import RetrievalSplit
-from s2sd_tf.files import check_replaceable, read_json, replacing, write_json
+from s2sd_tf.data.untrusted import read_arrays, read_json_object, reading
+from s2sd_tf.files import check_replaceable, replacing, write_json
 
 DESCRIPTION = "s2sd_shards.json"
 _INDEX = "index.npz"
@@ -84,17 +84,18 @@ def read_shards(folder, name=None):
     path = os.path.join(folder, DESCRIPTION)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"folder: expected shards, with {DESCRIPTION}. Received: {os.fspath(folder)!r}")
-    try:
-        description = read_json(path)
+    description = read_json_object(path)
+    with reading(path, f"what write_shards writes, version {_VERSION}"):
         if description["version"] != _VERSION:
             raise ValueError(f"version {description['version']!r}")
         parts = description["parts"]
         shards = {part: [(str(s["name"]), int(s["bytes"])) for s in about["shards"]] for part, about in parts.items()}
-        classes = {part: (tuple(about["class_names"]), tuple(about["super_classes"])) for part, about in parts.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: expected what write_shards writes, version {_VERSION}. Received: {error!r}"
-        ) from error
+        classes = {
+            part: (_texts(about["class_names"]), _texts(about["super_classes"])) for part, about in parts.items()
+        }
+        counts = {part: about["images"] for part, about in parts.items()}
+        if any(len(super_classes) not in (0, len(names)) for names, super_classes in classes.values()):
+            raise ValueError("super_classes of some classes alone")
     if name is not None and description.get("name") not in ("", name):
         raise ValueError(f"{path}: expected shards of {name!r}. Received: of {description.get('name')!r}")
     if not {"train", "test"} <= set(parts) <= set(RetrievalSplit._fields):
@@ -104,20 +105,16 @@ def read_shards(folder, name=None):
     for shard in (shard for of_part in shards.values() for shard in of_part):
         _check_shard(folder, *shard)
     index_path = os.path.join(folder, _INDEX)
-    try:
-        with np.load(index_path, allow_pickle=False) as index:
-            places = {part: [index[f"{part}_{name}"] for name in _ARRAYS] for part in parts}
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"folder: expected {_INDEX} beside {DESCRIPTION}. Received: {os.fspath(folder)!r}"
-        ) from None
-    except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{index_path}: expected the index that write_shards writes. Received: {error}") from error
-    for part, about in parts.items():
-        if about.get("images") != len(places[part][0]):
-            raise ValueError(
-                f"{index_path}: expected {about.get('images')} images of {part}. Received: {len(places[part][0])}"
-            )
+    if not os.path.isfile(index_path):
+        raise FileNotFoundError(f"folder: expected {_INDEX} beside {DESCRIPTION}. Received: {os.fspath(folder)!r}")
+    wanted = "the index that write_shards writes"
+    index = read_arrays(index_path, wanted)
+    with reading(index_path, wanted):
+        places = {part: [index[f"{part}_{name}"] for name in _ARRAYS] for part in parts}
+    for part, count in counts.items():
+        if not all(array.shape == (count,) for array in places[part]):
+            shapes = [array.shape for array in places[part]]
+            raise ValueError(f"{index_path}: expected {count} images of {part}. Received: places of shape {shapes}")
     return RetrievalSplit(
         **{part: _image_set(folder, index_path, shards[part], places[part], *classes[part]) for part in parts}
     )
@@ -174,6 +171,12 @@ def _example(images, position, encoded):
     return tf.train.Example(features=tf.train.Features(feature=feature))
 
 
+def _texts(values):
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{values!r} in place of a list of names")
+    return tuple(values)
+
+
 def _check_shard(folder, name, size):
     if os.path.basename(name) != name:
         raise ValueError(f"{DESCRIPTION}: expected names of shards in its folder. Received: {name!r}")
@@ -187,9 +190,10 @@ def _check_shard(folder, name, size):
 def _image_set(folder, index_path, shards, places, class_names, super_classes):
     shard, offset, length, label = places
     sizes = np.array([size for _, size in shards], np.int64)
-    fits = len({array.shape for array in places}) == 1 and all(array.dtype.kind == "i" for array in places)
+    fits = all(array.dtype.kind == "i" for array in places)
     fits = fits and (not len(shard) or 0 <= shard.min() <= shard.max() < len(shards))
-    if not fits or not ((offset >= 0) & (length > 0) & (offset + length <= sizes[shard])).all():
+    fits = fits and (not len(label) or 0 <= label.min() <= label.max() < len(class_names))
+    if not fits or not ((offset >= 0) & (length > 0) & (length <= sizes[shard] - offset)).all():
         raise ValueError(f"{index_path}: expected places of images in the shards. Received: others")
     paths = np.array([os.path.join(folder, name) for name, _ in shards], np.str_)
     return ImageSet(image_slices(paths[shard], offset, length), label.astype(np.int32), class_names, super_classes)

@@ -1,6 +1,7 @@
 """Retrieval on unseen classes while a model trains."""
 
-from s2sd_tf.evaluation.metrics import retrieval_metrics
+from s2sd_tf.checks import checked_int
+from s2sd_tf.evaluation.metrics import checked_ks, retrieval_metrics
 from s2sd_tf.keras_compat import keras
 
 
@@ -38,13 +39,11 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         super().__init__()
         if (gallery_images is None) != (gallery_labels is None):
             raise ValueError("gallery_labels: expected labels with gallery_images, and only then")
-        if every < 1:
-            raise ValueError(f"every: expected an int >= 1. Received: {every}")
         self.images = images
         self.labels = labels
-        self.every = every
+        self.every = checked_int("every", every, 1)
         self.prefix = prefix
-        self.ks = tuple(ks)
+        self.ks = tuple(checked_ks("ks", ks))
         self.method = method
         self.gallery_images = gallery_images
         self.gallery_labels = gallery_labels

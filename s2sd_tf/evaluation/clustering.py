@@ -6,7 +6,7 @@ import numpy as np
 
 from s2sd_tf.checks import checked_int
 from s2sd_tf.evaluation.exact import METRICS, check_finite, normalized
-from s2sd_tf.evaluation.neighbors import check_choice, checked_rows
+from s2sd_tf.evaluation.neighbors import check_choice, checked_labels, checked_rows
 
 
 def clustering_metrics(embeddings, labels, num_clusters=None, metric="cosine", iterations=20, restarts=1, seed=0):
@@ -32,10 +32,12 @@ def clustering_metrics(embeddings, labels, num_clusters=None, metric="cosine", i
         ValueError: a bad argument, or fewer items than clusters.
         ImportError: faiss is missing.
     """
-    labels = np.asarray(labels).reshape(-1)
-    if len(labels) != len(embeddings):
-        raise ValueError(f"labels: expected one for each of {len(embeddings)}. Received: {len(labels)}")
-    clusters = kmeans(embeddings, num_clusters or len(np.unique(labels)), metric, iterations, restarts, seed)
+    labels, embeddings = checked_labels("labels", labels), checked_rows("embeddings", embeddings)
+    if len(labels) != embeddings.shape[0]:
+        raise ValueError(f"labels: expected one for each of {embeddings.shape[0]}. Received: {len(labels)}")
+    if num_clusters is None:
+        num_clusters = max(1, len(np.unique(labels)))
+    clusters = kmeans(embeddings, num_clusters, metric, iterations, restarts, seed)
     return cluster_agreement(labels, clusters)
 
 

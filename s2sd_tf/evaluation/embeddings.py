@@ -2,13 +2,13 @@
 
 import glob
 import os
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.files import read_json, replacing, write_json
+from s2sd_tf.data.untrusted import read_array, read_arrays, read_json_object, reading
+from s2sd_tf.files import replacing, write_json
 
 # Names of the features of a TFRecord's examples.
 FEATURES = ("embedding", "id", "label")
@@ -120,9 +120,35 @@ def write_items(folder, ids, labels):
 
 
 def read_items(folder):
-    """`(ids, labels)` of `write_items`."""
-    items = read_json(os.path.join(folder, "items.json"))
-    return items["ids"], items["labels"]
+    """`(ids, labels)` of `write_items`.
+
+    Raises:
+        FileNotFoundError: no `items.json` there.
+        ValueError: one that is broken.
+    """
+    path = os.path.join(folder, "items.json")
+    items = read_json_object(path)
+    ids, labels = items.get("ids"), items.get("labels")
+    for name, values in (("ids", ids), ("labels", [] if labels is None else labels)):
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise ValueError(f"{path}: expected {name}, a list of texts. Received: {type(values).__name__}")
+    if labels is not None and len(labels) != len(ids):
+        raise ValueError(f"{path}: expected {len(ids)} labels. Received: {len(labels)}")
+    return ids, labels
+
+
+def read_rows(folder, ids):
+    """The rows of `embeddings.npy` in a folder, memory-mapped.
+
+    Raises:
+        FileNotFoundError: no such file there.
+        ValueError: no float rows `(len(ids), dim)`.
+    """
+    path = os.path.join(folder, "embeddings.npy")
+    rows = read_array(path, mmap_mode="r")
+    if rows.ndim != 2 or rows.dtype.kind != "f" or len(rows) != len(ids):
+        raise ValueError(f"{path}: expected float rows ({len(ids)}, dim). Received: {rows.dtype} {rows.shape}")
+    return rows
 
 
 def shard_folders(folder):
@@ -144,7 +170,7 @@ def read_shards(folder):
 
     Raises:
         FileNotFoundError: no shards there.
-        ValueError: an interrupted run.
+        ValueError: an interrupted run, or a file that is broken; the message names it.
     """
     check_finished(folder)
     folders = shard_folders(folder)
@@ -152,13 +178,14 @@ def read_shards(folder):
         raise FileNotFoundError(f"embeddings: expected a folder with shards. Received: {folder!r}")
     rows, ids, labels = [], [], []
     for path in folders:
-        array = np.load(os.path.join(path, "embeddings.npy"), mmap_mode="r", allow_pickle=False)
         its_ids, its_labels = read_items(path)
+        array = read_rows(path, its_ids)
         if len(array):
             rows.append(array)
             ids += its_ids
             labels = None if its_labels is None or labels is None else labels + its_labels
-    return Embeddings(EmbeddingShards(rows or [array]), ids, labels)
+    with reading(folder, "shards of one dimension"):
+        return Embeddings(EmbeddingShards(rows or [array]), ids, labels)
 
 
 def read_embeddings(path):
@@ -183,10 +210,8 @@ def read_embeddings(path):
     readers = {".npy": _read_npy, ".npz": _read_npz, ".tfrecord": _read_tfrecord, ".tfrecords": _read_tfrecord}
     if extension not in readers:
         raise ValueError(f"embeddings: expected one of {sorted(readers)} or a folder. Received: {path!r}")
-    try:
+    with reading(f"embeddings: {path}", f"rows in a whole {extension} file"):
         found = readers[extension](path)
-    except (KeyError, OSError, EOFError, ValueError, zipfile.BadZipFile, tf.errors.OpError) as error:
-        raise ValueError(f"embeddings: {path!r} cannot be read: {error}") from error
     if len(found.rows.shape) != 2:
         raise ValueError(f"embeddings: expected rows (n, dim) in {path!r}. Received: shape {tuple(found.rows.shape)}")
     for name, values in (("ids", found.ids), ("labels", found.labels)):
@@ -198,20 +223,18 @@ def read_embeddings(path):
 
 
 def _read_npy(path):
-    return Embeddings(np.load(path, mmap_mode="r", allow_pickle=False), None, None)
+    return Embeddings(read_array(path, mmap_mode="r"), None, None)
 
 
 def _read_npz(path):
-    with np.load(path, allow_pickle=False) as content:
-        if "embeddings" not in content:
-            raise KeyError(f"no array named embeddings, but {sorted(content)}")
-        labels = content["labels"].reshape(-1).tolist() if "labels" in content else None
-        ids = (
-            [i.decode() if isinstance(i, bytes) else str(i) for i in content["ids"].reshape(-1)]
-            if "ids" in content
-            else None
-        )
-        return Embeddings(content["embeddings"], ids, labels)
+    content = read_arrays(path)
+    if "embeddings" not in content:
+        raise ValueError(f"no array named embeddings, but {sorted(content)}")
+    labels = content["labels"].reshape(-1).tolist() if "labels" in content else None
+    ids = None
+    if "ids" in content:
+        ids = [i.decode() if isinstance(i, bytes) else str(i) for i in content["ids"].reshape(-1)]
+    return Embeddings(content["embeddings"], ids, labels)
 
 
 def _read_tfrecord(path):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from s2sd_tf.evaluation.exact import METRICS, check_finite
-from s2sd_tf.evaluation.neighbors import check_choice, checked_rows
+from s2sd_tf.evaluation.neighbors import check_choice, checked_labels, checked_rows
 
 _BLOCK = 2048
 
@@ -33,7 +33,7 @@ def embedding_geometry(embeddings, labels, metric="cosine"):
         ValueError: a bad argument.
     """
     rows = np.asarray(checked_rows("embeddings", embeddings)[:])
-    labels = np.asarray(labels).reshape(-1)
+    labels = checked_labels("labels", labels)
     check_choice("metric", metric, METRICS)
     check_finite("embeddings", rows)
     if not len(rows) or len(labels) != len(rows):

@@ -1,5 +1,6 @@
 """Indexes that are built once, saved, and searched: exact, by ScaNN, and many of them as one."""
 
+import hashlib
 import importlib
 import os
 import re
@@ -9,8 +10,9 @@ import numpy as np
 from absl import logging
 
 from s2sd_tf.checks import checked_int
+from s2sd_tf.data.untrusted import read_array, read_json_object, reading
 from s2sd_tf.evaluation import exact
-from s2sd_tf.evaluation.embeddings import check_finished, read_items, shard_folders, write_items
+from s2sd_tf.evaluation.embeddings import check_finished, read_items, read_rows, shard_folders, write_items
 from s2sd_tf.evaluation.exact import METRICS
 from s2sd_tf.evaluation.neighbors import (
     METHODS,
@@ -21,7 +23,7 @@ from s2sd_tf.evaluation.neighbors import (
     padded,
     without_own,
 )
-from s2sd_tf.files import check_replaceable, read_json, replacing, write_json
+from s2sd_tf.files import check_replaceable, replacing, write_json
 
 # ScaNN's authors: brute force below the first size, quantisation without a tree below the second, a tree above.
 BRUTE_FORCE_SIZE = 20_000
@@ -31,6 +33,8 @@ _SAMPLE = 1000
 # Rows that are looked at together.
 _BLOCK = 65_536
 _FORMAT = 1
+# Numbers that each kind of search by ScaNN is tuned by.
+_NUMBERS = {"brute_force": (), "hashing": ("reorder",), "tree": ("reorder", "leaves", "leaves_to_search")}
 
 
 class Index:
@@ -125,9 +129,9 @@ class Index:
             self._save(temporary)
             write_items(temporary, self.ids, self.labels)
             about = {"format": _FORMAT, "method": self.method, "metric": self.metric, "dim": self.dim}
-            write_json(os.path.join(temporary, "index.json"), {**about, "size": len(self), **self._about()})
+            write_json(os.path.join(temporary, "index.json"), {**about, "size": len(self), **self._about(temporary)})
 
-    def _about(self):
+    def _about(self, folder):
         return {}
 
 
@@ -167,7 +171,9 @@ class ExactIndex(Index):
 
     @classmethod
     def _load(cls, folder, about, ids, labels):
-        rows = np.load(os.path.join(folder, "embeddings.npy"), mmap_mode="r", allow_pickle=False)
+        rows = read_rows(folder, ids)
+        if rows.shape[1] != about["dim"]:
+            raise ValueError(f"{folder}: expected rows of dimension {about['dim']}. Received: {rows.shape[1]}")
         return cls(rows, about["metric"], ids, labels)
 
 
@@ -233,7 +239,7 @@ class ScannIndex(Index):
     def rows(self):
         with tempfile.TemporaryDirectory() as folder:
             self._searcher.serialize(folder)
-            return np.load(os.path.join(folder, "dataset.npy"), allow_pickle=False)
+            return read_array(os.path.join(folder, "dataset.npy"))
 
     def _search(self, queries, k):
         return self._found(_prepared(queries, self.metric), k)
@@ -348,27 +354,38 @@ class ScannIndex(Index):
         with open(path, "w") as file:
             file.write(re.sub(r'asset_path: ".*/([^/"]+)"', r'asset_path: "\1"', text))
 
-    def _about(self):
-        return {"settings": self.settings, "tuned": self.tuned}
+    def _about(self, folder):
+        assets = os.path.join(folder, "scann")
+        digests = _digests(assets, sorted(os.listdir(assets)))
+        return {"settings": self.settings, "tuned": self.tuned, "sha256": digests}
 
     @classmethod
     def _load(cls, folder, about, ids, labels):
         scann = import_scann()
         assets = os.path.abspath(os.path.join(folder, "scann"))
-        with open(os.path.join(assets, "scann_assets.pbtxt")) as file:
+        settings, tuned = _checked_settings(os.path.join(folder, "index.json"), about)
+        with reading(assets, "what ScaNN writes"), open(os.path.join(assets, "scann_assets.pbtxt")) as file:
             found = re.findall(r'assets \{\s*asset_type: (\w+)\s*asset_path: "([^"]*)"\s*\}', file.read())
         for _, name in found:
             if os.path.basename(name) != name or name.endswith(".pkl"):
                 raise ValueError(f"index: expected names of files in {assets!r}. Received: {name!r}")
+        names = {"scann_config.pb", *(name for _, name in found)}
+        # ScaNN's own code reads them, which ends the process where they are broken.
+        with reading(assets, "the files as they were written"):
+            written = about.get("sha256")
+            there = _digests(assets, sorted({*names, "scann_assets.pbtxt"}))
+            changed = written and [name for name, digest in there.items() if written.get(name) != digest]
+            if changed:
+                raise ValueError(f"another SHA-256 of {changed}")
         # ScaNN takes names as they were when it wrote them: it gets a folder with where the files are now. Nothing else
         # is in it, as it would unpickle a file of ids.
-        with tempfile.TemporaryDirectory() as links:
-            for name in ("scann_config.pb", *(name for _, name in found)):
+        with tempfile.TemporaryDirectory() as links, reading(assets, "what ScaNN writes"):
+            for name in names:
                 os.symlink(os.path.join(assets, name), os.path.join(links, name))
             with open(os.path.join(links, "scann_assets.pbtxt"), "w") as file:
                 file.writelines(f'assets {{\n  asset_type: {a}\n  asset_path: "{links}/{b}"\n}}\n' for a, b in found)
             searcher = scann.scann_ops_pybind.load_searcher(links)
-        return cls(searcher, about["metric"], about["dim"], ids, labels, about["settings"], about["tuned"])
+        return cls(searcher, about["metric"], about["dim"], ids, labels, settings, tuned)
 
 
 class ShardedIndex(Index):
@@ -437,7 +454,7 @@ def load_index(folder):
 
     Raises:
         FileNotFoundError: no index there.
-        ValueError: one of a later format.
+        ValueError: one of a later format, or one that is broken; the message names the file.
     """
     path = os.path.join(folder, "index.json")
     if not os.path.exists(path):
@@ -449,12 +466,20 @@ def load_index(folder):
                 f"index: expected a folder with an index, or with shards that have one each. Received: {folder!r}"
             )
         check_finished(folder)
-        return ShardedIndex([load_index(part) for part in parts])
-    about = read_json(path)
+        with reading(folder, "shards with indexes of one kind"):
+            return ShardedIndex([load_index(part) for part in parts])
+    about = read_json_object(path)
     if about.get("format") != _FORMAT:
         raise ValueError(f"index: expected format {_FORMAT}. Received: {about.get('format')!r} in {path!r}")
-    kind = {cls.method: cls for cls in (ExactIndex, ScannIndex)}[about["method"]]
-    return kind._load(folder, about, *read_items(folder))
+    kinds = {cls.method: cls for cls in (ExactIndex, ScannIndex)}
+    with reading(path, "what an index writes"):
+        check_choice("method", about["method"], tuple(kinds))
+        check_choice("metric", about["metric"], METRICS)
+        checked_int("dim", about["dim"], 1)
+    ids, labels = read_items(folder)
+    if about.get("size") != len(ids):
+        raise ValueError(f"{path}: expected the size of its items, {len(ids)}. Received: {about.get('size')!r}")
+    return kinds[about["method"]]._load(folder, about, ids, labels)
 
 
 def settings_for(size, spilling):
@@ -522,6 +547,29 @@ def import_scann(module="scann"):
             "method='scann' needs ScaNN built for this TensorFlow: `pip install scann==1.4.2` for TensorFlow 2.20, "
             "`pip install scann==1.3.0` for 2.15. Or use method='exact'."
         ) from error
+
+
+def _digests(folder, names):
+    """SHA-256 of some files in a folder, by name."""
+    found = {}
+    for name in names:
+        digest = hashlib.sha256()
+        with open(os.path.join(folder, name), "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+        found[name] = digest.hexdigest()
+    return found
+
+
+def _checked_settings(path, about):
+    """`(settings, tuned)` of a ScaNN index."""
+    with reading(path, "what a ScaNN index writes"):
+        settings, tuned = about["settings"], about["tuned"]
+        check_choice("kind", settings["kind"], ("brute_force", "hashing", "tree"))
+        for values, names in ((settings, _NUMBERS[settings["kind"]]), (tuned, ("k",))):
+            for name in names:
+                checked_int(name, values[name], 1)
+    return settings, tuned
 
 
 def _prepared(rows, metric):

@@ -1,5 +1,6 @@
 """Retrieval metrics from embeddings and labels."""
 
+import collections.abc
 import dataclasses
 
 import numpy as np
@@ -7,7 +8,7 @@ import numpy as np
 from s2sd_tf.checks import checked_int
 from s2sd_tf.evaluation import exact
 from s2sd_tf.evaluation.exact import METRICS
-from s2sd_tf.evaluation.neighbors import METHODS, check_choice, checked_sets, find_neighbors
+from s2sd_tf.evaluation.neighbors import METHODS, check_choice, checked_labels, checked_sets, find_neighbors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +146,7 @@ def evaluate_retrieval(
         ValueError: no queries, labels that do not fit, or no query that has a positive.
     """
     ks, precision_ks, map_ks = (
-        [checked_int(name, k, 1) for k in values]
-        for name, values in (("ks", ks), ("precision_ks", precision_ks), ("map_ks", map_ks))
+        checked_ks(name, values) for name, values in (("ks", ks), ("precision_ks", precision_ks), ("map_ks", map_ks))
     )
     if not ks:
         raise ValueError("ks: expected at least one int >= 1. Received: none")
@@ -163,7 +163,8 @@ def evaluate_retrieval(
     check_choice("method", method, METHODS)
     check_choice("metric", metric, METRICS)
     memory_mib = checked_int("memory_mib", memory_mib, 1)
-    query_labels, gallery_labels = _labels(query_labels, gallery_labels)
+    query_labels = checked_labels("query_labels", query_labels)
+    gallery_labels = checked_labels("gallery_labels", gallery_labels)
     count = getattr(queries, "shape", [len(queries)])[0]
     for name, labels, size in (
         ("query", query_labels, count),
@@ -201,14 +202,15 @@ def evaluate_retrieval(
     return RetrievalResult(values, query_labels, positives, first_ranks)
 
 
-def _labels(query_labels, gallery_labels):
-    found = []
-    for name, labels in (("query_labels", query_labels), ("gallery_labels", gallery_labels)):
-        labels = np.asarray(labels).reshape(-1)
-        if len(labels) and not np.issubdtype(labels.dtype, np.integer):
-            raise ValueError(f"{name}: expected integers. Received: {labels.dtype}")
-        found.append(labels.astype(np.int64))
-    return found
+def checked_ks(name, values):
+    """`values` as a list of ints >= 1.
+
+    Raises:
+        ValueError: something else.
+    """
+    if isinstance(values, (str, bytes)) or not isinstance(values, collections.abc.Iterable):
+        raise ValueError(f"{name}: expected ints >= 1, in a sequence. Received: {values!r}")
+    return [checked_int(name, k, 1) for k in values]
 
 
 def _counts(query_labels, gallery_labels, keys):

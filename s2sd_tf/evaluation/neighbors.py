@@ -105,6 +105,9 @@ def checked_sets(queries, gallery, query_ids=None, gallery_ids=None):
     if query_ids is None:
         return queries, gallery, None
     query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
+    for name, ids in (("query_ids", query_ids), ("gallery_ids", gallery_ids)):
+        if not ids.ndim or (ids.size and ids.dtype.kind not in "iu"):
+            raise ValueError(f"{name}: expected integers, one for each. Received: {ids.dtype} {ids.shape}")
     if len(query_ids) != queries.shape[0] or len(gallery_ids) != gallery.shape[0]:
         raise ValueError(
             f"ids: expected {queries.shape[0]} query and {gallery.shape[0]} gallery ids. "
@@ -127,12 +130,27 @@ def checked_rows(name, rows):
         ValueError: another shape or dtype.
     """
     if not (hasattr(rows, "shape") and hasattr(rows, "dtype")) or hasattr(rows, "numpy"):
-        rows = np.asarray(rows)
+        try:
+            rows = np.asarray(rows)
+        except ValueError as error:
+            raise ValueError(f"{name}: expected a floating array of shape (n, dim). Received: {error}") from error
     if len(rows.shape) != 2 or not np.issubdtype(rows.dtype, np.floating) or not rows.shape[1]:
         raise ValueError(
             f"{name}: expected a floating array of shape (n, dim). Received: {rows.dtype} {tuple(rows.shape)}"
         )
     return rows
+
+
+def checked_labels(name, labels):
+    """Labels as int64 `(n,)`.
+
+    Raises:
+        ValueError: something else than integers.
+    """
+    labels = np.asarray(labels).reshape(-1)
+    if len(labels) and not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{name}: expected integers. Received: {labels.dtype}")
+    return labels.astype(np.int64)
 
 
 def check_choice(name, value, choices):

@@ -5,6 +5,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from s2sd_tf.checks import check_file_to_write
 from s2sd_tf.files import replacing
 
 RIGHT, WRONG = "#2e8b57", "#c0392b"
@@ -99,7 +100,8 @@ def _save_grid(path, cells, title=""):
             axes.set_yticks([])
             for spine in axes.spines.values():
                 spine.set(color=color, linewidth=width)
-            axes.set_title(caption, fontsize=7, color=color, pad=2)
+            # Names are no formulas, whatever dollar signs they have.
+            axes.set_title(_printable(caption), fontsize=7, color=color, pad=2, parse_math=False)
     if title:
         figure.suptitle(title, fontsize=10)
     save_figure(path, figure)
@@ -129,6 +131,7 @@ def as_picture(pixels):
 
 def save_figure(path, figure):
     """Writes a matplotlib `Figure` as PNG, whole or not at all."""
+    check_file_to_write("path", path)
     FigureCanvasAgg(figure)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
@@ -136,6 +139,11 @@ def save_figure(path, figure):
 
 def _cycle(count):
     return [_CURVES[k % len(_CURVES)] for k in range(count)]
+
+
+def _printable(text):
+    # Bytes of file names that are not UTF-8 are no characters that can be drawn.
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _short(name, length=16):

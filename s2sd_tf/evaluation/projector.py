@@ -45,7 +45,10 @@ def save_projector(folder, embeddings, labels=None, ids=None, image=None, name="
             lines = [[_cell(value) for value in values] for values in zip(*columns.values())]
             # A single column has no head.
             head = [list(columns)] if len(columns) > 1 else []
-            with open(os.path.join(temporary, "metadata.tsv"), "w", encoding="utf-8") as file:
+            # File names may hold what is not UTF-8.
+            with open(
+                os.path.join(temporary, "metadata.tsv"), "w", encoding="utf-8", errors="backslashreplace"
+            ) as file:
                 file.writelines("\t".join(line) + "\n" for line in head + lines)
         side = int(np.ceil(np.sqrt(len(rows))))
         if image is not None and side * _CELL <= _SPRITE:

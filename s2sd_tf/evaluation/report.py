@@ -9,6 +9,7 @@ import math
 import numpy as np
 from PIL import Image
 
+from s2sd_tf.checks import check_file_to_write
 from s2sd_tf.evaluation.exact import normalized, take
 from s2sd_tf.evaluation.pictures import RIGHT, WRONG, as_picture
 from s2sd_tf.files import replacing
@@ -113,7 +114,11 @@ def save_report(
         title, about: str, heading and the line below it.
         table: dict from a column's name to a dict of metrics. Default: the result's.
         seed: int, of what is sampled.
+
+    Raises:
+        ValueError: a folder at `path`.
     """
+    check_file_to_write("path", path)
     own = gallery is None
     if own:
         gallery, gallery_labels, gallery_ids, gallery_image = embeddings, result.labels, ids, image
@@ -146,7 +151,8 @@ def save_report(
         f"<h1>{html.escape(title)}</h1><p>{html.escape(about)}</p>{''.join(parts)}</main>"
         f"<script>{_SCRIPT}</script></body></html>\n"
     )
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    # Ids may be file names that are not UTF-8; in JSON an escape is what they become.
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(page)
 
 

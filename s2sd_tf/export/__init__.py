@@ -1,6 +1,7 @@
-"""SavedModels that need nothing of this package to be loaded."""
+"""SavedModels that need nothing of this package to be loaded, and reading of models within limits."""
 
 from s2sd_tf.export.encoder import export_encoder
+from s2sd_tf.export.model_file import load_model
 from s2sd_tf.export.retrieval import export_retrieval, load_retrieval
 
-__all__ = ["export_encoder", "export_retrieval", "load_retrieval"]
+__all__ = ["export_encoder", "export_retrieval", "load_model", "load_retrieval"]

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.files import replacing
+from s2sd_tf.files import check_replaceable, replacing
 from s2sd_tf.keras_compat import raw_variable
 
 
@@ -19,8 +19,12 @@ def export_encoder(model, preprocessing, path):
     Args:
         model: `S2SDModel`, built.
         preprocessing: `data.Preprocessing`, as in training.
-        path: folder to write; it is replaced as a whole.
+        path: folder to write; a new one, or a SavedModel, which it takes the place of.
+
+    Raises:
+        ValueError: a folder that is there and is something else.
     """
+    check_replaceable("path", path, "saved_model.pb")
     module = _Encoder(model, preprocessing)
     signatures = {"serving_default": module.from_images, "encoded_images": module.from_encoded_images}
     with replacing(path) as temporary:

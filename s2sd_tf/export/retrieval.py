@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
 from s2sd_tf.evaluation.index import import_scann, index_for_graphs
+from s2sd_tf.export.saved_model import load_saved_model
 from s2sd_tf.files import check_replaceable, replacing
 
 _NEEDS = """Loading this SavedModel takes TensorFlow {tensorflow} and ScaNN's operations for it, imported before:
@@ -44,7 +45,7 @@ def export_retrieval(encoder, index, path, k=10):
     """
     k = checked_int("k", k, 1)
     check_replaceable("path", path, "saved_model.pb")
-    module = _Retrieval(tf.saved_model.load(os.fspath(encoder)), index, min(k, len(index)))
+    module = _Retrieval(load_saved_model("encoder", encoder), index, min(k, len(index)))
     with replacing(path) as temporary:
         tf.saved_model.save(module, temporary, signatures=module.signatures())
         os.makedirs(os.path.join(temporary, "assets.extra"), exist_ok=True)
@@ -57,12 +58,13 @@ def load_retrieval(path):
 
     Raises:
         FileNotFoundError: no SavedModel there.
+        ValueError: one that is broken, or that `load_saved_model` refuses.
         ImportError: ScaNN's operations are missing or do not fit TensorFlow; the message says what to install.
     """
     if not tf.saved_model.contains_saved_model(os.fspath(path)):
         raise FileNotFoundError(f"path: expected the folder of a SavedModel. Received: {path!r}")
     import_scann("scann.scann_ops.py.scann_ops")
-    return tf.saved_model.load(os.fspath(path))
+    return load_saved_model("path", path)
 
 
 class _Retrieval(tf.Module):

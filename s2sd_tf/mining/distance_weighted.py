@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from s2sd_tf.checks import check_number
 from s2sd_tf.mining.base import (
     Miner,
     one_negative_a_positive,
@@ -27,6 +28,8 @@ class DistanceWeighted(Miner):
     """
 
     def __init__(self, lower_cutoff=0.5, upper_cutoff=1.4):
+        check_number("lower_cutoff", lower_cutoff)
+        check_number("upper_cutoff", upper_cutoff)
         if not 0 < lower_cutoff < 2 or not upper_cutoff > lower_cutoff:
             raise ValueError(
                 "DistanceWeighted: expected 0 < lower_cutoff < 2 and upper_cutoff > lower_cutoff. "

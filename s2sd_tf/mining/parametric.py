@@ -55,9 +55,8 @@ class Parametric(Miner):
             raise ValueError(f"Parametric: mu: expected a number. Received: {mu!r}")
         if not _are_numbers([sigma]) or not sigma > 0:
             raise ValueError(f"Parametric: sigma: expected a number > 0. Received: {sigma!r}")
-        if len(weights) and (
-            not _are_numbers(weights) or len(weights) != bins or min(weights) < 0 or not max(weights) > 0
-        ):
+        fits = _are_numbers(weights) and (not len(weights) or (len(weights) == bins and min(weights) >= 0))
+        if not fits or (len(weights) and not max(weights) > 0):
             raise ValueError(
                 f"Parametric: weights: expected {bins} numbers >= 0, one for each of the bins, at least one > 0. "
                 f"Received: {weights!r}"

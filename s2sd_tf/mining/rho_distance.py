@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from s2sd_tf.checks import check_within
 from s2sd_tf.mining.base import (
     drawn_members,
     one_negative_a_positive,
@@ -32,8 +33,7 @@ class RhoDistance(DistanceWeighted):
 
     def __init__(self, rho=0.2, lower_cutoff=0.5, upper_cutoff=1.4):
         super().__init__(lower_cutoff=lower_cutoff, upper_cutoff=upper_cutoff)
-        if not 0 <= rho <= 1:
-            raise ValueError(f"RhoDistance: rho: expected a number in [0, 1]. Received: {rho}")
+        check_within("RhoDistance: rho", rho, 0, 1)
         self.rho = rho
 
     def get_config(self):

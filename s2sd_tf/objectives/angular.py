@@ -1,6 +1,7 @@
 """Angular loss."""
 
 import math
+import numbers
 
 import tensorflow as tf
 
@@ -31,8 +32,8 @@ class Angular(PairObjective):
 
     def __init__(self, alpha=45.0, angular_weight=2.0, temperature=1.0, miner="n_pair", **kwargs):
         super().__init__(miner=miner, **kwargs)
-        if not 0 < alpha <= 60:
-            raise ValueError(f"alpha: expected degrees in (0, 60]. Received: {alpha}")
+        if not isinstance(alpha, numbers.Real) or isinstance(alpha, bool) or not 0 < alpha <= 60:
+            raise ValueError(f"alpha: expected degrees in (0, 60]. Received: {alpha!r}")
         check_at_least("angular_weight", angular_weight, 0)
         check_above("temperature", temperature, 0)
         self.alpha = alpha

@@ -102,7 +102,7 @@ class MinedObjective(Objective):
         if isinstance(miner, dict):
             miner = keras.utils.deserialize_keras_object(miner)
         self.miner = mining.get(miner)
-        self.seed = seed
+        self.seed = checked_int("seed", seed, 0)
 
     def build(self, input_shape):
         self.draws = self.add_weight(name="draws", shape=(), dtype="int64", initializer="zeros", trainable=False)
@@ -194,9 +194,8 @@ class PairObjective(MinedObjective):
             )
         self.memory_size = checked_int("memory_size", memory_size, 0)
         check_at_least("memory_weight", memory_weight, 0)
-        check_at_least("memory_start", memory_start, 0)
         self.memory_weight = memory_weight
-        self.memory_start = memory_start
+        self.memory_start = checked_int("memory_start", memory_start, 0)
 
     def build(self, input_shape):
         if self.memory_size:

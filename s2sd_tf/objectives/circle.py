@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.checks import check_above
+from s2sd_tf.checks import check_above, check_number
 from s2sd_tf.objectives.base import PairObjective, masked_logsumexp, mean_where, register
 
 
@@ -28,6 +28,7 @@ class Circle(PairObjective):
     def __init__(self, margin=0.4, gamma=80.0, **kwargs):
         super().__init__(**kwargs)
         check_above("gamma", gamma, 0)
+        check_number("margin", margin)
         self.margin = margin
         self.gamma = gamma
 

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.checks import check_at_least
+from s2sd_tf.checks import check_at_least, check_bool
 from s2sd_tf.objectives.base import PairObjective, euclidean_distances, mean_where, register
 
 
@@ -35,6 +35,7 @@ class Contrastive(PairObjective):
         check_at_least("negative_margin", negative_margin, 0)
         self.positive_margin = positive_margin
         self.negative_margin = negative_margin
+        check_bool("squared", squared)
         self.squared = squared
 
     def compute_pairs(self, anchors, references, pairs):

@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from s2sd_tf.checks import check_number
 from s2sd_tf.objectives.base import (
     LengthPenalizedObjective,
     euclidean_distances,
@@ -32,6 +33,7 @@ class LiftedStructure(LengthPenalizedObjective):
 
     def __init__(self, margin=1.0, **kwargs):
         super().__init__(**kwargs)
+        check_number("margin", margin)
         self.margin = margin
 
     def compute_pairs(self, anchors, references, pairs):
@@ -67,6 +69,7 @@ class GeneralizedLifted(LengthPenalizedObjective):
 
     def __init__(self, margin=1.0, **kwargs):
         super().__init__(**kwargs)
+        check_number("margin", margin)
         self.margin = margin
 
     def compute_pairs(self, anchors, references, pairs):

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.checks import check_at_least
+from s2sd_tf.checks import check_at_least, check_bool, check_number
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.mining.base import pair_masks
 from s2sd_tf.objectives.base import TupleObjective, euclidean_distances, register
@@ -46,7 +46,9 @@ class Margin(TupleObjective):
     ):
         super().__init__(miner=miner, learning_rate_multiplier=learning_rate_multiplier, **kwargs)
         check_at_least("margin", margin, 0)
+        check_number("beta", beta)
         check_at_least("nu", nu, 0)
+        check_bool("learnable_beta", learnable_beta)
         self.margin = margin
         self.beta = beta
         self.nu = nu

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.checks import check_above
+from s2sd_tf.checks import check_above, check_number
 from s2sd_tf.mining import Pairs
 from s2sd_tf.objectives.base import PairObjective, masked_log1p_sum_exp, mean_where, register
 
@@ -31,6 +31,8 @@ class MultiSimilarity(PairObjective):
         super().__init__(**kwargs)
         check_above("alpha", alpha, 0)
         check_above("beta", beta, 0)
+        check_number("lambda_", lambda_)
+        check_number("epsilon", epsilon)
         self.alpha = alpha
         self.beta = beta
         self.lambda_ = lambda_

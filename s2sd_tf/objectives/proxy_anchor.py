@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.checks import check_above
+from s2sd_tf.checks import check_above, check_number
 from s2sd_tf.objectives.base import ProxyObjective, masked_log1p_sum_exp, mean_where, register
 
 
@@ -29,6 +29,7 @@ class ProxyAnchor(ProxyObjective):
     def __init__(self, num_classes=None, margin=0.1, alpha=32.0, learning_rate_multiplier=100.0, **kwargs):
         super().__init__(num_classes=num_classes, learning_rate_multiplier=learning_rate_multiplier, **kwargs)
         check_above("alpha", alpha, 0)
+        check_number("margin", margin)
         self.margin = margin
         self.alpha = alpha
 

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.checks import check_above
+from s2sd_tf.checks import check_above, check_bool
 from s2sd_tf.objectives.base import ProxyObjective, masked_logsumexp, mean_where, register
 from s2sd_tf.objectives.proxy_softmax import softmax_loss
 
@@ -31,6 +31,7 @@ class ProxyNCA(ProxyObjective):
         super().__init__(num_classes=num_classes, learning_rate_multiplier=learning_rate_multiplier, **kwargs)
         check_above("scale", scale, 0)
         self.scale = scale
+        check_bool("own_class_in_sum", own_class_in_sum)
         self.own_class_in_sum = own_class_in_sum
 
     def compute(self, embeddings, labels, training):

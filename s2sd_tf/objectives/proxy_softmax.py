@@ -75,8 +75,9 @@ class ArcFace(SoftmaxObjective):
 
     def __init__(self, num_classes=None, margin=0.5, scale=16.0, learning_rate_multiplier=50.0, **kwargs):
         super().__init__(num_classes=num_classes, learning_rate_multiplier=learning_rate_multiplier, **kwargs)
-        if not 0 <= margin < math.pi:
-            raise ValueError(f"margin: expected radians in [0, pi). Received: {margin}")
+        check_at_least("margin", margin, 0)
+        if margin >= math.pi:
+            raise ValueError(f"margin: expected radians in [0, pi). Received: {margin!r}")
         check_above("scale", scale, 0)
         self.margin = margin
         self.scale = scale

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from s2sd_tf.checks import check_above
+from s2sd_tf.checks import check_above, checked_int
 from s2sd_tf.objectives.base import PairObjective, mean_where, register
 
 
@@ -30,9 +30,9 @@ class RecallAtKSurrogate(PairObjective):
 
     def __init__(self, ks=(1, 2, 4, 8, 16), temperature=1.0, rank_temperature=0.01, **kwargs):
         super().__init__(**kwargs)
-        self.ks = tuple(int(k) for k in ks)
-        if not self.ks or not min(self.ks) >= 1:
+        if not isinstance(ks, (list, tuple)) or not ks:
             raise ValueError(f"ks: expected ints >= 1, at least one. Received: {ks!r}")
+        self.ks = tuple(checked_int("ks", k, 1) for k in ks)
         check_above("temperature", temperature, 0)
         check_above("rank_temperature", rank_temperature, 0)
         self.temperature = temperature

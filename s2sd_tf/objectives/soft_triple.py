@@ -4,7 +4,7 @@ import functools
 
 import tensorflow as tf
 
-from s2sd_tf.checks import check_above, check_at_least, checked_int
+from s2sd_tf.checks import check_above, check_at_least, check_number, checked_int
 from s2sd_tf.objectives.base import ProxyObjective, register, square_root
 from s2sd_tf.objectives.proxy_softmax import lower_own, softmax_loss
 
@@ -50,6 +50,7 @@ class SoftTriple(ProxyObjective):
         check_above("scale", scale, 0)
         check_at_least("regularization", regularization, 0)
         self.proxies_per_class = proxies_per_class
+        check_number("margin", margin)
         self.margin = margin
         self.gamma = gamma
         self.scale = scale

@@ -12,6 +12,7 @@ import apache_beam as beam
 import numpy as np
 import tensorflow as tf
 from apache_beam.utils.shared import Shared
+from google.protobuf.message import DecodeError
 
 from s2sd_tf.evaluation.embeddings import shard_name
 from s2sd_tf.files import read_json, write_json
@@ -145,7 +146,10 @@ def _write(group, folder, index, dim):
 
 
 def _parse(record):
-    features = tf.train.Example.FromString(record).features.feature
+    try:
+        features = tf.train.Example.FromString(record).features.feature
+    except DecodeError as error:
+        raise ValueError(f"tfrecords: expected examples. Received: {error}") from error
     image, name, label = (features[key] for key in FEATURES)
     if not image.bytes_list.value or not name.bytes_list.value:
         raise ValueError(f"tfrecords: expected examples with bytes {FEATURES[:2]}. Received: {sorted(features)}")

@@ -10,7 +10,8 @@ from absl import logging
 from tqdm import tqdm
 
 from s2sd_tf.checks import checked_int
-from s2sd_tf.data.image_folder import EXTENSIONS
+from s2sd_tf.data.image_folder import EXTENSIONS, walk_folders
+from s2sd_tf.data.untrusted import image_excess, read_json_object
 from s2sd_tf.evaluation.embeddings import read_items, shard_name, write_shard
 from s2sd_tf.evaluation.index import build_index
 from s2sd_tf.files import LEFTOVER, read_json, remove_leftovers, replacing, write_json
@@ -33,7 +34,7 @@ class Item(NamedTuple):
 
 def list_images(root):
     """The `Item`s of all image files under a folder, sorted: the id is the path under the folder, the label the folder
-    that the file is in, empty for the first one.
+    that the file is in, empty for the first one. Links are followed, but for one to a folder that it is in.
 
     Raises:
         FileNotFoundError: `root` is not a folder.
@@ -42,11 +43,10 @@ def list_images(root):
     if not os.path.isdir(root):
         raise FileNotFoundError(f"images: expected a folder. Received: {root!r}")
     items = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    for folder, names in walk_folders(root):
         label = os.path.relpath(folder, root).replace(os.sep, "/")
         for name in names:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            if name.lower().endswith(EXTENSIONS):
                 path = os.path.join(folder, name)
                 items.append(
                     Item(os.path.relpath(path, root).replace(os.sep, "/"), path, "" if label == "." else label)
@@ -108,7 +108,7 @@ def embed_images(items, encoder, folder, shard_size=4096, batch_size=64, index=N
 def _start(folder, plan):
     path = os.path.join(folder, "plan.json")
     if os.path.exists(path):
-        there = read_json(path)
+        there = read_json_object(path)
         differing = sorted(key for key in plan if there.get(key) != plan[key])
         if differing:
             raise ValueError(
@@ -165,6 +165,8 @@ def write_items_as_shard(path, rows, items, failed, index):
 def read_item(item):
     """`(content, error)` of an image file, one of them None. Errors that are not the file's own are raised."""
     try:
+        if reason := image_excess(item.path):
+            return None, reason
         with open(item.path, "rb") as file:
             return file.read(), None
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:

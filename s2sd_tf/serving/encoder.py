@@ -6,7 +6,10 @@ import os
 import numpy as np
 import tensorflow as tf
 
+from s2sd_tf.data.annotations import path_under
 from s2sd_tf.data.preprocessing import decode_rgb
+from s2sd_tf.data.untrusted import image_excess
+from s2sd_tf.export.saved_model import load_saved_model
 
 _SIGNATURE = "encoded_images"
 
@@ -22,15 +25,13 @@ class Encoder:
 
     Raises:
         FileNotFoundError: no SavedModel there.
-        ValueError: one without the signature "encoded_images".
+        ValueError: one without the signature "encoded_images", broken, or refused by `load_saved_model`.
     """
 
     def __init__(self, path):
         self.path = os.fspath(path)
-        if not tf.saved_model.contains_saved_model(self.path):
-            raise FileNotFoundError(f"encoder: expected the folder of a SavedModel. Received: {self.path!r}")
         # The functions need the model to stay.
-        self._model = tf.saved_model.load(self.path)
+        self._model = load_saved_model("encoder", self.path)
         if _SIGNATURE not in self._model.signatures:
             raise ValueError(
                 f"encoder: expected a SavedModel of export_encoder, with the signature {_SIGNATURE!r}. Received: "
@@ -49,13 +50,17 @@ class Encoder:
 
     def embed(self, encoded):
         """`(embeddings, errors)` of n encoded images: float32 `(n, dim)`, NaN where one cannot be decoded, and a dict
-        from its position to a str that says why.
+        from its position to a str that says why. One of more than 64 MiB or 89 million pixels is not decoded.
 
         Raises:
             tf.errors.OpError: something fails that is not the image's fault, as a device.
         """
         rows = np.full((len(encoded), self.dim), np.nan, np.float32)
-        errors = {position: "empty" for position, image in enumerate(encoded) if not image}
+        errors = {
+            position: reason
+            for position, image in enumerate(encoded)
+            if (reason := image_excess(image) if image else "empty")
+        }
         there = [position for position in range(len(encoded)) if position not in errors]
         if not there:
             return rows, errors
@@ -85,16 +90,19 @@ class Encoder:
 def read_image(path):
     """An image file as float RGB `(h, w, 3)` up to 1, or None where it cannot be read."""
     try:
-        return decode_image(tf.io.read_file(path))
-    except tf.errors.OpError:
+        return None if image_excess(path) else decode_image(tf.io.read_file(path))
+    except (OSError, tf.errors.OpError):
         return None
 
 
 def read_image_under(root, name):
-    """The image file `name` under the folder `root`, as `read_image`; None where it is not under it."""
-    root = os.path.realpath(root)
-    path = os.path.realpath(os.path.join(root, name))
-    return read_image(path) if os.path.commonpath([root, path]) == root else None
+    """The image file `name` under the folder `root`, as `read_image`; None where the name leads out of it. Links in
+    `root` are followed.
+    """
+    try:
+        return read_image(path_under(root, name, "name"))
+    except ValueError:
+        return None
 
 
 def decode_image(encoded):

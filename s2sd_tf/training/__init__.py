@@ -1,7 +1,20 @@
 """From a config to a run, and from runs to a comparison."""
 
+from s2sd_tf.training.collapse_alarm import CollapseAlarm
 from s2sd_tf.training.config import default_config, preset_config, resolve
+from s2sd_tf.training.finite_loss import NonFiniteLoss
+from s2sd_tf.training.interruption import Interrupted
 from s2sd_tf.training.protocol import published_config
 from s2sd_tf.training.run import load_run, train
 
-__all__ = ["default_config", "load_run", "preset_config", "published_config", "resolve", "train"]
+__all__ = [
+    "CollapseAlarm",
+    "Interrupted",
+    "NonFiniteLoss",
+    "default_config",
+    "load_run",
+    "preset_config",
+    "published_config",
+    "resolve",
+    "train",
+]

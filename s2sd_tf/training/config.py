@@ -7,6 +7,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from s2sd_tf import mining, objectives
+from s2sd_tf.checks import checked_int
 from s2sd_tf.data import augmentation, samplers
 from s2sd_tf.models.presets import preset
 from s2sd_tf.training import optimizers
@@ -132,6 +133,20 @@ def default_config():
     config.train.deterministic = True
     # Threads of TensorFlow's kernels; 0: as many as cores.
     config.train.threads = 0
+    # The last checkpoints that are kept, beside the best one.
+    config.train.checkpoints_kept = 2
+    # (first, last): steps since the program was called, from 1, of which TensorBoard's profile is written; (): none.
+    config.train.profile = ()
+    # Log the gradient's norm, and how far embeddings are spread: mean similarity and rank. A collapse is warned of.
+    config.train.diagnostics = True
+    # "float32", or "mixed_float16" or "mixed_bfloat16": 16 bits for what layers compute, 32 for weights and losses.
+    config.train.precision = "float32"
+    # Compile the training step with XLA.
+    config.train.jit_compile = False
+    # Images that the backbone takes at a time, with the gradients of the whole batch; 0: all of them.
+    config.train.micro_batch_size = 0
+    # On several devices: the losses of a batch are those of all of its images, "global", or of a device's: "replica".
+    config.train.similarities = "global"
 
     config.eval = ml_collections.ConfigDict()
     # Epochs between evaluations on the held-out and on the test classes; 0: only after the last.
@@ -167,15 +182,30 @@ def resolve(config):
     _check_keys(config, known, "config")
     config = config_dict.FrozenConfigDict(json.loads(config.to_json()))
     for key, least in [
+        ("data.classes_per_batch", 1),
+        ("data.samples_per_class", 1),
         ("train.epochs", 1),
         ("train.steps_per_epoch", 0),
         ("train.checkpoint_every", 1),
         ("train.threads", 0),
+        ("train.checkpoints_kept", 1),
+        ("train.micro_batch_size", 0),
         ("eval.every", 0),
     ]:
         section, name = key.split(".")
-        if not config[section][name] >= least:
-            raise ValueError(f"config.{key}: expected an int >= {least}. Received: {config[section][name]!r}")
+        checked_int(f"config.{key}", config[section][name], least)
+    if checked_int("config.seed", config.seed, 0) >= 2**31:
+        raise ValueError(f"config.seed: expected an int below 2^31. Received: {config.seed!r}")
+    for name in ("diagnostics", "jit_compile"):
+        if not isinstance(config.train[name], bool):
+            raise ValueError(f"config.train.{name}: expected True or False. Received: {config.train[name]!r}")
+    profile = config.train.profile
+    if profile and not (
+        len(profile) == 2 and all(type(step) is int for step in profile) and 1 <= profile[0] <= profile[1]
+    ):
+        raise ValueError(
+            f"config.train.profile: expected (first, last) with 1 <= first <= last, or (). Received: {tuple(profile)!r}"
+        )
     for key, known_names in [
         ("objective.name", [name for name in config.objective if name != "name"]),
         ("s2sd.target_objective", ["", *(name for name in config.objective if name != "name")]),
@@ -184,6 +214,8 @@ def resolve(config):
         ("data.check", ["none", "files", "decode"]),
         ("data.augmentation", ["", *sorted(augmentation.PRESETS)]),
         ("model.frozen_bn", ["", "statistics", "all"]),
+        ("train.precision", ["float32", "mixed_float16", "mixed_bfloat16"]),
+        ("train.similarities", ["global", "replica"]),
     ]:
         value = functools.reduce(getattr, key.split("."), config)
         if value not in known_names:

@@ -10,8 +10,9 @@ from s2sd_tf.evaluation import retrieval_metrics
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.training.config import resolve
 from s2sd_tf.training.datasets import load_data
-from s2sd_tf.training.input_timer import InputTimer
-from s2sd_tf.training.run import build_batches, build_model, build_sampler, build_schedule, embed, set_up
+from s2sd_tf.training.embedding import embed
+from s2sd_tf.training.run import build_batches, build_model, build_sampler, build_schedule, precision, set_up
+from s2sd_tf.training.step_timer import StepTimer
 
 STEPS = 2
 SAMPLE = 64
@@ -31,6 +32,11 @@ def dry_run(config):
         ValueError, FileNotFoundError, ImportError: what `train` raises.
     """
     config = resolve(config)
+    with precision(config):
+        return _dry_run(config)
+
+
+def _dry_run(config):
     set_up(config)
     begin = time.monotonic()
     run_data = load_data(config)
@@ -105,7 +111,7 @@ def _steps(model, batches, batch):
     batches = batches.repeat(STEPS + 1)
     count = sum(1 for _ in batches.take(STEPS + 1))
     input_rate = count * batch / (time.monotonic() - begin)
-    timer, clock = InputTimer(batches.take(STEPS), batch), _Clock()
+    timer, clock = StepTimer(batches.take(STEPS), batch), _Clock()
     history = model.fit(timer.batches, epochs=1, shuffle=False, verbose=0, callbacks=[timer, clock])
     first, second = np.diff(clock.times)[:2]
     losses = {name: values[-1] for name, values in history.history.items()}

@@ -5,7 +5,7 @@ import numbers
 
 import tensorflow as tf
 
-from s2sd_tf.checks import check_above, check_at_least
+from s2sd_tf.checks import check_above, check_at_least, check_within
 from s2sd_tf.keras_compat import import_addons, keras
 from s2sd_tf.registry import constructor_arguments
 
@@ -87,11 +87,12 @@ def schedule(
     check_above("config.optimizer.learning_rate", learning_rate, 0)
     check_at_least(f"{key}.warmup_epochs", warmup_epochs, 0)
     check_above(f"{key}.gamma", gamma, 0)
-    if not 0 <= final_fraction <= 1:
-        raise ValueError(f"{key}.final_fraction: expected a number in [0, 1]. Received: {final_fraction!r}")
+    check_within(f"{key}.final_fraction", final_fraction, 0, 1)
     if warmup_epochs >= epochs:
         raise ValueError(f"{key}.warmup_epochs: expected fewer than the {epochs} epochs. Received: {warmup_epochs!r}")
-    if list(milestones) != sorted(set(milestones)) or any(epoch <= 0 for epoch in milestones):
+    for epoch in milestones:
+        check_above(f"{key}.milestones", epoch, 0)
+    if list(milestones) != sorted(set(milestones)):
         raise ValueError(f"{key}.milestones: expected rising epochs > 0. Received: {milestones!r}")
     if (name == "multi_step") != bool(milestones):
         raise ValueError(

@@ -1,40 +1,49 @@
-"""One training run in a work directory: train, resume, choose, evaluate, export, draw."""
+"""One training run in a work directory: train, resume, stop, and what the parts of a run are built from."""
 
-import csv
-import dataclasses
+import contextlib
 import json
 import os
-import shutil
 import sys
-import time
 
-import numpy as np
 import tensorflow as tf
 from absl import logging
 from ml_collections import config_dict
 
 from s2sd_tf import mining, objectives
-from s2sd_tf.data import Preprocessing, RefreshStorage, evaluation_batches, samplers, training_batches
-from s2sd_tf.evaluation import RetrievalEvaluation, find_neighbors, retrieval_metrics
-from s2sd_tf.evaluation.pictures import choose_queries, save_curves, save_gallery
-from s2sd_tf.export import export_encoder
-from s2sd_tf.files import LEFTOVER, read_json, remove_leftovers, replacing, write_json
-from s2sd_tf.keras_compat import keras, keras_version
+from s2sd_tf.data import Preprocessing, samplers, training_batches
+from s2sd_tf.data.untrusted import read_json_object, reading
+from s2sd_tf.files import LEFTOVER, OutOfSpace, read_json, remove_leftovers, write_json
+from s2sd_tf.keras_compat import keras
 from s2sd_tf.models import S2SDModel, backbones
 from s2sd_tf.training import optimizers
-from s2sd_tf.training.averages import averaged_weights
+from s2sd_tf.training.callbacks import Refresh, TensorBoard, evaluation_callbacks
+from s2sd_tf.training.checkpoints import Checkpoints
+from s2sd_tf.training.collapse_alarm import CollapseAlarm
 from s2sd_tf.training.config import default_config, resolve
 from s2sd_tf.training.datasets import load_data
-from s2sd_tf.training.input_timer import InputTimer
-
-CHECKPOINTS_KEPT = 2
+from s2sd_tf.training.embedding import embed as embed
+from s2sd_tf.training.embedding import load_model
+from s2sd_tf.training.finishing import finish
+from s2sd_tf.training.finite_loss import FiniteLoss
+from s2sd_tf.training.history import read_history as read_history
+from s2sd_tf.training.interruption import Interrupted, Interruption
+from s2sd_tf.training.progress import Progress, fit
+from s2sd_tf.training.record import check_data, record_session
+from s2sd_tf.training.step_timer import StepTimer
 
 
 def train(config, workdir):
     """Trains as `config` says, in `workdir`; called again, goes on where it was and ends with the same weights.
 
-    The work directory holds `config.json`, `checkpoints/`, `history.csv`, `tensorboard/`, and at the end `best.keras`,
-    `preprocessing.json`, `results.json`, `curves.png`, `gallery.png` and `saved_model/`.
+    The work directory holds `config.json`, `run.json` (what the run was, see `record_session`), `checkpoints/`,
+    `history.csv`, `tensorboard/`, and at the end `best.keras`, `preprocessing.json`, `results.json`, `curves.png`,
+    `gallery.png` and `saved_model/`. Every file is whole or not there.
+
+    On SIGTERM, and on the first Ctrl-C, the step in progress ends, what was trained so far is saved, and the function
+    raises `Interrupted`; outside of the training steps it raises at once, and nothing is lost either. For a sampler
+    with stored embeddings, whose choice takes the model of the epoch's begin, steps of an epoch that was not ended are
+    not saved. A second Ctrl-C ends it at once, as SIGKILL does, and it goes on after the last checkpoint. One whose
+    files are damaged is moved aside, and the one before it is taken.
 
     Args:
         config: `ConfigDict` with the keys of `default_config`.
@@ -44,8 +53,12 @@ def train(config, workdir):
         The content of `results.json`.
 
     Raises:
-        ValueError: a bad config, data that do not fit it, or a work directory written by another config.
+        ValueError: a bad config, data that do not fit it or are others than when the run began, a work directory
+            written by another config, or one in which no checkpoint can be read.
         ImportError: something of tensorflow-addons is asked for on the default stack.
+        Interrupted: it was asked to stop, and can go on; a `SystemExit` with code 75.
+        NonFiniteLoss: the loss became NaN or infinite.
+        OutOfSpace: there is no room to write; the run can go on once there is.
     """
     config = resolve(config)
     _check_workdir(config, workdir)
@@ -54,33 +67,105 @@ def train(config, workdir):
         logging.info("%s is finished; its results are in %s", workdir, results_path)
         return read_json(results_path)
 
-    set_up(config)
-    run_data = load_data(config)
+    checkpoints = Checkpoints(workdir, config.train.checkpoints_kept, _selects_by(config))
+    try:
+        with Interruption() as interruption, precision(config):
+            return _train(config, workdir, checkpoints, interruption)
+    except Interrupted as error:
+        raise Interrupted(
+            f"{error}: stopped at {checkpoints.latest}; the same command goes on from there"
+        ) from error.__cause__
+    except OutOfSpace as error:
+        advice = f". Nothing is lost before {checkpoints.latest}; the same command goes on once there is room"
+        raise OutOfSpace(error.path, error.reason, advice) from error
 
-    state = _State(workdir)
-    model = state.restore()
-    if model is None:
-        model = build_model(config, run_data)
-    else:
-        logging.info("Resuming after epoch %d from %s", state.epoch, state.path)
-    sampler = build_sampler(config)
-    batches = build_batches(config, run_data, sampler, state.epoch)
-    timer = InputTimer(batches, config.data.classes_per_batch * config.data.samples_per_class)
-    if os.path.isdir(workdir):
-        remove_leftovers(workdir)
-    # Only now, as a config that cannot be trained should leave nothing behind.
-    write_json(os.path.join(workdir, "config.json"), config.to_dict())
-    if state.epoch < config.train.epochs:
-        model.fit(
-            timer.batches,
-            epochs=config.train.epochs,
-            initial_epoch=state.epoch,
-            # Keras 3 would warn that it cannot shuffle a dataset.
-            shuffle=False,
-            callbacks=[timer, *_callbacks(config, run_data, sampler, workdir, state)],
-            verbose=1 if sys.stdout.isatty() else 2,
+
+def _train(config, workdir, checkpoints, interruption):
+    with interruption.prompt():
+        set_up(config)
+        run_data = load_data(config)
+        check_data(workdir, run_data)
+        model, state = checkpoints.restore()
+        if model is None:
+            model = build_model(config, run_data)
+        else:
+            logging.info("Resuming after %s", state)
+        sampler = build_sampler(config)
+        steps = steps_per_epoch(config, run_data)
+        timer = StepTimer(build_batches(config, run_data, sampler, state.position), sampler.batch_size)
+        if os.path.isdir(workdir):
+            remove_leftovers(workdir)
+        # Only now, as a config that cannot be trained should leave nothing behind.
+        write_json(os.path.join(workdir, "config.json"), config.to_dict())
+        record_session(workdir, config, run_data, model, state)
+
+    callbacks = _callbacks(config, run_data, sampler, steps, workdir, state, checkpoints, interruption, timer)
+    verbose = 1 if sys.stdout.isatty() else 2
+    try:
+        fit(model, timer.batches, steps, config.train.epochs, state, callbacks, verbose)
+    except Interrupted:
+        trained = state.position() != checkpoints.latest.position()
+        # What a storage chooses takes the model as it was at the epoch's begin.
+        if trained and (sampler.storage is None or state.step_in_epoch in (0, steps)):
+            callbacks[-1].save_place()
+        raise
+    with interruption.prompt():
+        return finish(config, run_data, workdir, checkpoints, state, model)
+
+
+def _callbacks(config, run_data, sampler, steps, workdir, state, checkpoints, interruption, timer):
+    """The callbacks of a run in their order, `Progress` being the last."""
+    finite_loss = FiniteLoss(run_data.train, sampler, steps, config.seed, lambda: str(checkpoints.latest))
+    callbacks = [finite_loss]
+    if sampler.storage is not None:
+        callbacks.append(
+            Refresh(
+                sampler,
+                run_data.train,
+                run_data.preprocessing,
+                seed=config.seed,
+                start_epoch=state.epoch,
+                interruption=interruption,
+                timer=timer,
+            )
         )
-    return _finish(config, run_data, workdir, state, model)
+    progress = Progress(
+        state,
+        checkpoints,
+        workdir,
+        config.train.checkpoint_every,
+        config.train.epochs,
+        interruption,
+        timer,
+        finite_loss,
+    )
+    return [
+        *callbacks,
+        *evaluation_callbacks(config, run_data, interruption, timer),
+        timer,
+        CollapseAlarm(),
+        TensorBoard(workdir, config.train.profile),
+        progress,
+    ]
+
+
+def steps_per_epoch(config, run_data):
+    """Batches of an epoch of a resolved config."""
+    batch = config.data.classes_per_batch * config.data.samples_per_class
+    return config.train.steps_per_epoch or max(1, len(run_data.train) // batch)
+
+
+@contextlib.contextmanager
+def precision(config):
+    """Within the block the layers that are made compute in what a resolved config says; Keras's global policy is put
+    back at the end.
+    """
+    before = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy(config.train.precision)
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_global_policy(before)
 
 
 def set_up(config):
@@ -93,15 +178,15 @@ def set_up(config):
     keras.utils.set_random_seed(config.seed)
 
 
-def build_batches(config, run_data, sampler, start_epoch=0):
-    """The training batches of a resolved config from an epoch on."""
+def build_batches(config, run_data, sampler, position=None):
+    """The training batches of a resolved config; `position` is that of `training_batches`."""
     return training_batches(
         run_data.train,
         run_data.preprocessing,
         sampler,
         steps_per_epoch=config.train.steps_per_epoch or None,
         seed=config.seed,
-        start_epoch=start_epoch,
+        position=position,
         augmentation=run_data.augmentation,
     )
 
@@ -144,18 +229,21 @@ def build_model(config, run_data):
             **_layer_multipliers(config),
         },
         log_per_target=config.s2sd.log_per_target,
+        similarities=config.train.similarities,
+        micro_batch_size=config.train.micro_batch_size or None,
+        diagnostics=config.train.diagnostics,
     )
     learning_rate = build_schedule(config, run_data)
-    model.compile(optimizer=optimizers.get(config.optimizer.name, learning_rate, config.optimizer.settings.to_dict()))
+    optimizer = optimizers.get(config.optimizer.name, learning_rate, config.optimizer.settings.to_dict())
+    model.compile(optimizer=optimizer, jit_compile=config.train.jit_compile)
     return model
 
 
 def build_schedule(config, run_data):
     """The learning rate of a resolved config, a float or a Keras schedule."""
-    batch = config.data.classes_per_batch * config.data.samples_per_class
     return optimizers.schedule(
         config.optimizer.learning_rate,
-        steps_per_epoch=config.train.steps_per_epoch or max(1, len(run_data.train) // batch),
+        steps_per_epoch=steps_per_epoch(config, run_data),
         epochs=config.train.epochs,
         **config.optimizer.schedule,
     )
@@ -199,93 +287,14 @@ def load_run(workdir):
         if not os.path.exists(path):
             raise FileNotFoundError(f"workdir: expected a finished run, with {name}. Received: {workdir!r}")
     config = config_dict.FrozenConfigDict(_stored_config(paths["config.json"]))
-    preprocessing = Preprocessing(**read_json(paths["preprocessing.json"]))
+    preprocessing = Preprocessing.load(paths["preprocessing.json"])
     return load_model(paths["best.keras"]), config, preprocessing
 
 
-def load_model(path):
-    """A saved `S2SDModel`, ready to go on training."""
-    return keras.models.load_model(path)
-
-
-def embed(model, images, preprocessing):
-    """Embeddings float32 `(n, embedding_dim)` of an `ImageSet`, in its order."""
-    return model.predict(evaluation_batches(images, preprocessing), verbose=0)
-
-
-class _State:
-    """Where a run stands: its last checkpoint, best checkpoint and history."""
-
-    def __init__(self, workdir):
-        self.folder = os.path.join(workdir, "checkpoints")
-        self.epoch = 0
-        self.best_epoch = 0
-        self.best_value = None
-        self.history = []
-        self.seconds = 0.0
-
-    @property
-    def path(self):
-        """Folder of the checkpoint of the present epoch."""
-        return os.path.join(self.folder, f"epoch_{self.epoch:06d}")
-
-    @property
-    def best_path(self):
-        """The model of the best epoch so far, whose checkpoint is kept."""
-        return os.path.join(self.folder, f"epoch_{self.best_epoch:06d}", "model.keras")
-
-    def restore(self):
-        """The model of the last checkpoint, or None."""
-        if not os.path.isdir(self.folder):
-            return None
-        remove_leftovers(self.folder)
-        found = self._checkpoints()
-        if not found:
-            return None
-        folder = os.path.join(self.folder, found[-1])
-        vars(self).update(read_json(os.path.join(folder, "state.json")))
-        return load_model(os.path.join(folder, "model.keras"))
-
-    def save(self, model):
-        """Writes a checkpoint, and removes the others but for the last before it and the best."""
-        fields = {name: getattr(self, name) for name in ("epoch", "best_epoch", "best_value", "history", "seconds")}
-        with replacing(self.path) as folder:
-            os.makedirs(folder)
-            model.save(os.path.join(folder, "model.keras"))
-            write_json(os.path.join(folder, "state.json"), fields)
-        for name in self._checkpoints()[:-CHECKPOINTS_KEPT]:
-            if name != f"epoch_{self.best_epoch:06d}":
-                shutil.rmtree(os.path.join(self.folder, name))
-
-    def _checkpoints(self):
-        return sorted(name for name in os.listdir(self.folder) if name.startswith("epoch_"))
-
-
-class _Checkpoints(keras.callbacks.Callback):
-    """Keeps the history and the checkpoints, the best epoch's among them; comes after whatever adds to the logs."""
-
-    def __init__(self, config, workdir, state, has_validation):
-        super().__init__()
-        self.config = config
-        self.history_path = os.path.join(workdir, "history.csv")
-        self.state = state
-        self.metric = f"val_{config.eval.select_by}" if has_validation else None
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._begin = time.monotonic()
-
-    def on_epoch_end(self, epoch, logs=None):
-        state = self.state
-        state.epoch = epoch + 1
-        state.seconds += time.monotonic() - self._begin
-        state.history.append({"epoch": state.epoch, **{key: float(value) for key, value in (logs or {}).items()}})
-        value, improved = (logs or {}).get(self.metric), False
-        if value is not None and (state.best_value is None or value > state.best_value):
-            state.best_value, state.best_epoch = float(value), state.epoch
-            improved = True
-        if improved or state.epoch % self.config.train.checkpoint_every == 0 or state.epoch == self.config.train.epochs:
-            state.save(self.model)
-            _write_history(self.history_path, state.history)
+def _selects_by(config):
+    """The metric in the logs by which the best checkpoint is chosen, or None: the last is the best."""
+    held_out = config.data.validation_classes or config.data.validation_fraction
+    return f"val_{config.eval.select_by}" if held_out else None
 
 
 def _check_workdir(config, workdir):
@@ -310,13 +319,17 @@ def _stored_config(path):
 
     def fill(defaults, stored):
         for key, value in defaults.items():
-            if isinstance(value, dict) and isinstance(stored.get(key), dict):
+            if not isinstance(value, dict):
+                stored.setdefault(key, value)
+            elif isinstance(stored.setdefault(key, value), dict):
                 fill(value, stored[key])
             else:
-                stored.setdefault(key, value)
+                raise ValueError(f"{key} is {stored[key]!r}, no section")
         return stored
 
-    return fill(json.loads(default_config().to_json()), read_json(path))
+    stored = read_json_object(path)
+    with reading(path, "the config of a run"):
+        return config_dict.ConfigDict(fill(json.loads(default_config().to_json()), stored)).to_dict()
 
 
 def _used(config):
@@ -354,161 +367,3 @@ def _objective(config, name, run_data):
     if uses_classes:
         settings["num_classes"] = run_data.train.num_classes
     return objectives.get(name, **settings)
-
-
-def _callbacks(config, run_data, sampler, workdir, state):
-    callbacks = []
-    if sampler.storage is not None:
-        callbacks.append(
-            RefreshStorage(sampler, run_data.train, run_data.preprocessing, seed=config.seed, start_epoch=state.epoch)
-        )
-    every = config.eval.every or config.train.epochs
-    if run_data.validation is not None:
-        callbacks.append(_evaluation(run_data, "validation", None, "val_", config, every))
-    callbacks.append(_evaluation(run_data, "test", run_data.gallery, "test_", config, every))
-    callbacks.append(keras.callbacks.TensorBoard(os.path.join(workdir, "tensorboard"), write_graph=False))
-    callbacks.append(_Checkpoints(config, workdir, state, run_data.validation is not None))
-    return callbacks
-
-
-class _Evaluation(RetrievalEvaluation):
-    """With the averaged weights, where the optimizer keeps averages."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        with averaged_weights(self.model):
-            super().on_epoch_end(epoch, logs)
-
-
-def _evaluation(run_data, part, gallery, prefix, config, every):
-    images = getattr(run_data, part)
-    searched = {}
-    if gallery is not None:
-        searched = {
-            "gallery_images": evaluation_batches(gallery, run_data.preprocessing, cache=None),
-            "gallery_labels": gallery.labels,
-        }
-    batches = evaluation_batches(images, run_data.preprocessing, cache=None)
-    return _Evaluation(batches, images.labels, every=every, prefix=prefix, ks=config.eval.ks, **searched)
-
-
-def _finish(config, run_data, workdir, state, model):
-    """Chooses the model, evaluates it on the test classes, exports it and draws the pictures."""
-    steps = int(tf.convert_to_tensor(model.step))
-    if run_data.validation is None:
-        state.best_epoch = state.epoch
-    else:
-        model = load_model(state.best_path)
-    with averaged_weights(model):
-        results = _evaluate_and_export(config, run_data, workdir, state, model, steps)
-    write_json(os.path.join(workdir, "results.json"), results)
-    return results
-
-
-def _evaluate_and_export(config, run_data, workdir, state, model, steps):
-    with replacing(os.path.join(workdir, "best.keras")) as temporary:
-        model.save(temporary)
-    embeddings = embed(model, run_data.test, run_data.preprocessing)
-    labels = run_data.test.labels
-    gallery = ()
-    if run_data.gallery is not None:
-        gallery = (embed(model, run_data.gallery, run_data.preprocessing), run_data.gallery.labels)
-    results = {
-        "test": {
-            method: retrieval_metrics(embeddings, labels, *gallery, ks=config.eval.ks, method=method)
-            for method in ("exact", "scann")
-        },
-        "best_epoch": state.best_epoch,
-        "selected_by": "last epoch"
-        if run_data.validation is None
-        else f"{config.eval.select_by} on {_held_out(config)}",
-        "best_value": state.best_value,
-        "epochs": state.epoch,
-        "steps": steps,
-        "train_seconds": round(state.seconds, 2),
-        "counts": {
-            part: {"classes": images.num_classes, "images": len(images)}
-            for part, images in [
-                ("train", run_data.train),
-                ("validation", run_data.validation),
-                ("test", run_data.test),
-                ("gallery", run_data.gallery),
-            ]
-            if images is not None
-        },
-        "embedding_dim": config.model.embedding_dim,
-        "parameters": {
-            "encoder": _count((model.backbone, model.embedding_head)),
-            "training_only": _count((*model.auxiliary_heads, model.objective, *model.target_objectives)),
-        },
-        "versions": {"tensorflow": tf.__version__, "keras": keras_version()},
-    }
-    export_encoder(model, run_data.preprocessing, os.path.join(workdir, "saved_model"))
-    write_json(os.path.join(workdir, "preprocessing.json"), run_data.preprocessing.get_config())
-    _write_history(os.path.join(workdir, "history.csv"), state.history)
-    _draw(config, workdir, state.history, run_data, embeddings, *gallery)
-    return results
-
-
-def _held_out(config):
-    return "held-out training classes" if config.data.validation_classes else "held-out images of training classes"
-
-
-def _count(layers):
-    return int(sum(np.prod(variable.shape) for layer in layers for variable in layer.trainable_variables))
-
-
-def _draw(config, workdir, history, run_data, embeddings, gallery=None, gallery_labels=None):
-    """Writes `curves.png` and `gallery.png`."""
-    panels = {"loss": {}, "retrieval on unseen classes": {}}
-    for name in ("loss", "objective", "target_objective"):
-        panels["loss"].update(_curve(history, name, name.replace("_", " ")))
-    for prefix, part in (("val_", _held_out(config)), ("test_", "test classes")):
-        for metric in ("recall@1", "map@r"):
-            panels["retrieval on unseen classes"].update(_curve(history, prefix + metric, f"{metric}, {part}"))
-    save_curves(os.path.join(workdir, "curves.png"), {title: curves for title, curves in panels.items() if curves})
-    ids = np.arange(len(run_data.test))
-    labels = run_data.test.labels
-    if gallery is None:
-        found = find_neighbors(embeddings, embeddings, 6, ids, ids).indices
-        searched, before = run_data.test, 0
-    else:
-        found = find_neighbors(embeddings, gallery, 6).indices
-        searched, before = run_data.gallery, len(ids)
-    # Positions of the pictures: the queries, then the gallery where it is another set.
-    found = np.where(found >= 0, found + before, found)
-    labels = labels if gallery is None else np.concatenate([labels, gallery_labels])
-    queries = choose_queries(labels, found, 8)
-    rows = np.concatenate([queries[:, None], found[queries]], axis=1)
-    shown = {}
-    for images, first in dict.fromkeys([(run_data.test, 0), (searched, before)]):
-        chosen = np.unique(rows[(rows >= first) & (rows < first + len(images))]) - first
-        part = dataclasses.replace(images, images=images.images[chosen], labels=images.labels[chosen])
-        pixels = evaluation_batches(part, run_data.preprocessing.without_normalization()).unbatch()
-        shown.update(zip((chosen + first).tolist(), pixels.as_numpy_iterator()))
-    save_gallery(
-        os.path.join(workdir, "gallery.png"),
-        shown,
-        rows,
-        [run_data.test.class_names[label] for label in labels],
-        "Queries of unseen classes and their nearest neighbours",
-    )
-
-
-def _curve(history, name, label):
-    rows = [row for row in history if name in row]
-    return {label: ([row["epoch"] for row in rows], [row[name] for row in rows])} if rows else {}
-
-
-def read_history(workdir):
-    """The epochs' logs of a run: a list of dicts of floats, without what an epoch did not log."""
-    with open(os.path.join(workdir, "history.csv"), newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-def _write_history(path, history):
-    """Writes the epochs' logs as CSV, whole or not at all; what an epoch did not log is empty."""
-    columns = list(dict.fromkeys(key for row in history for key in row))
-    with replacing(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(history)

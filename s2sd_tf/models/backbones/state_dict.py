@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from s2sd_tf.data.untrusted import open_archive
+
 EXTENSIONS = (".pth", ".pt", ".safetensors", ".npz")
 
 # First of the pickles of a file that PyTorch wrote before 1.6.
@@ -163,7 +165,7 @@ def _read_torch(path):
 
 
 def _read_torch_zip(path):
-    with zipfile.ZipFile(path) as archive:
+    with open_archive(path) as archive:
         pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1:
             raise ValueError("a zip archive without the data.pkl of torch.save")
@@ -200,13 +202,16 @@ def _read_torch_legacy(path):
     return _with_arrays(found, numbers)
 
 
-def _with_arrays(found, numbers):
+def _with_arrays(found, numbers, done=None):
     """`found` with an array for every `_Tensor` in its dictionaries; `numbers` are the storages' by key."""
-    if isinstance(found, _Tensor):
-        return found.array(numbers[found.storage.key])
+    # A pickle may name one dictionary many times, and in it another one as often: each is walked once.
+    done = {} if done is None else done
     if isinstance(found, dict):
-        return {name: _with_arrays(value, numbers) for name, value in found.items()}
-    return found
+        if id(found) not in done:
+            done[id(found)] = copied = {}
+            copied.update((name, _with_arrays(value, numbers, done)) for name, value in found.items())
+        return done[id(found)]
+    return found.array(numbers[found.storage.key]) if isinstance(found, _Tensor) else found
 
 
 def _read_safetensors(path):

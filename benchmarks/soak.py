@@ -1,0 +1,270 @@
+r"""Runs that are killed again and again, and have to end as if nothing had happened: `make soak`.
+
+    python benchmarks/soak.py --runs=30 --output=benchmarks/results/soak.json
+
+One small run on digits is left alone. Then every run of the same config is killed at random moments, by SIGTERM and
+SIGKILL by turns: some while it starts, most after training has begun. After every kill each file in its folder has to
+be whole, and the exit status of SIGTERM 75; then it is called again, until it ends. Its weights, optimizer and averages
+have to be those of the run that was left alone, bit by bit, and its history but for the columns of times. Writes the
+JSON and a table (.md) of the same name; ends with an error where anything is not so.
+"""
+
+import concurrent.futures
+import csv
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+from machine import describe
+from PIL import Image
+from tqdm import tqdm
+
+from s2sd_tf.files import LEFTOVER, read_json, write_json
+from s2sd_tf.training.checkpoints import UNREADABLE
+from s2sd_tf.training.embedding import load_model
+from s2sd_tf.training.history import TIMES, read_history
+from s2sd_tf.training.interruption import EXIT_STATUS
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("runs", 30, "Runs that are killed.")
+flags.DEFINE_integer("kills", 4, "Kills of a run, at most.")
+flags.DEFINE_integer("jobs", 1, "Runs at a time, of a thread each.")
+flags.DEFINE_integer("seed", 0, "Of the moments.")
+flags.DEFINE_string("output", None, "JSON to write; the table gets its name.")
+
+# Everything that has a state: a miner that draws, augmentation, a schedule, averages, a best checkpoint.
+CONFIG = (
+    f"--config={REPOSITORY}/configs/digits.py",
+    "--config.model.filters=(8,8)",
+    "--config.s2sd.target_dims=(16,)",
+    "--config.data.classes_per_batch=3",
+    "--config.data.samples_per_class=4",
+    "--config.data.augmentation=base",
+    "--config.data.validation_classes=2",
+    "--config.objective.name=margin",
+    "--config.optimizer.schedule.name=cosine",
+    "--config.optimizer.schedule.warmup_epochs=1",
+    "--config.optimizer.settings.use_ema=True",
+    "--config.train.epochs=6",
+    "--config.train.steps_per_epoch=50",
+    "--config.train.checkpoint_every=2",
+    "--config.train.threads=1",
+    "--config.eval.every=2",
+)
+# Share of the kills that come before training begins.
+EARLY = 0.2
+PATIENCE = 600
+
+
+def start(workdir):
+    """The program, in a process of its own, which writes to a log beside the folder."""
+    command = [sys.executable, "-m", "s2sd_tf.cli.train", *CONFIG, f"--workdir={workdir}"]
+    with open(f"{workdir}.log", "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def sessions(workdir):
+    """How many times training has begun."""
+    path = workdir / "run.json"
+    return len(read_json(path)["sessions"]) if path.exists() else 0
+
+
+def run_alone(workdir):
+    """`(seconds until training begins, seconds from there to the end)` of a run that is left alone."""
+    begin = time.monotonic()
+    process = start(workdir)
+    while not sessions(workdir) and process.poll() is None:
+        time.sleep(0.02)
+    begun = time.monotonic()
+    check(process.wait(PATIENCE) == 0, f"the run that was left alone failed; its log ends with:\n{log_end(workdir)}")
+    return begun - begin, time.monotonic() - begun
+
+
+def run_killed(workdir, seed, times):
+    """What happened to a run that was killed until it had been often enough, or ended."""
+    moments = random.Random(seed)
+    happened = []
+    for number in range(FLAGS.kills):
+        number_of_signal = (signal.SIGTERM, signal.SIGKILL)[(seed + number) % 2]
+        process, before = start(workdir), sessions(workdir)
+        if moments.random() < EARLY:
+            wait(process, moments.uniform(0, times[0]))
+        else:
+            while sessions(workdir) == before and process.poll() is None:
+                time.sleep(0.02)
+            # What is left of the run gets shorter.
+            wait(process, moments.uniform(0, times[1] / (1 + number / 2)))
+        begun, ended = sessions(workdir) > before, (workdir / "results.json").exists()
+        process.send_signal(number_of_signal)
+        status = process.wait(PATIENCE)
+        files = check_files(workdir)
+        happened.append(
+            {
+                "signal": number_of_signal.name,
+                "phase": "end" if ended else "training" if begun else "start",
+                "status": status,
+                "stands at": place(workdir),
+                "files": files,
+            }
+        )
+        allowed = {0, -number_of_signal}
+        if number_of_signal == signal.SIGTERM:
+            # Before the program has begun, and after it has ended, a signal does what it does to any process.
+            allowed = {0, EXIT_STATUS} if begun and not ended else {0, EXIT_STATUS, -number_of_signal}
+        check(
+            status in allowed,
+            f"exit status {status} of {number_of_signal.name}; its log ends with:\n{log_end(workdir)}",
+        )
+        check(
+            status != 0 or (workdir / "results.json").exists(),
+            f"exit status 0 without results; its log ends with:\n{log_end(workdir)}",
+        )
+        if status == 0:
+            break
+    check(start(workdir).wait(PATIENCE) == 0, f"the run could not be ended; its log ends with:\n{log_end(workdir)}")
+    check_files(workdir)
+    return happened
+
+
+def log_end(workdir):
+    """The last lines of a run's log."""
+    lines = pathlib.Path(f"{workdir}.log").read_text(errors="replace").splitlines()
+    return "\n".join(line[:300] for line in lines[-15:])
+
+
+def wait(process, seconds):
+    """Sleeps, unless the process ends before."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return
+
+
+def place(workdir):
+    """The name of the last checkpoint."""
+    folder = workdir / "checkpoints"
+    names = sorted(path.name for path in folder.glob("epoch_*")) if folder.exists() else []
+    return names[-1] if names else "-"
+
+
+def check_files(workdir):
+    """Reads every file in a run's folder, but for TensorBoard's and what is being written; returns how many."""
+    count = 0
+    for path in sorted(workdir.rglob("*")):
+        parts = path.relative_to(workdir).parts
+        if not path.is_file() or parts[0] == "tensorboard" or any(part.startswith(LEFTOVER) for part in parts):
+            continue
+        check(not any(part.startswith(UNREADABLE) for part in parts), f"{path}: a checkpoint was damaged")
+        check(path.stat().st_size > 0 or path.suffix == ".index", f"{path}: empty")
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".keras":
+            with zipfile.ZipFile(path) as archive:
+                check(archive.testzip() is None, f"{path}: a broken archive")
+        elif path.suffix == ".csv":
+            with open(path, newline="") as file:
+                rows = list(csv.DictReader(file))
+            check(rows and all(None not in row and None not in row.values() for row in rows), f"{path}: cut off")
+        elif path.suffix == ".png":
+            with Image.open(path) as image:
+                image.load()
+        count += 1
+    return count
+
+
+def check_equal(one, other):
+    """Compares what two runs left."""
+    models = [load_model(str(workdir / "best.keras")) for workdir in (one, other)]
+    for kind in ("variables", "optimizer.variables"):
+        groups = [values(model, kind) for model in models]
+        check(len(groups[0]) == len(groups[1]), f"{other}: another number of {kind}")
+        for a, b in zip(*groups):
+            check(np.array_equal(a, b), f"{other}: other {kind}")
+    histories = [
+        [{key: value for key, value in row.items() if key not in TIMES} for row in read_history(workdir)]
+        for workdir in (one, other)
+    ]
+    check(histories[0] == histories[1], f"{other}: another history")
+    results = [read_json(workdir / "results.json") for workdir in (one, other)]
+    for result in results:
+        result.pop("train_seconds")
+    check(results[0] == results[1], f"{other}: other results")
+
+
+def values(model, kind):
+    """Arrays of a model's or an optimizer's variables."""
+    found = model.variables if kind == "variables" else model.optimizer.variables
+    return [tf.convert_to_tensor(variable).numpy() for variable in (found() if callable(found) else found)]
+
+
+def check(holds, message):
+    """Raises where something is not as it has to be."""
+    if not holds:
+        raise RuntimeError(message)
+
+
+def main(_):
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        times = run_alone(folder / "alone")
+        check_files(folder / "alone")
+
+        def one(number):
+            workdir = folder / f"run{number:03d}"
+            return run_killed(workdir, FLAGS.seed + number, times)
+
+        with concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool:
+            results = list(tqdm(pool.map(one, range(FLAGS.runs)), total=FLAGS.runs, desc="Killing", unit="run"))
+        for number in range(FLAGS.runs):
+            check_equal(folder / "alone", folder / f"run{number:03d}")
+    minutes = (time.monotonic() - begin) / 60
+    text = table(results)
+    print(f"{text}\n\nAll equal to the run that was left alone; {minutes:.1f} minutes")
+    if FLAGS.output:
+        machine = {**describe(1), "jobs": FLAGS.jobs, "minutes": round(minutes, 1)}
+        write_json(FLAGS.output, {"machine": machine, "runs": results})
+        told = "".join(f"- {key}: {value}\n" for key, value in machine.items())
+        title = (
+            f"# {FLAGS.runs} runs, killed {sum(map(len, results))} times\n\nAll ended with the weights, the state of "
+            "the optimizer and the history of a run that was left alone, bit by bit.\n\n"
+        )
+        pathlib.Path(FLAGS.output).with_suffix(".md").write_text(f"{title}{told}\n{text}\n")
+
+
+def table(results):
+    """A Markdown table: kills by signal and by what the run was doing."""
+    kills = [kill for run in results for kill in run]
+    lines = [
+        "| signal | while it | kills | exit status: times | stood within an epoch | files read |",
+        "|---|---|---|---|---|---|",
+    ]
+    phases = {"start": "starts", "training": "trains and evaluates", "end": "has ended"}
+    for name in ("SIGTERM", "SIGKILL"):
+        for phase, words in phases.items():
+            chosen = [kill for kill in kills if kill["signal"] == name and kill["phase"] == phase]
+            if not chosen:
+                continue
+            statuses = [kill["status"] for kill in chosen]
+            told = ", ".join(f"{status}: {statuses.count(status)}" for status in sorted(set(statuses)))
+            within = sum("step" in kill["stands at"] for kill in chosen)
+            files = sum(kill["files"] for kill in chosen)
+            lines.append(f"| {name} | {words} | {len(chosen)} | {told} | {within} | {files:,} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app.run(main)

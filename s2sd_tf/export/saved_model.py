@@ -1,0 +1,71 @@
+"""Loading of SavedModels whose graphs only compute."""
+
+import os
+import re
+
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf import saved_model_pb2
+
+# Operations that read or write files, reach other machines, or call Python.
+_OUTWARD = re.compile(
+    "file|record|reader|dataset|iterator|lmdb|sql|remap|immutableconst|save|restore|checkpoint|summary|printv2|debug|dump"
+    "|snapshot|pyfunc|rpc|socket|service|remote|bigquery|bigtable",
+    re.IGNORECASE,
+)
+
+
+def load_saved_model(argument, path):
+    """`tf.saved_model.load(path)` of a model whose graphs do nothing but compute.
+
+    A SavedModel is a program, and TensorFlow runs what it says. Here one is refused, before anything of it runs, of
+    which a function that can be called reads or writes files, reaches other machines or calls Python.
+
+    Args:
+        argument: str, name of the argument that `path` is, for messages.
+        path: folder of a SavedModel.
+
+    Raises:
+        FileNotFoundError: no SavedModel there.
+        ValueError: one that is broken, or does more than compute.
+    """
+    path = os.fspath(path)
+    if not tf.saved_model.contains_saved_model(path):
+        raise FileNotFoundError(f"{argument}: expected the folder of a SavedModel. Received: {path!r}")
+    outward = sorted(name for name in _callable_operations(argument, path) if _OUTWARD.search(name))
+    if outward:
+        raise ValueError(f"{argument}: expected a model that only computes. Received: {path!r}, with {outward}")
+    try:
+        return tf.saved_model.load(path)
+    except (tf.errors.OpError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{argument}: expected a whole SavedModel. Received: {path!r}: {error}") from error
+
+
+def _callable_operations(argument, path):
+    """Names of the operations in all functions that the objects of a SavedModel have."""
+    found, wanted = saved_model_pb2.SavedModel(), f"{argument}: expected a whole SavedModel of TensorFlow 2"
+    try:
+        # In this form alone: TensorFlow knows others, and prefers one of them.
+        if sorted(name for name in os.listdir(path) if name.startswith("saved_model.")) != ["saved_model.pb"]:
+            raise OSError("saved_model.pb is not the only form of it")
+        with open(os.path.join(path, "saved_model.pb"), "rb") as file:
+            found.ParseFromString(file.read())
+    except (OSError, DecodeError) as error:
+        raise ValueError(f"{wanted}. Received: {path!r}: {error}") from error
+    # What TensorFlow 1 wrote runs its graph when it is loaded.
+    if len(found.meta_graphs) != 1 or not found.meta_graphs[0].HasField("object_graph_def"):
+        raise ValueError(f"{wanted}. Received: {path!r}")
+    (meta,) = found.meta_graphs
+    functions = {function.signature.name: function.node_def for function in meta.graph_def.library.function}
+    waiting, seen, names = list(meta.object_graph_def.concrete_functions), set(), set()
+    while waiting:
+        function = waiting.pop()
+        if function in seen or function not in functions:
+            continue
+        seen.add(function)
+        for node in functions[function]:
+            names.add(node.op)
+            waiting.append(node.op)
+            for attribute in node.attr.values():
+                waiting += [attribute.func.name, *(each.name for each in attribute.list.func)]
+    return names

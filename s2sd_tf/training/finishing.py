@@ -1,0 +1,152 @@
+"""The end of a run: chooses the model, evaluates it on the test classes, exports it and draws the pictures."""
+
+import dataclasses
+import os
+
+import numpy as np
+import tensorflow as tf
+
+from s2sd_tf.data import evaluation_batches
+from s2sd_tf.evaluation import find_neighbors, retrieval_metrics
+from s2sd_tf.evaluation.pictures import choose_queries, save_curves, save_gallery
+from s2sd_tf.export import export_encoder
+from s2sd_tf.files import replacing, write_json
+from s2sd_tf.keras_compat import keras_version
+from s2sd_tf.training.averages import averaged_weights
+from s2sd_tf.training.embedding import embed
+from s2sd_tf.training.history import write_history
+
+
+def finish(config, run_data, workdir, checkpoints, state, model):
+    """Writes what a run leaves, `results.json` as the last; returns the content of it.
+
+    Args:
+        config: the resolved config.
+        run_data: `RunData`.
+        workdir: folder of the run.
+        checkpoints: `Checkpoints`.
+        state: `RunState` after the last epoch.
+        model: the model after the last epoch.
+    """
+    steps = int(tf.convert_to_tensor(model.step))
+    if run_data.validation is None:
+        state.best_epoch = state.epoch
+    else:
+        model = checkpoints.load_best(state)
+    with averaged_weights(model):
+        results = _evaluate_and_export(config, run_data, workdir, state, model, steps)
+    write_json(os.path.join(workdir, "results.json"), results)
+    return results
+
+
+def _evaluate_and_export(config, run_data, workdir, state, model, steps):
+    with replacing(os.path.join(workdir, "best.keras")) as temporary:
+        model.save(temporary)
+    embeddings = embed(model, run_data.test, run_data.preprocessing)
+    labels = run_data.test.labels
+    gallery = ()
+    if run_data.gallery is not None:
+        gallery = (embed(model, run_data.gallery, run_data.preprocessing), run_data.gallery.labels)
+    results = {
+        "test": {
+            method: retrieval_metrics(embeddings, labels, *gallery, ks=config.eval.ks, method=method)
+            for method in ("exact", "scann")
+        },
+        "best_epoch": state.best_epoch,
+        "selected_by": "last epoch"
+        if run_data.validation is None
+        else f"{config.eval.select_by} on {_held_out(config)}",
+        "best_value": state.best_value,
+        "epochs": state.epoch,
+        "steps": steps,
+        "train_seconds": round(state.seconds, 2),
+        "counts": {
+            part: {"classes": images.num_classes, "images": len(images)}
+            for part, images in [
+                ("train", run_data.train),
+                ("validation", run_data.validation),
+                ("test", run_data.test),
+                ("gallery", run_data.gallery),
+            ]
+            if images is not None
+        },
+        "embedding_dim": config.model.embedding_dim,
+        "parameters": {
+            "encoder": _count((model.backbone, model.embedding_head)),
+            "training_only": _count((*model.auxiliary_heads, model.objective, *model.target_objectives)),
+        },
+        "versions": {"tensorflow": tf.__version__, "keras": keras_version()},
+    }
+    export_encoder(model, run_data.preprocessing, os.path.join(workdir, "saved_model"))
+    write_json(os.path.join(workdir, "preprocessing.json"), run_data.preprocessing.get_config())
+    write_history(workdir, state.history)
+    _draw(config, workdir, state.history, run_data, embeddings, *gallery)
+    return results
+
+
+def _held_out(config):
+    return "held-out training classes" if config.data.validation_classes else "held-out images of training classes"
+
+
+def _count(layers):
+    return int(sum(np.prod(variable.shape) for layer in layers for variable in layer.trainable_variables))
+
+
+def _draw(config, workdir, history, run_data, embeddings, gallery=None, gallery_labels=None):
+    """Writes `curves.png` and `gallery.png`."""
+    part = {"val_": _held_out(config), "test_": "test classes"}
+    panels = {
+        "loss": {name: name.replace("_", " ") for name in ("loss", "objective", "target_objective")},
+        "retrieval on unseen classes": {
+            prefix + metric: f"{metric}, {part[prefix]}" for prefix in part for metric in ("recall@1", "map@r")
+        },
+        "spread of the embeddings": {
+            "mean_similarity": "mean similarity",
+            "target_mean_similarity": "mean similarity, targets",
+            "embedding_rank": "rank / dimensions",
+        },
+        "norm of the gradient": {"gradient_norm": "all weights"},
+    }
+    # Beside similarities; that of the targets is of any of them.
+    history = [
+        {**row, "embedding_rank": row["embedding_rank"] / config.model.embedding_dim}
+        if "embedding_rank" in row
+        else row
+        for row in history
+    ]
+    panels = {
+        title: {key: value for name, label in names.items() for key, value in _curve(history, name, label).items()}
+        for title, names in panels.items()
+    }
+    save_curves(os.path.join(workdir, "curves.png"), {title: curves for title, curves in panels.items() if curves})
+    ids = np.arange(len(run_data.test))
+    labels = run_data.test.labels
+    if gallery is None:
+        found = find_neighbors(embeddings, embeddings, 6, ids, ids).indices
+        searched, before = run_data.test, 0
+    else:
+        found = find_neighbors(embeddings, gallery, 6).indices
+        searched, before = run_data.gallery, len(ids)
+    # Positions of the pictures: the queries, then the gallery where it is another set.
+    found = np.where(found >= 0, found + before, found)
+    labels = labels if gallery is None else np.concatenate([labels, gallery_labels])
+    queries = choose_queries(labels, found, 8)
+    rows = np.concatenate([queries[:, None], found[queries]], axis=1)
+    shown = {}
+    for images, first in dict.fromkeys([(run_data.test, 0), (searched, before)]):
+        chosen = np.unique(rows[(rows >= first) & (rows < first + len(images))]) - first
+        part = dataclasses.replace(images, images=images.images[chosen], labels=images.labels[chosen])
+        pixels = evaluation_batches(part, run_data.preprocessing.without_normalization()).unbatch()
+        shown.update(zip((chosen + first).tolist(), pixels.as_numpy_iterator()))
+    save_gallery(
+        os.path.join(workdir, "gallery.png"),
+        shown,
+        rows,
+        [run_data.test.class_names[label] for label in labels],
+        "Queries of unseen classes and their nearest neighbours",
+    )
+
+
+def _curve(history, name, label):
+    rows = [row for row in history if name in row]
+    return {label: ([row["epoch"] for row in rows], [row[name] for row in rows])} if rows else {}

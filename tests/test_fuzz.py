@@ -1,0 +1,569 @@
+"""Random input: a clear error or a result; never a trace from deep inside a library, never a partial output.
+
+The examples are the same in every run. `S2SD_TF_FUZZ=20` takes twenty times as many.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import traceback
+import warnings
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from dataset_layouts import (
+    write_cars196,
+    write_cub200,
+    write_image,
+    write_inaturalist,
+    write_inshop,
+    write_sop,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict
+
+import s2sd_tf
+from s2sd_tf import data, evaluation, mining, objectives, serving, training
+from s2sd_tf.data import samplers
+from s2sd_tf.evaluation.embeddings import write_shard
+from s2sd_tf.files import write_json
+from s2sd_tf.models.backbones.state_dict import read_state_dict
+from s2sd_tf.training.datasets import load_data
+from s2sd_tf.training.run import build_model
+
+PACKAGE = str(pathlib.Path(s2sd_tf.__file__).parent)
+CLEAR = (ValueError, TypeError, FileNotFoundError, ImportError, NotImplementedError)
+# Numbers that no argument may be, and ones that some may.
+BAD_NUMBERS = (float("nan"), float("inf"), float("-inf"))
+NUMBERS = (0, -1, 1, 2, 3, 7, -(10**9), 0.0, -1.0, 1e-3, 0.3, 0.5, 1.0, 2.5, 50.0)
+IDS = ("query_ids", "gallery_ids")
+OTHERS = ("", " ", "x", "../x", "all", None, True, (), (1,), (0, 1), (-1.0,), ("x",), (0.5,) * 20, {}, {"x": 1})
+
+
+def examples(count):
+    """Settings of a test of `count` examples."""
+    return settings(
+        max_examples=count * int(os.environ.get("S2SD_TF_FUZZ", "1")),
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@contextlib.contextmanager
+def clear_errors(*names):
+    """Lets an error pass that this package raises, in its own words, with one of `names` in them.
+
+    Yields a list that holds the error afterwards, if there was one.
+    """
+    told = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield told
+    except CLEAR as error:
+        told.append(error)
+    for error in told:
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        # What is of another type ml_collections tells by itself.
+        of_config = "ml_collections" in last
+        assert of_config or last.startswith(PACKAGE), f"raised in {last}: {error!r}"
+        assert of_config or any(words in str(error) for words in ("expected", "are not readable images")), repr(error)
+        assert not names or any(name in str(error) for name in names), f"none of {names} in {error!r}"
+
+
+@contextlib.contextmanager
+def working_in(folder):
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+class TestConfigs:
+    """Values of random keys, up to where a model is made of them."""
+
+    # Legal at any size, and not to be built at any.
+    SIZES = (
+        "embedding_dim", "target_dims", "filters", "pools", "proxies_per_class", "memory_size", "bins", "image_size",
+        "resize_size", "hidden_dim", "ks", "classes_per_batch", "samples_per_class",
+    )  # fmt: skip
+
+    @staticmethod
+    def small():
+        config = training.default_config()
+        config.model.filters, config.model.pools, config.model.embedding_dim = (4,), 1, 4
+        config.s2sd.target_dims = (6,)
+        config.train.deterministic = False
+        return config
+
+    @staticmethod
+    def leaves():
+        def walk(section, path):
+            for key, value in section.items():
+                yield from walk(value, [*path, key]) if isinstance(value, ConfigDict) else [([*path, key], value)]
+
+        found = list(walk(training.default_config(), []))
+        # Of what a run does not use nothing is looked at.
+        unused = [n for n in objectives.names() if n != "multi_similarity"]
+        return [
+            (path, value)
+            for path, value in found
+            if not (path[0] == "objective" and path[1] in unused)
+            and path[0] != "miner"
+            and not (path[0] == "sampler" and len(path) == 3)
+            and path[0] not in ("train", "eval")
+        ]
+
+    @staticmethod
+    def values(default):
+        if isinstance(default, bool):
+            return [True, False, 1, "x"]
+        if isinstance(default, int):
+            return [0, 1, 2, 8, -1, 10**9, -(10**12), 0.5, float("nan"), "x", True]
+        if isinstance(default, float):
+            return [*BAD_NUMBERS, 0.0, 1.0, -1.0, 0.5, 1e-30, 1e30, 2, "x"]
+        if isinstance(default, str):
+            return ["", " ", "x", "X" * 300, "../x", "é", "a\0b", "all", "margin", "gem", "adam", "sgd", "avg", 3]
+        return [(), (0,), (-1,), (1,), (1, 1), (4,) * 3, (10**9,), (float("nan"),), ("x",), ("conv*=0.1",), (2.5,), "x"]
+
+    @examples(150)
+    @given(st.data())
+    def test_a_config_is_built_or_its_key_is_named(self, tmp_path_factory, draw):
+        workdir = tmp_path_factory.mktemp("work")
+        config, names, large = self.small(), [], False
+        leaves = self.leaves()
+        for at in draw.draw(st.lists(st.integers(0, len(leaves) - 1), min_size=1, max_size=2, unique=True), "keys"):
+            path, default = leaves[at]
+            value = draw.draw(st.sampled_from(self.values(default)), ".".join(path))
+            names += [path[-1], *self.ALIASES.get(path[-1], ())]
+            with clear_errors() as told:
+                config.update_from_flattened_dict({".".join(path): value})
+            if told:
+                return
+            numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
+            large |= path[-1] in self.SIZES and max(numbers, default=0) > 64
+        with working_in(workdir), clear_errors(*names):
+            resolved = training.resolve(config)
+            if not large:
+                build_model(resolved, load_data(resolved))
+        assert os.listdir(workdir) == []
+
+    # The argument that an error is about, where it is another name than the key's.
+    ALIASES = {
+        "root": ("data_dir", "config.data"),
+        "name": ("objective", "sampler", "optimizer", "config.data.name", "data_dir", "root", "config.data"),
+        "source": ("folder", "config.data"),
+        "validation_classes": ("hold_out_classes",),
+        "validation_fraction": ("fraction",),
+        "augmentation": ("resize_size",),
+        "backbone_multiplier": ("learning_rate_multipliers",),
+        "heads_multiplier": ("learning_rate_multipliers",),
+        "objectives_multiplier": ("learning_rate_multipliers",),
+        "layers": ("learning_rate_multipliers",),
+        "target_objective": ("objective",),
+        "feature_distill": ("target_dims",),
+    }
+
+
+class TestObjectives:
+    """Random settings, and random batches."""
+
+    @staticmethod
+    def names():
+        return [name for kind in ("pair", "tuple", "proxy") for name in objectives.names(kind)]
+
+    @staticmethod
+    def batch(draw):
+        """`(embeddings, labels)`; of odd shapes, with equal rows, huge and tiny and missing numbers."""
+        size, dim = draw(st.sampled_from([1, 2, 3, 5, 8])), draw(st.sampled_from([1, 2, 5]))
+        generator = np.random.default_rng(draw(st.integers(0, 99)))
+        rows = generator.normal(size=(size, dim)).astype(np.float32)
+        kind = draw(st.sampled_from(["normal", "equal", "zero", "huge", "tiny", "nan", "inf", "pairs", "integers"]))
+        if kind == "equal":
+            rows[:] = rows[0]
+        elif kind == "pairs":
+            rows[size // 2 :] = rows[: size - size // 2]
+        elif kind == "integers":
+            rows = np.round(rows)
+        elif kind in ("nan", "inf"):
+            rows[0, 0] = float(kind)
+        else:
+            rows *= {"zero": 0.0, "huge": 1e15, "tiny": 1e-25}.get(kind, 1.0)
+        labels = generator.integers(0, draw(st.sampled_from([1, 2, 4])), size)
+        if draw(st.booleans()):
+            labels = np.arange(size) % 8
+        return rows, labels
+
+    @staticmethod
+    def settings(draw, registry, name, left_out=()):
+        """Some of the settings of a class, with values that may suit them or not."""
+        known = {
+            key: value for key, value in registry.settings(name).items() if key not in ("name", "dtype", *left_out)
+        }
+        keys = draw(st.lists(st.sampled_from(sorted(known)), max_size=2, unique=True)) if known else []
+        return {key: draw(st.sampled_from([known[key], *BAD_NUMBERS, *NUMBERS, *OTHERS])) for key in keys}
+
+    @examples(250)
+    @given(st.data())
+    def test_objectives(self, draw):
+        name = draw.draw(st.sampled_from(self.names()), "objective")
+        chosen = self.settings(draw.draw, objectives, name, ("num_classes",))
+        rows, labels = self.batch(draw.draw)
+        with clear_errors(*chosen) as told:
+            objective = objectives.get(
+                name, **chosen, **({"num_classes": 8} if objectives.lookup(name).uses_classes else {})
+            )
+        if told:
+            assert chosen
+            return
+        with tf.GradientTape() as tape:
+            embeddings = tf.constant(rows)
+            tape.watch(embeddings)
+            loss = objective(embeddings, tf.constant(labels), training=True)
+        if not np.isfinite(rows).all():
+            assert np.isnan(loss)
+            return
+        gradient = tape.gradient(loss, embeddings, unconnected_gradients="zero")
+        assert np.isfinite(loss), (name, chosen, float(loss))
+        assert np.isfinite(gradient).all(), (name, chosen)
+        if len(rows) == 1 and objective.kind in ("pair", "tuple") and chosen.get("normalize", True):
+            assert not gradient.numpy().any(), (name, chosen)
+
+    @examples(100)
+    @given(st.data())
+    def test_miners(self, draw):
+        name = draw.draw(st.sampled_from(mining.names()), "miner")
+        chosen = self.settings(draw.draw, mining, name)
+        with clear_errors(*chosen, "weights", "bins") as told:
+            miner = mining.get(name, **chosen)
+        if told:
+            return
+        rows, labels = self.batch(draw.draw)
+        rows = objectives.base.unit_rows(np.nan_to_num(rows))
+        distances, labels = objectives.base.euclidean_distances(rows), tf.constant(labels, tf.int32)
+        pairs = miner.pairs(distances, labels, dim=rows.shape[1], seed=tf.constant([0, 1]))
+        same = labels.numpy()[:, None] == labels.numpy()[None]
+        assert not (pairs.positive.numpy() & ~same).any()
+        assert not pairs.positive.numpy().diagonal().any()
+        assert miner.negatives_in_class or not (pairs.negative.numpy() & same).any()
+
+    @examples(100)
+    @given(st.data())
+    def test_samplers(self, draw):
+        name = draw.draw(st.sampled_from(samplers.names()), "sampler")
+        sizes = {"classes_per_batch": 2, "samples_per_class": 2, "batch_size": 4}
+        given_sizes = {key: value for key, value in sizes.items() if key in samplers.settings(name)}
+        chosen = {**given_sizes, **self.settings(draw.draw, samplers, name, ("max_mib",))}
+        labels = draw.draw(
+            st.one_of(
+                st.lists(st.integers(0, 3), max_size=12),
+                st.sampled_from([[-1, 0], [0.5], [[0, 1]], ["a", "b"], [0] * 9, list(range(9)), None, [10**6, 3]]),
+            ),
+            "labels",
+        )
+        names = (*chosen, "labels", "expected batches")
+        with clear_errors(*names) as told:
+            sampler = samplers.get(name, **chosen)
+        if told or sampler.batch_size > 1000:
+            return
+        with clear_errors(*names):
+            checked = samplers.base.checked_labels(labels)
+            if sampler.storage is not None and len(checked):
+                positions = sampler.images_to_store(checked, 3, 0, 0)
+                sampler.storage.refill(positions, 3, [np.eye(3, dtype=np.float32)[positions % 3]])
+            elif sampler.storage is not None:
+                return
+            batches = sampler.epoch(labels, 3, 0, 0)
+            assert batches.shape == (3, sampler.batch_size)
+            assert batches.min() >= 0
+            assert batches.max() < len(labels)
+
+
+def changed(draw, content):
+    """Bytes with some of them flipped, left out, repeated or replaced."""
+    kind = draw(st.sampled_from(["flip", "cut", "insert", "drop", "repeat", "all", "line", "number"]))
+    at = draw(st.integers(0, max(0, len(content) - 1)))
+    piece = draw(
+        st.sampled_from([b"\0", b"\xff\xfe", b"\n", b"-1", b"../", b"9" * 5000, b"{}", b'"', b" x y z ", b"nan"])
+    )
+    if kind == "flip":
+        flipped = bytearray(content)
+        for offset in range(at, min(len(content), at + draw(st.integers(1, 3)))):
+            flipped[offset] ^= draw(st.integers(1, 255))
+        return bytes(flipped)
+    if kind == "cut":
+        return content[:at]
+    if kind == "insert":
+        return content[:at] + piece + content[at:]
+    if kind == "drop":
+        return content[:at] + content[at + draw(st.integers(1, 20)) :]
+    if kind == "repeat":
+        return content[:at] + content[max(0, at - 30) :]
+    if kind == "line":
+        lines = content.split(b"\n")
+        lines[at % len(lines)] = draw(st.sampled_from([b"", piece, lines[0], lines[at % len(lines)].split(b" ")[0]]))
+        return b"\n".join(lines)
+    if kind == "number":
+        digits = [place for place, byte in enumerate(content) if 48 <= byte <= 57]
+        at = digits[at % len(digits)] if digits else 0
+        return (
+            content[:at] + draw(st.sampled_from([b"-1", b"null", b"1e99", b"99999", b'"a"', b"[]"])) + content[at + 1 :]
+        )
+    return draw(st.binary(max_size=60))
+
+
+@contextlib.contextmanager
+def replaced(path, content):
+    """A file has another content within the block."""
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        yield
+    finally:
+        path.write_bytes(whole)
+
+
+def listing(root):
+    return sorted(str(path) for path in root.rglob("*"))
+
+
+class TestDataSets:
+    """Annotations, lists and images that something happened to."""
+
+    FILES = {
+        "cub200": ["images.txt", "image_class_labels.txt", "classes.txt"],
+        "cars196": ["cars_annos.mat"],
+        "sop": ["Ebay_train.txt", "Ebay_test.txt"],
+        "inshop": ["list_eval_partition.txt"],
+        "inaturalist": ["train.txt", "test.txt"],
+        "omniglot": ["images_background_small1.zip", "images_background_small2.zip"],
+    }
+
+    @pytest.fixture(scope="class")
+    def root(self, tmp_path_factory):
+        root = tmp_path_factory.mktemp("sets")
+        sizes = {"classes": 4, "images_per_class": 2, "size": (6, 5)}
+        for write in (write_cub200, write_cars196, write_sop, write_inshop, write_inaturalist):
+            write(root / write.__name__.removeprefix("write_"), **sizes)
+        write_image(root / "omniglot" / "drawing.png")
+        for number, alphabet in enumerate(("Greek", "Sanskrit"), 1):
+            folder = root / "parts" / f"images_background_small{number}"
+            for name in (alphabet, "Tagalog", "Japanese_(katakana)"):
+                (folder / name / "character01").mkdir(parents=True)
+                shutil.copy(root / "omniglot" / "drawing.png", folder / name / "character01" / "0.png")
+            shutil.make_archive(root / "omniglot" / folder.name, "zip", root / "parts", folder.name)
+        return root
+
+    @staticmethod
+    def load(name, root):
+        if name == "inaturalist":
+            return data.load_inaturalist(
+                str(root / name), str(root / name / "train.txt"), str(root / name / "test.txt")
+            )
+        if name == "omniglot":
+            return data.load_omniglot(str(root / name))
+        return data.benchmarks.load(name, str(root / name))
+
+    @examples(300)
+    @given(st.data())
+    def test_annotations(self, root, draw):
+        # A MATLAB file takes a process.
+        names = [*sorted(self.FILES), *(name for name in sorted(self.FILES) if name != "cars196")]
+        name = draw.draw(st.sampled_from(names), "data set")
+        file = draw.draw(st.sampled_from(self.FILES[name]), "file")
+        (path,) = (root / name).rglob(file)
+        before = listing(root)
+        with replaced(path, changed(draw.draw, path.read_bytes())):
+            # What the list then names is not there, or is too few.
+            with clear_errors(
+                file, "are not readable images", "root: expected", "split_classes", "class_names", "_list"
+            ):
+                self.load(name, root)
+            assert listing(root) == before
+
+    @examples(100)
+    @given(st.data())
+    def test_images(self, root, draw):
+        paths = sorted(path for path in (root / "cub200").rglob("*") if path.suffix.lower() == ".jpg")
+        path = draw.draw(st.sampled_from(paths), "image")
+        check = draw.draw(st.sampled_from(["files", "decode"]), "check")
+        with replaced(path, changed(draw.draw, path.read_bytes())), clear_errors(path.name):
+            data.load_cub200(str(root / "cub200"), check=check)
+
+    def test_the_whole_ones_load(self, root):
+        for name in self.FILES:
+            assert self.load(name, root)
+
+
+class TestSavedSets:
+    """Embeddings, indexes, shards and settings that something happened to."""
+
+    @pytest.fixture(scope="class")
+    def root(self, tmp_path_factory):
+        root = tmp_path_factory.mktemp("saved")
+        rows = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+        ids, labels = [f"{i}.png" for i in range(6)], list("aabbcc")
+        write_shard(str(root / "embeddings" / "shard-00000"), rows[:4], ids[:4], labels[:4])
+        write_shard(str(root / "embeddings" / "shard-00001"), rows[4:], ids[4:], labels[4:])
+        np.save(root / "rows.npy", rows)
+        np.savez(root / "rows.npz", embeddings=rows, ids=ids, labels=labels)
+        feature = {
+            "embedding": tf.train.Feature(float_list=tf.train.FloatList(value=rows[0])),
+            "id": tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"0.png"])),
+        }
+        with tf.io.TFRecordWriter(str(root / "rows.tfrecord")) as writer:
+            writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
+        for method in ("exact", "scann"):
+            evaluation.build_index(rows, ids, labels, method).save(root / method)
+        images = data.ImageSet(np.zeros((4, 4, 4, 3), np.uint8), np.array([0, 0, 1, 1], np.int32), ("a", "b"))
+        data.write_shards(data.RetrievalSplit(images, images), str(root / "shards"))
+        header = json.dumps({"w": {"dtype": "F32", "shape": [6, 3], "data_offsets": [0, 72]}}).encode()
+        (root / "weights.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + rows.tobytes())
+        np.savez(root / "weights.npz", w=rows)
+        write_json(str(root / "preprocessing.json"), data.Preprocessing(8, 8, 3).get_config())
+        (root / "run").mkdir()
+        write_json(str(root / "run" / "config.json"), training.resolve(training.default_config()).to_dict())
+        shutil.copy(root / "preprocessing.json", root / "run")
+        backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 3), filters=(4,), pools=1)
+        model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(6,))
+        model.compile(optimizer="adam")
+        model.save(root / "run" / "best.keras")
+        return root
+
+    READ = {
+        "embeddings": evaluation.read_embeddings,
+        "rows.npy": evaluation.read_embeddings,
+        "rows.npz": evaluation.read_embeddings,
+        "rows.tfrecord": evaluation.read_embeddings,
+        "exact": evaluation.load_index,
+        "scann": evaluation.load_index,
+        "shards": data.read_shards,
+        "preprocessing.json": data.Preprocessing.load,
+        "run": training.load_run,
+        "weights.safetensors": read_state_dict,
+        "weights.npz": read_state_dict,
+    }
+
+    @examples(200)
+    @given(st.data())
+    def test_files(self, root, draw):
+        name = draw.draw(st.sampled_from(sorted(self.READ)), "name")
+        files = sorted(path for path in (root / name).rglob("*") if path.is_file()) or [root / name]
+        path = draw.draw(st.sampled_from([file for file in files if file.suffix != ".pkl"]), "file")
+        before = listing(root)
+        with replaced(path, changed(draw.draw, path.read_bytes())):
+            # Sizes are told by the folder, and ScaNN's files by theirs.
+            with clear_errors(path.name, str(path.parent), name):
+                found = self.READ[name](str(root / name))
+                if hasattr(found, "search"):
+                    with clear_errors("gallery: expected finite"):
+                        found.search(np.eye(3, dtype=np.float32), 2)
+            assert listing(root) == before
+
+    def test_the_whole_ones_are_read(self, root):
+        for name, read in self.READ.items():
+            assert read(str(root / name))
+
+
+class TestEvaluation:
+    """Odd arguments of the metrics and of the search."""
+
+    ROWS = st.sampled_from(["good", "empty", "flat", "int", "nan", "huge", "one", "text", "wide", "zero"])
+
+    @staticmethod
+    def rows(kind):
+        good = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+        return {
+            "good": good, "empty": good[:0], "flat": good[0], "int": np.arange(18).reshape(6, 3),
+            "nan": np.where(good > 1, np.nan, good), "huge": good * np.float32(1e30), "one": good[:1],
+            "text": [["a"] * 3] * 6, "wide": good[:, :2], "zero": good * 0,
+        }[kind]  # fmt: skip
+
+    LABELS = st.sampled_from(
+        [[0, 0, 1, 1, 2, 2], [0] * 6, list(range(6)), [0, 1], [], [0.5] * 6, ["a"] * 6, [-1] * 6, [0]]
+    )
+    ODD = st.sampled_from([1, 2, 0, -1, 10**9, 1.5, None, "x", (), True])
+
+    @examples(120)
+    @given(st.data())
+    def test_metrics(self, draw):
+        queries, labels = self.rows(draw.draw(self.ROWS, "queries")), draw.draw(self.LABELS, "labels")
+        chosen = {}
+        for name in draw.draw(
+            st.lists(
+                st.sampled_from(["ks", "map_ks", "mrr_depth", "memory_mib", "query_ids", "metric", "gallery"]),
+                max_size=2, unique=True,
+            )
+        ):  # fmt: skip
+            chosen[name] = draw.draw(self.ODD, name)
+        if "gallery" in chosen:
+            chosen["gallery"] = self.rows(draw.draw(self.ROWS, "gallery"))
+            chosen["gallery_labels"] = draw.draw(self.LABELS, "gallery_labels")
+        names = (*chosen, "queries", "query_labels", "gallery_labels", "gallery", "ids")
+        with clear_errors(*names):
+            found = evaluation.retrieval_metrics(queries, labels, **chosen)
+            assert all(0 <= value <= 1 for value in found.values() if isinstance(value, float))
+
+    @examples(120)
+    @given(st.data())
+    def test_neighbors(self, draw):
+        queries, gallery = (self.rows(draw.draw(self.ROWS, name)) for name in ("queries", "gallery"))
+        k, metric = draw.draw(st.sampled_from([1, 2, 7, 0, -1, 1.5, None, "x", True]), "k"), draw.draw(
+            st.sampled_from(["cosine", "euclidean", "", None, 1]), "metric"
+        )  # fmt: skip
+        zeros = [0] * 6
+        ids = [{}, {"query_ids": zeros}, {"query_ids": zeros, "gallery_ids": range(6)}, dict.fromkeys(IDS, 0)]
+        ids = draw.draw(st.sampled_from(ids), "ids")
+        with clear_errors("k", "metric", "queries", "gallery", "ids"):
+            found = evaluation.find_neighbors(queries, gallery, k, **ids, metric=metric)
+            assert found.indices.shape == (len(queries), k)
+            assert found.indices.max(initial=-1) < len(gallery)
+
+    @examples(60)
+    @given(st.data())
+    def test_geometry_and_clusters(self, draw):
+        rows, labels = self.rows(draw.draw(self.ROWS, "embeddings")), draw.draw(self.LABELS, "labels")
+        odd = draw.draw(self.ODD, "num_clusters")
+        with clear_errors("embeddings", "labels"):
+            evaluation.embedding_geometry(rows, labels)
+        if odd != 10**9:
+            with clear_errors("embeddings", "labels", "num_clusters"):
+                evaluation.clustering_metrics(rows, labels, num_clusters=odd, iterations=2)
+
+    @examples(60)
+    @given(st.data())
+    def test_an_evaluation_of_a_model(self, draw):
+        labels = draw.draw(self.LABELS, "labels")
+        every, ks = (
+            draw.draw(self.ODD, "every"),
+            draw.draw(st.sampled_from([(1,), (), (0,), 3, "x", None, (1.5,)]), "ks"),
+        )
+        rows = self.rows(draw.draw(self.ROWS, "rows"))
+
+        class Model:
+            @staticmethod
+            def predict(images, verbose):
+                return images
+
+        with clear_errors("every", "ks", "queries", "query_labels", "gallery_labels"):
+            callback = evaluation.RetrievalEvaluation(rows, labels, every=every, ks=ks)
+            callback.set_model(Model())
+            callback.set_params({"epochs": 1})
+            callback.on_epoch_end(0, {})
+
+
+def test_items_of_an_index_are_read_as_they_were_written(tmp_path):
+    odd = ["", "\0", "a\nb", "é", "\udcff", "../x", "<b>", "x" * 5000]
+    index = evaluation.build_index(np.eye(len(odd)), odd, odd, "exact")
+    index.save(tmp_path / "index")
+    assert evaluation.load_index(tmp_path / "index").ids == odd
+    assert json.loads((tmp_path / "index" / "items.json").read_text())["labels"] == odd
+    assert all(serving.encoder.read_image_under(str(tmp_path), name) is None for name in odd)
