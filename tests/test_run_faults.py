@@ -15,7 +15,7 @@ from s2sd_tf import data
 from s2sd_tf.cli import app
 from s2sd_tf.files import LEFTOVER, OutOfSpace, read_json, replacing, write_json
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.training import Interrupted, NonFiniteLoss, default_config, train
+from s2sd_tf.training import Interrupted, NonFiniteLoss, default_config, finishing, progress, train
 from s2sd_tf.training import run as run_module
 from s2sd_tf.training.callbacks import Refresh
 from s2sd_tf.training.checkpoints import Checkpoints, RunState
@@ -49,9 +49,21 @@ def small_config(**changes):
     return config
 
 
+@pytest.fixture(autouse=True)
+def _without_an_end(request, monkeypatch):
+    """Leaves out evaluation, export and pictures at the end of runs, but for tests that are marked `whole_runs`."""
+    if "whole_runs" not in request.fixturenames:
+        monkeypatch.setattr(run_module, "finish", lambda *_: {})
+
+
+@pytest.fixture
+def whole_runs():
+    """For tests of the end of a run."""
+
+
 def left(workdir):
-    """`(weights, optimizer's variables, history without times)` of a finished run."""
-    model = keras.models.load_model(workdir / "best.keras")
+    """`(weights, optimizer's variables, history without times)` of the last checkpoint of a run."""
+    model = keras.models.load_model(workdir / "checkpoints" / f"epoch_{EPOCHS:06d}" / "model.keras")
     variables = model.optimizer.variables
     variables = variables() if callable(variables) else variables
     rows = [{key: value for key, value in row.items() if key not in TIMES} for row in read_history(workdir)]
@@ -66,11 +78,17 @@ def assert_the_same(one, other):
     assert one[2] == other[2]
 
 
+def left_alone(tmp_path_factory, **changes):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "finish", lambda *_: {})
+        train(small_config(**changes), str(workdir))
+    return left(workdir)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    train(small_config(), str(workdir))
-    return left(workdir)
+    return left_alone(tmp_path_factory)
 
 
 class At:
@@ -105,96 +123,72 @@ def term():
 
 
 class TestInterruption:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    @pytest.mark.parametrize("step", [1, STEPS + 2, 2 * STEPS, 3 * STEPS])
-    def test_in_any_step_the_run_goes_on_to_the_same_weights(self, tmp_path, monkeypatch, whole, step, number):
-        if number == signal.SIGINT and step != STEPS + 2:
-            pytest.skip("one place is enough for the other signal")
-        before = [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGINT)]
+    def test_again_and_again_the_run_goes_on_to_the_same_weights(self, tmp_path, monkeypatch, whole):
         workdir = tmp_path / "run"
-        after_steps(monkeypatch, step, lambda: signal.raise_signal(number))
-        with pytest.raises(Interrupted) as caught:
-            train(small_config(), str(workdir))
-        assert caught.value.code == 75
-        epoch, within = divmod(step - 1, STEPS)
-        assert str(caught.value) == (
-            f"{signal.Signals(number).name}: stopped at epoch {epoch + 1}, step {within + 1}; the same command goes on "
-            "from there"
-        )
-        assert [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGINT)] == before
-        state = read_json(workdir / "checkpoints" / f"epoch_{epoch:06d}_step_{within + 1:06d}" / "state.json")
-        assert (state["epoch"], state["step_in_epoch"]) == (epoch, within + 1)
+        before = [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGINT)]
+        # Within an epoch, twice within another, after the last step of one, and after the last step of all.
+        for step, number in [
+            (1, signal.SIGTERM), (STEPS, signal.SIGINT), (STEPS + 2, signal.SIGTERM), (STEPS + 3, signal.SIGTERM),
+            (EPOCHS * STEPS, signal.SIGTERM),
+        ]:  # fmt: skip
+            after_steps(monkeypatch, step, lambda number=number: signal.raise_signal(number))
+            with pytest.raises(Interrupted) as caught:
+                train(small_config(), str(workdir))
+            epoch, within = divmod(step - 1, STEPS)
+            assert caught.value.code == 75
+            assert str(caught.value) == (
+                f"{signal.Signals(number).name}: stopped at epoch {epoch + 1}, step {within + 1}; the same command goes "
+                "on from there"
+            )
+            assert [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGINT)] == before
+            state = read_json(workdir / "checkpoints" / f"epoch_{epoch:06d}_step_{within + 1:06d}" / "state.json")
+            assert (state["epoch"], state["step_in_epoch"]) == (epoch, within + 1)
+        # A checkpoint that is damaged costs the steps since the one before it, and nothing else.
+        flipped(workdir / "checkpoints" / f"epoch_{EPOCHS - 1:06d}_step_{STEPS:06d}" / "model.keras")
         train(small_config(), str(workdir))
         assert_the_same(left(workdir), whole)
         assert not list(workdir.rglob(f"{LEFTOVER}*"))
+        sessions = read_json(workdir / "run.json")["sessions"]
+        places = [(session["epoch"], session["step_in_epoch"]) for session in sessions]
+        assert places == [(0, 0), (0, 1), (0, STEPS), (1, 2), (1, 3), (2, 0)]
 
-    def test_again_and_again(self, tmp_path, monkeypatch, whole):
+    def test_in_an_evaluation_no_step_is_lost(self, tmp_path, monkeypatch, whole):
         workdir = tmp_path / "run"
-        stopped = 0
-        for step in (2, 3, STEPS, STEPS + 1, 2 * STEPS + 3):
-            at = after_steps(monkeypatch, step, term)
+        with pytest.MonkeyPatch.context() as patch:
+            # Within it, so that it is not the averages that are saved.
+            patch.setattr("s2sd_tf.evaluation.callback.retrieval_metrics", lambda *_, **__: term())
             with pytest.raises(Interrupted):
                 train(small_config(), str(workdir))
-            stopped += at.done
-        assert stopped == 5
-        train(small_config(), str(workdir))
-        assert_the_same(left(workdir), whole)
-        assert [session["epoch"] for session in read_json(workdir / "run.json")["sessions"]] == [0, 0, 0, 0, 1, 2]
-
-    @pytest.mark.parametrize("epoch", [1, EPOCHS - 1])
-    def test_in_an_evaluation_no_step_is_lost(self, tmp_path, monkeypatch, whole, epoch):
-        workdir = tmp_path / "run"
-        # Within it, so that it is not the averages that are saved.
-        monkeypatch.setattr("s2sd_tf.evaluation.callback.retrieval_metrics", self._then(term, epoch))
-        with pytest.raises(Interrupted):
-            train(small_config(), str(workdir))
-        monkeypatch.undo()
-        assert (workdir / "checkpoints" / f"epoch_{epoch:06d}_step_{STEPS:06d}").exists()
+        assert (workdir / "checkpoints" / f"epoch_000001_step_{STEPS:06d}").exists()
         steps = []
         At(monkeypatch, Progress, "on_train_batch_end", lambda *_: steps.append(1), None)
         train(small_config(), str(workdir))
-        assert len(steps) == STEPS * (EPOCHS - 1 - epoch)
+        assert len(steps) == STEPS * (EPOCHS - 2)
         assert_the_same(left(workdir), whole)
 
-    def _then(self, action, epoch):
-        from s2sd_tf.evaluation.callback import retrieval_metrics
+    def test_at_the_start(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(run_module, "load_data", lambda *_: term())
+        with pytest.raises(Interrupted, match="SIGTERM: stopped at the start; "):
+            train(small_config(), str(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
 
-        calls = []
-
-        def metrics(*arguments, **keywords):
-            calls.append(1)
-            # Two parts an evaluation, in the epochs 1 and EPOCHS - 1.
-            if len(calls) == (1 if epoch == 1 else 4):
-                action()
-            return retrieval_metrics(*arguments, **keywords)
-
-        return metrics
-
-    @pytest.mark.parametrize("place", ["load_data", "finish"])
-    def test_at_the_start_and_at_the_end(self, tmp_path, monkeypatch, whole, place):
+    def test_at_the_end(self, tmp_path, monkeypatch, whole_runs):
         workdir = tmp_path / "run"
-        original = getattr(run_module, place)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("s2sd_tf.training.finishing.export_encoder", lambda *_: term())
+            with pytest.raises(Interrupted, match=f"stopped at epoch {EPOCHS};"):
+                train(small_config(), str(workdir))
+        assert not (workdir / "results.json").exists()
+        results = train(small_config(), str(workdir))
+        assert results["steps"] == EPOCHS * STEPS
+        assert read_json(workdir / "results.json") == results
 
-        def signalled(*arguments):
-            term()
-            return original(*arguments)
-
-        monkeypatch.setattr(run_module, place, signalled)
-        with pytest.raises(Interrupted, match="the start" if place == "load_data" else f"epoch {EPOCHS};"):
-            train(small_config(), str(workdir))
-        assert workdir.exists() == (place == "finish")
-        monkeypatch.undo()
-        train(small_config(), str(workdir))
-        assert_the_same(left(workdir), whole)
-
-    def test_while_a_checkpoint_is_saved_it_is_saved(self, tmp_path, monkeypatch, whole):
+    def test_while_a_checkpoint_is_saved_it_is_saved(self, tmp_path, monkeypatch):
         workdir = tmp_path / "run"
         At(monkeypatch, Checkpoints, "save", lambda _, model, state: state.epoch == 2, term)
         with pytest.raises(Interrupted, match="epoch 2;"):
             train(small_config(), str(workdir))
         assert (workdir / "checkpoints" / "epoch_000002" / "sha256.json").exists()
-        train(small_config(), str(workdir))
-        assert_the_same(left(workdir), whole)
 
     def test_a_second_ctrl_c_is_immediate(self, tmp_path, monkeypatch):
         def twice():
@@ -238,37 +232,28 @@ class TestInterruption:
         ]
 
 
-class TestStoredEmbeddings:
+def test_with_stored_embeddings_an_epoch_is_begun_anew(tmp_path, monkeypatch, tmp_path_factory):
     changes = {
         "sampler.name": "greedy_coreset", "data.augmentation": "", "data.validation_classes": 0,
         "train.checkpoint_every": 1,
     }  # fmt: skip
+    workdir = tmp_path / "run"
 
-    @pytest.fixture(scope="class")
-    def whole(self, tmp_path_factory):
-        workdir = tmp_path_factory.mktemp("whole") / "run"
-        train(small_config(**self.changes), str(workdir))
-        return left(workdir)
-
-    @pytest.mark.parametrize("step", [2 * STEPS - 1, 2 * STEPS])
-    def test_go_on_to_the_same_weights(self, tmp_path, monkeypatch, whole, step):
-        workdir = tmp_path / "run"
-        after_steps(monkeypatch, step, term)
+    def interrupted():
         with pytest.raises(Interrupted):
-            train(small_config(**self.changes), str(workdir))
-        # What is drawn takes the model of the epoch's begin; after its last step nothing is drawn any more.
-        last = {2 * STEPS - 1: "epoch_000001", 2 * STEPS: f"epoch_000001_step_{STEPS:06d}"}[step]
-        assert max(os.listdir(workdir / "checkpoints")) == last
-        train(small_config(**self.changes), str(workdir))
-        assert_the_same(left(workdir), whole)
+            train(small_config(**changes), str(workdir))
+        return max(os.listdir(workdir / "checkpoints"))
 
-    def test_in_a_refresh(self, tmp_path, monkeypatch, whole):
-        workdir = tmp_path / "run"
-        At(monkeypatch, Refresh, "refresh", lambda callback, *_: callback.epoch == 1, term)
-        with pytest.raises(Interrupted):
-            train(small_config(**self.changes), str(workdir))
-        train(small_config(**self.changes), str(workdir))
-        assert_the_same(left(workdir), whole)
+    # What is drawn takes the model of the epoch's begin.
+    after_steps(monkeypatch, 2 * STEPS - 1, term)
+    assert interrupted() == "epoch_000001"
+    # After its last step nothing is drawn any more.
+    after_steps(monkeypatch, 2 * STEPS, term)
+    assert interrupted() == f"epoch_000001_step_{STEPS:06d}"
+    At(monkeypatch, Refresh, "refresh", lambda callback, *_: callback.epoch == 2, term)
+    assert interrupted() == f"epoch_000001_step_{STEPS:06d}"
+    train(small_config(**changes), str(workdir))
+    assert_the_same(left(workdir), left_alone(tmp_path_factory, **changes))
 
 
 class TestBatches:
@@ -439,15 +424,6 @@ class TestCheckpoints:
         truncated(folder / "epoch_000002" / "model.keras")
         assert Checkpoints(str(folder.parent)).restore()[1].position() == (1, 0)
 
-    def test_a_run_goes_on_from_the_one_before(self, tmp_path, monkeypatch, whole):
-        workdir = tmp_path / "run"
-        after_steps(monkeypatch, 2 * STEPS + 1, term)
-        with pytest.raises(Interrupted):
-            train(small_config(), str(workdir))
-        flipped(workdir / "checkpoints" / f"epoch_000002_step_{1:06d}" / "model.keras")
-        train(small_config(), str(workdir))
-        assert_the_same(left(workdir), whole)
-
 
 FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
@@ -479,8 +455,7 @@ class TestNoRoom:
             raise OSError(errno.EACCES, "other")
         assert not isinstance(caught.value, OutOfSpace)
 
-    @pytest.mark.parametrize("method", ["checkpoint", "history", "finish"])
-    def test_a_run_goes_on_once_there_is_some(self, tmp_path, monkeypatch, whole, method):
+    def test_a_run_goes_on_once_there_is_some(self, tmp_path, whole, whole_runs):
         workdir = tmp_path / "run"
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -488,39 +463,32 @@ class TestNoRoom:
             # Python has SIGXFSZ ignored, so that writing on is EFBIG.
             return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
 
-        if method == "checkpoint":
-            At(monkeypatch, Checkpoints, "save", lambda _, model, state: state.epoch == EPOCHS, limit(30_000))
-        elif method == "history":
-            original = run_module.Progress.on_epoch_end.__globals__["write_history"]
+        def full(cls, method, when, size):
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(OutOfSpace) as caught:
+                At(patch, cls, method, when, limit(size))
+                try:
+                    train(small_config(), str(workdir))
+                finally:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            told = str(caught.value)
+            assert "File too large" in told
+            assert str(workdir) in told
+            assert LEFTOVER not in told
+            assert not list(workdir.rglob(f"{LEFTOVER}*"))
+            return told
 
-            def write(workdir, history):
-                if len(history) == EPOCHS:
-                    limit(100)()
-                original(workdir, history)
-
-            monkeypatch.setattr("s2sd_tf.training.progress.write_history", write)
-        else:
-            original = run_module.finish
-
-            def finish(*arguments):
-                limit(30_000)()
-                return original(*arguments)
-
-            monkeypatch.setattr(run_module, "finish", finish)
-        try:
-            with pytest.raises(OutOfSpace) as caught:
-                train(small_config(), str(workdir))
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        monkeypatch.undo()
-        where = {"checkpoint": "epoch 2", "history": f"epoch {EPOCHS}", "finish": f"epoch {EPOCHS}"}[method]
-        told = str(caught.value)
-        assert f"Nothing is lost before {where}; the same command goes on once there is room" in told
-        assert "File too large" in told
-        assert str(workdir) in told
-        assert LEFTOVER not in told
-        assert not list(workdir.rglob(f"{LEFTOVER}*"))
-        train(small_config(), str(workdir))
+        again = "; the same command goes on once there is room"
+        told = full(Checkpoints, "save", lambda _, model, state: state.epoch == EPOCHS, 30_000)
+        assert f"{workdir}/checkpoints/epoch_{EPOCHS:06d}: expected room" in told
+        assert f"Nothing is lost before epoch 2{again}" in told
+        assert set(os.listdir(workdir / "checkpoints")) == {"epoch_000002"}
+        told = full(progress, "write_history", lambda _, history: len(history) == EPOCHS, 100)
+        assert f"{workdir}/history.csv: expected room" in told
+        assert len(read_history(workdir)) == 2
+        told = full(finishing, "export_encoder", lambda *_: True, 30_000)
+        assert f"{workdir}/saved_model: expected room" in told
+        assert f"Nothing is lost before epoch {EPOCHS}{again}" in told
+        assert train(small_config(), str(workdir))["steps"] == EPOCHS * STEPS
         assert_the_same(left(workdir), whole)
 
 
@@ -585,9 +553,6 @@ class TestLossesThatAreNotFinite:
         assert error.images == chosen.tolist()
         for words in (f"step {error.step} (from 0; epoch 1, ", "classes ", "the start", "clipnorm", "learning_rate"):
             assert words in str(error)
-        # A signal changes nothing about that.
-        with pytest.raises(FloatingPointError):
-            train(small_config(**self.changes), str(workdir))
 
     def test_are_found_within_the_epoch(self, tmp_path):
         steps = []

@@ -17,7 +17,7 @@ from s2sd_tf.training import default_config, optimizers, train
 from s2sd_tf.training.averages import averaged_weights
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.dry_run import dry_run
-from s2sd_tf.training.input_timer import InputTimer
+from s2sd_tf.training.step_timer import StepTimer
 
 
 def small_config(**changes):
@@ -285,8 +285,9 @@ def test_the_log_says_where_training_waits_for_images(slow, told, caplog):
     backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4,))
     model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(), feature_distill=False)
     model.compile("sgd")
-    timer = InputTimer(tf.data.Dataset.range(8).map(images), 4)
-    assert int(timer.batches.cardinality()) == 8
+    timer = StepTimer()
+    timed = timer.timed(tf.data.Dataset.range(8).map(images), 4)
+    assert int(timed.cardinality()) == 8
     if not slow:
         # So that a step takes longer than its images.
         step = model.train_step
@@ -297,9 +298,12 @@ def test_the_log_says_where_training_waits_for_images(slow, told, caplog):
     logger = logging.getLogger("absl")
     logger.addHandler(caplog.handler)
     try:
-        model.fit(timer.batches, epochs=2, verbose=0)
+        model.fit(timed, epochs=2, verbose=0)
         caplog.clear()
-        model.fit(timer.batches, epochs=1, verbose=0, callbacks=[timer])
+        history = model.fit(timed, epochs=1, verbose=0, callbacks=[timer]).history
+        timer.report(0)
     finally:
         logger.removeHandler(caplog.handler)
+    assert history["input_seconds"][0] + history["compute_seconds"][0] > (0.8 if slow else 0.4)
+    assert history["images_per_second"][0] < (40 if slow else 80)
     assert any("waiting for images" in record.getMessage() for record in caplog.records) == told

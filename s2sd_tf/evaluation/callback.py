@@ -52,11 +52,15 @@ class RetrievalEvaluation(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every and epoch + 1 != self.params.get("epochs"):
             return
-        gallery = None if self.gallery_images is None else self.model.predict(self.gallery_images, verbose=0)
-        embeddings = self.model.predict(self.images, verbose=0)
+        gallery = None if self.gallery_images is None else self.embed(self.gallery_images)
+        embeddings = self.embed(self.images)
         metrics = retrieval_metrics(
             embeddings, self.labels, gallery, self.gallery_labels, ks=self.ks, method=self.method
         )
         self.latest = {name: value for name, value in metrics.items() if isinstance(value, float)}
         if logs is not None:
             logs.update({self.prefix + name: value for name, value in self.latest.items()})
+
+    def embed(self, images):
+        """The model's embeddings `(n, dim)` of `images`."""
+        return self.model.predict(images, verbose=0)

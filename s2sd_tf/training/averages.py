@@ -23,18 +23,21 @@ def averaged_weights(model):
         return
     variables = model.trainable_variables
     own = [tf.identity(tf.convert_to_tensor(variable)) for variable in variables]
-    model.optimizer.finalize_variable_values(variables)
     kept = {
         id(variable) for _, group, multiplier in model.learning_rate_groups() if not multiplier for variable in group
     }
-    for variable, value in zip(variables, own):
-        if id(variable) in kept:
-            variable.assign(value)
+    # In the scope of a strategy the variables of all its devices are assigned to.
+    with model.distribute_strategy.scope():
+        model.optimizer.finalize_variable_values(variables)
+        for variable, value in zip(variables, own):
+            if id(variable) in kept:
+                variable.assign(value)
     try:
         yield
     finally:
-        for variable, value in zip(variables, own):
-            variable.assign(value)
+        with model.distribute_strategy.scope():
+            for variable, value in zip(variables, own):
+                variable.assign(value)
 
 
 class OwnWeights(keras.callbacks.Callback):
@@ -49,8 +52,9 @@ class OwnWeights(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         own, self._own = getattr(self, "_own", None), None
-        for variable, value in zip(self.model.trainable_variables, own or ()):
-            variable.assign(value)
+        with self.model.distribute_strategy.scope():
+            for variable, value in zip(self.model.trainable_variables, own or ()):
+                variable.assign(value)
 
 
 def _keeps_averages(optimizer):

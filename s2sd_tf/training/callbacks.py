@@ -7,6 +7,7 @@ from s2sd_tf.evaluation import RetrievalEvaluation
 from s2sd_tf.files import telling_out_of_space
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.training.averages import averaged_weights
+from s2sd_tf.training.embedding import predict
 
 
 def evaluation_callbacks(config, run_data, interruption, timer):
@@ -41,6 +42,9 @@ class Evaluation(RetrievalEvaluation):
     def on_epoch_end(self, epoch, logs=None):
         with self.timer.measure("evaluation_seconds"), averaged_weights(self.model), self.interruption.prompt():
             super().on_epoch_end(epoch, logs)
+
+    def embed(self, images):
+        return predict(self.model, images)
 
 
 class Refresh(RefreshStorage):

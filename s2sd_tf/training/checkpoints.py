@@ -53,16 +53,19 @@ class RunState:
 
     def keep_metrics(self, model):
         """Takes the running means of the logged terms from a model."""
-        self.metrics = {
-            metric.name: [tf.convert_to_tensor(variable).numpy().tolist() for variable in metric.variables]
-            for metric in model.metrics
-        }
+        # In the scope of a strategy they are those of all its devices.
+        with model.distribute_strategy.scope():
+            self.metrics = {
+                metric.name: [tf.convert_to_tensor(variable).numpy().tolist() for variable in metric.variables]
+                for metric in model.metrics
+            }
 
     def restore_metrics(self, model):
         """Gives a model the running means back."""
-        for metric in model.metrics:
-            for variable, value in zip(metric.variables, self.metrics.get(metric.name, ())):
-                variable.assign(np.asarray(value))
+        with model.distribute_strategy.scope():
+            for metric in model.metrics:
+                for variable, value in zip(metric.variables, self.metrics.get(metric.name, ())):
+                    variable.assign(np.asarray(value, variable.dtype))
 
 
 class Checkpoints:
@@ -118,6 +121,21 @@ class Checkpoints:
         self._check_best(state)
         return model, state
 
+    def sweep(self):
+        """Removes what a killed process left, and moves checkpoints aside that are damaged, but loads none.
+
+        For one of several workers, before any of them loads the last.
+        """
+        if not os.path.isdir(self.folder):
+            return
+        remove_leftovers(self.folder)
+        for name in reversed(self._names()):
+            try:
+                _verify(os.path.join(self.folder, name))
+                return
+            except _UnreadableError as error:
+                self._move_aside(name, error, "the one before it is taken")
+
     def save(self, model, state):
         """Writes a checkpoint, whole or not at all, and removes those that are not kept any more.
 
@@ -137,6 +155,10 @@ class Checkpoints:
         for other in self._names()[: -self.kept]:
             if other != name_of(RunState(epoch=state.best_epoch)):
                 shutil.rmtree(os.path.join(self.folder, other))
+
+    def load_latest(self):
+        """The model of the last checkpoint that was written or restored."""
+        return self._read(self._latest_name)[0]
 
     def load_best(self, state):
         """The model of the best epoch; where its checkpoint is damaged, of the best one that is there."""

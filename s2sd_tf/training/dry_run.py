@@ -111,8 +111,10 @@ def _steps(model, batches, batch):
     batches = batches.repeat(STEPS + 1)
     count = sum(1 for _ in batches.take(STEPS + 1))
     input_rate = count * batch / (time.monotonic() - begin)
-    timer, clock = StepTimer(batches.take(STEPS), batch), _Clock()
-    history = model.fit(timer.batches, epochs=1, shuffle=False, verbose=0, callbacks=[timer, clock])
+    timer, clock = StepTimer(), _Clock()
+    history = model.fit(
+        timer.timed(batches.take(STEPS), batch), epochs=1, shuffle=False, verbose=0, callbacks=[timer, clock]
+    )
     first, second = np.diff(clock.times)[:2]
     losses = {name: values[-1] for name, values in history.history.items()}
     if not np.isfinite(losses["loss"]):

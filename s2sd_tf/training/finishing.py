@@ -26,13 +26,15 @@ def finish(config, run_data, workdir, checkpoints, state, model):
         workdir: folder of the run.
         checkpoints: `Checkpoints`.
         state: `RunState` after the last epoch.
-        model: the model after the last epoch.
+        model: the model after the last epoch; of one under a strategy its checkpoint is taken.
     """
     steps = int(tf.convert_to_tensor(model.step))
     if run_data.validation is None:
         state.best_epoch = state.epoch
     else:
         model = checkpoints.load_best(state)
+    if model.distribute_strategy.num_replicas_in_sync > 1:
+        model = checkpoints.load_latest()
     with averaged_weights(model):
         results = _evaluate_and_export(config, run_data, workdir, state, model, steps)
     write_json(os.path.join(workdir, "results.json"), results)

@@ -5,6 +5,7 @@ import time
 import tensorflow as tf
 
 from s2sd_tf.keras_compat import keras
+from s2sd_tf.training import strategies
 from s2sd_tf.training.averages import OwnWeights
 from s2sd_tf.training.history import write_history
 
@@ -22,9 +23,10 @@ class Progress(keras.callbacks.Callback):
         interruption: `Interruption`.
         timer: `StepTimer`.
         finite_loss: `FiniteLoss`, asked before anything is saved.
+        strategy: `tf.distribute.Strategy`, whose workers all save when the chief does; or None.
     """
 
-    def __init__(self, state, checkpoints, workdir, every, epochs, interruption, timer, finite_loss):
+    def __init__(self, state, checkpoints, workdir, every, epochs, interruption, timer, finite_loss, strategy=None):
         super().__init__()
         self.state = state
         self.checkpoints = checkpoints
@@ -34,6 +36,7 @@ class Progress(keras.callbacks.Callback):
         self.interruption = interruption
         self.timer = timer
         self.finite_loss = finite_loss
+        self.strategy = strategy
         self._begin = None
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -55,7 +58,9 @@ class Progress(keras.callbacks.Callback):
         if value is not None and (state.best_value is None or value > state.best_value):
             state.best_value, state.best_epoch = float(value), state.epoch
             improved = True
-        if improved or state.epoch % self.every == 0 or state.epoch == self.epochs:
+        save = improved or state.epoch % self.every == 0 or state.epoch == self.epochs
+        # Saving takes all workers, and rounding may have them find other epochs the best.
+        if strategies.of_chief(self.strategy, save):
             self._save()
         self.timer.report(epoch)
         self.interruption.check()
@@ -80,31 +85,39 @@ class Progress(keras.callbacks.Callback):
             self._begin = None
 
 
-def fit(model, batches, steps, epochs, state, callbacks, verbose=0):
+def fit(model, batches, steps, epochs, state, callbacks, verbose=0, strategy=None):
     """`model.fit` up to the end of epoch `epochs`, from where `state` says, which `callbacks` keep up to date.
 
     The logs, the weights and the averages of an epoch that is gone on with are those of one that was not interrupted.
 
     Args:
         model: compiled `S2SDModel`.
-        batches: `tf.data.Dataset` whose every pass goes from where `state` is at its begin to the end of the epoch.
+        batches: `tf.data.Dataset` whose every pass goes from where `state` is at its begin to the end of the epoch;
+            with a strategy the function from `tf.distribute.InputContext` to it.
         steps: int, batches of an epoch.
         epochs: int, epochs of the run.
         state: `RunState`, which changes.
         callbacks: list of Keras callbacks.
         verbose: see Keras.
+        strategy: `tf.distribute.Strategy` in whose scope the model was made, or None.
     """
     callbacks = [OwnWeights(), *callbacks]
-    # Keras 3 would warn that it cannot shuffle a dataset.
-    arguments = {"shuffle": False, "callbacks": callbacks, "verbose": verbose}
+
+    def run(count, last):
+        if strategy is not None:
+            strategies.fit(model, strategy, batches, count, state.epoch, last, callbacks, verbose)
+            return
+        dataset = batches.apply(tf.data.experimental.assert_cardinality(count))
+        # Keras 3 would warn that it cannot shuffle a dataset.
+        model.fit(dataset, initial_epoch=state.epoch, epochs=last, shuffle=False, callbacks=callbacks, verbose=verbose)
+
     if state.step_in_epoch == steps:
         _end_epoch(model, steps, epochs, state, callbacks)
     elif state.step_in_epoch:
         # In a `fit` of its own, as Keras takes all epochs to be of one length.
-        rest = steps - state.step_in_epoch
-        model.fit(_of_length(batches, rest), initial_epoch=state.epoch, epochs=state.epoch + 1, **arguments)
+        run(steps - state.step_in_epoch, state.epoch + 1)
     if state.epoch < epochs:
-        model.fit(_of_length(batches, steps), initial_epoch=state.epoch, epochs=epochs, **arguments)
+        run(steps, epochs)
 
 
 def _end_epoch(model, steps, epochs, state, callbacks):
@@ -113,10 +126,6 @@ def _end_epoch(model, steps, epochs, state, callbacks):
     callbacks.on_train_begin()
     model.reset_metrics()
     callbacks.on_epoch_begin(state.epoch)
-    logs = {metric.name: float(tf.convert_to_tensor(metric.result())) for metric in model.metrics}
+    logs = strategies.read_metrics(model)
     callbacks.on_epoch_end(state.epoch, logs)
     callbacks.on_train_end(logs)
-
-
-def _of_length(batches, count):
-    return batches.apply(tf.data.experimental.assert_cardinality(count))

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import shutil
 import sys
+import tempfile
 
 import tensorflow as tf
 from absl import logging
@@ -15,7 +17,7 @@ from s2sd_tf.data.untrusted import read_json_object, reading
 from s2sd_tf.files import LEFTOVER, OutOfSpace, read_json, remove_leftovers, write_json
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models import S2SDModel, backbones
-from s2sd_tf.training import optimizers
+from s2sd_tf.training import optimizers, strategies
 from s2sd_tf.training.callbacks import Refresh, TensorBoard, evaluation_callbacks
 from s2sd_tf.training.checkpoints import Checkpoints
 from s2sd_tf.training.collapse_alarm import CollapseAlarm
@@ -32,7 +34,7 @@ from s2sd_tf.training.record import check_data, record_session
 from s2sd_tf.training.step_timer import StepTimer
 
 
-def train(config, workdir):
+def train(config, workdir, strategy=None):
     """Trains as `config` says, in `workdir`; called again, goes on where it was and ends with the same weights.
 
     The work directory holds `config.json`, `run.json` (what the run was, see `record_session`), `checkpoints/`,
@@ -45,9 +47,15 @@ def train(config, workdir):
     not saved. A second Ctrl-C ends it at once, as SIGKILL does, and it goes on after the last checkpoint. One whose
     files are damaged is moved aside, and the one before it is taken.
 
+    Under MultiWorkerMirroredStrategy all processes are called alike, with a work directory that all of them can read
+    and the chief writes. Where one of them is lost or stopped, the others end with `Interrupted`, and all are called
+    again: they go on after the last checkpoint.
+
     Args:
         config: `ConfigDict` with the keys of `default_config`.
         workdir: folder; made if it is missing.
+        strategy: `tf.distribute.MirroredStrategy` or `MultiWorkerMirroredStrategy` to train under, whose replicas share
+            out every batch; see `strategies.get`. None: on one device.
 
     Returns:
         The content of `results.json`.
@@ -70,50 +78,105 @@ def train(config, workdir):
     checkpoints = Checkpoints(workdir, config.train.checkpoints_kept, _selects_by(config))
     try:
         with Interruption() as interruption, precision(config):
-            return _train(config, workdir, checkpoints, interruption)
+            if strategies.is_chief(strategy):
+                return _train(config, workdir, checkpoints, interruption, strategy)
+            return _follow(config, workdir, interruption, strategy)
     except Interrupted as error:
         raise Interrupted(
             f"{error}: stopped at {checkpoints.latest}; the same command goes on from there"
         ) from error.__cause__
+    except strategies.LOST as error:
+        if not strategies.has_workers(strategy):
+            raise
+        told = f"lost a worker ({str(error).splitlines()[0]})"
+        raise Interrupted(f"{told}: the same commands go on after the last checkpoint") from error
     except OutOfSpace as error:
         advice = f". Nothing is lost before {checkpoints.latest}; the same command goes on once there is room"
         raise OutOfSpace(error.path, error.reason, advice) from error
 
 
-def _train(config, workdir, checkpoints, interruption):
+def _follow(config, workdir, interruption, strategy):
+    """What a worker does that is not the chief: the same, in a folder of its own that is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="s2sd_tf-worker-") as own:
+        checkpoints = Checkpoints(own, config.train.checkpoints_kept, _selects_by(config))
+        return _train(config, own, checkpoints, interruption, strategy, workdir)
+
+
+def _train(config, workdir, checkpoints, interruption, strategy=None, of_chief=None):
+    """`of_chief`: the chief's work directory, in a worker that is not the chief."""
+    workers = strategies.has_workers(strategy)
     with interruption.prompt():
         set_up(config)
         run_data = load_data(config)
-        check_data(workdir, run_data)
-        model, state = checkpoints.restore()
-        if model is None:
-            model = build_model(config, run_data)
-        else:
-            logging.info("Resuming after %s", state)
+        check_data(of_chief or workdir, run_data)
+        if workers:
+            _share_checkpoints(strategy, checkpoints, of_chief)
+        with contextlib.nullcontext() if strategy is None else strategy.scope():
+            model, state = checkpoints.restore()
+            if model is None:
+                model = build_model(config, run_data)
+            else:
+                logging.info("Resuming after %s", state)
+        if workers and len({tuple(place) for place in strategies.of_all(strategy, state.position())}) > 1:
+            raise ValueError(
+                f"workdir: expected a folder that all workers see. Received: {of_chief or workdir!r}, in which they "
+                "find checkpoints that differ"
+            )
         sampler = build_sampler(config)
         steps = steps_per_epoch(config, run_data)
-        timer = StepTimer(build_batches(config, run_data, sampler, state.position), sampler.batch_size)
+        timer = StepTimer()
+
+        def batches(input_context=None):
+            replicas = 1 if input_context is None else input_context.num_replicas_in_sync
+            dataset = build_batches(config, run_data, sampler, state.position, input_context)
+            return timer.timed(dataset, sampler.batch_size // replicas)
+
         if os.path.isdir(workdir):
             remove_leftovers(workdir)
         # Only now, as a config that cannot be trained should leave nothing behind.
         write_json(os.path.join(workdir, "config.json"), config.to_dict())
-        record_session(workdir, config, run_data, model, state)
+        record_session(workdir, config, run_data, model, state, strategies.described(strategy))
 
-    callbacks = _callbacks(config, run_data, sampler, steps, workdir, state, checkpoints, interruption, timer)
-    verbose = 1 if sys.stdout.isatty() else 2
+    callbacks = _callbacks(config, run_data, sampler, steps, workdir, state, checkpoints, interruption, timer, strategy)
+    verbose = 0 if of_chief else 1 if sys.stdout.isatty() else 2
     try:
-        fit(model, timer.batches, steps, config.train.epochs, state, callbacks, verbose)
+        fit(
+            model,
+            batches() if strategy is None else batches,
+            steps,
+            config.train.epochs,
+            state,
+            callbacks,
+            verbose,
+            strategy,
+        )
     except Interrupted:
         trained = state.position() != checkpoints.latest.position()
-        # What a storage chooses takes the model as it was at the epoch's begin.
-        if trained and (sampler.storage is None or state.step_in_epoch in (0, steps)):
+        # What a storage chooses takes the model as it was at the epoch's begin; and one worker cannot save alone.
+        if trained and not workers and (sampler.storage is None or state.step_in_epoch in (0, steps)):
             callbacks[-1].save_place()
         raise
     with interruption.prompt():
-        return finish(config, run_data, workdir, checkpoints, state, model)
+        results = finish(config, run_data, workdir, checkpoints, state, model)
+        if workers:
+            # Whoever left before the others would count as lost.
+            strategies.of_all(strategy, [0])
+        return results
 
 
-def _callbacks(config, run_data, sampler, steps, workdir, state, checkpoints, interruption, timer):
+def _share_checkpoints(strategy, checkpoints, of_chief):
+    """Gives a worker that is not the chief a copy of the chief's checkpoints, once that has looked them over."""
+    if of_chief is None:
+        checkpoints.sweep()
+    strategies.of_all(strategy, [0])
+    if of_chief is not None:
+        there = Checkpoints(of_chief).folder
+        if os.path.isdir(there):
+            shutil.copytree(there, checkpoints.folder)
+    strategies.of_all(strategy, [0])
+
+
+def _callbacks(config, run_data, sampler, steps, workdir, state, checkpoints, interruption, timer, strategy):
     """The callbacks of a run in their order, `Progress` being the last."""
     finite_loss = FiniteLoss(run_data.train, sampler, steps, config.seed, lambda: str(checkpoints.latest))
     callbacks = [finite_loss]
@@ -138,6 +201,7 @@ def _callbacks(config, run_data, sampler, steps, workdir, state, checkpoints, in
         interruption,
         timer,
         finite_loss,
+        strategy,
     )
     return [
         *callbacks,
@@ -178,8 +242,8 @@ def set_up(config):
     keras.utils.set_random_seed(config.seed)
 
 
-def build_batches(config, run_data, sampler, position=None):
-    """The training batches of a resolved config; `position` is that of `training_batches`."""
+def build_batches(config, run_data, sampler, position=None, input_context=None):
+    """The training batches of a resolved config; `position` and `input_context` are those of `training_batches`."""
     return training_batches(
         run_data.train,
         run_data.preprocessing,
@@ -188,6 +252,7 @@ def build_batches(config, run_data, sampler, position=None):
         seed=config.seed,
         position=position,
         augmentation=run_data.augmentation,
+        input_context=input_context,
     )
 
 

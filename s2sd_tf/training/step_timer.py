@@ -22,20 +22,22 @@ class StepTimer(keras.callbacks.Callback):
     after this callback in an epoch's end, as saving checkpoints does, is in the logs of the next one. Of an epoch that
     goes on after an interruption the times are those since.
 
-    Args:
-        batches: `tf.data.Dataset`.
-        batch_size: int, images a batch.
-
     Attributes:
-        batches: the same dataset, which counts how long every batch was waited for.
         waited: seconds of waiting in the present epoch.
     """
 
-    def __init__(self, batches, batch_size):
+    def __init__(self):
         super().__init__()
-        self.batch_size = batch_size
         self._measured = {}
         self._reset()
+
+    def timed(self, batches, images):
+        """`batches`, a `tf.data.Dataset`, which counts how long every one of them was waited for.
+
+        Args:
+            batches: `tf.data.Dataset`.
+            images: int, images a batch.
+        """
         # A zip asks its datasets one after the other: the first tells when a batch was asked for.
         # (Python's clock, as TensorFlow's is refused where runs are deterministic.)
         asked = tf.data.Dataset.range(1).repeat().map(lambda _: tf.numpy_function(time.monotonic, [], tf.float64))
@@ -43,7 +45,7 @@ class StepTimer(keras.callbacks.Callback):
         this = weakref.ref(self)
 
         def waited(since):
-            this()._add(time.monotonic() - since)
+            this()._add(time.monotonic() - since, images)
             return True
 
         def delivered(asked, batch):
@@ -51,10 +53,11 @@ class StepTimer(keras.callbacks.Callback):
             with tf.control_dependencies([done]):
                 return tf.nest.map_structure(tf.identity, batch)
 
-        self.batches = tf.data.Dataset.zip((asked, batches)).map(delivered)
+        timed = tf.data.Dataset.zip((asked, batches)).map(delivered)
         cardinality = batches.cardinality()
         if cardinality != tf.data.UNKNOWN_CARDINALITY:
-            self.batches = self.batches.apply(tf.data.experimental.assert_cardinality(cardinality))
+            timed = timed.apply(tf.data.experimental.assert_cardinality(cardinality))
+        return timed
 
     @contextlib.contextmanager
     def measure(self, name):
@@ -103,16 +106,16 @@ class StepTimer(keras.callbacks.Callback):
             "evaluation_seconds": 0.0,
             "checkpoint_seconds": 0.0,
             **self._measured,
-            "images_per_second": self.batch_size * self.count / seconds if seconds else 0.0,
+            "images_per_second": self.images / seconds if seconds else 0.0,
         }
         self._measured = {}
         if logs is not None:
             logs.update(self._logged)
 
-    def _add(self, seconds):
+    def _add(self, seconds, images):
         self.waited += seconds
-        self.count += 1
+        self.images += images
 
     def _reset(self):
-        self.waited, self.count = 0.0, 0
+        self.waited, self.images = 0.0, 0
         self._begin = self._end = time.monotonic()

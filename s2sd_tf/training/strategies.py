@@ -7,6 +7,8 @@ import tensorflow as tf
 from s2sd_tf.keras_compat import keras
 
 STRATEGIES = ("none", "mirrored", "multiworker")
+# What the other workers' TensorFlow raises where one is lost.
+LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.InternalError, tf.errors.CancelledError)
 
 
 def get(name, devices=()):
@@ -65,16 +67,33 @@ def is_chief(strategy):
     return (resolver.task_type, resolver.task_id) == ("worker", 0)
 
 
-def agree(strategy, values):
-    """Waits for all workers; whether each of them has handed over the same ints."""
+def described(strategy):
+    """A JSON-able dict of what the strategy is, or None."""
+    if strategy is None:
+        return None
+    found = {"name": type(strategy).__name__, "replicas": strategy.num_replicas_in_sync}
+    if has_workers(strategy):
+        found["cluster"] = strategy.cluster_resolver.cluster_spec().as_dict()
+    return found
+
+
+def of_all(strategy, values):
+    """Waits for all workers; the ints `(n,)` that each replica's worker has handed over, `(replicas, n)`."""
     values = tf.constant(values, tf.int64)
 
     @tf.function
     def collect():
         return strategy.run(lambda: tf.distribute.get_replica_context().all_gather(values[None], axis=0))
 
-    found = strategy.experimental_local_results(collect())[0]
-    return bool(tf.reduce_all(tf.equal(found, values[None])))
+    return strategy.experimental_local_results(collect())[0].numpy()
+
+
+def of_chief(strategy, value):
+    """The bool that the chief has handed over; all workers have to ask."""
+    if not has_workers(strategy):
+        return value
+    marked = of_all(strategy, [is_chief(strategy), bool(value)])
+    return bool(marked[marked[:, 0] == 1][0, 1])
 
 
 def fit(model, strategy, batches, steps, initial_epoch, epochs, callbacks, verbose=0):
@@ -116,21 +135,21 @@ def fit(model, strategy, batches, steps, initial_epoch, epochs, callbacks, verbo
             # Those of one replica: all of them would take a copy from one to the other at every step.
             logs = {name: strategy.experimental_local_results(value)[0] for name, value in found.items()}
             callbacks.on_train_batch_end(number, logs)
-        logs = read_metrics(model, strategy)
+        logs = read_metrics(model)
         callbacks.on_epoch_end(epoch, logs)
         if model.stop_training:
             break
     callbacks.on_train_end(logs)
 
 
-def read_metrics(model, strategy):
+def read_metrics(model):
     """The running means of the logged terms over all replicas, floats by name; all workers have to ask."""
 
     @tf.function
     def read():
         return {metric.name: metric.result() for metric in model.metrics}
 
-    with strategy.scope():
+    with model.distribute_strategy.scope():
         return {name: float(value) for name, value in read().items()}
 
 
