@@ -31,9 +31,12 @@ def small_config(**changes):
     """Whatever has a state is in it: a miner that draws, augmentation, a schedule, averages, a best checkpoint."""
     config = default_config()
     config.train.deterministic = False  # a setting of the process, which other tests share
-    config.model.filters = (6, 8)
+    config.model.filters = (6,)
+    config.model.pools = 1
     config.model.embedding_dim = 8
     config.s2sd.target_dims = (12,)
+    config.s2sd.feature_distill = False
+    config.train.diagnostics = False
     config.objective.name = "margin"
     config.data.classes_per_batch = 3
     config.data.samples_per_class = 2
@@ -136,10 +139,9 @@ class TestInterruption:
                 train(small_config(), str(workdir))
             epoch, within = divmod(step - 1, STEPS)
             assert caught.value.code == 75
-            assert str(caught.value) == (
-                f"{signal.Signals(number).name}: stopped at epoch {epoch + 1}, step {within + 1}; the same command goes "
-                "on from there"
-            )
+            place = f"epoch {epoch + 1}, step {within + 1}"
+            told = f"{signal.Signals(number).name}: stopped at {place}; the same command goes on from there"
+            assert str(caught.value) == told
             assert [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGINT)] == before
             state = read_json(workdir / "checkpoints" / f"epoch_{epoch:06d}_step_{within + 1:06d}" / "state.json")
             assert (state["epoch"], state["step_in_epoch"]) == (epoch, within + 1)
@@ -463,13 +465,17 @@ class TestNoRoom:
             # Python has SIGXFSZ ignored, so that writing on is EFBIG.
             return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
 
+        def run():
+            try:
+                train(small_config(), str(workdir))
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
         def full(cls, method, when, size):
-            with pytest.MonkeyPatch.context() as patch, pytest.raises(OutOfSpace) as caught:
+            with pytest.MonkeyPatch.context() as patch:
                 At(patch, cls, method, when, limit(size))
-                try:
-                    train(small_config(), str(workdir))
-                finally:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+                with pytest.raises(OutOfSpace) as caught:
+                    run()
             told = str(caught.value)
             assert "File too large" in told
             assert str(workdir) in told

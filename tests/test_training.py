@@ -19,6 +19,7 @@ from s2sd_tf.keras_compat import keras
 from s2sd_tf.training import default_config, preset_config, resolve, train
 from s2sd_tf.training.compare import summarize
 from s2sd_tf.training.datasets import load_data
+from s2sd_tf.training.history import TIMES, read_history
 from s2sd_tf.training.run import build_model
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
@@ -61,7 +62,7 @@ class TestARun:
     def test_leaves_what_it_should(self, finished):
         workdir, _, output = finished
         assert {path.name for path in workdir.iterdir()} == {
-            "config.json", "preprocessing.json", "checkpoints", "best.keras", "history.csv", "tensorboard",
+            "config.json", "run.json", "preprocessing.json", "checkpoints", "best.keras", "history.csv", "tensorboard",
             "results.json", "curves.png", "gallery.png", "saved_model",
         }  # fmt: skip
         results = read_json(workdir / "results.json")
@@ -171,8 +172,11 @@ def test_killed_in_an_epoch_it_goes_on_to_the_same_weights(tmp_path):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(one.optimizer.variables, other.optimizer.variables):
         np.testing.assert_array_equal(tf.convert_to_tensor(a), tf.convert_to_tensor(b))
-    with open(whole / "history.csv") as a, open(killed / "history.csv") as b:
-        assert a.read() == b.read()
+    one, other = (
+        [{key: value for key, value in row.items() if key not in TIMES} for row in read_history(path)]
+        for path in (whole, killed)
+    )
+    assert one == other
 
 
 def test_compare_prints_a_table_and_leaves_the_pictures(tmp_path):
@@ -261,6 +265,13 @@ class TestErrors:
             ({"model.backbone": "nonsense"}, "backbone"),
             ({"optimizer.name": "nonsense"}, "config.optimizer.name"),
             ({"train.epochs": 0}, "config.train.epochs"),
+            ({"train.checkpoints_kept": 0}, "config.train.checkpoints_kept: expected an int >= 1. Received: 0"),
+            ({"train.micro_batch_size": -1}, "config.train.micro_batch_size: expected an int >= 0"),
+            ({"train.precision": "half"}, "config.train.precision: expected one of"),
+            ({"train.similarities": "all"}, "config.train.similarities: expected one of"),
+            ({"train.profile": (3,)}, r"config.train.profile: expected \(first, last\).* Received: \(3,\)"),
+            ({"train.profile": (3, 2)}, "config.train.profile: expected"),
+            ({"train.profile": (0, 2)}, "config.train.profile: expected"),
             ({"eval.select_by": "luck"}, "config.eval.select_by"),
         ],
     )

@@ -1,6 +1,7 @@
 """What a config can ask of a run beyond the defaults: schedules, averages, galleries, dry runs, the input's log."""
 
 import logging
+import re
 import time
 
 import numpy as np
@@ -12,11 +13,13 @@ from dataset_layouts import write_cub200, write_inshop, write_sop
 import s2sd_tf
 from s2sd_tf import data
 from s2sd_tf.cli.tables import sections_table
+from s2sd_tf.files import read_json, write_json
 from s2sd_tf.keras_compat import IS_KERAS_3, keras
-from s2sd_tf.training import default_config, optimizers, train
+from s2sd_tf.training import CollapseAlarm, default_config, load_run, optimizers, train
 from s2sd_tf.training.averages import averaged_weights
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.dry_run import dry_run
+from s2sd_tf.training.history import read_history
 from s2sd_tf.training.step_timer import StepTimer
 
 
@@ -273,11 +276,23 @@ class TestDryRun:
             dry_run(config)
 
 
-@pytest.mark.parametrize(("slow", "told"), [(True, True), (False, False)])
-def test_the_log_says_where_training_waits_for_images(slow, told, caplog):
+@pytest.fixture
+def log(caplog):
+    """Function to the different messages in the log."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.addHandler(caplog.handler)
+    logger.setLevel(logging.INFO)
+    yield lambda: list(dict.fromkeys(record.getMessage() for record in caplog.records))
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_logs_say_where_the_time_went(slow, log):
     def images(_):
         def wait():
-            time.sleep(0.1 if slow else 0.0)
+            time.sleep(0.25 if slow else 0.0)
             return np.zeros([4, 8, 8, 1], np.float32)
 
         return tf.ensure_shape(tf.numpy_function(wait, [], tf.float32), [4, 8, 8, 1]), tf.constant([0, 0, 1, 1])
@@ -286,8 +301,8 @@ def test_the_log_says_where_training_waits_for_images(slow, told, caplog):
     model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(), feature_distill=False)
     model.compile("sgd")
     timer = StepTimer()
-    timed = timer.timed(tf.data.Dataset.range(8).map(images), 4)
-    assert int(timed.cardinality()) == 8
+    batches = timer.timed(tf.data.Dataset.range(5).map(images), 4)
+    assert int(batches.cardinality()) == 5
     if not slow:
         # So that a step takes longer than its images.
         step = model.train_step
@@ -295,15 +310,115 @@ def test_the_log_says_where_training_waits_for_images(slow, told, caplog):
             tf.numpy_function(lambda: time.sleep(0.05) or True, [], tf.bool),
             step(batch),
         )[1]
-    logger = logging.getLogger("absl")
-    logger.addHandler(caplog.handler)
-    try:
-        model.fit(timed, epochs=2, verbose=0)
-        caplog.clear()
-        history = model.fit(timed, epochs=1, verbose=0, callbacks=[timer]).history
-        timer.report(0)
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert history["input_seconds"][0] + history["compute_seconds"][0] > (0.8 if slow else 0.4)
-    assert history["images_per_second"][0] < (40 if slow else 80)
-    assert any("waiting for images" in record.getMessage() for record in caplog.records) == told
+    rows = []
+
+    class After(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            rows.append(dict(logs))
+            with timer.measure("checkpoint_seconds"):
+                time.sleep(0.2)
+            timer.report(epoch)
+
+    class Evaluation(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            with timer.measure("evaluation_seconds"):
+                time.sleep(0.3)
+
+    model.fit(batches, epochs=1, verbose=0)
+    begin = time.monotonic()
+    model.fit(batches, epochs=2, verbose=0, callbacks=[Evaluation(), timer, After()])
+    whole = time.monotonic() - begin
+    for row in rows:
+        assert row["evaluation_seconds"] >= 0.3
+        seconds = row["input_seconds"] + row["compute_seconds"]
+        assert row["images_per_second"] == pytest.approx(20 / seconds)
+    assert (rows[1]["input_seconds"] > 1.0) == slow
+    # What is saved after the logs are written is in the next ones.
+    assert rows[0]["checkpoint_seconds"] == 0.0
+    assert rows[1]["checkpoint_seconds"] >= 0.2
+    times = ("input_seconds", "compute_seconds", "evaluation_seconds", "checkpoint_seconds")
+    assert sum(row[name] for row in rows for name in times) < whole
+    lines = [line for line in log() if line.startswith("epoch ")]
+    assert [line.split(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
+    assert lines[1].endswith("; input-bound" if slow else "; compute-bound")
+    assert all(re.search(r" s compute, .* s input, .* s evaluation, .* s checkpoint; ", line) for line in lines)
+    assert any("waiting for images" in line for line in log()) == slow
+
+
+class TestCollapseAlarm:
+    def told(self, log, model, rows):
+        """The epochs (from 0) whose end was told of, with the messages."""
+        alarm, found = CollapseAlarm(), []
+        alarm.set_model(model)
+        for epoch, row in enumerate(rows):
+            before = len(log())
+            alarm.on_epoch_end(epoch, row)
+            found += [(epoch, message) for message in log()[before:]]
+        return found
+
+    def test_tells_of_every_onset_once(self, small_model, log):
+        found = self.told(
+            log,
+            small_model(),
+            [{"mean_similarity": s, "embedding_rank": 3.0} for s in (0.5, 0.95, 0.97, 0.8, 0.99)],
+        )
+        assert [epoch for epoch, _ in found] == [1, 4]
+        assert "Epoch 2: the embeddings have collapsed: mean similarity 0.95, rank 3.0 of 4; " in found[0][1]
+        assert "config.optimizer.learning_rate" in found[0][1]
+
+    def test_tells_of_the_rank_and_of_the_targets(self, small_model, log):
+        row = {
+            "mean_similarity": 0.1, "embedding_rank": 1.5, "target_mean_similarity": 0.99, "target_embedding_rank": 1.1,
+        }  # fmt: skip
+        (_, base), (_, targets) = self.told(log, small_model(), [row])
+        assert "the embeddings have collapsed: mean similarity 0.10, rank 1.5 of 4" in base
+        assert "the targets' embeddings have collapsed: mean similarity 0.99, rank 1.1 of 8 to 12" in targets
+        assert "config.s2sd.target_objective" in targets
+
+    def test_two_dimensions_have_no_more_rank_than_that(self, small_model, log):
+        row = {"mean_similarity": 0.1, "embedding_rank": 1.5}
+        assert not self.told(log, small_model(embedding_dim=2), [row])
+
+    def test_without_diagnostics_it_is_silent(self, small_model, log):
+        assert not self.told(log, small_model(), [{"loss": 1.0}, None])
+
+
+class TestWhatARunLogs:
+    def test_diagnostics_profile_and_micro_batches(self, tmp_path):
+        changes = {"train.profile": (2, 3), "train.micro_batch_size": 2, "train.checkpoints_kept": 1, "eval.every": 2}
+        train(small_config(**changes), str(tmp_path))
+        rows = read_history(str(tmp_path))
+        for row in rows:
+            assert row["gradient_norm"] > 0
+            assert -1 <= row["mean_similarity"] <= 1
+            assert 1 <= row["embedding_rank"] <= 8
+            assert 1 <= row["target_embedding_rank"] <= 16
+            assert {"input_seconds", "compute_seconds", "evaluation_seconds", "checkpoint_seconds"} <= set(row)
+        assert rows[1]["evaluation_seconds"] > rows[0]["evaluation_seconds"]
+        assert list((tmp_path / "tensorboard").rglob("*.xplane.pb"))
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch_000002"]
+        assert load_run(str(tmp_path))[0].micro_batch_size == 2
+
+    @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+    def test_precision_is_put_back(self, tmp_path, precision):
+        before = keras.mixed_precision.global_policy().name
+        changes = {"train.precision": precision, "train.epochs": 1, "eval.every": 0, "train.diagnostics": False}
+        results = train(small_config(**changes), str(tmp_path))
+        assert keras.mixed_precision.global_policy().name == before
+        model = load_run(str(tmp_path))[0]
+        assert model.dtype_policy.name == precision
+        assert {str(tf.as_dtype(variable.dtype).name) for variable in model.trainable_variables} == {"float32"}
+        assert results["test"]["exact"]["recall@1"] > 0
+        assert "gradient_norm" not in read_history(str(tmp_path))[0]
+        with pytest.raises(ValueError, match="embedding_dim"):
+            train(small_config(**changes, **{"model.embedding_dim": 0}), str(tmp_path / "never"))
+        assert keras.mixed_precision.global_policy().name == before
+
+    def test_a_run_of_before_goes_on(self, tmp_path):
+        results = train(small_config(), str(tmp_path))
+        config = read_json(tmp_path / "config.json")
+        for key in ("checkpoints_kept", "profile", "diagnostics", "precision", "jit_compile", "micro_batch_size"):
+            del config["train"][key]
+        del config["train"]["similarities"]
+        write_json(tmp_path / "config.json", config)
+        assert train(small_config(), str(tmp_path)) == results

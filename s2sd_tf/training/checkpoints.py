@@ -65,7 +65,7 @@ class RunState:
         with model.distribute_strategy.scope():
             for metric in model.metrics:
                 for variable, value in zip(metric.variables, self.metrics.get(metric.name, ())):
-                    variable.assign(np.asarray(value, variable.dtype))
+                    variable.assign(np.asarray(value, tf.as_dtype(variable.dtype).as_numpy_dtype))
 
 
 class Checkpoints:

@@ -123,6 +123,7 @@ def _train(config, workdir, checkpoints, interruption, strategy=None, of_chief=N
                 "find checkpoints that differ"
             )
         sampler = build_sampler(config)
+        sampler.check(run_data.train.labels)
         steps = steps_per_epoch(config, run_data)
         timer = StepTimer()
 
