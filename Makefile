@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.10; 
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 RUN := $(VENV)/bin
 
-.PHONY: train test dryrun lint clean
+.PHONY: train test dryrun soak lint clean
 .DELETE_ON_ERROR:
 
 # Plain objective against S2SD on the embedded digits: a table, and runs/digits with curves, gallery and SavedModel.
@@ -18,6 +18,10 @@ test: $(VENV)/installed
 # Every config's whole program, two steps long, on generated images in the data sets' layouts.
 dryrun: $(VENV)/installed
 	TF_CPP_MIN_LOG_LEVEL=3 $(RUN)/python benchmarks/dry_runs.py
+
+# Runs that are killed at random moments and have to end as if nothing had happened; 45 minutes.
+soak: $(VENV)/installed
+	$(RUN)/python benchmarks/soak.py
 
 lint: $(VENV)/installed
 	$(RUN)/ruff check .

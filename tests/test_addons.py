@@ -471,20 +471,21 @@ import sys
 import ml_collections
 from s2sd_tf.files import read_json
 from s2sd_tf.training import run
+from s2sd_tf.training.checkpoints import Checkpoints
 
 config = ml_collections.ConfigDict(read_json(sys.argv[1]))
-save = run._State.save
+save = Checkpoints.save
 
-def killed(state, model):
-    save(state, model)
+def killed(checkpoints, model, state):
+    save(checkpoints, model, state)
     if state.epoch == 2:
         raise KeyboardInterrupt
 
-run._State.save = killed
+Checkpoints.save = killed
 try:
     run.train(config, "resumed")
 except KeyboardInterrupt:
-    run._State.save = save
+    Checkpoints.save = save
 run.train(config, "resumed")
 """
     run_python("-c", script, finished[0] / "config.json", cwd=tmp_path)

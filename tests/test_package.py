@@ -15,7 +15,7 @@ ALLOWED = {
     "data": set(),
     "evaluation": set(),
     "export": {"evaluation"},
-    "serving": {"data", "evaluation"},
+    "serving": {"data", "evaluation", "export"},
     "models": {"objectives", "distillation"},
     "training": {"mining", "models", "data", "evaluation", "export", "objectives", "distillation"},
     "cli": {"training", "evaluation", "export", "serving", "data", "models"},

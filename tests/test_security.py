@@ -26,7 +26,6 @@ from dataset_layouts import write_annotations, write_image
 
 from s2sd_tf import data, evaluation, export, serving
 from s2sd_tf.data import annotations
-from s2sd_tf.data.untrusted import MAX_PIXELS, image_excess
 from s2sd_tf.evaluation.embeddings import write_shard
 from s2sd_tf.evaluation.pictures import save_curves, save_matches
 from s2sd_tf.evaluation.projector import save_projector
@@ -34,6 +33,7 @@ from s2sd_tf.evaluation.report import save_report
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models.backbones.state_dict import read_state_dict
 from s2sd_tf.serving.encoder import read_image, read_image_under
+from s2sd_tf.untrusted import MAX_PIXELS, image_excess
 
 
 class Payload:

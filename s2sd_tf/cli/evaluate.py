@@ -16,7 +16,6 @@ from s2sd_tf.checks import check_file_to_write
 from s2sd_tf.cli import app
 from s2sd_tf.cli.tables import metrics_table
 from s2sd_tf.data import Preprocessing, load_image_folder
-from s2sd_tf.data.untrusted import read_array, reading
 from s2sd_tf.evaluation import exact
 from s2sd_tf.evaluation.projector import save_projector
 from s2sd_tf.evaluation.report import save_report
@@ -27,6 +26,7 @@ from s2sd_tf.serving.encoder import decode_image, read_image, read_image_under
 from s2sd_tf.training import load_run
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.run import embed
+from s2sd_tf.untrusted import read_array, reading
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run: its model on its test classes.")
 _MODEL = flags.DEFINE_string("model", None, "SavedModel of s2sd-export, or .keras file beside its preprocessing.json.")

@@ -13,7 +13,7 @@ import numpy as np
 
 from s2sd_tf.data import matlab_reader
 from s2sd_tf.data.image_set import ImageSet
-from s2sd_tf.data.untrusted import reading
+from s2sd_tf.untrusted import reading
 
 # What a MATLAB file may inflate to: that of CARS196 has 2 MB.
 _INFLATED_BYTES = 2**26

@@ -8,7 +8,7 @@ from absl import logging
 from tqdm import tqdm
 
 from s2sd_tf.data.preprocessing import decode_rgb
-from s2sd_tf.data.untrusted import image_excess
+from s2sd_tf.untrusted import image_excess
 
 CHECKS = ("none", "files", "decode")
 ON_CORRUPT = ("raise", "skip")

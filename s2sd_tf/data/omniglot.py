@@ -7,7 +7,7 @@ import numpy as np
 from s2sd_tf.data.annotations import path_under
 from s2sd_tf.data.image_set import ImageSet
 from s2sd_tf.data.preprocessing import Preprocessing
-from s2sd_tf.data.untrusted import image_excess, open_archive
+from s2sd_tf.untrusted import image_excess, open_archive
 
 ARCHIVES = ("images_background_small1.zip", "images_background_small2.zip")
 TEST_ALPHABETS = ("Japanese_(katakana)", "Sanskrit", "Tagalog")

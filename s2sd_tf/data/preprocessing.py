@@ -6,7 +6,7 @@ import numbers
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
-from s2sd_tf.data.untrusted import read_json_object, reading
+from s2sd_tf.untrusted import read_json_object, reading
 
 
 def decode_rgb(encoded):

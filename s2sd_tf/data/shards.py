@@ -9,8 +9,8 @@ from tqdm import tqdm
 from s2sd_tf.checks import check_above
 from s2sd_tf.data.image_set import ImageSet, image_slices
 from s2sd_tf.data.retrieval_split import RetrievalSplit
-from s2sd_tf.data.untrusted import read_arrays, read_json_object, reading
 from s2sd_tf.files import check_replaceable, replacing, write_json
+from s2sd_tf.untrusted import read_arrays, read_json_object, reading
 
 DESCRIPTION = "s2sd_shards.json"
 _INDEX = "index.npz"

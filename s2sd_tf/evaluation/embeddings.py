@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.data.untrusted import read_array, read_arrays, read_json_object, reading
 from s2sd_tf.files import replacing, write_json
+from s2sd_tf.untrusted import read_array, read_arrays, read_json_object, reading
 
 # Names of the features of a TFRecord's examples.
 FEATURES = ("embedding", "id", "label")

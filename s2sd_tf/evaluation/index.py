@@ -10,7 +10,6 @@ import numpy as np
 from absl import logging
 
 from s2sd_tf.checks import checked_int
-from s2sd_tf.data.untrusted import read_array, read_json_object, reading
 from s2sd_tf.evaluation import exact
 from s2sd_tf.evaluation.embeddings import check_finished, read_items, read_rows, shard_folders, write_items
 from s2sd_tf.evaluation.exact import METRICS
@@ -24,6 +23,7 @@ from s2sd_tf.evaluation.neighbors import (
     without_own,
 )
 from s2sd_tf.files import check_replaceable, replacing, write_json
+from s2sd_tf.untrusted import read_array, read_json_object, reading
 
 # ScaNN's authors: brute force below the first size, quantisation without a tree below the second, a tree above.
 BRUTE_FORCE_SIZE = 20_000

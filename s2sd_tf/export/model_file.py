@@ -4,8 +4,8 @@ import builtins
 import json
 import os
 
-from s2sd_tf.data.untrusted import open_archive, reading
 from s2sd_tf.keras_compat import keras
+from s2sd_tf.untrusted import open_archive, reading
 
 # Layers of code, of other files, and of whole programs.
 _REFUSED = (

@@ -8,8 +8,8 @@ import tensorflow as tf
 
 from s2sd_tf.data.annotations import path_under
 from s2sd_tf.data.preprocessing import decode_rgb
-from s2sd_tf.data.untrusted import image_excess
 from s2sd_tf.export.saved_model import load_saved_model
+from s2sd_tf.untrusted import image_excess
 
 _SIGNATURE = "encoded_images"
 

@@ -13,7 +13,6 @@ from ml_collections import config_dict
 
 from s2sd_tf import mining, objectives
 from s2sd_tf.data import Preprocessing, samplers, training_batches
-from s2sd_tf.data.untrusted import read_json_object, reading
 from s2sd_tf.files import LEFTOVER, OutOfSpace, read_json, remove_leftovers, write_json
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models import S2SDModel, backbones
@@ -32,6 +31,7 @@ from s2sd_tf.training.interruption import Interrupted, Interruption
 from s2sd_tf.training.progress import Progress, fit
 from s2sd_tf.training.record import check_data, record_session
 from s2sd_tf.training.step_timer import StepTimer
+from s2sd_tf.untrusted import read_json_object, reading
 
 
 def train(config, workdir, strategy=None):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from s2sd_tf.data.untrusted import open_archive
+from s2sd_tf.untrusted import open_archive
 
 EXTENSIONS = (".pth", ".pt", ".safetensors", ".npz")
 
