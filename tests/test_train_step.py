@@ -59,7 +59,7 @@ class TestGradientCaching:
             {"pooling": "gem", "target_pooling": "avg+max", "l2": 0.01},
             {"pooling": "gem", "target_pooling": "gem"},
             {"target_dims": (), "feature_distill": False},
-            {"unknown": True, "batch": 5},
+            {"unknown": True, "batch": 5, "steps": 1},
             {"learning_rate_multipliers": {"backbone": 0.1, "heads": 2.0}},
         ],
         ids=str,
@@ -103,7 +103,8 @@ class TestGradientCaching:
 
     def test_in_low_precision(self):
         settings = {"dtype": "mixed_bfloat16", "backbone": lambda: small_backbone(dtype="mixed_bfloat16")}
-        assert_same(trained(None, **settings), trained(7, **settings), atol=1e-2)
+        # The parts' gradients are rounded one by one.
+        assert_same(trained(None, **settings), trained(7, **settings), atol=5e-2)
 
     def test_the_size_is_saved_and_checked(self):
         model = trained(4, steps=1)[0]
