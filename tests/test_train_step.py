@@ -28,7 +28,7 @@ def trained(micro_batch_size, backbone=small_backbone, steps=3, batch=BATCH, unk
     keras.utils.set_random_seed(0)
     settings = {"target_dims": (8, 12), "feature_distill_delay": 1, **settings}
     model = s2sd_tf.S2SDModel(backbone(), 4, micro_batch_size=micro_batch_size, diagnostics=True, **settings)
-    model.compile(optimizer=keras.optimizers.SGD(0.05, momentum=0.9), jit_compile=jit)
+    model.compile(optimizer=keras.optimizers.SGD(0.01, momentum=0.9), jit_compile=jit)
     if unknown:
         data = tf.data.Dataset.from_tensor_slices((IMAGES, LABELS)).repeat(steps).batch(batch)
         history = model.fit(data, verbose=0).history
