@@ -599,7 +599,7 @@ class S2SDModel(keras.Model):
         self._metric_attributes = tuple(f"_mean_{name}" for name in names)
         for attribute, name in zip(self._metric_attributes, names):
             # One attribute each: Keras 2 would take metrics in a list for layers.
-            setattr(self, attribute, keras.metrics.Mean(name=name))
+            setattr(self, attribute, _RunningMean(name=name))
 
     def _log(self, losses):
         values = dict(losses)
@@ -614,6 +614,15 @@ class S2SDModel(keras.Model):
         for metric in logged:
             metric.update_state(values[metric.name])
         return {metric.name: metric.result() for metric in logged}
+
+
+class _RunningMean(keras.metrics.Mean):
+    """A mean that can be loaded in the scope of a strategy: Keras 2 would share out the file's array over replicas."""
+
+    def load_own_variables(self, store):
+        # Keras 3 stores none.
+        for key in list(store.keys()):
+            self.variables[int(key)].assign(np.array(store[key]))
 
 
 def _output_shape(backbone, input_shape):
