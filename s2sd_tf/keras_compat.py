@@ -83,9 +83,7 @@ def apply_summed_gradients(optimizer, gradients, variables, replicas):
     scale = tf.cast(scale_loss(optimizer, tf.ones([])), tf.float32)
     # Clipped here, so that the optimizer finds nothing to clip in a replica's share of them.
     if global_clipnorm:
-        present = [gradient for gradient in gradients if gradient is not None]
-        clipped = iter(tf.clip_by_global_norm(present, global_clipnorm * scale)[0])
-        gradients = [None if gradient is None else next(clipped) for gradient in gradients]
+        gradients, _ = tf.clip_by_global_norm(gradients, global_clipnorm * scale)
 
     def share(gradient):
         if clipnorm:

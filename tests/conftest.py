@@ -22,6 +22,19 @@ def objective_names():
     return [name for kind in ("pair", "tuple", "proxy") for name in objectives.names(kind)]
 
 
+def small_config(**changes):
+    """The config of a small run on digits in this process; `changes` are by flattened keys."""
+    from s2sd_tf.training import default_config
+
+    config = default_config()
+    config.train.deterministic = False  # a setting of the process, which other tests share
+    config.model.embedding_dim = 8
+    config.data.classes_per_batch = 3
+    config.data.samples_per_class = 2
+    config.update_from_flattened_dict(changes)
+    return config
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     tf.keras.utils.set_random_seed(0)

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 
+import conftest
 import numpy as np
 import pytest
 
 import s2sd_tf
 from s2sd_tf import data
 from s2sd_tf.files import read_json, write_json
-from s2sd_tf.training import default_config, record, train
+from s2sd_tf.training import record, train
 from s2sd_tf.training import run as run_module
 from s2sd_tf.training.record import fingerprint
 
@@ -19,19 +20,10 @@ LABELS = np.array([0, 0, 1, 1], np.int32)
 NAMES = ("a", "b")
 
 
-def small_config(**changes):
-    config = default_config()
-    config.train.deterministic = False  # a setting of the process, which other tests share
-    config.model.filters = (6,)
-    config.model.pools = 1
-    config.model.embedding_dim = 8
-    config.s2sd.enabled = False
-    config.data.classes_per_batch = 3
-    config.data.samples_per_class = 2
-    config.train.epochs = 1
-    config.train.steps_per_epoch = 2
-    config.update_from_flattened_dict(changes)
-    return config
+def small_config():
+    return conftest.small_config(**{
+        "model.filters": (6,), "model.pools": 1, "s2sd.enabled": False, "train.epochs": 1, "train.steps_per_epoch": 2
+    })  # fmt: skip
 
 
 class TestFingerprint:

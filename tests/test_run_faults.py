@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 
+import conftest
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -15,7 +16,7 @@ from s2sd_tf import data
 from s2sd_tf.cli import app
 from s2sd_tf.files import LEFTOVER, OutOfSpace, read_json, replacing, write_json
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.training import Interrupted, NonFiniteLoss, default_config, finishing, progress, train
+from s2sd_tf.training import Interrupted, NonFiniteLoss, finishing, progress, train
 from s2sd_tf.training import run as run_module
 from s2sd_tf.training.callbacks import Refresh
 from s2sd_tf.training.checkpoints import Checkpoints, RunState
@@ -29,25 +30,13 @@ STEPS, EPOCHS = 4, 3
 
 def small_config(**changes):
     """Whatever has a state is in it: a miner that draws, augmentation, a schedule, averages, a best checkpoint."""
-    config = default_config()
-    config.train.deterministic = False  # a setting of the process, which other tests share
-    config.model.filters = (6,)
-    config.model.pools = 1
-    config.model.embedding_dim = 8
-    config.s2sd.target_dims = (12,)
-    config.s2sd.feature_distill = False
-    config.train.diagnostics = False
-    config.objective.name = "margin"
-    config.data.classes_per_batch = 3
-    config.data.samples_per_class = 2
-    config.data.augmentation = "base"
-    config.data.validation_classes = 2
-    config.optimizer.schedule.name = "cosine"
+    config = conftest.small_config(**{
+        "model.filters": (6,), "model.pools": 1, "s2sd.target_dims": (12,), "s2sd.feature_distill": False,
+        "train.diagnostics": False, "objective.name": "margin", "data.augmentation": "base",
+        "data.validation_classes": 2, "optimizer.schedule.name": "cosine", "train.epochs": EPOCHS,
+        "train.steps_per_epoch": STEPS, "train.checkpoint_every": 2, "eval.every": 2,
+    })  # fmt: skip
     config.optimizer.settings = {"use_ema": True}
-    config.train.epochs = EPOCHS
-    config.train.steps_per_epoch = STEPS
-    config.train.checkpoint_every = 2
-    config.eval.every = 2
     config.update_from_flattened_dict(changes)
     return config
 

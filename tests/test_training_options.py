@@ -4,6 +4,7 @@ import logging
 import re
 import time
 
+import conftest
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -15,7 +16,7 @@ from s2sd_tf import data
 from s2sd_tf.cli.tables import sections_table
 from s2sd_tf.files import read_json, write_json
 from s2sd_tf.keras_compat import IS_KERAS_3, keras
-from s2sd_tf.training import CollapseAlarm, default_config, load_run, optimizers, train
+from s2sd_tf.training import CollapseAlarm, load_run, optimizers, train
 from s2sd_tf.training.averages import averaged_weights
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.dry_run import dry_run
@@ -24,17 +25,8 @@ from s2sd_tf.training.step_timer import StepTimer
 
 
 def small_config(**changes):
-    config = default_config()
-    config.train.deterministic = False  # a setting of the process, which other tests share
-    config.model.filters = (8, 8)
-    config.model.embedding_dim = 8
-    config.s2sd.target_dims = (16,)
-    config.data.classes_per_batch = 3
-    config.data.samples_per_class = 2
-    config.train.epochs = 2
-    config.train.steps_per_epoch = 3
-    config.update_from_flattened_dict(changes)
-    return config
+    settings = {"model.filters": (8, 8), "s2sd.target_dims": (16,), "train.epochs": 2, "train.steps_per_epoch": 3}
+    return conftest.small_config(**{**settings, **changes})
 
 
 class TestSchedules:

@@ -15,7 +15,7 @@ from s2sd_tf.evaluation.pictures import save_curves
 from s2sd_tf.files import check_replaceable, replacing, write_json
 from s2sd_tf.training import resolve
 from s2sd_tf.training.compare import mean_and_deviation, run_all, summarize
-from s2sd_tf.training.run import read_history
+from s2sd_tf.training.history import read_history
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the comparison; a run's folder each goes into runs/.", required=True

@@ -25,7 +25,7 @@ from s2sd_tf.serving import Encoder
 from s2sd_tf.serving.encoder import decode_image, read_image, read_image_under
 from s2sd_tf.training import load_run
 from s2sd_tf.training.datasets import load_data
-from s2sd_tf.training.run import embed
+from s2sd_tf.training.embedding import embed
 from s2sd_tf.untrusted import read_array, reading
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run: its model on its test classes.")

@@ -328,12 +328,12 @@ class S2SDModel(keras.Model):
         ]
         before = [tf.identity(variable) for variable, _ in scaled]
         diagnosed = {}
-        several = replicas.count() > 1
-        if several and (self.diagnostics or sums_gradients_too_late(self.optimizer)):
+        summed = replicas.count() > 1 and (self.diagnostics or sums_gradients_too_late(self.optimizer))
+        if summed:
             gradients = replicas.sum_gradients(gradients)
         if self.diagnostics:
             diagnosed = self._diagnose(batch, gradients)
-        if several and (self.diagnostics or sums_gradients_too_late(self.optimizer)):
+        if summed:
             apply_summed_gradients(self.optimizer, gradients, variables, replicas.count())
         else:
             apply_gradients(self.optimizer, gradients, variables)

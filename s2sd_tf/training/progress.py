@@ -126,6 +126,6 @@ def _end_epoch(model, steps, epochs, state, callbacks):
     callbacks.on_train_begin()
     model.reset_metrics()
     callbacks.on_epoch_begin(state.epoch)
-    logs = strategies.read_metrics(model)
+    logs = strategies.metrics_reader(model)()
     callbacks.on_epoch_end(state.epoch, logs)
     callbacks.on_train_end(logs)

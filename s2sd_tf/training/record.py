@@ -61,19 +61,18 @@ def fingerprint(images):
     return digest.hexdigest()
 
 
-def record_session(workdir, config, run_data, model, state, strategy=None):
+def record_session(workdir, config, fingerprints, model, state, strategy=None):
     """Writes `run.json`, or adds a start to it, before a run trains.
 
     Args:
         workdir: folder of the run; made if it is missing.
         config: the resolved config.
-        run_data: `RunData`.
+        fingerprints: what `check_data` returns.
         model: `S2SDModel`.
         state: `RunState` from which training goes on.
         strategy: JSON-able dict that says how the run is distributed, or None.
 
     Raises:
-        ValueError: the run began with other data; the message names the part.
         OutOfSpace: there is no room to write it.
     """
     path = os.path.join(workdir, NAME)
@@ -83,7 +82,6 @@ def record_session(workdir, config, run_data, model, state, strategy=None):
         "step_in_epoch": state.step_in_epoch,
     }
     versions = _versions()
-    found = check_data(workdir, run_data)
     if not os.path.exists(path):
         write_json(
             path,
@@ -95,7 +93,7 @@ def record_session(workdir, config, run_data, model, state, strategy=None):
                 "strategy": strategy,
                 "similarity_kl": _similarity_kl(model),
                 "seed": config.seed,
-                "data": found,
+                "data": fingerprints,
                 "config": config.to_dict(),
                 "sessions": [now],
             },

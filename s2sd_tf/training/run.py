@@ -22,11 +22,9 @@ from s2sd_tf.training.checkpoints import Checkpoints
 from s2sd_tf.training.collapse_alarm import CollapseAlarm
 from s2sd_tf.training.config import default_config, resolve
 from s2sd_tf.training.datasets import load_data
-from s2sd_tf.training.embedding import embed as embed
 from s2sd_tf.training.embedding import load_model
 from s2sd_tf.training.finishing import finish
 from s2sd_tf.training.finite_loss import FiniteLoss
-from s2sd_tf.training.history import read_history as read_history
 from s2sd_tf.training.interruption import Interrupted, Interruption
 from s2sd_tf.training.progress import Progress, fit
 from s2sd_tf.training.record import check_data, record_session
@@ -108,7 +106,7 @@ def _train(config, workdir, checkpoints, interruption, strategy=None, of_chief=N
     with interruption.prompt():
         set_up(config)
         run_data = load_data(config)
-        check_data(of_chief or workdir, run_data)
+        fingerprints = check_data(of_chief or workdir, run_data)
         if workers:
             _share_checkpoints(strategy, checkpoints, of_chief)
         with contextlib.nullcontext() if strategy is None else strategy.scope():
@@ -136,7 +134,7 @@ def _train(config, workdir, checkpoints, interruption, strategy=None, of_chief=N
             remove_leftovers(workdir)
         # Only now, as a config that cannot be trained should leave nothing behind.
         write_json(os.path.join(workdir, "config.json"), config.to_dict())
-        record_session(workdir, config, run_data, model, state, strategies.described(strategy))
+        record_session(workdir, config, fingerprints, model, state, strategies.described(strategy))
 
     callbacks = _callbacks(config, run_data, sampler, steps, workdir, state, checkpoints, interruption, timer, strategy)
     verbose = 0 if of_chief else 1 if sys.stdout.isatty() else 2

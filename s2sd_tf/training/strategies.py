@@ -1,5 +1,6 @@
 """Distribution strategies by name, and the steps of a run under one."""
 
+import functools
 import os
 
 import tensorflow as tf
@@ -79,13 +80,8 @@ def described(strategy):
 
 def of_all(strategy, values):
     """Waits for all workers; the ints `(n,)` that each replica's worker has handed over, `(replicas, n)`."""
-    values = tf.constant(values, tf.int64)
-
-    @tf.function
-    def collect():
-        return strategy.run(lambda: tf.distribute.get_replica_context().all_gather(values[None], axis=0))
-
-    return strategy.experimental_local_results(collect())[0].numpy()
+    found = _collector(strategy)(tf.constant([values], tf.int64))
+    return strategy.experimental_local_results(found)[0].numpy()
 
 
 def of_chief(strategy, value):
@@ -119,6 +115,7 @@ def fit(model, strategy, batches, steps, initial_epoch, epochs, callbacks, verbo
     def step(data):
         return strategy.run(model.train_step, args=(data,))
 
+    read = metrics_reader(model)
     callbacks = keras.callbacks.CallbackList(
         callbacks, add_history=True, add_progbar=bool(verbose), model=model, verbose=verbose, epochs=epochs, steps=steps
     )
@@ -135,22 +132,34 @@ def fit(model, strategy, batches, steps, initial_epoch, epochs, callbacks, verbo
             # Those of one replica: all of them would take a copy from one to the other at every step.
             logs = {name: strategy.experimental_local_results(value)[0] for name, value in found.items()}
             callbacks.on_train_batch_end(number, logs)
-        logs = read_metrics(model)
+        logs = read()
         callbacks.on_epoch_end(epoch, logs)
         if model.stop_training:
             break
     callbacks.on_train_end(logs)
 
 
-def read_metrics(model):
-    """The running means of the logged terms over all replicas, floats by name; all workers have to ask."""
+def metrics_reader(model):
+    """A function to the running means of the logged terms over all replicas, by name; all workers have to ask."""
 
-    @tf.function
+    results = tf.function(lambda: {metric.name: metric.result() for metric in model.metrics})
+
     def read():
-        return {metric.name: metric.result() for metric in model.metrics}
+        with model.distribute_strategy.scope():
+            return {name: float(value) for name, value in results().items()}
 
-    with model.distribute_strategy.scope():
-        return {name: float(value) for name, value in read().items()}
+    return read
+
+
+@functools.lru_cache(maxsize=1)
+def _collector(strategy):
+    """A graph that gathers `(1, n)` of every worker; one for all calls, as each is traced."""
+
+    def gather(values):
+        # An argument of a graph is on no device, where gathering wants one.
+        return tf.distribute.get_replica_context().all_gather(tf.identity(values), axis=0)
+
+    return tf.function(lambda values: strategy.run(gather, args=(values,)), reduce_retracing=True)
 
 
 def _checked_devices(devices):
