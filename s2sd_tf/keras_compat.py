@@ -109,6 +109,12 @@ def restores_random_layers():
     return IS_KERAS_3
 
 
+def report_first_replica(model):
+    """Has `fit` and `evaluate` report the metrics of one replica, which are those of all: Keras 2 would sum them up."""
+    if not IS_KERAS_3:
+        model.distribute_reduction_method = "first"
+
+
 def import_addons(wanted, instead):
     """The module `tensorflow_addons`, which there is for Keras 2 alone.
 

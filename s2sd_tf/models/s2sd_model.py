@@ -17,6 +17,7 @@ from s2sd_tf.keras_compat import (
     keras,
     legacy_optimizer_state,
     loss_dtype,
+    report_first_replica,
     resolve_jit_compile,
     restore_legacy_optimizer_state,
     restores_random_layers,
@@ -139,6 +140,7 @@ class S2SDModel(keras.Model):
         **kwargs,
     ):
         super().__init__(name=name, **kwargs)
+        report_first_replica(self)
         check_at_least("embedding_dim", embedding_dim, 1)
         for dim in target_dims:
             check_at_least("target_dims", dim, 1)
