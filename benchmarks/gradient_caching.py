@@ -25,7 +25,7 @@ from s2sd_tf.files import replacing, write_json
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("size", 64, "Side of the images.")
 flags.DEFINE_integer("micro", 64, "Images at a time.")
-flags.DEFINE_list("batches", ["64", "512", "2048"], "Images of the batches in parts; the first also at once.")
+flags.DEFINE_list("batches", ["64", "512", "2048", "4096"], "Images of the batches in parts; the first also at once.")
 flags.DEFINE_string("output", None, "JSON to write; the table gets its name.")
 flags.DEFINE_string("one", None, "For the processes: 'batch,micro'.")
 
@@ -40,7 +40,7 @@ def main(_):
     rows = []
     for batch, micro in tqdm(cases, desc="Measuring", unit="case"):
         command = [sys.executable, __file__, f"--size={FLAGS.size}", f"--one={batch},{micro}"]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         rows.append({"batch": batch, "micro_batch_size": micro or None, **json.loads(output.splitlines()[-1])})
     machine = describe(os.cpu_count())
     lines = [

@@ -38,7 +38,13 @@ def train(case):
         objective = s2sd_tf.objectives.get(**case["objective"])
         model = s2sd_tf.S2SDModel(keras.Model(inputs, features), 4, objective=objective, **settings)
         optimizer = getattr(keras.optimizers, case.get("optimizer", "SGD"))(**case["settings"])
+        if case.get("overflow"):
+            scaling = getattr(keras.optimizers, "LossScaleOptimizer", None) or keras.mixed_precision.LossScaleOptimizer
+            optimizer = scaling(optimizer)
         model.compile(optimizer=optimizer)
+    if case.get("overflow"):
+        x = x.copy()
+        x[3, -1, 0, 0] = np.inf  # an image of the last replica
     # The last batch is a small one; Keras 3 wants the first to divide.
     x, y = x.reshape((-1, 8, 8, 1)), y.reshape(-1)
     x, y = x[: len(x) - case.get("missing", 0)], y[: len(y) - case.get("missing", 0)]
@@ -49,6 +55,8 @@ def train(case):
     state = [tf.convert_to_tensor(v).numpy().tolist() for v in state]
     weights = [tf.convert_to_tensor(v).numpy().tolist() for v in model.trainable_variables]
     result = {"weights": weights, "history": history, "state": state}
+    if case.get("overflow"):
+        result["scale"] = float(s2sd_tf.keras_compat.scale_loss(optimizer, tf.ones([])))
     if case.get("evaluate"):
         dataset = tf.data.Dataset.from_tensor_slices((x[: 2 * size - 3], y[: 2 * size - 3])).batch(size)
         result["evaluated"] = model.evaluate(dataset, verbose=0, return_dict=True)
@@ -87,6 +95,7 @@ GLOBAL = {
         "objective": OBJECTIVES["multi_similarity"], "model": {},
         "settings": {"learning_rate": 0.1, "clipnorm": 0.02},
     },
+    "an overflow, the loss scaled": {"objective": OBJECTIVES["multi_similarity"], "model": {}, "overflow": True, **SGD},
     "in parts": {"objective": OBJECTIVES["margin"], "model": {"micro_batch_size": 3, "diagnostics": True}, **SGD},
     "a memory of past batches": {
         "objective": {"identifier": "contrastive", "memory_size": 20, "memory_start": 2}, "model": {}, **SGD,
@@ -138,6 +147,13 @@ def assert_same_training(trained, name, devices, state_within=1e-5):
 def test_a_batch_on_many_devices_is_that_batch_on_one(trained, name, devices):
     # A memory's rows are embeddings, those of short features among them.
     assert_same_training(trained, name, devices, state_within=1e-3 if "memory" in name else 1e-5)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_overflows_on_one_device_is_skipped_by_all(trained, devices):
+    result = trained[devices]["an overflow, the loss scaled"]
+    assert all(np.isfinite(weight).all() for weight in result["weights"])
+    assert result["scale"] == 2**14  # half of what it was
 
 
 @pytest.mark.parametrize("devices", [2, 4])

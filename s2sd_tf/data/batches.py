@@ -26,7 +26,6 @@ def training_batches(
     start_epoch=0,
     cache=None,
     augmentation=None,
-    start_step=0,
     position=None,
     input_context=None,
 ):
@@ -38,8 +37,8 @@ def training_batches(
     takes one batch to build the model at every `fit`, which is a pass: all epochs after it get the batches of the next
     one.
 
-    An epoch can be gone on with in its middle: with `start_step` the first pass leaves out the batches before it, and
-    the others are what they would have been. Keras takes all epochs of a `fit` to be of one length, so the rest of an
+    An epoch can be gone on with in its middle: with `position` a pass leaves out the batches before a step, and the
+    others are what they would have been. Keras takes all epochs of a `fit` to be of one length, so the rest of an
     epoch is for a `fit` of its own.
 
     Where the sampler stores embeddings, a pass is of the epoch that they were last refreshed for, whatever passes there
@@ -60,18 +59,15 @@ def training_batches(
             are made anew every time.
         augmentation: `Augmentation`, or None. Every image of an epoch gets its own, a function of `seed`, the epoch and
             the image's place in the epoch.
-        start_step: int in [0, steps_per_epoch), the batch of its epoch that the first pass begins with.
         position: function of no arguments that is asked at the begin of every pass for its `(epoch, step)`, the first
-            batch of it from 0; in place of `start_epoch` and `start_step`. (Where the sampler has a storage, that
-            knows the epoch.)
+            batch of it from 0; in place of `start_epoch`. (Where the sampler has a storage, that knows the epoch.)
         input_context: `tf.distribute.InputContext` that `strategy.distribute_datasets_from_function` hands over: the
             dataset is then of the parts of every batch that are the pipeline's replicas', one replica after the other,
             and reads no other images. Replica k of n has the k-th of n equal parts of a batch.
 
     Returns:
         Dataset of float32 images `(sampler.batch_size, height, width, channels)` and int32 labels
-        `(sampler.batch_size,)`. Its cardinality is not known where passes may be shorter than an epoch: with
-        `start_step` or `position`.
+        `(sampler.batch_size,)`. Its cardinality is not known with `position`, as passes may be shorter than an epoch.
 
     Raises:
         ValueError: a bad argument, labels that the sampler cannot draw a batch from, or a cache asked for together with
@@ -92,13 +88,11 @@ def training_batches(
     seed = checked_int("seed", seed, 0)
     if augmentation is not None and cache:
         raise ValueError("cache: expected none, as augmented images are made anew every time. Received: True")
-    start_epoch, start_step = checked_int("start_epoch", start_epoch, 0), checked_int("start_step", start_step, 0)
-    if start_step >= steps:
-        raise ValueError(f"start_step: expected an int below the {steps} steps of an epoch. Received: {start_step}")
-    whole_epochs = position is None and not start_step
+    start_epoch = checked_int("start_epoch", start_epoch, 0)
+    whole_epochs = position is None
     own, size = _own_part(input_context, batch)
     if position is None:
-        position = _counted_passes(start_epoch, start_step)
+        position = zip(itertools.count(start_epoch), itertools.repeat(0)).__next__
     labels = checked_labels(images.labels)
     # Here, so that what cannot be drawn is told at once and not by the first training step.
     sampler.check(labels)
@@ -195,12 +189,6 @@ def batches_at(positions, images, preprocessing, batch_size=256):
 
     dataset = _load(tf.data.Dataset.range(1).flat_map(one_pass), images, preprocessing)
     return dataset.map(lambda pixels, label: pixels).batch(batch_size).prefetch(tf.data.AUTOTUNE)
-
-
-def _counted_passes(epoch, step):
-    """A function to the `(epoch, step)` of one pass after the other, of which the first alone begins at `step`."""
-    positions = itertools.chain([(epoch, step)], zip(itertools.count(epoch + 1), itertools.repeat(0)))
-    return lambda: next(positions)
 
 
 def _own_part(input_context, batch):
