@@ -13,7 +13,7 @@ train: $(VENV)/installed
 	TF_CPP_MIN_LOG_LEVEL=3 $(RUN)/s2sd-compare --config=configs/digits.py --workdir=runs/digits --seeds=0,1,2
 
 test: $(VENV)/installed
-	$(RUN)/python -m pytest -n 2
+	$(RUN)/python -m pytest -n 2 --dist=loadfile
 
 # Every config's whole program, two steps long, on generated images in the data sets' layouts.
 dryrun: $(VENV)/installed

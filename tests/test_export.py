@@ -57,9 +57,8 @@ def test_float_images_and_bytes_give_the_models_embeddings(small_model, tmp_path
     inputs = {"images": grays, "png": png, "jpeg": jpeg, "mixed": [png[0], other_size, jpeg[1]]}
     np.save(tmp_path / "inputs.npy", inputs, allow_pickle=True)
     (tmp_path / "loader.py").write_text(LOADER)
-    found = json.loads(
-        run_python(tmp_path / "loader.py", tmp_path / "encoder", tmp_path / "inputs.npy", cwd=tmp_path).stdout
-    )
+    arguments = (tmp_path / "loader.py", tmp_path / "encoder", tmp_path / "inputs.npy")
+    found = json.loads(run_python(*arguments, cwd=tmp_path, imported=("tensorflow",)).stdout)
 
     expected = model(preprocessing(grays), training=False).numpy()
     np.testing.assert_allclose(found["floats"], expected, atol=1e-5)

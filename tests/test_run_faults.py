@@ -349,7 +349,7 @@ class TestCheckpoints:
         for name in ("model.keras", "state.json", "sha256.json"):
             path = folder / "epoch_000002" / name
             whole = path.read_bytes()
-            for place in rng.choice(len(whole) - 2, 12, replace=False):
+            for place in rng.choice(len(whole) - 2, 5, replace=False):
                 content = bytearray(whole)
                 content[place] ^= 1 << rng.integers(7)
                 path.write_bytes(content)
@@ -580,7 +580,7 @@ class TestLossesThatAreNotFinite:
 
 def test_killed_at_random(tmp_path, run_python):
     done = run_python(
-        REPOSITORY / "benchmarks" / "soak.py", "--runs=1", "--kills=3", "--seed=5", f"--output={tmp_path / 'soak.json'}"
+        REPOSITORY / "benchmarks" / "soak.py", "--runs=1", "--kills=2", "--seed=5", f"--output={tmp_path / 'soak.json'}"
     )
     assert "All equal to the run that was left alone" in done.stdout
     kills = read_json(tmp_path / "soak.json")["runs"][0]

@@ -103,10 +103,11 @@ def test_embedding_a_folder(encoder_path, images, tmp_path):
             )
 
 
-def test_killed_it_goes_on_and_neither_loses_nor_repeats_a_shard(encoder_path, images, tmp_path):
+def test_killed_it_goes_on_and_neither_loses_nor_repeats_a_shard(call, encoder_path, images, tmp_path):
     folder = tmp_path / "out"
-    command = [sys.executable, "-m", "s2sd_tf.cli.embed", f"--encoder={encoder_path}", f"--images={images}"]
-    command += [f"--output={folder}", "--shard_size=3", "--batch_size=1"]
+    arguments = [f"--encoder={encoder_path}", f"--images={images}", f"--output={folder}", "--shard_size=3"]
+    arguments += ["--batch_size=1"]
+    command = [sys.executable, "-m", "s2sd_tf.cli.embed", *arguments]
     seen = {}
     for _ in range(2):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -121,8 +122,7 @@ def test_killed_it_goes_on_and_neither_loses_nor_repeats_a_shard(encoder_path, i
         seen = now
     assert 8 <= len(seen) < 31
     (folder / ".writing-rest").mkdir()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = call("embed", *arguments)
     assert "90 images, 4 dimensions, 31 shards" in done.stdout
     assert seen.items() <= {path: os.stat(path).st_mtime_ns for path in shard_folders(folder)}.items()
     check(str(folder), read_json(folder / "summary.json"), Encoder(encoder_path), list_images(images))
@@ -256,7 +256,8 @@ def test_a_retrieval_saved_model_in_another_process(
         for key, value in export.load_retrieval(path).signatures["embeddings"](tf.constant(rows[:30])).items()
     }
     (tmp_path / "loader.py").write_text(LOADER)
-    output = run_python(tmp_path / "loader.py", path, items[7].path, tmp_path / "rows.npy", cwd=tmp_path).stdout
+    arguments = (tmp_path / "loader.py", path, items[7].path, tmp_path / "rows.npy")
+    output = run_python(*arguments, cwd=tmp_path, imported=("tensorflow",)).stdout
     there = json.loads(output.splitlines()[-1])
     # Identical, to the last bit.
     assert there["embeddings"]["scores"] == here["scores"].tolist()
@@ -279,7 +280,7 @@ def test_a_retrieval_saved_model_without_scann(encoder_path, tmp_path, run_pytho
     path = tmp_path / "retrieval"
     export.export_retrieval(encoder_path, index, str(path), k=9)
     code = "import sys, tensorflow as tf; tf.saved_model.load(sys.argv[1])"
-    done = run_python("-c", code, path, check=False)
+    done = run_python("-c", code, path, check=False, imported=("tensorflow",))
     assert done.returncode
     assert "Scann>" in done.stderr
     assert "Scann>" in (path / "assets.extra" / "README.txt").read_text()

@@ -1,5 +1,7 @@
 """What a training step does beside the loss: gradients in parts, loss scaling, diagnostics."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -39,6 +41,11 @@ def trained(micro_batch_size, backbone=small_backbone, steps=3, batch=BATCH, unk
     return model, history
 
 
+@functools.cache
+def trained_at_once():
+    return trained(None)
+
+
 def assert_same(one, other, atol=1e-5):
     for name, expected in one[1].items():
         np.testing.assert_allclose(other[1][name], expected, rtol=1e-5, atol=atol, err_msg=name)
@@ -47,28 +54,28 @@ def assert_same(one, other, atol=1e-5):
 
 
 class TestGradientCaching:
-    @pytest.mark.parametrize("size", [1, 4, 7, 14, 100])
+    @pytest.mark.parametrize("size", [4, 7, 100])
     def test_a_step_is_that_of_the_whole_batch(self, size):
-        assert_same(trained(None), trained(size))
+        assert_same(trained_at_once(), trained(size))
 
     @pytest.mark.parametrize(
         "settings",
         [
-            {"objective": "margin", "num_classes": 4},
-            {"objective": "proxy_anchor", "num_classes": 4},
-            {"pooling": "gem", "target_pooling": "avg+max", "l2": 0.01},
-            {"pooling": "gem", "target_pooling": "gem"},
+            {"objective": "margin", "num_classes": 4, "pooling": "gem", "target_pooling": "avg+max", "l2": 0.01},
+            {
+                "objective": "proxy_anchor", "num_classes": 4, "pooling": "gem", "target_pooling": "gem",
+                "learning_rate_multipliers": {"backbone": 0.1, "heads": 2.0},
+            },
             {"target_dims": (), "feature_distill": False},
             {"unknown": True, "batch": 5, "steps": 1},
-            {"learning_rate_multipliers": {"backbone": 0.1, "heads": 2.0}},
         ],
         ids=str,
-    )
+    )  # fmt: skip
     def test_with_every_kind_of_term(self, settings):
         assert_same(trained(None, **settings), trained(3, **settings))
 
     def test_jitted(self):
-        assert_same(trained(None), trained(7, jit=True), atol=1e-4)
+        assert_same(trained_at_once(), trained(7, jit=True), atol=1e-4)
 
     def test_statistics_move_once(self):
         def backbone():

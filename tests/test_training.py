@@ -3,10 +3,6 @@
 import csv
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import ml_collections
 import numpy as np
@@ -19,7 +15,6 @@ from s2sd_tf.keras_compat import keras
 from s2sd_tf.training import default_config, preset_config, resolve, train
 from s2sd_tf.training.compare import summarize
 from s2sd_tf.training.datasets import load_data
-from s2sd_tf.training.history import TIMES, read_history
 from s2sd_tf.training.run import build_model
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
@@ -33,18 +28,8 @@ SMALL = (
 )
 
 
-def command(program, *arguments):
-    return [sys.executable, "-m", f"s2sd_tf.cli.{program}", *map(str, arguments)]
-
-
-def call(program, *arguments, status=0):
-    done = subprocess.run(command(program, *arguments), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(call, tmp_path_factory):
     """Work directory and output of a small finished run that chose on held-out classes."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     arguments = (
@@ -95,21 +80,21 @@ class TestARun:
         best = keras.models.load_model(workdir / "best.keras")
         assert int(tf.convert_to_tensor(best.step)) == 5 * results["best_epoch"]
 
-    def test_the_same_command_again_reads_the_results(self, finished):
+    def test_the_same_command_again_reads_the_results(self, call, finished):
         workdir, arguments, output = finished
         before = os.stat(workdir / "results.json").st_mtime_ns
         again = call("train", *arguments).stdout
         assert again.splitlines()[-5:] == output.splitlines()[-5:]
         assert os.stat(workdir / "results.json").st_mtime_ns == before
 
-    def test_another_config_is_refused(self, finished):
+    def test_another_config_is_refused(self, call, finished):
         _, arguments, _ = finished
         done = call("train", *arguments, "--config.optimizer.learning_rate=0.5", status=2)
         assert "workdir" in done.stderr
         assert "optimizer.learning_rate (0.0003 there, 0.5 here)" in done.stderr
         assert "Traceback" not in done.stderr
 
-    def test_goes_on_where_new_keys_have_their_defaults(self, finished, tmp_path):
+    def test_goes_on_where_new_keys_have_their_defaults(self, call, finished, tmp_path):
         workdir, arguments, output = finished
         copy = tmp_path / "old"
         shutil.copytree(workdir, copy)
@@ -119,7 +104,7 @@ class TestARun:
         again = call("train", *arguments[:-1], f"--workdir={copy}").stdout
         assert again.splitlines()[-4:-1] == output.splitlines()[-4:-1]
 
-    def test_evaluate_and_export(self, finished, tmp_path):
+    def test_evaluate_and_export(self, call, finished, tmp_path):
         workdir = finished[0]
         output = call("evaluate", f"--workdir={workdir}", "--ks=1,3", f"--output={tmp_path / 'metrics.json'}").stdout
         found = read_json(tmp_path / "metrics.json")
@@ -131,78 +116,29 @@ class TestARun:
         assert "finished run" in call("export", f"--workdir={tmp_path}", status=2).stderr
 
 
-def test_killed_in_an_epoch_it_goes_on_to_the_same_weights(tmp_path):
-    arguments = (
-        *SMALL,
-        # A stochastic miner and augmentation, whose draws have to go on too, as the schedule and the averages.
-        "--config.objective.name=margin",
-        "--config.data.augmentation=base",
-        "--config.optimizer.schedule.name=cosine",
-        "--config.optimizer.schedule.warmup_epochs=1",
-        "--config.optimizer.settings.use_ema=True",
-        "--config.train.epochs=5",
-        "--config.train.steps_per_epoch=100",
-        "--config.train.checkpoint_every=1",
-        "--config.train.threads=1",
-        "--config.eval.every=0",
-    )
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    call("train", *arguments, f"--workdir={whole}")
-
-    with open(tmp_path / "log.txt", "w") as log:
-        process = subprocess.Popen(command("train", *arguments, f"--workdir={killed}"), stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
-        while not (killed / "checkpoints" / "epoch_000002").exists() and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.02)
-        time.sleep(0.2)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert not (killed / "results.json").exists()
-    assert max(os.listdir(killed / "checkpoints")) < "epoch_000005"
-    (killed / ".writing-something").mkdir()
-    resumed = call("train", *arguments, f"--workdir={killed}")
-    assert "Resuming after epoch" in resumed.stderr
-
-    assert not list(killed.rglob(".writing-*"))
-    one, other = (keras.models.load_model(path / "best.keras") for path in (whole, killed))
-    assert read_json(whole / "results.json")["steps"] == read_json(killed / "results.json")["steps"] == 500
-    assert int(tf.convert_to_tensor(other.step)) == 500
-    for a, b in zip(one.get_weights(), other.get_weights()):
-        np.testing.assert_array_equal(a, b)
-    for a, b in zip(one.optimizer.variables, other.optimizer.variables):
-        np.testing.assert_array_equal(tf.convert_to_tensor(a), tf.convert_to_tensor(b))
-    one, other = (
-        [{key: value for key, value in row.items() if key not in TIMES} for row in read_history(path)]
-        for path in (whole, killed)
-    )
-    assert one == other
-
-
-def test_compare_prints_a_table_and_leaves_the_pictures(tmp_path):
+def test_compare_prints_a_table_and_leaves_the_pictures(call, tmp_path):
     arguments = (
         *SMALL,
         "--config.train.epochs=2",
         "--config.train.steps_per_epoch=3",
         "--config.eval.every=1",
         f"--workdir={tmp_path / 'both'}",
-        "--seeds=0,1",
+        "--seeds=3",
     )
     output = call("compare", *arguments).stdout
     results = read_json(tmp_path / "both" / "results.json")
     assert set(results) == {"plain objective", "with S2SD"}
     for name, row in results.items():
-        values = [run["recall@1"] for run in row["runs"].values()]
-        assert len(values) == 2
-        assert row["mean"]["recall@1"] == pytest.approx(np.mean(values))
-        assert row["standard_deviation"]["recall@1"] == pytest.approx(np.std(values, ddof=1))
+        (value,) = [run["recall@1"] for run in row["runs"].values()]
+        assert row["mean"]["recall@1"] == pytest.approx(value)
+        assert row["standard_deviation"]["recall@1"] == 0
         line = next(line for line in output.splitlines() if line.startswith(name))
-        assert f"{100 * np.mean(values):.1f} +- " in line
+        assert f"{100 * value:.1f} +- " in line
     names = {path.name for path in (tmp_path / "both").iterdir()}
     assert {"results.json", "curves.png", "gallery.png", "saved_model", "runs"} <= names
-    plain = read_json(tmp_path / "both" / "runs" / "plain_seed0" / "config.json")
+    plain = read_json(tmp_path / "both" / "runs" / "plain_seed3" / "config.json")
     assert plain["s2sd"]["enabled"] is False
-    assert read_json(tmp_path / "both" / "runs" / "plain_seed0" / "results.json")["steps"] == 6
+    assert read_json(tmp_path / "both" / "runs" / "plain_seed3" / "results.json")["steps"] == 6
     # Finished runs of another config are not taken for this one's.
     other = call("compare", *arguments, "--config.model.embedding_dim", "5", status=2)
     assert "model.embedding_dim (8 there, 5 here)" in other.stderr
@@ -228,7 +164,7 @@ class TestErrors:
             ((DIGITS, "--config.sampler.name=nonsense", "--workdir=never"), "config.sampler.name: expected one of"),
         ],
     )
-    def test_on_the_command_line_are_one_line(self, tmp_path, monkeypatch, arguments, words):
+    def test_on_the_command_line_are_one_line(self, call, tmp_path, monkeypatch, arguments, words):
         monkeypatch.chdir(tmp_path)
         done = call("train", *arguments, status=2)
         assert "Traceback" not in done.stderr

@@ -250,10 +250,10 @@ class TestDryRun:
         assert "6 steps, 2 epochs of 3" in dict(sections["steps"])["in all"]
         assert "recall@1" in dict(sections["evaluation"])
 
-    def test_the_program_with_all_colours_where_runs_are_deterministic(self, tmp_path, run_python):
+    def test_the_program_with_all_colours_where_runs_are_deterministic(self, tmp_path, call):
         write_cub200(tmp_path, classes=8, images_per_class=4)
-        done = run_python(
-            "-m", "s2sd_tf.cli.train", f"--config={REPOSITORY / 'configs' / 'folder.py'}", "--dry_run",
+        done = call(
+            "train", f"--config={REPOSITORY / 'configs' / 'folder.py'}", "--dry_run",
             "--config.data.name=cub200", f"--config.data.root={tmp_path}", "--config.data.validation_classes=0",
             "--config.data.classes_per_batch=3", "--config.data.samples_per_class=2", "--config.data.image_size=16",
             "--config.data.resize_size=18", "--config.data.augmentation=adv",
