@@ -110,6 +110,9 @@ def fit(model, strategy, batches, steps, initial_epoch, epochs, callbacks, verbo
     """
     with strategy.scope():
         distributed = strategy.distribute_datasets_from_function(batches)
+        # As a graph of several replicas cannot make Keras 3's variables. (Legacy optimizers make their own.)
+        if hasattr(model.optimizer, "build"):
+            model.optimizer.build(model.trainable_variables)
 
     @tf.function(reduce_retracing=True)
     def step(data):
