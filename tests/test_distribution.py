@@ -189,3 +189,40 @@ def test_a_cross_batch_memory_per_replica_holds_embeddings_of_one_replica(tmp_pa
     # The newest first: eight images of this replica, and two of the step before.
     assert labels == [0, 0, 1, 1, 2, 2, 3, 3, 0, 0]
     assert draws == 3
+
+
+PARTS_SCRIPT = """
+import numpy as np, tensorflow as tf
+import s2sd_tf
+keras = tf.keras
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+images = np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype(np.float32)
+labels = np.arange(16) % 8 // 3
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    inputs = keras.Input((8, 8, 1))
+    backbone = keras.Model(inputs, keras.layers.Conv2D(6, 3, activation="relu")(inputs))
+    model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(8,), feature_distill_delay=0, similarities="replica")
+    model.compile(optimizer=keras.optimizers.SGD(1.0))
+before = [tf.convert_to_tensor(v).numpy() for v in model.trainable_variables]
+# By hand: the mean over the parts of what each has for itself.
+single = s2sd_tf.S2SDModel.from_config(model.get_config())
+single.set_weights(model.get_weights())
+losses, gradients = [], []
+for part in (slice(0, 8), slice(8, 16)):
+    with tf.GradientTape() as tape:
+        losses.append(single.compute_losses(images[part], labels[part], training=True)["loss"])
+    gradients.append([np.asarray(g) for g in tape.gradient(losses[-1], single.trainable_variables)])
+history = model.fit(tf.data.Dataset.from_tensors((images, labels)), verbose=0).history
+np.testing.assert_allclose(history["loss"], [np.mean(losses)], rtol=1e-5)
+for old, variable, *parts in zip(before, model.trainable_variables, *gradients):
+    np.testing.assert_allclose(tf.convert_to_tensor(variable), old - np.mean(parts, axis=0), rtol=1e-5, atol=1e-5)
+assert max(np.abs(one - other).max() for one, other in zip(*gradients)) > 1e-2
+print("equal")
+"""
+
+
+def test_of_replicas_by_themselves_the_loss_is_the_mean(tmp_path, run_python):
+    (tmp_path / "script.py").write_text(PARTS_SCRIPT)
+    assert "equal" in run_python("script.py", cwd=tmp_path).stdout
