@@ -104,6 +104,12 @@ def _clipping(optimizer):
     return [getattr(optimizer, name, None) for name in ("clipnorm", "global_clipnorm", "clipvalue")]
 
 
+def build_optimizer(model):
+    """Makes the optimizer's variables; Keras 2's legacy optimizers make theirs at the first step."""
+    if hasattr(model.optimizer, "build"):
+        model.optimizer.build(model.trainable_variables)
+
+
 def restores_random_layers():
     """Whether a layer's random numbers come from a variable that can be set back. Keras 2's come from nowhere."""
     return IS_KERAS_3

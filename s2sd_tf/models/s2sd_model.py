@@ -12,6 +12,7 @@ from s2sd_tf.distillation import distillation_weight, similarity_kl
 from s2sd_tf.keras_compat import (
     apply_gradients,
     apply_summed_gradients,
+    build_optimizer,
     dtype_policy_config,
     import_addons,
     keras,
@@ -269,9 +270,8 @@ class S2SDModel(keras.Model):
         if "tensorflow_addons" in repr(config):
             import_addons("the optimizer of the saved model", "load it with compile=False")
         self.compile(**keras.utils.deserialize_keras_object(config))
-        # Keras 2's legacy optimizers make their variables at the first step.
-        if self.built and hasattr(self.optimizer, "build"):
-            self.optimizer.build(self.trainable_variables)
+        if self.built:
+            build_optimizer(self)
 
     def save_own_variables(self, store):
         """Keras's hook for saving: the model's own variables, and what Keras does not save of a legacy optimizer."""

@@ -5,7 +5,7 @@ import os
 
 import tensorflow as tf
 
-from s2sd_tf.keras_compat import keras
+from s2sd_tf.keras_compat import build_optimizer, keras
 
 STRATEGIES = ("none", "mirrored", "multiworker")
 # What the other workers' TensorFlow raises where one is lost.
@@ -110,9 +110,8 @@ def fit(model, strategy, batches, steps, initial_epoch, epochs, callbacks, verbo
     """
     with strategy.scope():
         distributed = strategy.distribute_datasets_from_function(batches)
-        # As a graph of several replicas cannot make Keras 3's variables. (Legacy optimizers make their own.)
-        if hasattr(model.optimizer, "build"):
-            model.optimizer.build(model.trainable_variables)
+        # As a graph of several replicas cannot make Keras 3's variables.
+        build_optimizer(model)
 
     @tf.function(reduce_retracing=True)
     def step(data):
