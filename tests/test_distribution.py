@@ -34,7 +34,7 @@ def train(case):
         if case.get("norm"):
             features = keras.layers.BatchNormalization()(features)
         features = keras.layers.ReLU()(features)
-        settings = {"target_dims": (8,), "feature_distill_delay": 2, "num_classes": 4, **case["model"]}
+        settings = {"target_dims": (8, 12), "feature_distill_delay": 2, "num_classes": 4, **case["model"]}
         objective = s2sd_tf.objectives.get(**case["objective"])
         model = s2sd_tf.S2SDModel(keras.Model(inputs, features), 4, objective=objective, **settings)
         optimizer = getattr(keras.optimizers, case.get("optimizer", "SGD"))(**case["settings"])
@@ -83,7 +83,7 @@ GLOBAL = {
         "objective": OBJECTIVES["proxy_anchor"],
         "model": {
             "l2": 0.01, "pooling": "gem", "learning_rate_multipliers": {"heads": 0.5, "objectives": 10.0},
-            "target_dims": (8, 12), "log_per_target": True,
+            "log_per_target": True,
         },
         "optimizer": "Adam", "settings": {"learning_rate": 0.001, "epsilon": 1e-2},
     },

@@ -73,18 +73,6 @@ def test_prediction_is_the_normalised_base_embedding(small_model):
 
 
 @pytest.mark.parametrize("objective", objective_names())
-def test_every_objective_has_gradients_everywhere(small_model, objective):
-    model = small_model(objective=objective, num_classes=3, feature_distill_delay=0)
-    images, labels = images_and_labels()
-    with tf.GradientTape() as tape:
-        losses = model.compute_losses(images, labels, training=True)
-    assert all(np.isfinite(value).all() for value in losses.values())
-    gradients = tape.gradient(losses["loss"], model.trainable_variables)
-    assert all(np.isfinite(tf.convert_to_tensor(gradient)).all() for gradient in gradients)
-
-
-# One and more of every kind; the others are compiled by themselves.
-@pytest.mark.parametrize("objective", ["multi_similarity", "histogram", "margin", "quadruplet", "soft_triple"])
 def test_fit_lowers_the_loss_and_logs_every_term(small_model, objective):
     model = small_model(objective=objective, num_classes=3, log_per_target=True, feature_distill_delay=0)
     model.compile(optimizer=keras.optimizers.Adam(1e-2))
@@ -148,7 +136,7 @@ def settings_of(model):
     return {key: value for key, value in config.items() if key != "backbone"}
 
 
-@pytest.mark.parametrize("objective", ["margin", "proxy_anchor"])
+@pytest.mark.parametrize("objective", ["multi_similarity", "margin", "proxy_anchor"])
 def test_saved_model_is_the_same_class_and_goes_on_training(small_model, tmp_path, objective):
     model = small_model(
         objective=objective, target_objective="margin", num_classes=3, target_pooling="avg+max", l2=1e-3,
@@ -180,7 +168,7 @@ def test_config_round_trip(small_model):
     assert len({o.seed for o in (copy.objective, *copy.target_objectives)}) == 5
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop", "AdamW", "Nadam"])
 def test_learning_rate_multipliers_scale_what_the_optimizer_does(small_model, optimizer):
     images, labels = images_and_labels()
 
@@ -305,7 +293,7 @@ def test_mixed_precision_trains(policy):
 
 
 # That every objective compiles is tested by itself.
-@pytest.mark.parametrize("objective", ["margin", "recall_at_k_surrogate"])
+@pytest.mark.parametrize("objective", ["margin", "multi_similarity", "proxy_anchor", "recall_at_k_surrogate"])
 def test_jitted_training(small_model, objective):
     model = small_model(objective=objective, num_classes=3)
     model.compile(optimizer="adam", jit_compile=True)

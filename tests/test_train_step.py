@@ -54,23 +54,23 @@ def assert_same(one, other, atol=1e-5):
 
 
 class TestGradientCaching:
-    @pytest.mark.parametrize("size", [4, 7, 100])
+    @pytest.mark.parametrize("size", [1, 4, 7, 14, 100])
     def test_a_step_is_that_of_the_whole_batch(self, size):
         assert_same(trained_at_once(), trained(size))
 
     @pytest.mark.parametrize(
         "settings",
         [
-            {"objective": "margin", "num_classes": 4, "pooling": "gem", "target_pooling": "avg+max", "l2": 0.01},
-            {
-                "objective": "proxy_anchor", "num_classes": 4, "pooling": "gem", "target_pooling": "gem",
-                "learning_rate_multipliers": {"backbone": 0.1, "heads": 2.0},
-            },
+            {"objective": "margin", "num_classes": 4},
+            {"objective": "proxy_anchor", "num_classes": 4},
+            {"pooling": "gem", "target_pooling": "avg+max", "l2": 0.01},
+            {"pooling": "gem", "target_pooling": "gem"},
             {"target_dims": (), "feature_distill": False},
             {"unknown": True, "batch": 5, "steps": 1},
+            {"learning_rate_multipliers": {"backbone": 0.1, "heads": 2.0}},
         ],
         ids=str,
-    )  # fmt: skip
+    )
     def test_with_every_kind_of_term(self, settings):
         assert_same(trained(None, **settings), trained(3, **settings))
 
