@@ -17,15 +17,12 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxDim = 1 << 22;
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-// Row-wise maxima are 1/T for normalised rows, so exp((s - 1) / T) needs no running maximum. With squared norms within
-// 8 T of 1, Cauchy-Schwarz bounds it by exp(8), and the diagonal keeps every row's sum above exp(-8).
-constexpr float kNormSlack = 8.0f;
-constexpr float kMaxExp = 2981.0f;  // exp(8)
 constexpr float kLog2E = 1.44269504f;
 
-// Below, sums of (s - s') / T over a tile would leave the range of float32.
-constexpr float kMinTemperature = 1e-27f;
+// Similarities are at most the larger of two squared norms, so that nothing below overflows up to this norm.
+constexpr float kMaxSquaredNorm = 1e36f;
+// Below, log2(e) / T overflows.
+constexpr float kMinTemperature = 1e-37f;
 
 // The widest load that a matrix's base address and row pitch allow, in bytes.
 enum class Access : int { k16, k4, k2 };
@@ -37,15 +34,7 @@ struct DeviceMatrix {
   Access access;
 };
 
-// Read and written by single threads between kernels.
-struct Header {
-  int invalid;
-  int max_student_norm;  // a squared norm, the bits of a float that is >= 0, so that integer maxima order it
-  float gradient_scale;  // fixed-point units in 1
-  double gradient_factor;
-  float coefficients[1 + kCudaMaxTeachers];
-};
-
+// What both paths work on.
 struct Params {
   int columns;
   int row_offset;
@@ -57,21 +46,7 @@ struct Params {
   float* total;
   float* per_teacher;
   float* gradient;
-
-  // Large path.
-  Header* header;
-  unsigned long long* exp_sums;    // (num_matrices, rows), fixed point
-  unsigned long long* cross_sums;  // (num_matrices - 1, rows), fixed point
-  unsigned long long* gradient_sums;
-  double* partial_kl;                    // (num_matrices - 1, blocks of the normalising kernel)
-  uint8_t group_ends[kCudaMaxTeachers];  // blocks of y = g see to the teachers up to here, from group_ends[g - 1] on
-  // Small path.
-  float* similarities;  // (num_matrices, rows, columns)
-  double* row_kl;       // (num_matrices - 1, rows)
-  int* invalid;         // (num_matrices, column tiles)
-  // Both.
   float* inverse_sums;  // (num_matrices, rows)
-
   DeviceMatrix matrices[1 + kCudaMaxTeachers];
 };
 
@@ -117,8 +92,8 @@ inline __host__ __device__ Tile DecodeTile(bool square, int index, int row_tiles
   return {first + corner.row, first + corner.column};
 }
 
-__device__ __forceinline__ bool ValidNorm(float squared_norm, float temperature) {
-  return squared_norm <= FLT_MAX && fabsf(squared_norm - 1.0f) <= kNormSlack * temperature;  // false for a NaN
+__device__ __forceinline__ bool ValidNorm(float squared_norm) {
+  return squared_norm <= kMaxSquaredNorm;  // false for a NaN
 }
 
 __device__ __forceinline__ bool ValidScalars(const Params& p) {
@@ -128,10 +103,8 @@ __device__ __forceinline__ bool ValidScalars(const Params& p) {
   return valid;
 }
 
-// exp((s - 1) / T) for scale = log2(e) / T. The cap only acts where rounded products pass the bound of exact ones.
-__device__ __forceinline__ float ShiftedExp(float s, float scale) {
-  return Exp2(fminf((s - 1.0f) * scale, kNormSlack * kLog2E));
-}
+// exp((s - shift) / T) for scale = log2(e) / T.
+__device__ __forceinline__ float ShiftedExp(float s, float shift, float scale) { return Exp2((s - shift) * scale); }
 
 template <Scalar kScalar>
 __device__ __forceinline__ float HalfToFloat(uint16_t bits) {
@@ -147,14 +120,12 @@ __device__ __forceinline__ float LoadScalar(const DeviceMatrix& x, int64_t row, 
   }
 }
 
-// 16 bytes of a row from `offset` on, zeros beyond the row's end and where not `valid`. For rows that allow no 16-byte
-// loads.
-__device__ __forceinline__ uint4 LoadChunk(const DeviceMatrix& x, const char* row, int offset, bool valid) {
+// 16 bytes from `from` on, of which a row has `bytes`, which may be 0 or less; zeros after those. For rows that allow
+// no 16-byte loads.
+__device__ __forceinline__ uint4 LoadChunk(Access access, const char* from, int bytes) {
   uint4 chunk = make_uint4(0, 0, 0, 0);
-  const int bytes = valid ? x.row_bytes - offset : 0;
   if (bytes <= 0) return chunk;
-  const char* from = row + offset;
-  if (x.access == Access::k4) {
+  if (access == Access::k4) {
     const unsigned* words = reinterpret_cast<const unsigned*>(from);
     chunk.x = words[0];
     if (bytes > 4) chunk.y = words[1];
@@ -189,46 +160,66 @@ __device__ __forceinline__ float SquaredNorm(uint4 chunk) {
   return sum;
 }
 
-// A slice is the depth that a quad of lanes holds of a row when each has 8 or 16 consecutive bytes of it: 1 or 2 mma
-// steps. mma wants other elements in a lane than these, so this permutes the depth, alike for both factors, which a dot
-// product does not see, and makes every load wide.
+// What a lane holds of the factors of one mma, 16 x 8 x 8 in TF32 or 16 x 8 x 16 in 16 bits: of a, 16 rows, the rows
+// lane / 4 and lane / 4 + 8 at two words of the depth; of b, 8 rows, the row lane / 4 at the same two words.
 //
-// A lane's bytes of one row, ready for mma. Split: x = hi + lo with both in TF32, and x y = hi hi + hi lo + lo hi to
-// float32's accuracy (lo lo is beyond it).
+// Split: x = hi + lo with both in TF32, and x y = hi hi + hi lo + lo hi to float32's accuracy (lo lo is beyond it).
 template <bool kSplit, int kWords>
-struct Operand {
+struct Fragment {
   unsigned hi[kWords];
-  unsigned lo[kSplit ? kWords : 1];
+  unsigned lo[kWords];
 };
 
+template <int kWords>
+struct Fragment<false, kWords> {
+  unsigned hi[kWords];
+};
+
+template <bool kSplit>
+using FragmentA = Fragment<kSplit, 4>;  // (row, word), (row + 8, word), (row, next word), (row + 8, next word)
+template <bool kSplit>
+using FragmentB = Fragment<kSplit, 2>;  // word, next word
+
+// Tensor cores drop the lower 13 bits of a TF32 operand, so rounding is half a unit added to what they keep. It is done
+// in integers: the instruction for it is emulated by several, and its NaNs are not needed (the rows' norms tell).
+constexpr unsigned kHalfTf32Unit = 0x1000;
+constexpr unsigned kTf32Bits = 0xffffe000;
+
 template <Scalar kScalar, bool kSplit, int kWords>
-__device__ __forceinline__ Operand<kSplit, kWords> MakeOperand(const unsigned (&words)[kWords]) {
-  Operand<kSplit, kWords> operand;
+__device__ __forceinline__ Fragment<kSplit, kWords> MakeFragment(const unsigned (&words)[kWords]) {
+  Fragment<kSplit, kWords> fragment;
 #pragma unroll
   for (int e = 0; e < kWords; ++e) {
-    if constexpr (kScalar == Scalar::kFloat32) {
-      operand.hi[e] = RoundToTf32(__uint_as_float(words[e]));
-      // Its low bits are for the tensor core to drop: at most one bit, of the weight of float32's last.
-      if constexpr (kSplit) {
-        operand.lo[e] = __float_as_uint(__uint_as_float(words[e]) - __uint_as_float(operand.hi[e]));
-      }
+    if constexpr (kScalar != Scalar::kFloat32) {
+      fragment.hi[e] = words[e];
     } else {
-      operand.hi[e] = words[e];
+      fragment.hi[e] = words[e] + kHalfTf32Unit;
+      if constexpr (kSplit) {
+        fragment.hi[e] &= kTf32Bits;
+        // The bits that are dropped of this weigh as much as float32's last.
+        fragment.lo[e] = __float_as_uint(__uint_as_float(words[e]) - __uint_as_float(fragment.hi[e]));
+      }
     }
   }
-  return operand;
+  return fragment;
 }
 
+// Where lanes hold 4 consecutive words of rows, mma takes the words 0 and 1 in one step and 2 and 3 in the next: other
+// elements than it asks for, but the same ones of both factors, and a dot product does not mind the order.
 template <Scalar kScalar, bool kSplit>
-__device__ __forceinline__ Operand<kSplit, 4> MakeOperand(uint4 chunk) {
-  const unsigned words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-  return MakeOperand<kScalar, kSplit>(words);
+__device__ __forceinline__ void MakeFragments(uint4 top, uint4 bottom, FragmentA<kSplit> (&steps)[2]) {
+  const unsigned first[4] = {top.x, bottom.x, top.y, bottom.y};
+  const unsigned second[4] = {top.z, bottom.z, top.w, bottom.w};
+  steps[0] = MakeFragment<kScalar, kSplit>(first);
+  steps[1] = MakeFragment<kScalar, kSplit>(second);
 }
 
-template <Scalar kScalar, bool kSplit>
-__device__ __forceinline__ Operand<kSplit, 2> MakeOperand(uint2 chunk) {
-  const unsigned words[2] = {chunk.x, chunk.y};
-  return MakeOperand<kScalar, kSplit>(words);
+template <Scalar kScalar, bool kSplit, int kColumns>
+__device__ __forceinline__ void MakeFragments(uint4 chunk, int column, FragmentB<kSplit> (&steps)[2][kColumns]) {
+  const unsigned first[2] = {chunk.x, chunk.y};
+  const unsigned second[2] = {chunk.z, chunk.w};
+  steps[0][column] = MakeFragment<kScalar, kSplit>(first);
+  steps[1][column] = MakeFragment<kScalar, kSplit>(second);
 }
 
 template <Scalar kScalar>
@@ -242,35 +233,30 @@ __device__ __forceinline__ void Mma(float (&c)[4], const unsigned (&a)[4], unsig
   }
 }
 
-// acc += one slice's products of 16 rows (`top`: row lane / 4, `bottom`: 8 rows further) with 8 columns a `b`.
+// acc += products of 16 rows with kColumns times 8 columns, over kSteps steps of the depth.
 //
-// Tensor cores truncate when they accumulate, a bias that grows with the depth. So they only sum a slice, or one step
-// of a split product, and the adder of the float32 units, which rounds, does the rest.
-template <Scalar kScalar, bool kSplitA, bool kSplitB, int kWords, int kColumns>
-__device__ __forceinline__ void MultiplySlice(const Operand<kSplitA, kWords>& top,
-                                              const Operand<kSplitA, kWords>& bottom,
-                                              const Operand<kSplitB, kWords> (&b)[kColumns],
+// Tensor cores truncate when they accumulate, a bias that grows with the depth. So they only sum these steps, or one
+// step of a split product, and the adder of the float32 units, which rounds, does the rest.
+template <Scalar kScalar, bool kSplitA, bool kSplitB, int kSteps, int kColumns>
+__device__ __forceinline__ void MultiplySteps(const FragmentA<kSplitA> (&a)[kSteps],
+                                              const FragmentB<kSplitB> (&b)[kSteps][kColumns],
                                               float (&acc)[kColumns][4]) {
-  constexpr int kSteps = kWords / 2;
-  constexpr int kStepsInCore = kSplitA ? 1 : kSteps;
+  constexpr int kStepsInCore = kSplitA || kSplitB ? 1 : kSteps;
 #pragma unroll
   for (int first = 0; first < kSteps; first += kStepsInCore) {
     float part[kColumns][4] = {};
 #pragma unroll
     for (int step = first; step < first + kStepsInCore; ++step) {
-      const int e = 2 * step;
-      const unsigned hi[4] = {top.hi[e], bottom.hi[e], top.hi[e + 1], bottom.hi[e + 1]};
       if constexpr (kSplitA) {
-        const unsigned lo[4] = {top.lo[e], bottom.lo[e], top.lo[e + 1], bottom.lo[e + 1]};
 #pragma unroll
-        for (int n = 0; n < kColumns; ++n) Mma<kScalar>(part[n], lo, b[n].hi[e], b[n].hi[e + 1]);
+        for (int n = 0; n < kColumns; ++n) Mma<kScalar>(part[n], a[step].lo, b[step][n].hi[0], b[step][n].hi[1]);
       }
       if constexpr (kSplitB) {
 #pragma unroll
-        for (int n = 0; n < kColumns; ++n) Mma<kScalar>(part[n], hi, b[n].lo[e], b[n].lo[e + 1]);
+        for (int n = 0; n < kColumns; ++n) Mma<kScalar>(part[n], a[step].hi, b[step][n].lo[0], b[step][n].lo[1]);
       }
 #pragma unroll
-      for (int n = 0; n < kColumns; ++n) Mma<kScalar>(part[n], hi, b[n].hi[e], b[n].hi[e + 1]);
+      for (int n = 0; n < kColumns; ++n) Mma<kScalar>(part[n], a[step].hi, b[step][n].hi[0], b[step][n].hi[1]);
     }
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -305,6 +291,13 @@ __device__ __forceinline__ double MakeCoefficients(const Params& p, float* coeff
   sum = WarpSum(sum);
   if (lane == 0) coefficients[0] = static_cast<float>(sum);
   return magnitude * *p.temperature / p.rows;
+}
+
+// The divergence of a row: `cross` is the sum of exponential * (similarity - student's similarity), and the
+// exponentials of each matrix are shifted by `shift`.
+__device__ __forceinline__ double RowKl(double cross, double sum, double student_sum, double shift,
+                                        double student_shift, double temperature) {
+  return (cross / sum - shift + student_shift) / temperature - log(sum / student_sum);
 }
 
 // Writes per_teacher and total, by one block. `partial_kl` is (teachers, count): sums over rows, in part.

@@ -26,6 +26,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #define __global__
@@ -34,6 +35,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __shared__ static  // blocks with static shared memory run one after the other
 
 struct dim3 {
   unsigned x, y, z;
@@ -45,6 +47,10 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -56,6 +62,8 @@ namespace harness {
   std::fflush(stderr);
   std::abort();
 }
+
+inline void CheckStream(void* stream);
 
 // An array of its own pages, between two pages that cannot be touched. Its end is as near to the upper one as
 // `alignment` allows; the bytes between are NaNs.
@@ -130,7 +138,7 @@ struct PendingCopy {
 
 struct Fiber {
   Block* block;
-  unsigned thread;
+  unsigned thread;  // in the block, row by row
   jmp_buf context;
   char* stack;
   bool started = false;
@@ -143,6 +151,7 @@ constexpr size_t kStackBytes = 256 << 10;
 struct Emulator {
   int multiprocessors = 3;
   int resident_blocks = 1;
+  void* only_stream = nullptr;  // where not null, all else fails
   unsigned seed = 1;
 
   std::function<void()> kernel;
@@ -156,8 +165,14 @@ struct Emulator {
 
 inline Emulator emulator;
 
+inline void CheckStream(void* stream) {
+  if (emulator.only_stream != nullptr && stream != emulator.only_stream) Fail("work on another stream");
+}
+
 inline Fiber& Current() { return *emulator.current; }
 inline Warp& CurrentWarp() { return Current().block->warps[Current().thread / 32]; }
+
+inline dim3 ThreadIndex(unsigned thread) { return dim3(thread % blockDim.x, thread / blockDim.x); }
 
 inline void Enter() {
   emulator.kernel();
@@ -168,7 +183,7 @@ inline void Enter() {
 inline void Resume(Fiber* fiber) {
   emulator.current = fiber;
   blockIdx = fiber->block->index;
-  threadIdx = dim3(fiber->thread);
+  threadIdx = ThreadIndex(fiber->thread);
   if (_setjmp(emulator.scheduler) != 0) return;
   if (fiber->started) _longjmp(fiber->context, 1);
   fiber->started = true;
@@ -248,7 +263,7 @@ inline void RunBlocks(const std::vector<dim3>& indices, int threads, int shared_
     for (const auto& fiber : block->fibers) {
       if (!fiber->finished) {
         blockIdx = block->index;
-        threadIdx = dim3(fiber->thread);
+        threadIdx = ThreadIndex(fiber->thread);
         Fail("a barrier that not all threads reach");
       }
       emulator.free_stacks.push_back(fiber->stack);
@@ -269,9 +284,9 @@ inline void RunGrid(const dim3& grid, const dim3& block, int shared_bytes, bool 
     if (static_cast<int>(indices.size()) > emulator.multiprocessors * emulator.resident_blocks) {
       Fail("more blocks than can be resident");
     }
-    RunBlocks(indices, block.x, shared_bytes);
+    RunBlocks(indices, block.x * block.y, shared_bytes);
   } else {
-    for (const dim3& index : indices) RunBlocks({index}, block.x, shared_bytes);
+    for (const dim3& index : indices) RunBlocks({index}, block.x * block.y, shared_bytes);
   }
 }
 
@@ -294,6 +309,21 @@ inline float Float16ToFloat(uint16_t bits) {
                           : exponent == 31 ? (fraction == 0 ? INFINITY : NAN)
                                            : std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
   return bits >> 15 ? -magnitude : magnitude;
+}
+
+// Nearest of all finite values by search: slow, but without a rounding rule of its own.
+inline uint16_t ToFloat16(float x) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const float magnitude = std::fabs(x);
+  if (std::isnan(x)) return 0x7e00;
+  uint16_t low = 0, high = 0x7bff;
+  while (high - low > 1) {
+    const uint16_t middle = (low + high) / 2;
+    (Float16ToFloat(middle) <= magnitude ? low : high) = middle;
+  }
+  const float below = magnitude - Float16ToFloat(low);
+  const float above = Float16ToFloat(high) - magnitude;
+  return sign | (below <= above ? low : high);
 }
 
 inline float Truncate(double x) {
@@ -342,15 +372,19 @@ void Mma(const char* name, float* c, const unsigned* a, unsigned b0, unsigned b1
   });
 }
 
-inline void CopyAsync(void* shared, const void* global, bool valid, int bytes) {
-  if (reinterpret_cast<uintptr_t>(shared) % bytes != 0 || reinterpret_cast<uintptr_t>(global) % bytes != 0) {
-    Fail("misaligned asynchronous copy");
-  }
+inline void CheckShared(const void* shared, int bytes, const char* what) {
   const Block& block = *Current().block;
-  char* to = static_cast<char*>(shared);
-  if (to < block.shared_start || to + bytes > block.shared.data() + block.shared.size()) {
-    Fail("asynchronous copy to outside shared memory");
+  const char* at = static_cast<const char*>(shared);
+  if (reinterpret_cast<uintptr_t>(shared) % bytes != 0) Fail((std::string("misaligned ") + what).c_str());
+  if (at < block.shared_start || at + bytes > block.shared.data() + block.shared.size()) {
+    Fail((std::string(what) + " outside shared memory").c_str());
   }
+}
+
+inline void CopyAsync(void* shared, const void* global, bool valid, int bytes) {
+  CheckShared(shared, bytes, "asynchronous copy");
+  if (reinterpret_cast<uintptr_t>(global) % bytes != 0) Fail("misaligned asynchronous copy");
+  char* to = static_cast<char*>(shared);
   const char* from = valid ? static_cast<const char*>(global) : nullptr;
   if (valid && !GuardedArray::Contains(from, bytes)) Fail("asynchronous copy from outside an array");
   std::memset(to, 0xff, bytes);
@@ -369,6 +403,9 @@ inline long long __float2ll_rn(float x) {
   if (!(std::fabs(x) < 9.2e18f)) harness::Fail("fixed point out of range");
   return std::llrint(x);
 }
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float cospif(float x) { return std::cos(3.14159265f * x); }
 
 inline void __syncthreads() {
   harness::Wait(harness::Current().block->barrier, [] {});
@@ -390,7 +427,7 @@ T __shfl_xor_sync(unsigned mask, T x, int delta) {
   struct Exchange {
     T in, out;
     int source;
-  } mine = {x, x, static_cast<int>(threadIdx.x % 32) ^ delta};
+  } mine = {x, x, static_cast<int>(harness::Current().thread % 32) ^ delta};
   harness::WarpWide("shfl", &mine, [](void** lanes) {
     for (int lane = 0; lane < 32; ++lane) {
       Exchange& to = *static_cast<Exchange*>(lanes[lane]);
@@ -450,6 +487,29 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+constexpr unsigned cudaStreamNonBlocking = 1;
+
+inline std::map<void*, std::unique_ptr<harness::GuardedArray>>& DeviceMemory() {
+  static std::map<void*, std::unique_ptr<harness::GuardedArray>> memory;
+  return memory;
+}
+template <typename T>
+cudaError_t cudaMalloc(T** data, size_t bytes) {
+  auto array = std::make_unique<harness::GuardedArray>(static_cast<int64_t>(bytes), 256);
+  *data = reinterpret_cast<T*>(array->data());
+  DeviceMemory()[*data] = std::move(array);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* data) { return DeviceMemory().erase(data), cudaSuccess; }
+inline cudaError_t cudaMemset(void* to, int value, size_t bytes) { return std::memset(to, value, bytes), cudaSuccess; }
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return *stream = stream, cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "invalid value"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -462,12 +522,14 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int byte
 inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
   return *blocks = harness::emulator.resident_blocks, cudaSuccess;
 }
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
+  harness::CheckStream(stream);
   std::memset(to, value, bytes);
   return cudaSuccess;
 }
 template <typename... Expected, typename... Actual>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Actual&&... arguments) {
+  harness::CheckStream(config->stream);
   harness::emulator.kernel = [&] { kernel(arguments...); };
   harness::RunGrid(config->gridDim, config->blockDim, static_cast<int>(config->dynamicSmemBytes),
                    config->numAttrs == 1 && config->attrs->val.cooperative != 0);
@@ -501,8 +563,24 @@ void CopyAsyncWait() {
   }
 }
 
-inline unsigned RoundToTf32(float x) { return (harness::FloatToBits(x) + 0x1000u) & 0xffffe000u; }
+inline void LoadMatrices(const void* shared, unsigned (&words)[4]) {
+  struct Load {
+    const void* from;
+    unsigned* to;
+  } mine = {shared, words};
+  harness::CheckShared(shared, 16, "matrix load");
+  harness::WarpWide("ldmatrix", &mine, [](void** lanes) {
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        const Load& row = *static_cast<Load*>(lanes[8 * matrix + lane / 4]);
+        std::memcpy(&static_cast<Load*>(lanes[lane])->to[matrix], static_cast<const char*>(row.from) + lane % 4 * 4, 4);
+      }
+    }
+  });
+}
+
 inline float Float16ToFloat(uint16_t bits) { return harness::Float16ToFloat(bits); }
+inline uint16_t FloatToFloat16(float x) { return harness::ToFloat16(x); }
 inline float Exp2(float x) { return std::exp2(x); }
 
 inline void MmaTf32(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {

@@ -9,10 +9,6 @@
 namespace s2sd {
 namespace cuda {
 
-enum class Path { kSmall, kLarge };
-
-Path ChoosePath(const Problem& problem) { return problem.columns <= kSmallColumns ? Path::kSmall : Path::kLarge; }
-
 const char* Validate(const Problem& problem) {
   if (problem.columns < 1 || problem.columns > kCudaMaxColumns) return "similarity_kl: columns out of range";
   if (problem.rows < 1 || problem.row_offset < 0 || problem.row_offset + problem.rows > problem.columns) {
@@ -26,6 +22,37 @@ const char* Validate(const Problem& problem) {
     if (matrix.dim < 1 || matrix.dim > kMaxDim) return "similarity_kl: dimension out of range";
   }
   return nullptr;
+}
+
+// Tiles of 128 x 128 do more with what they load, once there are enough of them for every multiprocessor of the large
+// GPUs of our day; below that, smaller ones share the work out better, and so do groups of teachers.
+constexpr int64_t kEnoughTiles = 132;
+constexpr int64_t kEnoughBlocks = 4 * kEnoughTiles;
+
+bool IsSmall(CudaPath path) { return path == CudaPath::kSmall16 || path == CudaPath::kSmall32; }
+
+int TileOf(CudaPath path) {
+  switch (path) {
+    case CudaPath::kSmall16:
+      return 16;
+    case CudaPath::kSmall32:
+      return 32;
+    case CudaPath::kLarge64:
+      return 64;
+    default:
+      return 128;
+  }
+}
+
+int64_t CountTiles(const Problem& problem, int tile) {
+  return NumTiles(problem.rows == problem.columns, CeilDiv(static_cast<int>(problem.rows), tile),
+                  CeilDiv(static_cast<int>(problem.columns), tile));
+}
+
+CudaPath ChoosePath(const Problem& problem) {
+  if (problem.columns <= kSmallColumns / 2) return CudaPath::kSmall16;
+  if (problem.columns <= kSmallColumns) return CudaPath::kSmall32;
+  return CountTiles(problem, 128) >= kEnoughTiles ? CudaPath::kLarge128 : CudaPath::kLarge64;
 }
 
 // Hands out consecutive pieces of the workspace, or, from a null base, just counts.
@@ -47,31 +74,31 @@ class Arena {
   int64_t used_ = 0;
 };
 
-struct Layout {
-  int64_t zeroed_bytes;  // from the start
-  int64_t bytes;
-};
-
-Layout LayOut(const Problem& problem, bool gradient, Path path, void* workspace, Params* p) {
+void LayOut(const Problem& problem, Arena* arena, SmallParams* p) {
   const int64_t teachers = problem.num_teachers;
   const int64_t matrices = teachers + 1;
-  Arena arena(workspace);
-  Layout layout = {};
-  if (path == Path::kLarge) {
-    p->header = arena.Take<Header>(1);
-    p->exp_sums = arena.Take<unsigned long long>(matrices * problem.rows);
-    p->cross_sums = arena.Take<unsigned long long>(teachers * problem.rows);
-    if (gradient) p->gradient_sums = arena.Take<unsigned long long>(problem.columns * problem.student.dim);
-    layout.zeroed_bytes = arena.used();
-    p->partial_kl = arena.Take<double>(teachers * CeilDiv(static_cast<int>(problem.rows), kThreads));
-  } else {
-    p->similarities = arena.Take<float>(matrices * problem.rows * problem.columns);
-    p->row_kl = arena.Take<double>(teachers * problem.rows);
-    p->invalid = arena.Take<int>(matrices * problem.columns);
-  }
-  p->inverse_sums = arena.Take<float>(matrices * problem.rows);
-  layout.bytes = arena.used();
-  return layout;
+  p->similarities = arena->Take<float>(matrices * problem.rows * problem.columns);
+  p->maxima = arena->Take<float>(matrices * problem.rows);
+  p->row_kl = arena->Take<double>(teachers * problem.rows);
+  p->invalid = arena->Take<int>(matrices * problem.columns);
+  p->inverse_sums = arena->Take<float>(matrices * problem.rows);
+}
+
+// Returns the bytes from the start that have to be zeroed.
+int64_t LayOut(const Problem& problem, const CudaPlan& plan, bool gradient, Arena* arena, LargeParams* p) {
+  const int64_t teachers = problem.num_teachers;
+  const int64_t matrices = teachers + 1;
+  p->header = arena->Take<Header>(1);
+  p->exp_sums = arena->Take<unsigned long long>(matrices * problem.rows);
+  p->cross_sums = arena->Take<unsigned long long>(teachers * problem.rows);
+  p->maxima = arena->Take<int>(matrices * problem.rows);
+  if (gradient) p->gradient_sums = arena->Take<unsigned long long>(problem.columns * problem.student.dim);
+  const int64_t zeroed = arena->used();
+  p->partial_kl = arena->Take<double>(teachers * CeilDiv(static_cast<int>(problem.rows), kThreads));
+  p->inverse_sums = arena->Take<float>(matrices * problem.rows);
+  p->kept = arena->Take<float4>(plan.kept * matrices * (plan.tile * plan.tile / 4));
+  p->kept_tiles = static_cast<int>(plan.kept);
+  return zeroed;
 }
 
 DeviceMatrix Describe(const Matrix& matrix, Scalar scalar) {
@@ -81,58 +108,24 @@ DeviceMatrix Describe(const Matrix& matrix, Scalar scalar) {
   return {static_cast<const char*>(matrix.data), static_cast<int>(matrix.dim), static_cast<int>(row_bytes), access};
 }
 
-struct Device {
-  int multiprocessors;
-  int shared_bytes;  // a block may have
-};
-
-cudaError_t QueryDevice(Device* device) {
-  int id = 0;
-  cudaError_t error = cudaGetDevice(&id);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, id);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&device->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-}
-
-using Kernel = void (*)(Params);
-
-cudaError_t Launch(Kernel kernel, dim3 grid, int shared_bytes, bool cooperative, cudaStream_t stream,
-                   const Params& params) {
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cooperative ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, params);
-}
-
-cudaError_t AllowShared(Kernel kernel, int bytes) {
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              bytes);
-}
-
-template <Scalar kScalar, bool kCompensated, int kTile>
-cudaError_t LaunchSmall(const Params& p, const Device& device, cudaStream_t stream) {
-  const Kernel kernel = SmallKernel<kScalar, kCompensated, kTile>;
-  const int shared_bytes = kSmallSharedBytes<kTile>;
-  int resident = 0;
-  cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, reinterpret_cast<const void*>(kernel),
-                                                                    kThreads, shared_bytes);
-  if (error != cudaSuccess) return error;
-  const int64_t tiles = NumTiles(p.square, CeilDiv(p.rows, kTile), CeilDiv(p.columns, kTile)) * p.num_matrices;
-  const int64_t rows = p.gradient == nullptr ? 1 : p.columns;
-  const int64_t blocks = std::min(std::max(tiles, rows), static_cast<int64_t>(resident) * device.multiprocessors);
-  return Launch(kernel, dim3(static_cast<unsigned>(blocks)), shared_bytes, true, stream, p);
+// All but what lies in the workspace.
+void Fill(const Problem& problem, const Outputs& outputs, Params* p) {
+  p->columns = static_cast<int>(problem.columns);
+  p->row_offset = static_cast<int>(problem.row_offset);
+  p->rows = static_cast<int>(problem.rows);
+  p->square = problem.rows == problem.columns;
+  p->num_matrices = problem.num_teachers + 1;
+  p->temperature = problem.temperature;
+  p->weights = problem.weights;
+  p->total = outputs.total;
+  p->per_teacher = outputs.per_teacher;
+  p->gradient = outputs.gradient;
+  p->matrices[0] = Describe(problem.student, problem.scalar);
+  for (int k = 0; k < problem.num_teachers; ++k) p->matrices[k + 1] = Describe(problem.teachers[k], problem.scalar);
 }
 
 // Contiguous groups of teachers of about the same total dimension.
-void GroupTeachers(int groups, Params* p) {
+void GroupTeachers(int groups, LargeParams* p) {
   const int teachers = p->num_matrices - 1;
   int64_t total = 0;
   for (int k = 0; k < teachers; ++k) total += p->matrices[k + 1].dim;
@@ -147,105 +140,168 @@ void GroupTeachers(int groups, Params* p) {
   }
 }
 
-template <Scalar kScalar, bool kCompensated, int kTile>
-cudaError_t LaunchLarge(Params p, const Layout& layout, const Device& device, cudaStream_t stream) {
-  const unsigned teachers = p.num_matrices - 1;
-  const int64_t tiles = NumTiles(p.square, CeilDiv(p.rows, kTile), CeilDiv(p.columns, kTile));
-  // With few tiles, teachers go to different blocks; the student's products are then repeated, but it is small.
-  const int64_t groups = std::min<int64_t>(teachers, (4 * device.multiprocessors + tiles - 1) / tiles);
-  GroupTeachers(static_cast<int>(groups), &p);
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(groups));
-  const int shared_bytes = kLargeSharedBytes<kTile>;
-  const Kernel sums = SumsKernel<kScalar, kCompensated, kTile>;
-  const Kernel gradient = GradientKernel<kScalar, kCompensated, kTile>;
+// Enqueues kernels until the first error, which it keeps.
+class Launcher {
+ public:
+  explicit Launcher(cudaStream_t stream) : stream_(stream) {}
 
-  cudaError_t error = cudaMemsetAsync(p.header, 0, layout.zeroed_bytes, stream);
-  if (error != cudaSuccess) return error;
-  error = Launch(CheckKernel<kScalar>, dim3(CeilDiv(p.columns, kWarps), p.num_matrices), 0, false, stream, p);
-  if (error != cudaSuccess) return error;
-  error = AllowShared(sums, shared_bytes);
-  if (error != cudaSuccess) return error;
-  error = Launch(sums, grid, shared_bytes, false, stream, p);
-  if (error != cudaSuccess) return error;
-  const dim3 normalize_grid(CeilDiv(p.rows, kThreads), p.num_matrices);
-  error = Launch(NormalizeKernel, normalize_grid, kWarps * sizeof(double), false, stream, p);
-  if (error != cudaSuccess) return error;
-  error = Launch(FinishKernel, dim3(1), kCudaMaxTeachers * sizeof(double), false, stream, p);
-  if (error != cudaSuccess || p.gradient == nullptr) return error;
-  error = AllowShared(gradient, shared_bytes);
-  if (error != cudaSuccess) return error;
-  error = Launch(gradient, grid, shared_bytes, false, stream, p);
-  if (error != cudaSuccess) return error;
-  const int64_t blocks = (static_cast<int64_t>(p.columns) * p.matrices[0].dim + kThreads - 1) / kThreads;
-  return Launch(ConvertKernel, dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 8 * device.multiprocessors))), 0,
-                false, stream, p);
+  template <typename KernelParams>
+  void Launch(void (*kernel)(KernelParams), dim3 grid, int shared_bytes, const KernelParams& params,
+              bool cooperative = false) {
+    if (shared_bytes > kSharedBytesWithoutAsking) {
+      Keep([&] {
+        return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    shared_bytes);
+      });
+    }
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream_;
+    config.attrs = &attribute;
+    config.numAttrs = cooperative ? 1 : 0;
+    Keep([&] { return cudaLaunchKernelEx(&config, kernel, params); });
+  }
+
+  void Zero(void* memory, int64_t bytes) {
+    Keep([&] { return cudaMemsetAsync(memory, 0, bytes, stream_); });
+  }
+
+  int Multiprocessors() {
+    int id = 0, count = 1;
+    Keep([&] { return cudaGetDevice(&id); });
+    Keep([&] { return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, id); });
+    return count;
+  }
+
+  // Of a kernel, on one multiprocessor.
+  template <typename KernelParams>
+  int ResidentBlocks(void (*kernel)(KernelParams), int shared_bytes) {
+    int count = 1;
+    Keep([&] {
+      return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, reinterpret_cast<const void*>(kernel), kThreads,
+                                                           shared_bytes);
+    });
+    return count;
+  }
+
+  const char* error() const { return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_); }
+
+ private:
+  static constexpr int kSharedBytesWithoutAsking = 48 << 10;
+
+  template <typename Call>
+  void Keep(const Call& call) {
+    if (error_ == cudaSuccess) error_ = call();
+  }
+
+  cudaStream_t stream_;
+  cudaError_t error_ = cudaSuccess;
+};
+
+template <Scalar kScalar, bool kCompensated, int kTile>
+void RunSmall(const Problem& problem, const Outputs& outputs, void* workspace, Launcher* launcher) {
+  SmallParams p = {};
+  Fill(problem, outputs, &p);
+  Arena arena(workspace);
+  LayOut(problem, &arena, &p);
+  const auto kernel = SmallKernel<kScalar, kCompensated, kTile>;
+  const int shared_bytes = kSmallSharedBytes<kTile>;
+  const int64_t resident =
+      int64_t{launcher->ResidentBlocks(kernel, shared_bytes)} * int64_t{launcher->Multiprocessors()};
+  const int64_t tiles = CountTiles(problem, kTile) * p.num_matrices;
+  const int64_t blocks = std::min(std::max<int64_t>(tiles, p.gradient == nullptr ? 1 : p.columns), resident);
+  launcher->Launch(kernel, dim3(static_cast<unsigned>(blocks)), shared_bytes, p, /*cooperative=*/true);
+}
+
+template <Scalar kScalar, bool kCompensated, int kTile>
+void RunLarge(const Problem& problem, const CudaPlan& plan, const Outputs& outputs, void* workspace,
+              Launcher* launcher) {
+  LargeParams p = {};
+  Fill(problem, outputs, &p);
+  Arena arena(workspace);
+  const int64_t zeroed = LayOut(problem, plan, outputs.gradient != nullptr, &arena, &p);
+  GroupTeachers(plan.groups, &p);
+  const dim3 tiles(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.groups));
+  const auto rows = [&](int a_block) { return dim3(CeilDiv(p.rows, a_block), p.num_matrices); };
+  const auto some = [&](int64_t blocks) {
+    return dim3(static_cast<unsigned>(std::min<int64_t>(blocks, 8 * launcher->Multiprocessors())));
+  };
+
+  launcher->Zero(workspace, zeroed);
+  launcher->Launch(CheckKernel<kScalar>, dim3(CeilDiv(p.columns, kWarps), p.num_matrices), 0, p);
+  launcher->Launch(MaximaKernel<kScalar, kCompensated>, some(CountTiles(problem, 64)), kLargeSharedBytes<64>, p);
+  launcher->Launch(SumsKernel<kScalar, kCompensated, kTile>, tiles, kLargeSharedBytes<kTile>, p);
+  launcher->Launch(NormalizeKernel, rows(kThreads), kWarps * sizeof(double), p);
+  launcher->Launch(FinishKernel, dim3(1), kCudaMaxTeachers * sizeof(double), p);
+  if (p.gradient == nullptr) return;
+  launcher->Launch(GradientKernel<kScalar, kCompensated, kTile>, tiles, kLargeSharedBytes<kTile>, p);
+  launcher->Launch(ConvertKernel, some((int64_t{p.columns} * p.matrices[0].dim + kThreads - 1) / kThreads), 0, p);
 }
 
 template <Scalar kScalar, bool kCompensated>
-cudaError_t LaunchPath(const Params& p, Path path, const Layout& layout, cudaStream_t stream) {
-  Device device;
-  const cudaError_t error = QueryDevice(&device);
-  if (error != cudaSuccess) return error;
-  if (path == Path::kSmall) {
-    return p.columns <= kSmallColumns / 2 ? LaunchSmall<kScalar, kCompensated, 16>(p, device, stream)
-                                          : LaunchSmall<kScalar, kCompensated, 32>(p, device, stream);
-  }
-  const bool fills_device = NumTiles(p.square, CeilDiv(p.rows, 128), CeilDiv(p.columns, 128)) >= device.multiprocessors;
-  return fills_device && device.shared_bytes >= kLargeSharedBytes<128>
-             ? LaunchLarge<kScalar, kCompensated, 128>(p, layout, device, stream)
-             : LaunchLarge<kScalar, kCompensated, 64>(p, layout, device, stream);
-}
-
-// All but the workspace.
-Params MakeParams(const Problem& problem, const Outputs& outputs) {
-  Params p = {};
-  p.columns = static_cast<int>(problem.columns);
-  p.row_offset = static_cast<int>(problem.row_offset);
-  p.rows = static_cast<int>(problem.rows);
-  p.square = problem.rows == problem.columns;
-  p.num_matrices = problem.num_teachers + 1;
-  p.temperature = problem.temperature;
-  p.weights = problem.weights;
-  p.total = outputs.total;
-  p.per_teacher = outputs.per_teacher;
-  p.gradient = outputs.gradient;
-  p.matrices[0] = Describe(problem.student, problem.scalar);
-  for (int k = 0; k < problem.num_teachers; ++k) p.matrices[k + 1] = Describe(problem.teachers[k], problem.scalar);
-  return p;
-}
-
-const char* Run(const Problem& problem, const CudaOptions& options, const Outputs& outputs, void* workspace,
-                cudaStream_t stream, Path path) {
-  Params p = MakeParams(problem, outputs);
-  const Layout layout = LayOut(problem, outputs.gradient != nullptr, path, workspace, &p);
-  cudaError_t error;
-  switch (problem.scalar) {
-    case Scalar::kFloat32:
-      error = options.allow_tf32 ? LaunchPath<Scalar::kFloat32, false>(p, path, layout, stream)
-                                 : LaunchPath<Scalar::kFloat32, true>(p, path, layout, stream);
-      break;
-    case Scalar::kFloat16:
-      error = LaunchPath<Scalar::kFloat16, true>(p, path, layout, stream);
-      break;
+void RunPlan(const Problem& problem, const CudaPlan& plan, const Outputs& outputs, void* workspace,
+             Launcher* launcher) {
+  switch (plan.path) {
+    case CudaPath::kSmall16:
+      return RunSmall<kScalar, kCompensated, 16>(problem, outputs, workspace, launcher);
+    case CudaPath::kSmall32:
+      return RunSmall<kScalar, kCompensated, 32>(problem, outputs, workspace, launcher);
+    case CudaPath::kLarge64:
+      return RunLarge<kScalar, kCompensated, 64>(problem, plan, outputs, workspace, launcher);
     default:
-      error = LaunchPath<Scalar::kBfloat16, true>(p, path, layout, stream);
-      break;
+      return RunLarge<kScalar, kCompensated, 128>(problem, plan, outputs, workspace, launcher);
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace cuda
 
-int64_t SimilarityKlCudaWorkspaceBytes(const Problem& problem, bool gradient) {
-  cuda::Params unused = {};
-  return cuda::LayOut(problem, gradient, cuda::ChoosePath(problem), nullptr, &unused).bytes;
+CudaPlan PlanCuda(const Problem& problem, const CudaOptions& options, bool gradient) {
+  CudaPlan plan = {};
+  plan.path = options.path == CudaPath::kAuto ? cuda::ChoosePath(problem) : options.path;
+  plan.tile = cuda::TileOf(plan.path);
+  plan.tiles = cuda::CountTiles(problem, plan.tile);
+  cuda::Arena arena(nullptr);
+  if (cuda::IsSmall(plan.path)) {
+    plan.groups = 1;
+    cuda::SmallParams unused;
+    cuda::LayOut(problem, &arena, &unused);
+  } else {
+    // The student's products are repeated in every group, but it is small.
+    plan.groups = static_cast<int>(
+        std::min<int64_t>(problem.num_teachers,
+                          options.groups > 0 ? options.groups : (cuda::kEnoughBlocks + plan.tiles - 1) / plan.tiles));
+    const int64_t tile_bytes = int64_t{4} * plan.tile * plan.tile * (problem.num_teachers + 1);
+    plan.kept = gradient ? std::min(plan.tiles, options.kept_bytes / tile_bytes) : 0;
+    cuda::LargeParams unused;
+    cuda::LayOut(problem, plan, gradient, &arena, &unused);
+  }
+  plan.workspace_bytes = arena.used();
+  return plan;
 }
 
 const char* SimilarityKlCuda(const Problem& problem, const CudaOptions& options, const Outputs& outputs,
                              void* workspace, void* stream) {
   const char* message = cuda::Validate(problem);
   if (message != nullptr) return message;
-  return cuda::Run(problem, options, outputs, workspace, static_cast<cudaStream_t>(stream), cuda::ChoosePath(problem));
+  const CudaPlan plan = PlanCuda(problem, options, outputs.gradient != nullptr);
+  cuda::Launcher launcher(static_cast<cudaStream_t>(stream));
+  const auto run = [&] {
+    switch (problem.scalar) {
+      case Scalar::kFloat16:
+        return cuda::RunPlan<Scalar::kFloat16, true>;
+      case Scalar::kBfloat16:
+        return cuda::RunPlan<Scalar::kBfloat16, true>;
+      default:
+        return options.allow_tf32 ? cuda::RunPlan<Scalar::kFloat32, false> : cuda::RunPlan<Scalar::kFloat32, true>;
+    }
+  }();
+  run(problem, plan, outputs, workspace, &launcher);
+  return launcher.error();
 }
 
 }  // namespace s2sd

@@ -12,21 +12,48 @@ namespace s2sd {
 constexpr int kCudaMaxTeachers = 64;
 constexpr int64_t kCudaMaxColumns = int64_t{1} << 17;
 
+enum class CudaPath {
+  kAuto,      // chosen by PlanCuda; the others are for tests
+  kSmall16,   // one launch, tiles of 16 x 16; at most 256 columns
+  kSmall32,   // the same, tiles of 32 x 32
+  kLarge64,   // two passes, tiles of 64 x 64
+  kLarge128,  // the same, tiles of 128 x 128
+};
+
 struct CudaOptions {
   // float32 inputs: products in TF32 (about 3 digits), or, when false, in TF32 with error compensation, which is as
   // accurate as float32. float16 and bfloat16 inputs are multiplied as they are.
   bool allow_tf32 = false;
+  // Bytes for similarities that the first of the two passes leaves to the second; what does not fit is computed again.
+  int64_t kept_bytes = int64_t{256} << 20;
+  CudaPath path = CudaPath::kAuto;
+  int groups = 0;  // of teachers, at most as many as these; 0: chosen by PlanCuda
 };
 
-// Bytes of device memory that SimilarityKlCuda needs. O(columns): matrices of columns x columns are in it only up to
-// 256 columns.
-int64_t SimilarityKlCudaWorkspaceBytes(const Problem& problem, bool gradient);
+// How the problem is cut: a pure function of the arguments.
+struct CudaPlan {
+  CudaPath path;
+  int tile;                 // rows and columns of a tile
+  int64_t tiles;            // of one similarity matrix; those on or above the diagonal in the square form
+  int groups;               // into which the teachers are split, each with blocks of its own, where tiles are few
+  int64_t kept;             // the tiles whose similarities are kept from one pass to the next
+  int64_t workspace_bytes;  // of device memory
+};
+
+CudaPlan PlanCuda(const Problem& problem, const CudaOptions& options, bool gradient);
+
+inline int64_t SimilarityKlCudaWorkspaceBytes(const Problem& problem, bool gradient) {
+  return PlanCuda(problem, {}, gradient).workspace_bytes;
+}
 
 // Enqueues the computation on `stream` (a cudaStream_t) and returns without waiting. `workspace` is device memory,
-// aligned to 256 bytes, of the size above; it needs no preparation. Returns null, or a message that lives for ever.
+// aligned to 256 bytes, of the size that PlanCuda gives; it needs no preparation. Returns null, or CUDA's message,
+// which lives for ever.
 //
-// Deterministic. The rows have to be l2-normalised: where a squared norm is further than 8 T from 1, or anything is not
-// finite, or T is not > 0, all outputs are NaN.
+// Deterministic. Rows of any length are handled: those of about unit length, at which the paper's similarities are
+// defined, at full speed; others, and temperatures below 0.004, after a pass that looks for every row's maximum. Where
+// a squared norm is not finite or above 1e36, or T or a weight is not finite or T is not above 1e-37, all outputs are
+// NaN.
 const char* SimilarityKlCuda(const Problem& problem, const CudaOptions& options, const Outputs& outputs,
                              void* workspace, void* stream);
 

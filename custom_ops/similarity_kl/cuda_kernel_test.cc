@@ -23,7 +23,6 @@
 namespace s2sd {
 namespace {
 
-using cuda::Path;
 using harness::GuardedArray;
 
 struct Case {
@@ -35,31 +34,20 @@ struct Case {
   float temperature;
   Scalar scalar = Scalar::kFloat32;
   bool allow_tf32 = false;
-  Path path = Path::kSmall;
-  int tile = 0;              // 0: the kernel's choice
+  CudaPath path = CudaPath::kAuto;
   int64_t misalignment = 0;  // of every matrix, in scalars
   bool gradient = true;
+  int64_t kept_tiles = 0;  // as many as there is room for
+  int groups = 0;
+  float spread = 0;  // of the logarithm of the rows' lengths
+
+  bool tf32() const { return allow_tf32 && scalar == Scalar::kFloat32; }
 };
 
 struct Results : HostResults {
   std::vector<uint32_t> bits;  // of all of these
   std::string error;
 };
-
-uint16_t ToFloat16(float x) {
-  // Nearest of all finite values: slow, but without a rounding rule of its own.
-  const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-  const float magnitude = std::fabs(x);
-  if (std::isnan(x)) return 0x7e00;
-  uint16_t low = 0, high = 0x7bff;
-  while (high - low > 1) {
-    const uint16_t middle = (low + high) / 2;
-    (harness::Float16ToFloat(middle) <= magnitude ? low : high) = middle;
-  }
-  const float below = magnitude - harness::Float16ToFloat(low);
-  const float above = harness::Float16ToFloat(high) - magnitude;
-  return sign | (below <= above ? low : high);
-}
 
 uint16_t ToBfloat16(float x) {
   if (std::isnan(x)) return 0x7fc0;
@@ -70,7 +58,7 @@ uint16_t ToBfloat16(float x) {
 float Round(float x, Scalar scalar) {
   switch (scalar) {
     case Scalar::kFloat16:
-      return harness::Float16ToFloat(ToFloat16(x));
+      return harness::Float16ToFloat(harness::ToFloat16(x));
     case Scalar::kBfloat16:
       return harness::BitsToFloat(static_cast<uint32_t>(ToBfloat16(x)) << 16);
     default:
@@ -94,25 +82,16 @@ HostProblem MakeInputs(const Case& c, unsigned seed) {
         if (i % 2 == 1) x += matrix[(i - 1) * dim + d] * std::sqrt(static_cast<float>(dim));
         norm += static_cast<double>(x) * x;
       }
+      const double length = c.spread > 0 ? std::exp(c.spread * normal(random)) : 1;
       for (int64_t d = 0; d < dim; ++d) {
         float& x = matrix[i * dim + d];
-        x = Round(static_cast<float>(x / std::sqrt(norm)), c.scalar);
+        x = Round(static_cast<float>(x * length / std::sqrt(norm)), c.scalar);
       }
     }
     inputs.matrices.push_back(matrix);
     if (m > 0) inputs.weights.push_back(0.1f + std::fabs(normal(random)) * (m == 3 ? -1.0f : 1.0f));
   }
   return inputs;
-}
-
-template <Scalar kScalar, bool kCompensated>
-cudaError_t LaunchTile(const Case& c, const cuda::Params& p, const cuda::Layout& layout, const cuda::Device& device) {
-  if (c.path == Path::kSmall) {
-    return c.tile == 16 ? cuda::LaunchSmall<kScalar, kCompensated, 16>(p, device, nullptr)
-                        : cuda::LaunchSmall<kScalar, kCompensated, 32>(p, device, nullptr);
-  }
-  return c.tile == 64 ? cuda::LaunchLarge<kScalar, kCompensated, 64>(p, layout, device, nullptr)
-                      : cuda::LaunchLarge<kScalar, kCompensated, 128>(p, layout, device, nullptr);
 }
 
 Results RunKernel(const Case& c, const HostProblem& inputs) {
@@ -124,7 +103,7 @@ Results RunKernel(const Case& c, const HostProblem& inputs) {
     arrays.push_back(std::make_unique<GuardedArray>((count + c.misalignment) * size, 16));
     char* data = arrays.back()->data() + c.misalignment * size;
     for (int64_t n = 0; n < count; ++n) {
-      const uint16_t half = c.scalar == Scalar::kFloat16 ? ToFloat16(values[n]) : ToBfloat16(values[n]);
+      const uint16_t half = c.scalar == Scalar::kFloat16 ? harness::ToFloat16(values[n]) : ToBfloat16(values[n]);
       std::memcpy(data + n * size, size == 4 ? static_cast<const void*>(&values[n]) : &half, size);
     }
     matrices.push_back({data, count / c.columns});
@@ -145,26 +124,18 @@ Results RunKernel(const Case& c, const HostProblem& inputs) {
                            reinterpret_cast<float*>(weights.data())};
   const Outputs outputs = {reinterpret_cast<float*>(total.data()), reinterpret_cast<float*>(per_teacher.data()),
                            c.gradient ? reinterpret_cast<float*>(gradient.data()) : nullptr};
-  cuda::Params params = {};
-  const cuda::Layout layout = cuda::LayOut(problem, c.gradient, c.path, nullptr, &params);
-  GuardedArray workspace(layout.bytes, 256);
-  const CudaOptions options = {c.allow_tf32};
+  CudaOptions options;
+  options.allow_tf32 = c.allow_tf32;
+  options.path = c.path;
+  options.groups = c.groups;
+  options.kept_bytes = 0;
+  const int64_t tile = PlanCuda(problem, options, c.gradient).tile;
+  options.kept_bytes = c.kept_tiles * tile * tile * 4 * (teachers + 1);
+  GuardedArray workspace(PlanCuda(problem, options, c.gradient).workspace_bytes, 256);
   Results results;
-  const char* error = nullptr;
-  if (c.tile == 0) {
-    error = cuda::Run(problem, options, outputs, workspace.data(), nullptr, c.path);
-  } else {
-    params = cuda::MakeParams(problem, outputs);
-    cuda::LayOut(problem, c.gradient, c.path, workspace.data(), &params);
-    cuda::Device device;
-    cuda::QueryDevice(&device);
-    const auto launch = c.scalar == Scalar::kBfloat16  ? LaunchTile<Scalar::kBfloat16, true>
-                        : c.scalar == Scalar::kFloat16 ? LaunchTile<Scalar::kFloat16, true>
-                        : c.allow_tf32                 ? LaunchTile<Scalar::kFloat32, false>
-                                                       : LaunchTile<Scalar::kFloat32, true>;
-    const cudaError_t code = launch(c, params, layout, device);
-    if (code != cudaSuccess) error = cudaGetErrorString(code);
-  }
+  char stream;
+  harness::emulator.only_stream = &stream;
+  const char* error = SimilarityKlCuda(problem, options, outputs, workspace.data(), &stream);
   if (error != nullptr) results.error = error;
   const auto read = [&](GuardedArray& array, int64_t n) {
     float x;
@@ -185,10 +156,10 @@ std::string Describe(const Case& c) {
   for (int64_t dim : c.teacher_dims) dims += " " + std::to_string(dim);
   char text[256];
   std::snprintf(text, sizeof(text),
-                "columns %d rows %d+%d dim %d teachers%s T %g scalar %d tf32 %d path %d tile %d shift %d",
+                "columns %d rows %d+%d dim %d teachers%s T %g scalar %d tf32 %d path %d shift %d kept %d spread %g",
                 static_cast<int>(c.columns), static_cast<int>(c.row_offset), static_cast<int>(c.rows),
                 static_cast<int>(c.dim), dims.c_str(), c.temperature, static_cast<int>(c.scalar), c.allow_tf32,
-                static_cast<int>(c.path), c.tile, static_cast<int>(c.misalignment));
+                static_cast<int>(c.path), static_cast<int>(c.misalignment), static_cast<int>(c.kept_tiles), c.spread);
   return text;
 }
 
@@ -198,33 +169,76 @@ void Expect(bool condition, const Case& c, const std::string& what) {
   std::printf("FAILED %s: %s\n", Describe(c).c_str(), what.c_str());
 }
 
-struct Worst {
-  double kl = 0;
-  double gradient = 0;
+// Of a group of cases. Where an error is measured against one that is tiny by luck, a bound for each says little: in
+// TF32, whose errors are large, the root mean square over the group is at most twice the composed computation's.
+class Errors {
+ public:
+  void Add(const Case& c) {
+    ++cases_;
+    const HostProblem inputs = MakeInputs(c, 7);
+    const HostResults truth = Composed<double>(inputs);
+    const HostResults composed = Composed<float>(inputs, c.tf32());
+    const Results results = RunKernel(c, inputs);
+    Expect(results.error.empty(), c, results.error);
+    if (c.tf32()) {
+      const double t = c.temperature;
+      AddSquares(truth.per_teacher, results.per_teacher, composed.per_teacher, t * std::max(1.0, t), &kl_);
+      if (!c.gradient) return;
+      // Where student and teachers agree next to nothing is left of a gradient, and nothing is to be seen in its error.
+      double least = 0;
+      for (float w : inputs.weights) least += 1e-3 * std::fabs(w) * t / static_cast<double>(c.rows);
+      const double size = std::max(MaxAbs(truth.gradient), least);
+      AddSquares(truth.gradient, results.gradient, composed.gradient, size, &gradient_);
+      return;
+    }
+    const Limits limits = ErrorLimits(inputs, truth, composed);
+    const double kl = std::max(MaxError(truth.per_teacher, results.per_teacher) / limits.per_teacher,
+                               std::fabs(truth.total - results.total) / limits.total);
+    Expect(kl <= 1, c, "KL error " + std::to_string(kl) + " of what is allowed");
+    worst_kl_ = std::max(worst_kl_, kl);
+    if (!c.gradient) return;
+    const double gradient = MaxError(truth.gradient, results.gradient) / limits.gradient;
+    Expect(gradient <= 1, c, "gradient error " + std::to_string(gradient) + " of what is allowed");
+    worst_gradient_ = std::max(worst_gradient_, gradient);
+  }
+
+  void Report(const char* group) const {
+    std::printf("%-34s %3d cases, worst error over allowed: KL %.2f, gradient %.2f", group, cases_, worst_kl_,
+                worst_gradient_);
+    if (kl_.composed > 0) {
+      const double kl = std::sqrt(kl_.kernel / kl_.composed);
+      const double gradient = std::sqrt(gradient_.kernel / std::max(gradient_.composed, 1e-300));
+      std::printf("; TF32 error over composed TF32's: KL %.2f, gradient %.2f", kl, gradient);
+      if (!(kl <= 2 && gradient <= 2)) {
+        ++failures;
+        std::printf(": FAILED");
+      }
+    }
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+
+ private:
+  struct Squares {
+    double kernel = 0;
+    double composed = 0;
+  };
+
+  static void AddSquares(const std::vector<double>& truth, const std::vector<double>& kernel,
+                         const std::vector<double>& composed, double size, Squares* squares) {
+    if (size == 0) return;
+    for (size_t n = 0; n < truth.size(); ++n) {
+      squares->kernel += std::pow((kernel[n] - truth[n]) / size, 2) / static_cast<double>(truth.size());
+      squares->composed += std::pow((composed[n] - truth[n]) / size, 2) / static_cast<double>(truth.size());
+    }
+  }
+
+  int cases_ = 0;
+  double worst_kl_ = 0;
+  double worst_gradient_ = 0;
+  Squares kl_;
+  Squares gradient_;
 };
-
-// Errors in units of what is allowed.
-void CheckValues(const Case& c, Worst* worst) {
-  const HostProblem inputs = MakeInputs(c, 7);
-  const HostResults truth = Composed<double>(inputs);
-  const Limits limits = ErrorLimits(inputs, truth, Composed<float>(inputs), c.allow_tf32);
-  const Results results = RunKernel(c, inputs);
-  Expect(results.error.empty(), c, results.error);
-  const double kl = std::max(MaxError(truth.per_teacher, results.per_teacher) / limits.per_teacher,
-                             std::fabs(truth.total - results.total) / limits.total);
-  Expect(kl <= 1, c, "KL error " + std::to_string(kl) + " of what is allowed");
-  worst->kl = std::max(worst->kl, kl);
-  if (!c.gradient) return;
-  const double gradient = MaxError(truth.gradient, results.gradient) / limits.gradient;
-  Expect(gradient <= 1, c, "gradient error " + std::to_string(gradient) + " of what is allowed");
-  worst->gradient = std::max(worst->gradient, gradient);
-}
-
-void Report(const char* group, int cases, const Worst& worst) {
-  std::printf("%-34s %3d cases, worst error over allowed: KL %.2f, gradient %.2f\n", group, cases, worst.kl,
-              worst.gradient);
-  std::fflush(stdout);
-}
 
 void TestTiles() {
   int count = 0;
@@ -252,95 +266,117 @@ void TestTiles() {
   std::printf("%-34s %3d cases\n", "tile numbering", count);
 }
 
-void TestSmall() {
-  Worst worst;
-  int count = 0;
-  const std::vector<std::vector<int64_t>> teachers = {{33}, {300, 7, 128}, {1, 7, 33, 128, 300, 64, 16, 40}};
-  std::mt19937 random(3);
-  for (int64_t columns : {1, 2, 3, 41, 112, 130}) {
-    for (Scalar scalar : {Scalar::kFloat32, Scalar::kFloat16, Scalar::kBfloat16}) {
-      for (bool tf32 : {false, true}) {
-        if (tf32 && scalar != Scalar::kFloat32) continue;
-        const float t = std::vector<float>{0.05f, 0.2f, 1, 4}[random() % 4];
-        const int64_t dim = std::vector<int64_t>{1, 7, 33, 128, 300}[random() % 5];
-        Case c = {columns, 0, columns, dim, teachers[random() % (columns > 100 ? 2 : 3)], t, scalar, tf32};
-        c.misalignment = random() % 3;
-        CheckValues(c, &worst);
-        c.temperature = 1;
-        c.misalignment = 0;
-        c.row_offset = random() % columns;
-        c.rows = 1 + random() % (columns - c.row_offset);
-        c.tile = random() % 2 == 0 ? 16 : 32;
-        CheckValues(c, &worst);
-        count += 2;
-      }
-    }
-  }
-  Case c = {257 - 1, 0, 256, 128, {300, 33}, 0.2f};
-  CheckValues(c, &worst);
-  c.gradient = false;
-  CheckValues(c, &worst);
-  Report("small path", count + 2, worst);
+template <typename T>
+T Pick(std::mt19937* random, const std::vector<T>& from) {
+  return from[(*random)() % from.size()];
 }
 
-void TestLarge(int tile) {
-  Worst worst;
-  int count = 0;
-  std::mt19937 random(tile);
-  for (int64_t columns : {1, 2, 3, 41, 112, 257}) {
+void TestPath(const char* name, CudaPath path, const std::vector<int64_t>& sizes) {
+  Errors errors;
+  std::mt19937 random(static_cast<unsigned>(path));
+  const bool large = path == CudaPath::kLarge64 || path == CudaPath::kLarge128;
+  for (int64_t columns : sizes) {
     for (Scalar scalar : {Scalar::kFloat32, Scalar::kFloat16, Scalar::kBfloat16}) {
       for (bool tf32 : {false, true}) {
         if (tf32 && scalar != Scalar::kFloat32) continue;
         const bool big = columns > 100;
-        const float t = std::vector<float>{0.05f, 0.2f, 1, 4}[random() % 4];
-        const int64_t dim = std::vector<int64_t>{1, 7, 33, 128, 300}[random() % (big ? 4 : 5)];
-        std::vector<int64_t> teachers = {std::vector<int64_t>{1, 7, 33, 128, 300}[random() % 5]};
+        const int64_t dim = Pick<int64_t>(&random, {1, 7, 33, 128, big ? 20 : 300});
+        std::vector<int64_t> teachers = {Pick<int64_t>(&random, {1, 7, 33, 128, 300})};
         if (random() % 2 == 0) teachers.insert(teachers.end(), {33, 64});
         if (!big && random() % 2 == 0) teachers.insert(teachers.end(), {1, 7, 16, 40, 128});
-        Case c = {columns, 0, columns, dim, teachers, t, scalar, tf32, Path::kLarge, tile};
+        Case c = {columns, 0, columns, dim, teachers, Pick<float>(&random, {0.05f, 0.2f, 1, 4}), scalar, tf32, path};
         c.misalignment = random() % 3;
-        CheckValues(c, &worst);
-        c.temperature = 1;
+        c.kept_tiles = large ? random() % 5 : 0;
+        errors.Add(c);
         c.misalignment = 0;
+        c.temperature = 0.05f;
         c.row_offset = random() % columns;
         c.rows = 1 + random() % (columns - c.row_offset);
-        CheckValues(c, &worst);
-        count += 2;
+        errors.Add(c);
       }
     }
   }
-  Case c = {401, 0, 401, 33, {40}, 1, Scalar::kBfloat16, false, Path::kLarge, tile};
-  CheckValues(c, &worst);
+  Case c = {sizes.back(), 0, sizes.back(), 33, {40, 9}, 0.05f, Scalar::kBfloat16, false, path};
   c.gradient = false;
-  CheckValues(c, &worst);
-  Report(tile == 64 ? "large path, tiles of 64" : "large path, tiles of 128", count + 2, worst);
+  errors.Add(c);
+  c.scalar = Scalar::kFloat32;
+  errors.Add(c);
+  errors.Report(name);
+}
+
+// The kernel's own choice of path.
+void TestChosen() {
+  Errors errors;
+  for (int64_t columns : {112, 256, 257}) {
+    for (Scalar scalar : {Scalar::kFloat32, Scalar::kBfloat16}) {
+      Case c = {columns, 0, columns, 128, {300, 33}, 0.2f, scalar};
+      c.kept_tiles = 100;
+      errors.Add(c);
+    }
+  }
+  errors.Report("paths as chosen");
+}
+
+// Rows of any length, and temperatures at which the rounding of products shows, as on the CPU.
+void TestAnyLength() {
+  Errors errors;
+  std::mt19937 random(9);
+  for (CudaPath path : {CudaPath::kSmall16, CudaPath::kSmall32, CudaPath::kLarge64, CudaPath::kLarge128}) {
+    for (float spread : {0.3f, 1.0f, 3.0f}) {
+      for (Scalar scalar : {Scalar::kFloat32, Scalar::kBfloat16}) {
+        Case c = {70, 0, 70, 9, {33, 8}, Pick<float>(&random, {0.05f, 1, 4}), scalar, false, path};
+        c.spread = spread;
+        c.kept_tiles = random() % 2;
+        errors.Add(c);
+        c.row_offset = 11;
+        c.rows = 41;
+        errors.Add(c);
+      }
+    }
+    for (float t : {1e-2f, 1e-3f, 1e-5f}) errors.Add({41, 0, 41, 9, {33, 8}, t, Scalar::kFloat32, false, path});
+  }
+  errors.Report("rows of any length, tiny T");
 }
 
 // A wide float32 teacher is where truncating sums would show.
 void TestDepth() {
-  Worst worst;
-  for (Path path : {Path::kSmall, Path::kLarge}) {
+  Errors errors;
+  for (CudaPath path : {CudaPath::kSmall16, CudaPath::kLarge64, CudaPath::kLarge128}) {
     for (float t : {0.05f, 1.0f}) {
-      for (Scalar scalar : {Scalar::kFloat32, Scalar::kBfloat16}) {
-        CheckValues({41, 0, 41, 128, {2048}, t, scalar, false, path}, &worst);
-      }
+      errors.Add({41, 0, 41, 128, {2048}, t, Scalar::kFloat32, false, path});
+      errors.Add({41, 0, 41, 128, {2048}, t, Scalar::kFloat32, true, path});
+      errors.Add({41, 0, 41, 128, {2048}, t, Scalar::kBfloat16, false, path});
     }
   }
-  Report("depth 2048", 8, worst);
+  errors.Report("depth 2048");
+}
+
+// Blocks that share the teachers out have each a part of H that does not cancel.
+void TestGroups() {
+  for (int groups : {1, 2, 5}) {
+    Errors errors;
+    Case c = {512, 0, 512, 128, {64, 96, 128, 160, 160}, 1, Scalar::kFloat32, true, CudaPath::kLarge64};
+    c.groups = groups;
+    errors.Add(c);
+    const std::string name = "TF32, 512 rows, " + std::to_string(groups) + " groups of teachers";
+    errors.Report(name.c_str());
+  }
 }
 
 void TestDeterminism() {
   int count = 0;
-  for (int tile : {16, 32, 64, 128}) {
-    const Path path = tile < 64 ? Path::kSmall : Path::kLarge;
-    Case c = {tile < 64 ? 41 : 150, 0, tile < 64 ? 41 : 150, 33, {40, 7}, 0.2f, Scalar::kFloat32, false, path, tile};
+  for (CudaPath path : {CudaPath::kSmall16, CudaPath::kSmall32, CudaPath::kLarge64, CudaPath::kLarge128}) {
+    const bool small = path == CudaPath::kSmall16 || path == CudaPath::kSmall32;
+    const int64_t columns = small ? 41 : 150;
+    Case c = {columns, 0, columns, 33, {40, 7}, 0.2f, Scalar::kFloat32, false, path};
     const HostProblem inputs = MakeInputs(c, 11);
     const Results first = RunKernel(c, inputs);
     for (unsigned seed = 2; seed < 5; ++seed) {
       harness::emulator.seed = seed;
       // The small path shares its work out among as many blocks as there are.
-      if (path == Path::kSmall) harness::emulator.resident_blocks = static_cast<int>(seed);
-      Expect(RunKernel(c, inputs).bits == first.bits, c, "bits depend on the order of blocks");
+      if (small) harness::emulator.resident_blocks = static_cast<int>(seed);
+      c.kept_tiles = seed - 2;  // kept similarities are the computed ones
+      Expect(RunKernel(c, inputs).bits == first.bits, c, "bits depend on the order of blocks, or on what is kept");
       ++count;
     }
     harness::emulator.seed = 1;
@@ -351,9 +387,8 @@ void TestDeterminism() {
 
 void TestInvalid() {
   int count = 0;
-  for (int tile : {16, 32, 64, 128}) {
-    const Path path = tile < 64 ? Path::kSmall : Path::kLarge;
-    const Case good = {70, 20, 41, 9, {33, 8}, 0.2f, Scalar::kFloat32, false, path, tile};
+  for (CudaPath path : {CudaPath::kSmall16, CudaPath::kSmall32, CudaPath::kLarge64, CudaPath::kLarge128}) {
+    const Case good = {70, 20, 41, 9, {33, 8}, 0.2f, Scalar::kFloat32, false, path};
     const auto expect_nan = [&](const Case& c, const HostProblem& inputs, const char* what) {
       const Results results = RunKernel(c, inputs);
       bool all = std::isnan(results.total);
@@ -363,15 +398,11 @@ void TestInvalid() {
       ++count;
     };
     for (int m = 0; m < 3; ++m) {
-      for (float bad : {NAN, INFINITY, -INFINITY, 1e30f}) {
+      for (float bad : {NAN, INFINITY, -INFINITY, 1e30f, harness::BitsToFloat(0x7fffffff)}) {
         HostProblem inputs = MakeInputs(good, 5);
         inputs.matrices[m][m == 1 ? 0 : inputs.matrices[m].size() - 1] = bad;
         expect_nan(good, inputs, "an element that is not finite or is huge");
       }
-      HostProblem inputs = MakeInputs(good, 5);
-      const int64_t dim = static_cast<int64_t>(inputs.matrices[m].size()) / good.columns;
-      for (int64_t d = 0; d < dim; ++d) inputs.matrices[m][3 * dim + d] *= 1.7f;  // squared: 2.89, allowed: 2.6
-      expect_nan(good, inputs, "a row that is not normalised");
     }
     for (float t : {0.0f, -1.0f, NAN, INFINITY}) {
       Case c = good;
@@ -382,14 +413,6 @@ void TestInvalid() {
     inputs.weights[1] = NAN;
     expect_nan(good, inputs, "weight");
 
-    // Inside the slack the answer is still right.
-    inputs = MakeInputs(good, 5);
-    for (int64_t n = 0; n < 18; ++n) inputs.matrices[0][21 * 9 + n] *= n < 9 ? 1.5f : 0.5f;
-    const Results results = RunKernel(good, inputs);
-    const HostResults truth = Composed<double>(inputs);
-    Expect(MaxError(truth.per_teacher, results.per_teacher) < 1e-5, good, "KL of rows inside the slack");
-    Expect(MaxError(truth.gradient, results.gradient) < 1e-5 * MaxAbs(truth.gradient), good,
-           "gradient of rows inside the slack");
     // Weights of any size, and none.
     for (float w : {1e-30f, 1e30f, 0.0f}) {
       inputs = MakeInputs(good, 5);
@@ -398,8 +421,8 @@ void TestInvalid() {
       const HostResults expected = Composed<double>(inputs);
       Expect(MaxError(expected.gradient, scaled.gradient) <= 1e-5 * MaxAbs(expected.gradient), good,
              "gradient with weights times " + std::to_string(w));
+      ++count;
     }
-    count += 4;
   }
   for (Case bad : {Case{3, 2, 2, 2, {2}, 1}, Case{3, -1, 2, 2, {2}, 1}, Case{3, 0, 0, 2, {2}, 1}}) {
     const Matrix teacher = {nullptr, 2};
@@ -411,37 +434,87 @@ void TestInvalid() {
 }
 
 void TestManyTeachers() {
-  Worst worst;
+  Errors errors;
   const std::vector<int64_t> teachers(kCudaMaxTeachers, 3);
-  CheckValues({5, 0, 5, 4, teachers, 1}, &worst);
-  CheckValues({5, 1, 3, 4, teachers, 1, Scalar::kFloat32, false, Path::kLarge}, &worst);
-  Report("64 teachers", 2, worst);
+  errors.Add({5, 0, 5, 4, teachers, 1});
+  errors.Add({5, 1, 3, 4, teachers, 1, Scalar::kFloat32, false, CudaPath::kLarge64});
+  errors.Report("64 teachers");
 }
 
-void TestWorkspace() {
-  const std::vector<Matrix> teachers = {{nullptr, 512}, {nullptr, 1024}, {nullptr, 2048}};
-  Problem problem = {Scalar::kFloat32, 65536, 0, 65536, {nullptr, 128}, teachers.data(), 3, nullptr, nullptr};
-  const int64_t bytes = SimilarityKlCudaWorkspaceBytes(problem, true);
-  if (bytes > int64_t{100} << 20) {
+// The choice of the plan, at its borders.
+void TestPlan() {
+  int count = 0;
+  const auto expect = [&](bool condition, int64_t columns, const char* what) {
+    ++count;
+    if (condition) return;
     ++failures;
-    std::printf("FAILED workspace: %lld bytes\n", static_cast<long long>(bytes));
+    std::printf("FAILED plan of %d columns: %s\n", static_cast<int>(columns), what);
+  };
+  const std::vector<Matrix> teachers(5, Matrix{nullptr, 512});
+  Problem problem = {Scalar::kFloat32, 0, 0, 0, {nullptr, 128}, teachers.data(), 5, nullptr, nullptr};
+  const auto plan = [&](int64_t columns, int64_t rows, CudaOptions options = {}, bool gradient = true) {
+    problem.columns = columns;
+    problem.rows = rows;
+    return PlanCuda(problem, options, gradient);
+  };
+  expect(plan(128, 128).path == CudaPath::kSmall16 && plan(129, 129).path == CudaPath::kSmall32, 128, "path");
+  expect(plan(256, 256).path == CudaPath::kSmall32 && plan(257, 257).path == CudaPath::kLarge64, 256, "path");
+  // 16 tiles of 128 a side are 136 on or above the diagonal.
+  expect(plan(1920, 1920).path == CudaPath::kLarge64 && plan(1921, 1921).path == CudaPath::kLarge128, 1920, "path");
+  expect(plan(4096, 512).path == CudaPath::kLarge64 && plan(4224, 512).path == CudaPath::kLarge128, 4096, "rows");
+  expect(plan(257, 257).groups == 5 && plan(1600, 1600).groups == 2 && plan(8192, 8192).groups == 1, 257, "groups");
+  for (int64_t columns : {300, 2000, 4096, 65536}) {
+    CudaOptions options;
+    const int64_t tile = plan(columns, columns).tile;
+    const int64_t side = (columns + tile - 1) / tile;
+    const int64_t tile_bytes = 6 * 4 * tile * tile;
+    options.kept_bytes = int64_t{1} << 40;
+    const CudaPlan all = plan(columns, columns, options);
+    expect(all.tiles == side * (side + 1) / 2 && all.kept == all.tiles, columns, "all are kept where there is room");
+    options.kept_bytes = all.kept * tile_bytes - 1;
+    expect(plan(columns, columns, options).kept == all.tiles - 1, columns, "one byte less, one tile less");
+    options.kept_bytes = tile_bytes;
+    const int64_t one = plan(columns, columns, options).workspace_bytes;
+    expect(plan(columns, columns, options).kept == 1, columns, "room for one");
+    options.kept_bytes = tile_bytes - 1;
+    expect(plan(columns, columns, options).kept == 0, columns, "room for none");
+    expect(one - plan(columns, columns, options).workspace_bytes == tile_bytes, columns, "what one takes");
+    options.kept_bytes = int64_t{1} << 40;
+    expect(plan(columns, columns, options, false).kept == 0, columns, "nothing is kept without a gradient");
   }
-  std::printf("%-34s %3d cases\n", "workspace", 1);
+  expect(plan(65536, 65536).workspace_bytes < int64_t{400} << 20, 65536, "workspace");
+  std::printf("%-34s %3d cases\n", "plan", count);
 }
 
 }  // namespace
 }  // namespace s2sd
 
-int main() {
-  s2sd::TestTiles();
-  s2sd::TestWorkspace();
-  s2sd::TestSmall();
-  s2sd::TestLarge(64);
-  s2sd::TestLarge(128);
-  s2sd::TestDepth();
-  s2sd::TestManyTeachers();
-  s2sd::TestDeterminism();
-  s2sd::TestInvalid();
+// Without arguments all groups; else those whose numbers are given, from 0 on.
+int main(int argc, char** argv) {
+  using s2sd::CudaPath;
+  using s2sd::TestPath;
+  const std::vector<int64_t> small = {1, 2, 3, 41, 112, 130};
+  const std::vector<int64_t> large = {1, 2, 3, 41, 112, 257};
+  const std::vector<std::function<void()>> groups = {
+      [] { s2sd::TestTiles(); },
+      [] { s2sd::TestPlan(); },
+      [&] { TestPath("small path, tiles of 16", CudaPath::kSmall16, small); },
+      [&] { TestPath("small path, tiles of 32", CudaPath::kSmall32, small); },
+      [&] { TestPath("large path, tiles of 64", CudaPath::kLarge64, large); },
+      [&] { TestPath("large path, tiles of 128", CudaPath::kLarge128, large); },
+      [] { s2sd::TestChosen(); },
+      [] { s2sd::TestAnyLength(); },
+      [] { s2sd::TestDepth(); },
+      [] { s2sd::TestGroups(); },
+      [] { s2sd::TestManyTeachers(); },
+      [] { s2sd::TestDeterminism(); },
+      [] { s2sd::TestInvalid(); },
+  };
+  for (int n = 0; n < static_cast<int>(groups.size()); ++n) {
+    bool chosen = argc == 1;
+    for (int a = 1; a < argc; ++a) chosen = chosen || std::atoi(argv[a]) == n;
+    if (chosen) groups[n]();
+  }
   std::printf("%s\n", s2sd::failures == 0 ? "all passed" : "FAILED");
   return s2sd::failures == 0 ? 0 : 1;
 }

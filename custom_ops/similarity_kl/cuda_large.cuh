@@ -1,11 +1,15 @@
-// The large path: two passes over tiles of the similarity matrices, none of which is ever stored.
+// The large path: two passes over tiles of the similarity matrices.
 //
-//   CheckKernel      refuses rows that are not normalised
+//   CheckKernel      squared norms: is anything not finite, are the rows of about unit length
+//   MaximaKernel     tiles -> row maxima, where they are not
 //   SumsKernel       tiles -> row sums (and, transposed, column sums) of exp and of exp * (logit difference)
 //   NormalizeKernel  sums -> KL and 1 / sum, by row
-//   GradientKernel   tiles again -> H = G + G^T in shared memory -> H z
+//   GradientKernel   the tiles once more -> H = G + G^T in shared memory -> H z
 //   FinishKernel     KL by row -> outputs
 //   ConvertKernel    fixed-point gradient -> float32
+//
+// The first tiles' similarities stay in a workspace of bounded size from the first pass to the second; those of the
+// others are computed again.
 //
 // What tiles have in common they add up in 64-bit fixed point: integer addition is associative, so the order in which
 // tiles finish leaves no trace in the bits.
@@ -16,7 +20,6 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
 
 #include "cuda_common.cuh"
 
@@ -25,6 +28,7 @@ namespace cuda {
 
 constexpr int kStages = 3;
 constexpr int kStageDepthBytes = 128;  // of each row of a tile
+constexpr int kStepBytes = 32;         // of each row, for one mma
 constexpr int kGradientChunk = 64;     // columns of z at a time
 
 template <int kTile>
@@ -34,24 +38,55 @@ constexpr int kStageBytes = 2 * kTile * kStageDepthBytes;
 template <int kTile>
 constexpr int kLargeSharedBytes = kStages * kStageBytes<kTile>;
 
-// exp sums: at most exp(8) * 2^17 < 2^28.6, so 2^34 units in 1 stay below 2^63.
-constexpr float kExpSumScale = 17179869184.0f;
+// With squared norms within T of 1, exp((s - 1) / T) is at most e, and no row's sum is below 1 / e: one shift does for
+// all rows. Rows of other lengths are shifted by their own maxima, and so are all where T is so small that a product's
+// rounding shows.
+constexpr float kNormSlack = 1.0f;
+constexpr float kMinFixedShiftTemperature = 0.004f;
+constexpr float kMaxExp = 3.2f;  // e, and what rounding in TF32 adds at the smallest such T
+
+// At most kMaxExp * 2^17 < 2^18.7, so 2^43 units in 1 stay below 2^62.
+constexpr float kExpSumScale = 8796093022208.0f;
+
+// Read and written by single threads between kernels.
+struct Header {
+  int invalid;           // something is not finite, or T or a weight is not valid: all outputs are NaN
+  int shift_by_maxima;   // see kNormSlack
+  int max_student_norm;  // squared norms, as the bits of floats >= 0, which integer maxima order
+  int max_teacher_norm;
+  float gradient_scale;  // fixed-point units in 1
+  double gradient_factor;
+  float coefficients[1 + kCudaMaxTeachers];
+};
+
+struct LargeParams : Params {
+  Header* header;
+  unsigned long long* exp_sums;    // (num_matrices, rows), fixed point
+  unsigned long long* cross_sums;  // (num_matrices - 1, rows), fixed point
+  unsigned long long* gradient_sums;
+  int* maxima;                           // (num_matrices, rows), the bits of floats >= 0
+  double* partial_kl;                    // (num_matrices - 1, blocks of the normalising kernel)
+  float4* kept;                          // (kept_tiles, num_matrices, kTile * kTile / 4)
+  int kept_tiles;                        // the first of them
+  uint8_t group_ends[kCudaMaxTeachers];  // blocks of y = g see to the teachers up to here, from group_ends[g - 1] on
+};
 
 __device__ __forceinline__ void AddFixed(unsigned long long* sum, float x, float scale) {
   atomicAdd(sum, static_cast<unsigned long long>(__float2ll_rn(x * scale)));
 }
 
 // The power of two that keeps magnitudes up to `bound` below 2^61.
-__device__ __forceinline__ float FixedPointScale(float bound) { return ldexpf(1.0f, 60 - ilogbf(bound)); }
+__device__ __forceinline__ float FixedPointScale(double bound) { return ldexpf(1.0f, 60 - ilogb(bound)); }
 
-// Cross sums: similarities are within +-(1 + 8 T), so a term is at most exp(8) (2 / T + 16).
-__device__ __forceinline__ float CrossSumScale(const Params& p, float temperature) {
-  return FixedPointScale(kMaxExp * static_cast<float>(p.columns) * (2.0f / temperature + 16.0f));
+// Of sums over a row of exp * (similarity - student's similarity), which no product of rows exceeds.
+__device__ __forceinline__ float CrossSumScale(const LargeParams& p) {
+  const float norms = __int_as_float(p.header->max_student_norm) + __int_as_float(p.header->max_teacher_norm);
+  return FixedPointScale(static_cast<double>(kMaxExp) * p.columns * fmaxf(norms, FLT_MIN));
 }
 
 // One warp a row.
 template <Scalar kScalar>
-__global__ void __launch_bounds__(kThreads) CheckKernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads) CheckKernel(const __grid_constant__ LargeParams p) {
   const int m = blockIdx.y;
   const DeviceMatrix& x = p.matrices[m];
   const int lane = threadIdx.x % 32;
@@ -65,97 +100,150 @@ __global__ void __launch_bounds__(kThreads) CheckKernel(const __grid_constant__ 
       norm += SquaredNorm<kScalar>(*reinterpret_cast<const uint4*>(from + n));
     }
   } else {
-    for (int n = 16 * lane; n < x.row_bytes; n += 16 * 32) norm += SquaredNorm<kScalar>(LoadChunk(x, from, n, true));
+    for (int n = 16 * lane; n < x.row_bytes; n += 16 * 32) {
+      norm += SquaredNorm<kScalar>(LoadChunk(x.access, from + n, x.row_bytes - n));
+    }
   }
   norm = WarpSum(norm);
   if (lane != 0) return;
-  const bool valid = ValidNorm(norm, *p.temperature);
-  if (!valid || (row == 0 && m == 0 && !ValidScalars(p))) p.header->invalid = 1;
-  if (valid && m == 0) atomicMax(&p.header->max_student_norm, __float_as_int(norm));
+  if (!ValidNorm(norm) || (row == 0 && m == 0 && !ValidScalars(p))) {
+    p.header->invalid = 1;
+    return;
+  }
+  const float t = *p.temperature;
+  if (fabsf(norm - 1.0f) > kNormSlack * t || t < kMinFixedShiftTemperature) p.header->shift_by_maxima = 1;
+  atomicMax(m == 0 ? &p.header->max_student_norm : &p.header->max_teacher_norm, __float_as_int(norm));
 }
 
-// The matrices that a block works on: maybe the student, then a range of teachers.
+// The matrices that a block works on: maybe the student, then the teachers of its group.
 struct MatrixRange {
   int first;
-  int first_teacher;
   int end;
-  __device__ int Next(int m) const { return m == 0 ? first_teacher : m + 1; }
 };
 
-__device__ __forceinline__ MatrixRange BlockMatrices(const Params& p, bool student) {
-  const int first = 1 + (blockIdx.y == 0 ? 0 : p.group_ends[blockIdx.y - 1]);
-  return {student ? 0 : first, first, 1 + p.group_ends[blockIdx.y]};
+__device__ __forceinline__ int FirstTeacher(const LargeParams& p) {
+  return 1 + (blockIdx.y == 0 ? 0 : p.group_ends[blockIdx.y - 1]);
+}
+
+__device__ __forceinline__ int NextMatrix(const LargeParams& p, int m) { return m == 0 ? FirstTeacher(p) : m + 1; }
+
+__device__ __forceinline__ MatrixRange BlockMatrices(const LargeParams& p, bool student) {
+  return {student ? 0 : FirstTeacher(p), 1 + p.group_ends[blockIdx.y]};
 }
 
 template <int kTile>
-__device__ __forceinline__ Tile BlockTile(const Params& p) {
-  return DecodeTile(p.square, blockIdx.x, CeilDiv(p.rows, kTile), CeilDiv(p.columns, kTile));
+__device__ __forceinline__ Tile TileAt(const LargeParams& p, int index) {
+  return DecodeTile(p.square, index, CeilDiv(p.rows, kTile), CeilDiv(p.columns, kTile));
 }
 
-// A stage's rows are 128 bytes long. XOR of a byte's position with this, by row, lets 16-byte reads of a quarter warp
-// (2 rows, 4 lanes each) and 8-byte reads of a half warp (4 rows, 4 lanes each) meet every bank once.
-__device__ __forceinline__ int StageSwizzle(int row) { return (row & 1) << 6 | (row & 2) << 4; }
+// A stage's rows are 128 bytes long. XOR of a byte's position with this, by row, lets the 8 rows of a matrix load meet
+// every bank once.
+__device__ __forceinline__ int StageSwizzle(int row) { return (row & 7) << 4; }
 
+// Copies a tile's rows and columns of one matrix after another to shared memory, 128 bytes of each at a time. A thread
+// copies the same 16 of these bytes of every 32nd row; all that this takes is worked out at a matrix's start.
 template <int kTile>
-__device__ __forceinline__ void LoadStage(const DeviceMatrix& x, int first_row, int end_row, int depth, char* shared) {
-  const int thread = OpaqueThreadIndex();
-  const int chunk = thread % 8;
-  const int offset = depth * kStageDepthBytes + chunk * 16;
+class StageLoader {
+ public:
+  __device__ __forceinline__ StageLoader(const LargeParams& p, Tile tile) {
+    const int thread = OpaqueThreadIndex();
+    const int row = thread / 8;
+    to_and_inside_ = row * kStageDepthBytes + (thread % 8 * 16 ^ StageSwizzle(row));
 #pragma unroll
-  for (int n = 0; n < kTile * 8 / kThreads; ++n) {
-    const int r = thread / 8 + n * (kThreads / 8);
-    const bool valid = first_row + r < end_row;
-    const char* row = x.data + static_cast<int64_t>(valid ? first_row + r : 0) * x.row_bytes;
-    char* to = shared + r * kStageDepthBytes + (chunk * 16 ^ StageSwizzle(r));
-    if (x.access == Access::k16) {
-      const bool inside = valid && offset < x.row_bytes;
-      CopyAsync16(to, inside ? row + offset : x.data, inside);
-    } else if (x.access == Access::k4) {
-#pragma unroll
-      for (int q = 0; q < 16; q += 4) {
-        const bool inside = valid && offset + q < x.row_bytes;
-        CopyAsync4(to + q, inside ? row + offset + q : x.data, inside);
-      }
-    } else {
-      *reinterpret_cast<uint4*>(to) = LoadChunk(x, row, offset, valid);
+    for (int n = 0; n < kRows; ++n) {
+      if (tile.row * kTile + row + n * kThreads / 8 < p.rows) to_and_inside_ |= kInside << n;
+      if (tile.column * kTile + row + n * kThreads / 8 < p.columns) to_and_inside_ |= kInside << (kRows + n);
     }
   }
-}
+
+  __device__ __forceinline__ void Start(const LargeParams& p, Tile tile, const DeviceMatrix& x) {
+    const int thread = OpaqueThreadIndex();
+    const int64_t row = thread / 8 + p.row_offset + tile.row * kTile;
+    const int64_t column = thread / 8 + tile.column * kTile;
+    const int byte = thread % 8 * 16;
+    rows_ = x.data + row * x.row_bytes + byte;
+    columns_ = x.data + column * x.row_bytes + byte;
+    left_ = x.row_bytes;
+  }
+
+  __device__ __forceinline__ bool Done() const { return left_ <= 0; }
+
+  __device__ __forceinline__ void Load(const DeviceMatrix& x, char* shared) {
+    char* to = shared + to_and_inside_ % kInside;
+    const int64_t stride = x.row_bytes * (kThreads / 8);
+    const int left = left_ - OpaqueThreadIndex() % 8 * 16;
+    const unsigned inside = left > 0 ? to_and_inside_ / kInside : 0;
+    if (x.access == Access::k16) {
+#pragma unroll
+      for (int n = 0; n < kRows; ++n) {
+        CopyAsync16(to + n * kStride, rows_ + n * stride, inside >> n & 1);
+      }
+#pragma unroll
+      for (int n = 0; n < kRows; ++n) {
+        CopyAsync16(to + (kRows + n) * kStride, columns_ + n * stride, inside >> (kRows + n) & 1);
+      }
+    } else {
+#pragma unroll 1
+      for (int n = 0; n < 2 * kRows; ++n) {
+        const char* from = n < kRows ? rows_ + n * stride : columns_ + (n - kRows) * stride;
+        if (x.access == Access::k4) {
+#pragma unroll
+          for (int q = 0; q < 16; q += 4) CopyAsync4(to + n * kStride + q, from + q, (inside >> n & 1) && q < left);
+        } else {
+          *reinterpret_cast<uint4*>(to + n * kStride) = LoadChunk(x.access, from, inside >> n & 1 ? left : 0);
+        }
+      }
+    }
+    rows_ += kStageDepthBytes;
+    columns_ += kStageDepthBytes;
+    left_ -= kStageDepthBytes;
+  }
+
+ private:
+  static constexpr int kRows = kTile * 8 / kThreads;  // of a thread, and as many columns
+  static constexpr unsigned kInside = 1u << 16;
+  static constexpr int kStride = kThreads / 8 * kStageDepthBytes;
+
+  const char* rows_;
+  const char* columns_;
+  int left_ = 0;  // bytes of every row
+  // A place in a stage, and above it a bit for every row, then column, that the matrix has. One number, as the kernels
+  // have not a register to spare.
+  unsigned to_and_inside_;
+};
 
 // Calls epilogue(m, acc) with the tile of each matrix's similarities in turn. 2 x 4 warps; acc[r][c][2 h + v] is row
 // warp_row * kTile / 2 + 16 r + 8 h + lane / 4 and column warp_column * kTile / 4 + 8 c + 2 (lane % 4) + v of the tile.
 // The pipeline runs on through the epilogues: the next matrix arrives meanwhile.
 template <Scalar kScalar, bool kCompensated, int kTile, typename Epilogue>
-__device__ __forceinline__ void ForEachSimilarityTile(const Params& p, Tile tile, MatrixRange range, char* shared,
+__device__ __forceinline__ void ForEachSimilarityTile(const LargeParams& p, Tile tile, MatrixRange range, char* shared,
                                                       const Epilogue& epilogue) {
   constexpr bool kSplit = kCompensated && kScalar == Scalar::kFloat32;
-  constexpr int kUnits = kTile / 32;                       // mma tiles of a warp, either way
-  using Chunk = std::conditional_t<kSplit, uint2, uint4>;  // split products need the registers for other things
+  constexpr int kUnits = kTile / 32;      // mma tiles of a warp, either way
+  constexpr int kSteps = kSplit ? 1 : 4;  // of the depth at once; split factors need the registers
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  const int swizzle = StageSwizzle(lane / 4);
-  const int a_offset = (warp / 4 * (kTile / 2) + lane / 4) * kStageDepthBytes;
-  const int b_offset = (kTile + warp % 4 * (kTile / 4) + lane / 4) * kStageDepthBytes;
+  // Where a lane's row of a matrix load begins: of a, the rows come first, then the next 16 bytes; of b, the reverse.
+  const int a_row = warp / 4 * (kTile / 2) + lane % 16;
+  const int b_row = kTile + warp % 4 * (kTile / 4) + lane / 16 * 8 + lane % 8;
+  const int a_offset = a_row * kStageDepthBytes + (lane / 16 * 16 ^ StageSwizzle(a_row));
+  const int b_offset = b_row * kStageDepthBytes + (lane / 8 % 2 * 16 ^ StageSwizzle(b_row));
 
+  StageLoader<kTile> loader(p, tile);
   int load_matrix = range.first;
-  int load_depth = 0;
   const auto load_next = [&](int stage) {
     if (load_matrix < range.end) {
       const DeviceMatrix& x = p.matrices[load_matrix];
-      char* to = shared + stage * kStageBytes<kTile>;
-      LoadStage<kTile>(x, p.row_offset + tile.row * kTile, p.row_offset + p.rows, load_depth, to);
-      LoadStage<kTile>(x, tile.column * kTile, p.columns, load_depth, to + kTile * kStageDepthBytes);
-      if (++load_depth * kStageDepthBytes >= x.row_bytes) {
-        load_matrix = range.Next(load_matrix);
-        load_depth = 0;
-      }
+      if (loader.Done()) loader.Start(p, tile, x);
+      loader.Load(x, shared + stage * kStageBytes<kTile>);
+      if (loader.Done()) load_matrix = NextMatrix(p, load_matrix);
     }
     CopyAsyncCommit();
   };
   for (int stage = 0; stage < kStages - 1; ++stage) load_next(stage);
 
   int stage = 0;
-  for (int m = range.first; m < range.end; m = range.Next(m)) {
+  for (int m = range.first; m < range.end; m = NextMatrix(p, m)) {
     float acc[kUnits][kUnits][4] = {};
     for (int depth = 0; depth < p.matrices[m].row_bytes; depth += kStageDepthBytes) {
       CopyAsyncWait<kStages - 2>();
@@ -163,18 +251,28 @@ __device__ __forceinline__ void ForEachSimilarityTile(const Params& p, Tile tile
       load_next(stage == 0 ? kStages - 1 : stage - 1);
       const char* from = shared + stage * kStageBytes<kTile>;
 #pragma unroll 1
-      for (int slice = 0; slice < kStageDepthBytes; slice += 4 * sizeof(Chunk)) {
-        const int byte = (slice + lane % 4 * static_cast<int>(sizeof(Chunk))) ^ swizzle;
-        const auto operand = [&](int offset) {
-          return MakeOperand<kScalar, kSplit>(*reinterpret_cast<const Chunk*>(from + offset + byte));
-        };
-        Operand<kSplit, sizeof(Chunk) / 4> b[kUnits];
+      for (int first = 0; first < kStageDepthBytes; first += kSteps * kStepBytes) {
+        FragmentB<kSplit> b[kSteps][kUnits];
 #pragma unroll
-        for (int c = 0; c < kUnits; ++c) b[c] = operand(b_offset + c * 8 * kStageDepthBytes);
+        for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+          for (int c = 0; c < kUnits; c += 2) {
+            unsigned words[4];
+            LoadMatrices(from + (b_offset ^ (first + step * kStepBytes)) + c * 8 * kStageDepthBytes, words);
+            b[step][c] = MakeFragment<kScalar, kSplit>({words[0], words[1]});
+            b[step][c + 1] = MakeFragment<kScalar, kSplit>({words[2], words[3]});
+          }
+        }
 #pragma unroll
         for (int r = 0; r < kUnits; ++r) {
-          const int row = a_offset + r * 16 * kStageDepthBytes;
-          MultiplySlice<kScalar>(operand(row), operand(row + 8 * kStageDepthBytes), b, acc[r]);
+          FragmentA<kSplit> a[kSteps];
+#pragma unroll
+          for (int step = 0; step < kSteps; ++step) {
+            unsigned words[4];
+            LoadMatrices(from + (a_offset ^ (first + step * kStepBytes)) + r * 16 * kStageDepthBytes, words);
+            a[step] = MakeFragment<kScalar, kSplit>(words);
+          }
+          MultiplySteps<kScalar>(a, b, acc[r]);
         }
       }
       stage = stage == kStages - 1 ? 0 : stage + 1;
@@ -183,107 +281,224 @@ __device__ __forceinline__ void ForEachSimilarityTile(const Params& p, Tile tile
   }
 }
 
+// The rows and columns of a tile that ForEachSimilarityTile gives to a thread.
+template <int kTile>
+struct ThreadTile {
+  __device__ __forceinline__ ThreadTile(Tile tile) {
+    const int thread = OpaqueThreadIndex();
+    quad = thread % 32 / 4;
+    in_quad = thread % 4;
+    first_row = tile.row * kTile + thread / 128 * (kTile / 2) + quad;
+    first_column = tile.column * kTile + thread / 32 % 4 * (kTile / 4) + 2 * in_quad;
+  }
+  __device__ __forceinline__ int Row(int r, int h) const { return first_row + 16 * r + 8 * h; }
+  __device__ __forceinline__ int Column(int c, int v) const { return first_column + 8 * c + v; }
+
+  int quad;
+  int in_quad;
+  int first_row;
+  int first_column;
+};
+
+// A tile of similarities between the passes: every thread reads what it wrote.
+template <int kTile>
+__device__ __forceinline__ float4* KeptTile(const LargeParams& p, int tile, int m) {
+  return p.kept + (static_cast<int64_t>(tile) * p.num_matrices + m) * (kTile * kTile / 4) + OpaqueThreadIndex();
+}
+
+__device__ __forceinline__ void RaiseMaximum(int* maximum, float x) {
+  atomicMax(maximum, __float_as_int(fmaxf(x, 0.0f)));  // the largest of a row is its own product at least
+}
+
+template <Scalar kScalar, bool kCompensated>
+__global__ void __launch_bounds__(kThreads, 2) MaximaKernel(const __grid_constant__ LargeParams p) {
+  if (p.header->invalid || !p.header->shift_by_maxima) return;
+  constexpr int kTile = 64;
+  constexpr int kUnits = kTile / 32;
+  const int tiles = static_cast<int>(NumTiles(p.square, CeilDiv(p.rows, kTile), CeilDiv(p.columns, kTile)));
+  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+    const Tile tile = TileAt<kTile>(p, index);
+    __syncthreads();
+    const auto raise = [&](int m, const float (&s)[kUnits][kUnits][4]) {
+      const ThreadTile<kTile> at(tile);
+      int* maxima = p.maxima + static_cast<int64_t>(m) * p.rows;
+      float column_max[kUnits][2] = {};
+#pragma unroll
+      for (int r = 0; r < kUnits; ++r) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float row_max = 0;
+#pragma unroll
+          for (int c = 0; c < kUnits; ++c) {
+#pragma unroll
+            for (int v = 0; v < 2; ++v) {  // zeros outside
+              row_max = fmaxf(row_max, s[r][c][2 * h + v]);
+              column_max[c][v] = fmaxf(column_max[c][v], s[r][c][2 * h + v]);
+            }
+          }
+#pragma unroll
+          for (int delta = 1; delta < 4; delta *= 2) {
+            row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, delta));
+          }
+          if (at.in_quad == 0 && at.Row(r, h) < p.rows) RaiseMaximum(maxima + at.Row(r, h), row_max);
+        }
+      }
+      if (!p.square || tile.row == tile.column) return;
+#pragma unroll
+      for (int c = 0; c < kUnits; ++c) {
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+#pragma unroll
+          for (int delta = 4; delta < 32; delta *= 2) {
+            column_max[c][v] = fmaxf(column_max[c][v], __shfl_xor_sync(kAllLanes, column_max[c][v], delta));
+          }
+          if (at.quad == 0 && at.Column(c, v) < p.columns) RaiseMaximum(maxima + at.Column(c, v), column_max[c][v]);
+        }
+      }
+    };
+    ForEachSimilarityTile<kScalar, kCompensated, kTile>(p, tile, {0, p.num_matrices}, SharedMemory(), raise);
+  }
+}
+
+__device__ __forceinline__ float RowShift(const LargeParams& p, int m, int row) {
+  if (!p.header->shift_by_maxima) return 1.0f;
+  return row < p.rows ? __int_as_float(p.maxima[static_cast<int64_t>(m) * p.rows + row]) : 0.0f;
+}
+
+// Adds a matrix's tile to its rows' sums and, where the tile stands for its mirror image too, to its columns'.
+// kCommon: the tile has no border inside, and all rows have the common shift.
+template <int kTile, bool kCommon>
+__device__ __forceinline__ void AddSums(const LargeParams& p, Tile tile, int m,
+                                        const float (&s)[kTile / 32][kTile / 32][4],
+                                        const float (&student)[kTile / 32][kTile / 32][4]) {
+  constexpr int kUnits = kTile / 32;
+  const ThreadTile<kTile> at(tile);
+  const float exp_scale = kLog2E / *p.temperature;
+  const float cross_scale = CrossSumScale(p);
+  unsigned long long* exp_sums = p.exp_sums + static_cast<int64_t>(m) * p.rows;
+  unsigned long long* cross_sums = p.cross_sums + static_cast<int64_t>(m - 1) * p.rows;
+  const bool mirrored = p.square && tile.row != tile.column;
+  float column_exp[kUnits][2] = {};
+  float column_cross[kUnits][2] = {};
+  float column_shift[kUnits][2] = {};
+  if (!kCommon && mirrored) {
+#pragma unroll
+    for (int c = 0; c < kUnits; ++c) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) column_shift[c][v] = RowShift(p, m, at.Column(c, v));
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kUnits; ++r) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = at.Row(r, h);
+      const float row_shift = kCommon ? 1.0f : RowShift(p, m, row);
+      float row_exp = 0;
+      float row_cross = 0;
+#pragma unroll
+      for (int c = 0; c < kUnits; ++c) {
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          const float similarity = s[r][c][2 * h + v];
+          const float difference = similarity - student[r][c][2 * h + v];
+          float e, column_e;
+          if constexpr (kCommon) {
+            e = column_e = Exp2(fmaf(similarity, exp_scale, -exp_scale));
+          } else {
+            const bool inside = row < p.rows && at.Column(c, v) < p.columns;
+            e = inside ? ShiftedExp(similarity, row_shift, exp_scale) : 0.0f;
+            column_e = inside ? ShiftedExp(similarity, column_shift[c][v], exp_scale) : 0.0f;
+          }
+          row_exp += e;
+          row_cross += e * difference;
+          column_exp[c][v] += column_e;
+          column_cross[c][v] += column_e * difference;
+        }
+      }
+#pragma unroll
+      for (int delta = 1; delta < 4; delta *= 2) {
+        row_exp += __shfl_xor_sync(kAllLanes, row_exp, delta);
+        row_cross += __shfl_xor_sync(kAllLanes, row_cross, delta);
+      }
+      if (at.in_quad == r && row < p.rows) {
+        AddFixed(exp_sums + row, row_exp, kExpSumScale);
+        if (m > 0) AddFixed(cross_sums + row, row_cross, cross_scale);
+      }
+    }
+  }
+  if (!mirrored) return;
+#pragma unroll
+  for (int c = 0; c < kUnits; ++c) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+#pragma unroll
+      for (int delta = 4; delta < 32; delta *= 2) {
+        column_exp[c][v] += __shfl_xor_sync(kAllLanes, column_exp[c][v], delta);
+        column_cross[c][v] += __shfl_xor_sync(kAllLanes, column_cross[c][v], delta);
+      }
+      const int column = at.Column(c, v);
+      if (at.quad == 2 * c + v && column < p.columns) {
+        AddFixed(exp_sums + column, column_exp[c][v], kExpSumScale);
+        if (m > 0) AddFixed(cross_sums + column, column_cross[c][v], cross_scale);
+      }
+    }
+  }
+}
+
 template <Scalar kScalar, bool kCompensated, int kTile>
-__global__ void __launch_bounds__(kThreads, kTile == 64 ? 2 : 1) SumsKernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, kTile == 64 ? 2 : 1) SumsKernel(const __grid_constant__ LargeParams p) {
   if (p.header->invalid) return;
   constexpr int kUnits = kTile / 32;
-  const Tile tile = BlockTile<kTile>(p);
+  const Tile tile = TileAt<kTile>(p, blockIdx.x);
   float student[kUnits][kUnits][4];
-  ForEachSimilarityTile<kScalar, kCompensated, kTile>(
-      p, tile, BlockMatrices(p, true), SharedMemory(), [&](int m, const float (&s)[kUnits][kUnits][4]) {
-        if (m == 0) {
+  const auto add = [&](int m, const float (&s)[kUnits][kUnits][4]) {
+    if (m == 0) {
 #pragma unroll
-          for (int r = 0; r < kUnits; ++r) {
-#pragma unroll
-            for (int c = 0; c < kUnits; ++c) {
-#pragma unroll
-              for (int v = 0; v < 4; ++v) student[r][c][v] = s[r][c][v];
-            }
-          }
-          if (blockIdx.y != 0) return;  // every group of teachers needs the student, one adds it up
-        }
-        const int thread = OpaqueThreadIndex();
-        const int g = thread % 32 / 4;
-        const int t = thread % 4;
-        const int first_row = tile.row * kTile + thread / 128 * (kTile / 2) + g;
-        const int first_column = tile.column * kTile + thread / 32 % 4 * (kTile / 4);
-        const float temperature = *p.temperature;
-        const float inverse_temperature = 1.0f / temperature;
-        const float exp_scale = kLog2E / temperature;
-        const float cross_scale = CrossSumScale(p, temperature);
-        unsigned long long* exp_sums = p.exp_sums + static_cast<int64_t>(m) * p.rows;
-        unsigned long long* cross_sums = p.cross_sums + static_cast<int64_t>(m - 1) * p.rows;
-        float column_exp[kUnits][2] = {};
-        float column_cross[kUnits][2] = {};
-#pragma unroll
-        for (int r = 0; r < kUnits; ++r) {
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int row = first_row + 16 * r + 8 * h;
-            float row_exp = 0;
-            float row_cross = 0;
-#pragma unroll
-            for (int c = 0; c < kUnits; ++c) {
-#pragma unroll
-              for (int v = 0; v < 2; ++v) {
-                const bool inside = row < p.rows && first_column + 8 * c + 2 * t + v < p.columns;
-                const float similarity = s[r][c][2 * h + v];
-                const float e = inside ? ShiftedExp(similarity, exp_scale) : 0.0f;
-                const float cross = e * ((similarity - student[r][c][2 * h + v]) * inverse_temperature);
-                row_exp += e;
-                row_cross += cross;
-                column_exp[c][v] += e;
-                column_cross[c][v] += cross;
-              }
-            }
-#pragma unroll
-            for (int delta = 1; delta < 4; delta *= 2) {
-              row_exp += __shfl_xor_sync(kAllLanes, row_exp, delta);
-              row_cross += __shfl_xor_sync(kAllLanes, row_cross, delta);
-            }
-            if (t == r && row < p.rows) {
-              AddFixed(exp_sums + row, row_exp, kExpSumScale);
-              if (m > 0) AddFixed(cross_sums + row, row_cross, cross_scale);
-            }
-          }
-        }
-        if (!p.square || tile.row == tile.column) return;
+      for (int r = 0; r < kUnits; ++r) {
 #pragma unroll
         for (int c = 0; c < kUnits; ++c) {
 #pragma unroll
-          for (int v = 0; v < 2; ++v) {
-#pragma unroll
-            for (int delta = 4; delta < 32; delta *= 2) {
-              column_exp[c][v] += __shfl_xor_sync(kAllLanes, column_exp[c][v], delta);
-              column_cross[c][v] += __shfl_xor_sync(kAllLanes, column_cross[c][v], delta);
-            }
-            const int column = first_column + 8 * c + 2 * t + v;
-            if (g == 2 * c + v && column < p.columns) {
-              AddFixed(exp_sums + column, column_exp[c][v], kExpSumScale);
-              if (m > 0) AddFixed(cross_sums + column, column_cross[c][v], cross_scale);
-            }
-          }
+          for (int v = 0; v < 4; ++v) student[r][c][v] = s[r][c][v];
         }
-      });
+      }
+      if (blockIdx.y != 0) return;  // every group of teachers needs the student, one adds it up
+    }
+    if (static_cast<int>(blockIdx.x) < p.kept_tiles) {
+      float4* kept = KeptTile<kTile>(p, blockIdx.x, m);
+#pragma unroll
+      for (int r = 0; r < kUnits; ++r) {
+#pragma unroll
+        for (int c = 0; c < kUnits; ++c) {
+          kept[(r * kUnits + c) * kThreads] = make_float4(s[r][c][0], s[r][c][1], s[r][c][2], s[r][c][3]);
+        }
+      }
+    }
+    const bool whole = (tile.row + 1) * kTile <= p.rows && (tile.column + 1) * kTile <= p.columns;
+    if (whole && !p.header->shift_by_maxima) {
+      AddSums<kTile, true>(p, tile, m, s, student);
+    } else {
+      AddSums<kTile, false>(p, tile, m, s, student);
+    }
+  };
+  ForEachSimilarityTile<kScalar, kCompensated, kTile>(p, tile, BlockMatrices(p, true), SharedMemory(), add);
 }
 
 // Blocks of y = 0 see to the student and to the gradient's scales, the others to a teacher each.
-static __global__ void __launch_bounds__(kThreads) NormalizeKernel(const __grid_constant__ Params p) {
-  if (__syncthreads_or(p.header->invalid)) return;
+static __global__ void __launch_bounds__(kThreads) NormalizeKernel(const __grid_constant__ LargeParams p) {
+  if (p.header->invalid) return;
   double* shared = reinterpret_cast<double*>(SharedMemory());
   const int m = blockIdx.y;
   const int row = blockIdx.x * kThreads + threadIdx.x;
-  const float temperature = *p.temperature;
   double kl = 0;
   if (row < p.rows) {
     const int64_t n = static_cast<int64_t>(m) * p.rows + row;
     const double sum = static_cast<double>(p.exp_sums[n]);
-    if (sum == 0) p.header->invalid = 1;  // T beyond the products' resolution
     p.inverse_sums[n] = static_cast<float>(kExpSumScale / sum);
     if (m > 0) {
       const double cross = static_cast<double>(static_cast<long long>(p.cross_sums[n - p.rows]));
-      const double student_sum = static_cast<double>(p.exp_sums[row]);
-      kl = cross * (kExpSumScale / static_cast<double>(CrossSumScale(p, temperature))) / sum - log(sum / student_sum);
+      kl = RowKl(cross * (kExpSumScale / static_cast<double>(CrossSumScale(p))), sum,
+                 static_cast<double>(p.exp_sums[row]), RowShift(p, m, row), RowShift(p, 0, row), *p.temperature);
     }
   }
   if (m > 0) {
@@ -298,10 +513,59 @@ static __global__ void __launch_bounds__(kThreads) NormalizeKernel(const __grid_
     // Rows of |H| sum up to 2 at most, columns to 2 rows, so an element of H z is below 2 (rows + 1) max |z|.
     const double factor = MakeCoefficients(p, p.header->coefficients);
     const float max_norm = fmaxf(__int_as_float(p.header->max_student_norm), FLT_MIN);
-    const float scale = FixedPointScale(2.0f * static_cast<float>(p.rows + 1) * sqrtf(max_norm));
+    const float scale = FixedPointScale(2.0 * (p.rows + 1) * sqrtf(max_norm));
     if (row == 0) {
       p.header->gradient_scale = scale;
       p.header->gradient_factor = factor / scale;
+    }
+  }
+}
+
+// h += a matrix's part of H. Inside a square, a tile stands for both G and its mirror image's transpose: similarities
+// are symmetric, normalisers are not, nor are the rows' own shifts. kCommon: all rows have the common shift.
+template <int kTile, bool kCommon>
+__device__ __forceinline__ void AddWeights(const LargeParams& p, Tile tile, int m,
+                                           const float (&s)[kTile / 32][kTile / 32][4],
+                                           float (&h)[kTile / 32][kTile / 32][4]) {
+  constexpr int kUnits = kTile / 32;
+  const ThreadTile<kTile> at(tile);
+  const float exp_scale = kLog2E / *p.temperature;
+  const float coefficient = p.header->coefficients[m];
+  const float* inverse_sums = p.inverse_sums + static_cast<int64_t>(m) * p.rows;
+  const auto normalizer = [&](int row) { return row < p.rows ? coefficient * inverse_sums[row] : 0.0f; };
+  float column_normalizers[kUnits][2] = {};
+  float column_shift[kUnits][2] = {};
+  if (p.square) {
+#pragma unroll
+    for (int c = 0; c < kUnits; ++c) {
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        column_normalizers[c][v] = normalizer(at.Column(c, v));
+        if (!kCommon) column_shift[c][v] = RowShift(p, m, at.Column(c, v));
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kUnits; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float row_normalizer = normalizer(at.Row(r, half));
+      const float row_shift = kCommon ? 1.0f : RowShift(p, m, at.Row(r, half));
+#pragma unroll
+      for (int c = 0; c < kUnits; ++c) {
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          const float similarity = s[r][c][2 * half + v];
+          float& weight = h[r][c][2 * half + v];
+          if constexpr (kCommon) {
+            const float e = Exp2(fmaf(similarity, exp_scale, -exp_scale));
+            weight += e * (row_normalizer + column_normalizers[c][v]);
+          } else {
+            weight += ShiftedExp(similarity, row_shift, exp_scale) * row_normalizer;
+            if (p.square) weight += ShiftedExp(similarity, column_shift[c][v], exp_scale) * column_normalizers[c][v];
+          }
+        }
+      }
     }
   }
 }
@@ -313,15 +577,48 @@ __device__ __forceinline__ int HalfGradientIndex(int row, int column) {
   return row * kTile + (column ^ ((row >> 2 & 3) << 3 ^ (row & 1) << 4));
 }
 
-// A chunk of z: 4-byte reads of 8 columns in 4 rows that are 4 apart.
+// A chunk of z: 4-byte reads of 8 columns in 4 rows that are 4 apart. Runs of 8 columns stay together.
 __device__ __forceinline__ int ChunkIndex(int row, int column) {
   return row * kGradientChunk + (column ^ (row >> 2 & 3) << 3);
 }
 
+// Rows [first_row, first_row + kRows) of z, columns from `first_d` on, as floats; zeros beyond the rows and columns.
+template <Scalar kScalar, int kRows>
+__device__ __forceinline__ void LoadStudentChunk(const DeviceMatrix& z, int first_row, int end_row, int first_d,
+                                                 float* chunk) {
+  constexpr int kBytes = kScalar == Scalar::kFloat32 ? 4 : 2;
+  constexpr int kLoads = kGradientChunk * kBytes / 16;  // of a row
+#pragma unroll 4
+  for (int n = threadIdx.x; n < kRows * kLoads; n += kThreads) {
+    const int row = n / kLoads;
+    const int d = n % kLoads * (16 / kBytes);
+    const char* from = z.data + static_cast<int64_t>(first_row + row) * z.row_bytes + (first_d + d) * kBytes;
+    const int bytes = first_row + row < end_row ? z.row_bytes - (first_d + d) * kBytes : 0;
+    uint4 words;
+    if (z.access == Access::k16) {
+      words = bytes > 0 ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+    } else {
+      words = LoadChunk(z.access, from, bytes);
+    }
+    uint4* to = reinterpret_cast<uint4*>(chunk + ChunkIndex(row, d));
+    if constexpr (kScalar == Scalar::kFloat32) {
+      *to = words;
+    } else {
+      const auto low = [](unsigned word) { return __float_as_uint(HalfToFloat<kScalar>(word & 0xffff)); };
+      const auto high = [](unsigned word) { return __float_as_uint(HalfToFloat<kScalar>(word >> 16)); };
+      to[0] = make_uint4(low(words.x), high(words.x), low(words.y), high(words.y));
+      to[1] = make_uint4(low(words.z), high(words.z), low(words.w), high(words.w));
+    }
+  }
+}
+
 // gradient rows of the tile's rows += H z for the rows of z that are the tile's columns; or, transposed, the reverse.
+//
+// H is always split: blocks that share the teachers out have each a part of it that is much larger than the whole, and
+// rounded to TF32 the parts would not cancel.
 template <Scalar kScalar, bool kCompensated, int kTile, bool kTransposed>
-__device__ __forceinline__ void AddProduct(const Params& p, const float* h, float* chunk, int first_out, int end_out,
-                                           int first_z, int end_z) {
+__device__ __forceinline__ void AddProduct(const LargeParams& p, const float* h, float* chunk, int first_out,
+                                           int end_out, int first_z, int end_z) {
   constexpr bool kSplitZ = kCompensated && kScalar == Scalar::kFloat32;  // halves are TF32 numbers as they are
   constexpr int kRowUnits = kTile / 64;
   constexpr int kColumnUnits = kGradientChunk / 16;
@@ -336,43 +633,33 @@ __device__ __forceinline__ void AddProduct(const Params& p, const float* h, floa
 
   for (int first_d = 0; first_d < z.dim; first_d += kGradientChunk) {
     __syncthreads();
-#pragma unroll 8
-    for (int n = threadIdx.x; n < kTile * kGradientChunk; n += kThreads) {
-      const int row = n / kGradientChunk;
-      const int d = n % kGradientChunk;
-      const bool inside = first_z + row < end_z && first_d + d < z.dim;
-      chunk[ChunkIndex(row, d)] = inside ? LoadScalar<kScalar>(z, first_z + row, first_d + d) : 0.0f;
-    }
+    LoadStudentChunk<kScalar, kTile>(z, first_z, end_z, first_d, chunk);
     __syncthreads();
     float acc[kRowUnits][kColumnUnits][4] = {};
 #pragma unroll 1
     for (int depth = 4 * t; depth < kTile; depth += 16) {
-      Operand<kSplitZ, 4> b[kColumnUnits];
+      FragmentB<kSplitZ> b[2][kColumnUnits];
 #pragma unroll
       for (int c = 0; c < kColumnUnits; ++c) {
-        unsigned values[4];
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          values[e] = __float_as_uint(chunk[ChunkIndex(depth + e, warp_column + 8 * c + g)]);
-        }
-        b[c] = MakeOperand<Scalar::kFloat32, kSplitZ>(make_uint4(values[0], values[1], values[2], values[3]));
+        const auto value = [&](int e) {
+          return __float_as_uint(chunk[ChunkIndex(depth + e, warp_column + 8 * c + g)]);
+        };
+        MakeFragments<Scalar::kFloat32>(make_uint4(value(0), value(1), value(2), value(3)), c, b);
       }
 #pragma unroll
       for (int r = 0; r < kRowUnits; ++r) {
-        const auto operand = [&](int row) {
-          uint4 values;
+        const auto load = [&](int row) {
           if constexpr (kTransposed) {
-            values.x = __float_as_uint(h[HalfGradientIndex<kTile>(depth, row)]);
-            values.y = __float_as_uint(h[HalfGradientIndex<kTile>(depth + 1, row)]);
-            values.z = __float_as_uint(h[HalfGradientIndex<kTile>(depth + 2, row)]);
-            values.w = __float_as_uint(h[HalfGradientIndex<kTile>(depth + 3, row)]);
+            const auto value = [&](int e) { return __float_as_uint(h[HalfGradientIndex<kTile>(depth + e, row)]); };
+            return make_uint4(value(0), value(1), value(2), value(3));
           } else {
-            values = *reinterpret_cast<const uint4*>(h + HalfGradientIndex<kTile>(row, depth));
+            return *reinterpret_cast<const uint4*>(h + HalfGradientIndex<kTile>(row, depth));
           }
-          return MakeOperand<Scalar::kFloat32, kCompensated>(values);
         };
         const int row = warp_row + 16 * r + g;
-        MultiplySlice<Scalar::kFloat32>(operand(row), operand(row + 8), b, acc[r]);
+        FragmentA<true> a[2];
+        MakeFragments<Scalar::kFloat32>(load(row), load(row + 8), a);
+        MultiplySteps<Scalar::kFloat32>(a, b, acc[r]);
       }
     }
 #pragma unroll
@@ -397,57 +684,45 @@ __device__ __forceinline__ void AddProduct(const Params& p, const float* h, floa
 }
 
 template <Scalar kScalar, bool kCompensated, int kTile>
-__global__ void __launch_bounds__(kThreads, kTile == 64 ? 2 : 1) GradientKernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, kTile == 64 ? 2 : 1) GradientKernel(const __grid_constant__ LargeParams p) {
   if (p.header->invalid) return;
   constexpr int kUnits = kTile / 32;
-  const Tile tile = BlockTile<kTile>(p);
-
-  // Inside a square, a tile stands for both G and its mirror image's transpose: e is symmetric, the normalisers are
-  // not.
+  const Tile tile = TileAt<kTile>(p, blockIdx.x);
+  const MatrixRange range = BlockMatrices(p, blockIdx.y == 0);
   float h[kUnits][kUnits][4] = {};
-  ForEachSimilarityTile<kScalar, kCompensated, kTile>(
-      p, tile, BlockMatrices(p, blockIdx.y == 0), SharedMemory(), [&](int m, const float (&s)[kUnits][kUnits][4]) {
-        const int thread = OpaqueThreadIndex();
-        const int warp_row = thread / 128 * (kTile / 2) + thread % 32 / 4;
-        const int warp_column = thread / 32 % 4 * (kTile / 4) + 2 * (thread % 4);
-        const float exp_scale = kLog2E / *p.temperature;
-        const float coefficient = p.header->coefficients[m];
-        const float* inverse_sums = p.inverse_sums + static_cast<int64_t>(m) * p.rows;
-        const auto normalizer = [&](int row) { return row < p.rows ? coefficient * inverse_sums[row] : 0.0f; };
-        float column_normalizers[kUnits][2] = {};
-        if (p.square) {
+  const auto weigh = [&](int m, const float (&s)[kUnits][kUnits][4]) {
+    if (p.header->shift_by_maxima) {
+      AddWeights<kTile, false>(p, tile, m, s, h);
+    } else {
+      AddWeights<kTile, true>(p, tile, m, s, h);
+    }
+  };
+  if (static_cast<int>(blockIdx.x) < p.kept_tiles) {
+    for (int m = range.first; m < range.end; m = NextMatrix(p, m)) {
+      const float4* kept = KeptTile<kTile>(p, blockIdx.x, m);
+      float s[kUnits][kUnits][4];
 #pragma unroll
-          for (int c = 0; c < kUnits; ++c) {
+      for (int r = 0; r < kUnits; ++r) {
 #pragma unroll
-            for (int v = 0; v < 2; ++v) {
-              column_normalizers[c][v] = normalizer(tile.column * kTile + warp_column + 8 * c + v);
-            }
-          }
+        for (int c = 0; c < kUnits; ++c) {
+          const float4 values = kept[(r * kUnits + c) * kThreads];
+          s[r][c][0] = values.x;
+          s[r][c][1] = values.y;
+          s[r][c][2] = values.z;
+          s[r][c][3] = values.w;
         }
-#pragma unroll
-        for (int r = 0; r < kUnits; ++r) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const float row_normalizer = normalizer(tile.row * kTile + warp_row + 16 * r + 8 * half);
-#pragma unroll
-            for (int c = 0; c < kUnits; ++c) {
-#pragma unroll
-              for (int v = 0; v < 2; ++v) {
-                h[r][c][2 * half + v] +=
-                    ShiftedExp(s[r][c][2 * half + v], exp_scale) * (row_normalizer + column_normalizers[c][v]);
-              }
-            }
-          }
-        }
-      });
+      }
+      weigh(m, s);
+    }
+  } else {
+    ForEachSimilarityTile<kScalar, kCompensated, kTile>(p, tile, range, SharedMemory(), weigh);
+    CopyAsyncWait<0>();
+  }
 
   static_assert(kTile * (kTile + kGradientChunk) * sizeof(float) <= kLargeSharedBytes<kTile>);
   float* shared_h = reinterpret_cast<float*>(SharedMemory());
   float* chunk = shared_h + kTile * kTile;
-  const int thread = OpaqueThreadIndex();
-  const int warp_row = thread / 128 * (kTile / 2) + thread % 32 / 4;
-  const int warp_column = thread / 32 % 4 * (kTile / 4) + 2 * (thread % 4);
-  CopyAsyncWait<0>();
+  const ThreadTile<kTile> at({0, 0});
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < kUnits; ++r) {
@@ -456,7 +731,7 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 2 : 1) GradientKernel(
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
         // Rows and columns outside the matrix need no zeros: their z is zero, or their product is not kept.
-        shared_h[HalfGradientIndex<kTile>(warp_row + 16 * r + v / 2 * 8, warp_column + 8 * c + v % 2)] = h[r][c][v];
+        shared_h[HalfGradientIndex<kTile>(at.Row(r, v / 2), at.Column(c, v % 2))] = h[r][c][v];
       }
     }
   }
@@ -468,12 +743,12 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 2 : 1) GradientKernel(
   AddProduct<kScalar, kCompensated, kTile, true>(p, shared_h, chunk, first_column, p.columns, first_row, end_row);
 }
 
-static __global__ void __launch_bounds__(kThreads) FinishKernel(const __grid_constant__ Params p) {
+static __global__ void __launch_bounds__(kThreads) FinishKernel(const __grid_constant__ LargeParams p) {
   WriteResults(p, p.partial_kl, CeilDiv(p.rows, kThreads), p.header->invalid != 0,
                reinterpret_cast<double*>(SharedMemory()));
 }
 
-static __global__ void __launch_bounds__(kThreads) ConvertKernel(const __grid_constant__ Params p) {
+static __global__ void __launch_bounds__(kThreads) ConvertKernel(const __grid_constant__ LargeParams p) {
   const bool invalid = p.header->invalid != 0;
   const double factor = p.header->gradient_factor;
   const int64_t count = static_cast<int64_t>(p.columns) * p.matrices[0].dim;

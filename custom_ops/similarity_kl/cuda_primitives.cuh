@@ -52,16 +52,25 @@ __device__ __forceinline__ void CopyAsyncWait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-__device__ __forceinline__ unsigned RoundToTf32(float x) {
-  unsigned bits;
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
-  return bits;
+// Four matrices of 8 rows of 16 bytes. Lane n gives the address of row n % 8 of matrix n / 8; of every matrix a lane
+// gets the 4 bytes of row lane / 4 at position lane % 4.
+__device__ __forceinline__ void LoadMatrices(const void* shared, unsigned (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared)))
+               : "memory");
 }
 
 __device__ __forceinline__ float Float16ToFloat(uint16_t bits) {
   float x;
   asm("cvt.f32.f16 %0, %1;\n" : "=f"(x) : "h"(bits));
   return x;
+}
+
+__device__ __forceinline__ uint16_t FloatToFloat16(float x) {
+  uint16_t bits;
+  asm("cvt.rn.f16.f32 %0, %1;\n" : "=h"(bits) : "f"(x));
+  return bits;
 }
 
 __device__ __forceinline__ float Exp2(float x) {

@@ -26,6 +26,13 @@ static_assert(kSmallColumns * (kMaxDim * int64_t{4}) <= int64_t{1} << 32, "offse
 template <int kTile>
 constexpr int kSmallTileBytes = kWarps * (kTile + 1) * kTile * static_cast<int>(sizeof(float));
 
+struct SmallParams : Params {
+  float* similarities;  // (num_matrices, rows, columns)
+  float* maxima;        // of these, by row: (num_matrices, rows)
+  double* row_kl;       // (num_matrices - 1, rows)
+  int* invalid;         // (num_matrices, column tiles)
+};
+
 // The last phase's shared memory. The sums of the KL, of the last block, and the gradient's come one after the other.
 struct SmallShared {
   double factor;
@@ -47,7 +54,7 @@ constexpr int kSmallSharedBytes = kSmallTileBytes<kTile> > static_cast<int>(size
 // The warps share the depth out, so none reads what another does, and the slices go straight into registers.
 // `kAligned`: the matrix allows 16-byte loads; asked at every load, it would keep them from being in flight together.
 template <Scalar kScalar, bool kCompensated, int kTile, bool kAligned>
-__device__ __forceinline__ void StoreSimilarities(const Params& p, int m, Tile tile, float* shared) {
+__device__ __forceinline__ void StoreSimilarities(const SmallParams& p, int m, Tile tile, float* shared) {
   constexpr bool kSplit = kCompensated && kScalar == Scalar::kFloat32;
   constexpr int kRowUnits = kTile / 16;
   constexpr int kColumnUnits = kTile / 8;
@@ -67,7 +74,7 @@ __device__ __forceinline__ void StoreSimilarities(const Params& p, int m, Tile t
       return row < end && offset < x.row_bytes ? *reinterpret_cast<const uint4*>(from + offset)
                                                : make_uint4(0, 0, 0, 0);
     } else {
-      return LoadChunk(x, from, offset, row < end);
+      return LoadChunk(x.access, from + offset, row < end ? x.row_bytes - offset : 0);
     }
   };
 
@@ -97,12 +104,14 @@ __device__ __forceinline__ void StoreSimilarities(const Params& p, int m, Tile t
       }
 #pragma unroll
       for (int c = 0; c < kColumnUnits; c += 2) {
-        const Operand<kSplit, 4> pair[2] = {MakeOperand<kScalar, kSplit>(b[n][c]),
-                                            MakeOperand<kScalar, kSplit>(b[n][c + 1])};
+        FragmentB<kSplit> columns[2][2];
+        MakeFragments<kScalar>(b[n][c], 0, columns);
+        MakeFragments<kScalar>(b[n][c + 1], 1, columns);
 #pragma unroll
         for (int r = 0; r < kRowUnits; ++r) {
-          MultiplySlice<kScalar>(MakeOperand<kScalar, kSplit>(a[n][r][0]), MakeOperand<kScalar, kSplit>(a[n][r][1]),
-                                 pair, acc[r][c / 2]);
+          FragmentA<kSplit> rows[2];
+          MakeFragments<kScalar>(a[n][r][0], a[n][r][1], rows);
+          MultiplySteps<kScalar>(rows, columns, acc[r][c / 2]);
         }
       }
     }
@@ -145,23 +154,37 @@ __device__ __forceinline__ void StoreSimilarities(const Params& p, int m, Tile t
     float norm = 0;
     for (int w = 0; w < kWarps; ++w) norm += shared_norms[w * kTile + lane % kTile];
     const bool inside = lane < kTile && first_column + lane < p.columns;
-    const unsigned bad = __ballot_sync(kAllLanes, inside && !ValidNorm(norm, *p.temperature));
+    const unsigned bad = __ballot_sync(kAllLanes, inside && !ValidNorm(norm));
     if (lane == 0) p.invalid[m * CeilDiv(p.columns, kTile) + tile.column] = bad != 0;
   }
 }
 
-__device__ __forceinline__ void StoreRowKl(const Params& p, int row, int m) {
+__device__ __forceinline__ float WarpMax(float x) {
+#pragma unroll
+  for (int delta = 16; delta > 0; delta /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, delta));
+  return x;
+}
+
+__device__ __forceinline__ void StoreRowKl(const SmallParams& p, int row, int m) {
   const int lane = threadIdx.x % 32;
   const float temperature = *p.temperature;
   const float exp_scale = kLog2E / temperature;
   const float* student = p.similarities + row * p.columns;
   const float* teacher = student + static_cast<int64_t>(m) * p.rows * p.columns;
+  float student_max = 0;  // the largest of a row is its own product at least
+  float teacher_max = 0;
+  for (int j = lane; j < p.columns; j += 32) {
+    student_max = fmaxf(student_max, student[j]);
+    teacher_max = fmaxf(teacher_max, teacher[j]);
+  }
+  student_max = WarpMax(student_max);
+  teacher_max = WarpMax(teacher_max);
   float student_sum = 0;
   float teacher_sum = 0;
   float cross_sum = 0;
   for (int j = lane; j < p.columns; j += 32) {
-    const float e = ShiftedExp(teacher[j], exp_scale);
-    student_sum += ShiftedExp(student[j], exp_scale);
+    const float e = ShiftedExp(teacher[j], teacher_max, exp_scale);
+    student_sum += ShiftedExp(student[j], student_max, exp_scale);
     teacher_sum += e;
     cross_sum += e * (teacher[j] - student[j]);
   }
@@ -169,15 +192,17 @@ __device__ __forceinline__ void StoreRowKl(const Params& p, int row, int m) {
   teacher_sum = WarpSum(teacher_sum);
   cross_sum = WarpSum(cross_sum);
   if (lane != 0) return;
-  if (!(student_sum > 0 && teacher_sum > 0)) p.invalid[0] = 1;  // T beyond the products' resolution
+  p.maxima[m * p.rows + row] = teacher_max;
   p.inverse_sums[m * p.rows + row] = 1.0f / teacher_sum;
-  if (m == 1) p.inverse_sums[row] = 1.0f / student_sum;
-  p.row_kl[(m - 1) * p.rows + row] =
-      static_cast<double>(cross_sum) / temperature / teacher_sum - log(static_cast<double>(teacher_sum) / student_sum);
+  if (m == 1) {
+    p.maxima[row] = student_max;
+    p.inverse_sums[row] = 1.0f / student_sum;
+  }
+  p.row_kl[(m - 1) * p.rows + row] = RowKl(cross_sum, teacher_sum, student_sum, teacher_max, student_max, temperature);
 }
 
 template <Scalar kScalar>
-__device__ __forceinline__ void WriteGradient(const Params& p, int row, int first_d, bool invalid,
+__device__ __forceinline__ void WriteGradient(const SmallParams& p, int row, int first_d, bool invalid,
                                               SmallShared* shared) {
   const DeviceMatrix& z = p.matrices[0];
   const int lane = threadIdx.x % 32;
@@ -193,15 +218,17 @@ __device__ __forceinline__ void WriteGradient(const Params& p, int row, int firs
     float sum = 0;
     for (int m = 0; m < p.num_matrices; ++m) {
       const float* similarities = p.similarities + static_cast<int64_t>(m) * p.rows * p.columns;
+      const float* maxima = p.maxima + m * p.rows;
       const float* inverse_sums = p.inverse_sums + m * p.rows;
       float term = 0;
       if (row_is_local) {
-        term += ShiftedExp(similarities[local_row * p.columns + j], exp_scale) * inverse_sums[local_row];
+        const float s = similarities[local_row * p.columns + j];
+        term += ShiftedExp(s, maxima[local_row], exp_scale) * inverse_sums[local_row];
       }
       if (j_is_local) {
         // In the square form that is the same number, read along the row instead of down the column.
         const int n = p.square ? row * p.columns + j : local_j * p.columns + row;
-        term += ShiftedExp(similarities[n], exp_scale) * inverse_sums[local_j];
+        term += ShiftedExp(similarities[n], maxima[local_j], exp_scale) * inverse_sums[local_j];
       }
       sum += shared->coefficients[m] * term;
     }
@@ -231,7 +258,7 @@ __device__ __forceinline__ void WriteGradient(const Params& p, int row, int firs
 }
 
 template <Scalar kScalar, bool kCompensated, int kTile>
-__global__ void __launch_bounds__(kThreads, kTile == 16 ? 2 : 1) SmallKernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, kTile == 16 ? 2 : 1) SmallKernel(const __grid_constant__ SmallParams p) {
   const int row_tiles = CeilDiv(p.rows, kTile);
   const int column_tiles = CeilDiv(p.columns, kTile);
   const int tiles = static_cast<int>(NumTiles(p.square, row_tiles, column_tiles));

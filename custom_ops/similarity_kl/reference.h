@@ -1,5 +1,6 @@
 // The definition in similarity_kl.h, computed step by step as a framework's graph would, with every number of type T:
-// the truth with T = double, and with T = float what the kernel's error is measured against.
+// the truth with T = double, and with T = float what the kernel's error is measured against. `tf32`: the factors of
+// every matrix product are rounded to TF32 first, as a framework does where it is allowed to.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_REFERENCE_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_REFERENCE_H_
@@ -8,6 +9,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace s2sd {
@@ -47,25 +49,43 @@ struct Limits {
   double gradient;
 };
 
-inline Limits ErrorLimits(const HostProblem& problem, const HostResults& truth, const HostResults& composed,
-                          bool allow_tf32) {
+inline Limits ErrorLimits(const HostProblem& problem, const HostResults& truth, const HostResults& composed) {
   const double t = problem.temperature;
   const double teachers = static_cast<double>(problem.weights.size());
-  const double epsilon = allow_tf32 ? 5e-4 : 1.2e-7;  // of a similarity
+  double longest = 1;  // squared norm
+  for (const std::vector<float>& matrix : problem.matrices) {
+    const int64_t dim = static_cast<int64_t>(matrix.size()) / problem.columns;
+    for (int64_t i = 0; i < problem.columns; ++i) {
+      double norm = 0;
+      for (int64_t d = 0; d < dim; ++d) norm += double{matrix[i * dim + d]} * matrix[i * dim + d];
+      longest = std::max(longest, norm);
+    }
+  }
+  const double epsilon = 1.2e-7 * longest;  // of a similarity
   double weight = 0;
   for (float w : problem.weights) weight += std::fabs(w);
   // An error of epsilon in a similarity is one of T epsilon in the KL, and one of epsilon / T, relative, in P.
   const double kl_floor = epsilon * t * std::max(1.0, t);
   // The gradient is a difference of sums P z, which this bounds; it has a term a teacher.
   const double size = std::max(MaxAbs(truth.gradient), t / static_cast<double>(problem.rows) * weight);
-  const double gradient_floor = epsilon * size * std::max(1.0, std::sqrt(teachers) / 2) * (allow_tf32 ? 1 / t + 2 : 1);
+  const double gradient_floor = epsilon * size * std::max(1.0, std::sqrt(teachers) / 2);
   return {2 * MaxError(truth.per_teacher, composed.per_teacher) + kl_floor,
           2 * std::fabs(truth.total - composed.total) + kl_floor * weight,
           2 * MaxError(truth.gradient, composed.gradient) + gradient_floor};
 }
 
+// Nearest, halves away from zero.
+inline float RoundToTf32(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = (bits + 0x1000u) & 0xffffe000u;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
 template <typename T>
-HostResults Composed(const HostProblem& problem) {
+HostResults Composed(const HostProblem& problem, bool tf32 = false) {
+  const auto factor = [tf32](T x) { return tf32 ? static_cast<T>(RoundToTf32(static_cast<float>(x))) : x; };
   const int64_t columns = problem.columns;
   const int64_t rows = problem.rows;
   const size_t count = problem.matrices.size();
@@ -81,7 +101,7 @@ HostResults Composed(const HostProblem& problem) {
       for (int64_t j = 0; j < columns; ++j) {
         T s = 0;
         for (int64_t d = 0; d < dim; ++d) {
-          s += static_cast<T>(x[(problem.row_offset + i) * dim + d]) * static_cast<T>(x[j * dim + d]);
+          s += factor(x[(problem.row_offset + i) * dim + d]) * factor(x[j * dim + d]);
         }
         logits[j] = s / t;
       }
@@ -114,11 +134,11 @@ HostResults Composed(const HostProblem& problem) {
   std::vector<T> gradient(columns * dim, 0);
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
-      const T g_ij = g[i * columns + j];
+      const T g_ij = factor(g[i * columns + j]);
       const int64_t row = problem.row_offset + i;
       for (int64_t d = 0; d < dim; ++d) {
-        gradient[row * dim + d] += g_ij * static_cast<T>(z[j * dim + d]);
-        gradient[j * dim + d] += g_ij * static_cast<T>(z[row * dim + d]);
+        gradient[row * dim + d] += g_ij * factor(z[j * dim + d]);
+        gradient[j * dim + d] += g_ij * factor(z[row * dim + d]);
       }
     }
   }

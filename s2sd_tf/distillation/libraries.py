@@ -27,10 +27,13 @@ CACHE_VARIABLE = "S2SD_TF_CACHE_DIR"
 # Files among the sources that no library is built from: they are neither installed nor part of a library's name.
 NOT_BUILT = (
     "BUILD",
+    "c_interface.cc",
     "cpu_kernel_test.cc",
     "cuda_host_harness.h",
     "cuda_kernel_test.cc",
-    "cuda_program.cu",
+    "gpu_check.cu",
+    "gpu_check.py",
+    "gpu_check_torch.py",
     "reference.h",
 )
 

@@ -1,0 +1,305 @@
+"""Checks and times the CUDA kernels on the GPU of this machine, in at most 8 minutes on an H100.
+
+    python custom_ops/similarity_kl/gpu_check.py OUT             # 2 minutes with --quick
+    python custom_ops/similarity_kl/gpu_check.py OUT --without_gpu
+
+Needs nvcc, g++ and a GPU; PyTorch for the times, JAX for XLA's handler; not TensorFlow. Every step has a time limit of
+its own. Its result is in OUT/gpu_check.json and, as a table, in OUT/gpu_check.md as soon as it is there, what it printed
+in OUT/gpu_check.log. Exits with 1 where a step failed.
+
+--without_gpu does what a machine without a GPU can: it builds all of it with nvcc, runs the checks in the emulator and
+XLA's handler on the CPU, and lists the commands of the other steps.
+"""
+
+import argparse
+import concurrent.futures
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+SOURCES = pathlib.Path(__file__).resolve().parent
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
+
+
+def load_libraries():
+    """The module that knows how the package builds the kernels; it imports nothing of the package."""
+    path = SOURCES.parents[1] / "s2sd_tf" / "distillation" / "libraries.py"
+    spec = importlib.util.spec_from_file_location("libraries", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+libraries = load_libraries()
+
+
+class Check:
+    """The steps, their results, and the files that show them."""
+
+    def __init__(self, out, describe):
+        self.out = out
+        self.results = {"machine": describe, "steps": []}
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "gpu_check.log").write_text("")
+        self.write()
+
+    def run(self, name, command, seconds, lines=None):
+        """Runs a step; `lines`: the file of JSON lines that it writes, None for what it prints."""
+        command = [str(part) for part in command]
+        print(f"== {name}: {' '.join(command)}", flush=True)
+        start = time.monotonic()
+        # A file, as the output of what is killed at its limit is wanted too.
+        with tempfile.TemporaryFile("w+") as output:
+            try:
+                status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=seconds).returncode
+            except subprocess.TimeoutExpired:
+                status = "time limit"
+            except OSError as error:
+                status = str(error)
+            output.seek(0)
+            text = output.read()
+        written = lines.read_text() if lines and lines.exists() else "" if lines else text
+        self.add(name, command, status, time.monotonic() - start, parse(written), text)
+        return status == 0
+
+    def add(self, name, command, status, seconds, lines, text=""):
+        step = {"step": name, "command": " ".join(command), "status": status, "seconds": round(seconds, 1)}
+        step["summary"] = [line[:200] for line in text.splitlines() if line.strip() and not line.startswith("{")][-3:]
+        step["lines"] = lines
+        self.results["steps"].append(step)
+        with open(self.out / "gpu_check.log", "a") as log:
+            log.write(f"== {name}: {step['command']}\n{text}\n")
+        print(f"   {'passed' if status == 0 else status}, {seconds:.0f} s", *step["summary"], sep="\n   ", flush=True)
+        self.write()
+
+    def not_run(self, name, command, why):
+        self.add(name, [str(part) for part in command], why, 0, [])
+
+    def write(self):
+        for name, text in (
+            ("gpu_check.json", json.dumps(self.results, indent=1)),
+            ("gpu_check.md", table(self.results)),
+        ):
+            temporary = self.out / f".{name}"
+            temporary.write_text(text)
+            temporary.replace(self.out / name)
+
+    def failed(self):
+        return [step["step"] for step in self.results["steps"] if step["status"] not in (0, "no GPU", "not installed")]
+
+
+def parse(text):
+    found = []
+    for line in text.splitlines():
+        if line.startswith("{"):
+            try:
+                found.append(json.loads(line))
+            except ValueError:  # the last line of what was killed
+                continue
+    return found
+
+
+def describe(gpu):
+    def first_line(*command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().splitlines()[-1]
+        except (OSError, IndexError):
+            return "none"
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "gpu": gpu["name"] if gpu else "none",
+        "driver": gpu["driver_version"] if gpu else "none",
+        "compute capability": gpu["compute_cap"] if gpu else "none",
+        "nvcc": first_line(libraries.cuda_compiler() or "nvcc", "--version"),
+        "g++": first_line(libraries.compiler(), "-dumpfullversion"),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "jax": version("jax"),
+    }
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def find_gpu():
+    """The first GPU's name, driver and compute capability, or None."""
+    fields = ("name", "driver_version", "compute_cap")
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:
+        return None
+    rows = [line.split(", ") for line in done.stdout.splitlines()]
+    return dict(zip(fields, rows[0])) if done.returncode == 0 and rows and len(rows[0]) == len(fields) else None
+
+
+def build(check, folder, architecture, emulate):
+    """The program of the checks and the library for PyTorch and JAX; all files at the same time."""
+    nvcc, cxx = libraries.cuda_compiler(), libraries.compiler()
+    toolkit = libraries.cuda_toolkit(nvcc)
+    targets = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    on_gpu = [nvcc, *FLAGS, targets, "-Xcompiler", "-fPIC", "-ccbin", cxx, "-c"]
+    on_cpu = [cxx, *FLAGS, "-fPIC", "-ffp-contract=fast", "-c"]
+    objects = {"cuda_kernel.cu": on_gpu, "gpu_check.cu": on_gpu, "c_interface.cc": on_cpu}
+    objects |= {name: [*on_cpu, *flags] for name, flags in libraries.cpu_kernel_sources(platform.machine()).items()}
+    if version("jax"):
+        import jax.ffi
+
+        includes = [f"-I{jax.ffi.include_dir()}", f"-I{toolkit / 'include'}"]
+        objects["jax_handler.cc"] = [*on_cpu, "-w", "-DS2SD_TF_CUDA=1", *includes]
+    commands = [[*command, SOURCES / name, "-o", folder / f"{name}.o"] for name, command in objects.items()]
+    if emulate:
+        source = SOURCES / "gpu_check.cu"
+        commands.append([cxx, "-x", "c++", "-std=c++17", "-O2", "-w", source, "-o", folder / "gpu_check_emulated"])
+    in_library = [folder / f"{name}.o" for name in objects if name != "gpu_check.cu"]
+    links = [
+        [nvcc, targets, folder / "gpu_check.cu.o", folder / "cuda_kernel.cu.o", "-o", folder / "gpu_check"],
+        [nvcc, targets, "-shared", *in_library, "-o", folder / "libsimilarity_kl.so"],
+    ]
+    for these in (commands, links):
+        start = time.monotonic()
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            done = list(pool.map(run_quietly, these))
+        text = "".join(f"$ {' '.join(map(str, c))}\n{d.stdout}{d.stderr}" for c, d in zip(these, done))
+        status = max(d.returncode for d in done)
+        check.add(
+            "build" if these is commands else "link", map(str, these[0]), status, time.monotonic() - start, [], text
+        )
+        if status != 0:
+            print(text)
+            sys.exit(1)
+
+
+def run_quietly(command):
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--quick", action="store_true", help="2 minutes: no large problems, no compiled PyTorch")
+    parser.add_argument("--without_gpu", action="store_true", help="only what needs no GPU")
+    options = parser.parse_args()
+    if libraries.cuda_compiler() is None:
+        sys.exit("gpu_check: there is no nvcc; install the CUDA toolkit, or set CUDA_HOME")
+    gpu = None if options.without_gpu else find_gpu()
+    if not gpu and not options.without_gpu:
+        sys.exit("gpu_check: nvidia-smi finds no GPU; --without_gpu does what needs none")
+    check = Check(options.out, describe(gpu))
+    with tempfile.TemporaryDirectory() as folder:
+        run_steps(check, pathlib.Path(folder), gpu, options.quick)
+    failed = check.failed()
+    print(f"failed: {', '.join(failed)}" if failed else "all passed", "->", options.out / "gpu_check.md")
+    sys.exit(bool(failed))
+
+
+def run_steps(check, folder, gpu, quick):
+    build(check, folder, gpu["compute_cap"].replace(".", "") if gpu else 90, emulate=not gpu)
+    program, library, lines = folder / "gpu_check", folder / "libsimilarity_kl.so", folder / "lines"
+    quickly = ["--quick"] if quick else []
+    # (name, command, time limit, file of its lines, what it needs)
+    steps = [("correctness", [program, f"--lines={lines}", *quickly], 100, lines, "gpu")]
+    for tool in SANITIZERS[: 1 if quick else None]:
+        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", program, "--sanitize"]
+        steps.append((tool, sanitizer, 60, None, "gpu"))
+    torch_script = [sys.executable, SOURCES / "gpu_check_torch.py", library]
+    seconds = 40 if quick else 160
+    steps.append(("PyTorch", [*torch_script, *quickly, f"--seconds={seconds}"], seconds + 40, None, "gpu torch"))
+    jax_script = [sys.executable, SOURCES / "jax_check.py", library]
+    steps.append(("XLA handler", [*jax_script, "CUDA"], 60, None, "gpu jax"))
+    if not gpu:
+        emulated = [folder / "gpu_check_emulated", "--sanitize", f"--lines={lines}"]
+        steps.insert(0, ("correctness in the emulator", emulated, 300, lines, ""))
+        steps.append(("XLA handler on the CPU", [*jax_script, "cpu"], 120, None, "jax"))
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch's and JAX's memory is not all that is wanted
+    for name, command, limit, file, needs in steps:
+        if "gpu" in needs and not gpu:
+            check.not_run(name, command, "no GPU")
+        elif any(package in needs and not version(package) for package in ("torch", "jax")):
+            check.not_run(name, command, "not installed")
+        elif command[0] == "compute-sanitizer" and not shutil.which("compute-sanitizer"):
+            check.not_run(name, command, "not installed")
+        else:
+            check.run(name, command, limit, file)
+
+
+def table(results):
+    lines = ["# The CUDA kernels on a GPU", ""]
+    lines += [f"- {key}: {value}" for key, value in results["machine"].items()]
+    lines += ["", "| step | result | seconds | what it printed last |", "|---|---|---|---|"]
+    for step in results["steps"]:
+        last = step["summary"][-1] if step["summary"] else ""
+        result = "passed" if step["status"] == 0 else f"**{step['status']}**"
+        lines.append(f"| {step['step']} | {result} | {step['seconds']:.0f} | {last.replace('|', '/')} |")
+    found = [line for step in results["steps"] for line in step["lines"]]
+    failures = [line for line in found if line.get("ok") is False]
+    if failures:
+        lines += ["", "Failed:", "", *(f"- `{json.dumps(line)}`" for line in failures)]
+    lines += times_table([line for line in found if "ms" in line])
+    lines += ["", "Commands:", "", *(f"- {step['step']}: `{step['command']}`" for step in results["steps"])]
+    # Folders of this run say nothing to others.
+    return (
+        re.sub(r"(/[\w.\-]+)+/", lambda path: "" if path.group().startswith("/tmp") else path.group(), "\n".join(lines))
+        + "\n"
+    )
+
+
+def times_table(rows):
+    if not rows:
+        return []
+    names = ["fused", "fused_graph", "eager", "compiled", "compiled_graph"]
+    lines = ["", "Loss and gradient, student 128, teachers 512, 1024, 1536, 2048, 2048; milliseconds, median.", ""]
+    lines += [
+        f"| batch | precision | {' | '.join(name.replace('_', ', ') for name in names)} | fused MiB | eager MiB |"
+    ]
+    lines += ["|---" * (len(names) + 4) + "|"]
+    for row in rows:
+        cells = [f"{row['ms'][name]:.4g}" if name in row["ms"] else "" for name in names]
+        cells += [f"{row['mib'][name]:.0f}" if name in row["mib"] else "" for name in ("fused", "eager")]
+        lines.append(f"| {row['times']} | {row['precision']} | {' | '.join(cells)} |")
+    lines += ["", "| goal | measured | |", "|---|---|---|"]
+    for goal, measured, met in goals(rows):
+        lines.append(f"| {goal} | {measured} | {'met' if met else '**not met**'} |")
+    return lines
+
+
+def goals(rows):
+    """`(goal, measured, met)` of what was measured."""
+    for row in rows:
+        where, ms = f"batch {row['times']}, {row['precision']}", row["ms"]
+        if row["times"] == 112 and "eager" in ms:
+            ratio = ms["eager"] / ms["fused"]
+            yield f"{where}: at least 5 times as fast as PyTorch eager", f"{ratio:.2f}", ratio >= 5
+        if row["times"] == 112 and "compiled_graph" in ms:
+            ratio = ms["compiled_graph"] / ms["fused_graph"]
+            yield f"{where}: not slower than compiled PyTorch, both as CUDA graphs", f"{ratio:.2f}", ratio >= 1
+        if row["times"] in (4096, 16384) and "compiled" in ms:
+            ratio = ms["compiled"] / ms["fused"]
+            yield f"{where}: at least as fast as compiled PyTorch", f"{ratio:.2f}", ratio >= 1
+        if row["times"] == 65536:
+            mib = row["mib"]["fused"]
+            yield f"{where}: less than 2,048 MiB beside the inputs", f"{mib:.0f} MiB", mib < 2048
+
+
+if __name__ == "__main__":
+    main()
