@@ -335,6 +335,12 @@ void TestAnyLength() {
     }
     for (float t : {1e-2f, 1e-3f, 1e-5f}) errors.Add({41, 0, 41, 9, {33, 8}, t, Scalar::kFloat32, false, path});
   }
+  // More tiles than blocks look for the maxima.
+  harness::emulator.multiprocessors = 1;
+  Case c = {300, 0, 300, 9, {300}, 1, Scalar::kFloat32, false, CudaPath::kLarge64};
+  c.spread = 1;
+  errors.Add(c);
+  harness::emulator.multiprocessors = 3;
   errors.Report("rows of any length, tiny T");
 }
 
