@@ -15,7 +15,7 @@ namespace cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxDim = 1 << 22;
+constexpr int kMaxDim = kCudaMaxDim;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Row-wise maxima are 1/T for normalised rows, so exp((s - 1) / T) needs no running maximum. With squared norms within

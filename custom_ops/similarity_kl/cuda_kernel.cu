@@ -14,18 +14,7 @@ enum class Path { kSmall, kLarge };
 Path ChoosePath(const Problem& problem) { return problem.columns <= kSmallColumns ? Path::kSmall : Path::kLarge; }
 
 const char* Validate(const Problem& problem) {
-  if (problem.columns < 1 || problem.columns > kCudaMaxColumns) return "similarity_kl: columns out of range";
-  if (problem.rows < 1 || problem.row_offset < 0 || problem.row_offset + problem.rows > problem.columns) {
-    return "similarity_kl: rows out of range";
-  }
-  if (problem.num_teachers < 1 || problem.num_teachers > kCudaMaxTeachers) {
-    return "similarity_kl: number of teachers out of range";
-  }
-  for (int m = 0; m <= problem.num_teachers; ++m) {
-    const Matrix& matrix = m == 0 ? problem.student : problem.teachers[m - 1];
-    if (matrix.dim < 1 || matrix.dim > kMaxDim) return "similarity_kl: dimension out of range";
-  }
-  return nullptr;
+  return ValidateForCuda(problem).empty() ? nullptr : "similarity_kl: ValidateForCuda refuses the problem";
 }
 
 // Hands out consecutive pieces of the workspace, or, from a null base, just counts.

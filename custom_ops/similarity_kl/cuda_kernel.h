@@ -6,11 +6,9 @@
 #include <cstdint>
 
 #include "similarity_kl.h"
+#include "validate.h"
 
 namespace s2sd {
-
-constexpr int kCudaMaxTeachers = 64;
-constexpr int64_t kCudaMaxColumns = int64_t{1} << 17;
 
 struct CudaOptions {
   // float32 inputs: products in TF32 (about 3 digits), or, when false, in TF32 with error compensation, which is as
@@ -23,7 +21,8 @@ struct CudaOptions {
 int64_t SimilarityKlCudaWorkspaceBytes(const Problem& problem, bool gradient);
 
 // Enqueues the computation on `stream` (a cudaStream_t) and returns without waiting. `workspace` is device memory,
-// aligned to 256 bytes, of the size above; it needs no preparation. Returns null, or a message that lives for ever.
+// aligned to 256 bytes, of the size above; it needs no preparation. Returns null, or a message that lives for ever: of
+// CUDA where the problem is one that ValidateForCuda accepts.
 //
 // Deterministic. The rows have to be l2-normalised: where a squared norm is further than 8 T from 1, or anything is not
 // finite, or T is not > 0, all outputs are NaN.

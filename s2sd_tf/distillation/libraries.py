@@ -31,6 +31,8 @@ NOT_BUILT = (
     "cuda_host_harness.h",
     "cuda_kernel_test.cc",
     "cuda_program.cu",
+    "jax_check.py",
+    "jax_handler.cc",
     "reference.h",
 )
 
@@ -47,7 +49,7 @@ _X86_SOURCES = {
 _CUDA_SOURCE = "cuda_kernel.cu"
 _CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 OLDEST_CUDA = _CUDA_ARCHITECTURES[0]  # earlier ones lack asynchronous copies and TF32
-_OP_SOURCES = {OP: "op.cc", XLA: "xla.cc"}
+_OP_SOURCES = {OP: "op.cc", XLA: "xla_lowering.cc"}
 
 
 class BuildError(RuntimeError):
@@ -186,7 +188,7 @@ def _build(library, path, cuda):
 def _run(command):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        telling = re.compile("error|cannot find|undefined reference", re.IGNORECASE)
+        telling = re.compile("error:|fatal|cannot find|undefined reference", re.IGNORECASE)
         lines = [line for line in done.stderr.splitlines() if telling.search(line)] or done.stderr.splitlines()
         source = next((str(part) for part in command if str(part).endswith((".cc", ".cu"))), "linking")
         raise BuildError(f"{os.path.basename(source)}: {lines[0].strip() if lines else f'exit {done.returncode}'}")
