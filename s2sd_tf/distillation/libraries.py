@@ -167,7 +167,9 @@ def _build(library, path, cuda):
             toolkit = _toolkit(nvcc)
             op_flags += ["-DS2SD_TF_CUDA=1", "-DGOOGLE_CUDA=1", f"-I{toolkit / 'include'}"]
             command = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", cxx]
-            commands.append([*command, *_cuda_targets(nvcc, cuda), "-c", folder / _CUDA_SOURCE])
+            targets = _cuda_targets(nvcc, cuda)
+            # Architectures are compiled at the same time, on as many threads as there are processors.
+            commands.append([*command, "--threads", "0", *targets, "-c", folder / _CUDA_SOURCE])
             # TensorFlow's own library has stand-ins for the CUDA runtime's functions: this library uses its own copy.
             runtime = next(iter(toolkit.glob("lib*/libcudart_static.a")), "-lcudart_static")
             link_flags[1:1] = [runtime, "-Wl,--exclude-libs,libcudart_static.a"]
