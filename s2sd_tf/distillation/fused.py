@@ -19,6 +19,7 @@ _LOADING = threading.RLock()
 _USE = {libraries.OP: "", libraries.XLA: " under jit_compile"}
 
 
+@tf.autograph.experimental.do_not_convert
 def unavailable(xla=False):
     """None where the fused op can be used, else why not, in one line; the first time it is logged too.
 
@@ -120,14 +121,16 @@ def _failed_check(library):
     """None, or on which GPU the op differs from the composed version, and in what."""
     with _LOADING:
         if library not in _CHECKED:
-            _CHECKED[library] = None
-            for device in _devices_to_check():
-                complaint = self_check.complaint(_op(), device, jit_compile=library == libraries.XLA)
-                if complaint:
-                    reason = f"the fused similarity-KL op{_USE[library]} fails its check on {device}: {complaint}"
-                    _CHECKED[library] = _give_up(reason)
-                    break
+            _CHECKED[library] = _check(library)
         return _CHECKED[library]
+
+
+def _check(library):
+    for device in _devices_to_check():
+        complaint = self_check.complaint(_op(), device, jit_compile=library == libraries.XLA)
+        if complaint:
+            return _give_up(f"the fused similarity-KL op{_USE[library]} fails its check on {device}: {complaint}")
+    return None
 
 
 def _give_up(reason):
