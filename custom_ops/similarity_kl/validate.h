@@ -7,6 +7,7 @@
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_VALIDATE_H_
 
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>

@@ -34,6 +34,7 @@ NOT_BUILT = (
     "jax_check.py",
     "jax_handler.cc",
     "reference.h",
+    "validate_test.cc",
 )
 
 PREBUILT = pathlib.Path(__file__).parent / "prebuilt"
