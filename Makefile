@@ -31,7 +31,7 @@ $(VENV)/installed: pyproject.toml setup.py
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.13 found; name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip
-	$(RUN)/python -m pip install --quiet -e '.[dev]'
+	$(RUN)/python -m pip install --quiet -e '.[dev,jax]'
 	touch $@
 
 clean:

@@ -37,6 +37,12 @@ def test_cpu_kernel_under_sanitizers(sanitized, seed):
     assert run(sanitized, 40, seed).endswith("all passed\n")
 
 
+def test_validation(tmp_path):
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    run(libraries.compiler(), *flags, SOURCES / "validate_test.cc", "-o", tmp_path / "test")
+    assert run(tmp_path / "test") == "all passed\n"
+
+
 def test_cuda_kernel_in_the_emulator(tmp_path):
     """The real kernels and launches: their indexing, reductions and pipelines; not their speed."""
     program = tmp_path / "test"

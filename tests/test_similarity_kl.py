@@ -261,8 +261,9 @@ def test_graph_and_xla_agree_with_eager(unit_rows, implementation, compute_gradi
         np.testing.assert_allclose(compiled[1], gradient, atol=1e-6)
 
 
-def test_batch_size_may_be_unknown(unit_rows, implementation):
-    @tf.function(input_signature=[tf.TensorSpec((None, 4)), tf.TensorSpec((None, None))])
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_batch_size_may_be_unknown(unit_rows, implementation, jit_compile):
+    @tf.function(input_signature=[tf.TensorSpec((None, 4)), tf.TensorSpec((None, None))], jit_compile=jit_compile)
     def total(student, teacher):
         return similarity_kl(student, [teacher], 0.5, implementation=implementation)[0]
 
@@ -288,35 +289,47 @@ def test_rows_that_a_jitted_function_computes(unit_rows):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "words"),
     [
-        {"temperature": tf.constant(-1.0)},
-        {"temperature": tf.constant(0.0)},
-        {"rows": (2, 5)},
-        {"weights": [1.0]},
-        {"teachers": np.ones((1, 3))},
+        ({"temperature": -1.0}, "temperature: expected a finite number > 0. Received: "),
+        ({"temperature": 0.0}, "temperature: expected a finite number > 0. Received: "),
+        ({"temperature": np.inf}, "temperature: expected a finite number > 0. Received: "),
+        ({"rows": (2, 5)}, "rows: expected offset >= 0, count >= 1 and offset + count <= "),
+        ({"weights": [1.0]}, "weights: expected 2 weights, one a teacher. Received: "),
+        ({"teachers": np.ones((1, 3))}, "teachers[0]: expected the batch size of the student. Received: student"),
+        (
+            {"student": np.ones((0, 4)), "teachers": np.ones((0, 3))},
+            "student: expected at least one row and one column.",
+        ),
     ],
     ids=str,
 )
-def test_what_shows_at_run_time_is_refused_then(unit_rows, implementation, change):
-    arguments = {"temperature": tf.constant(1.0), "rows": (0, 6), "weights": [1.0, 2.0], "teachers": unit_rows(6, 3)}
+def test_what_shows_at_run_time_is_refused_then(unit_rows, implementation, change, words):
+    """By the composed version, the op and XLA's lowering in the same words."""
+    arguments = {
+        "student": unit_rows(6, 4),
+        "temperature": 1.0,
+        "rows": (0, 6),
+        "weights": [1.0, 2.0],
+        "teachers": unit_rows(6, 3),
+    }
     arguments = {name: np.asarray(value, np.float32) for name, value in {**arguments, **change}.items()}
+    shapes = {"student": (None, 4), "temperature": (), "rows": (2,), "weights": (None,), "teachers": (None, None)}
 
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec(()),
-            tf.TensorSpec((2,)),
-            tf.TensorSpec((None,)),
-            tf.TensorSpec((None, None)),
-        ]
-    )
-    def total(temperature, rows, weights, teacher):
-        student = tf.cast(unit_rows(6, 4), tf.float32)
-        rows = tf.cast(rows, tf.int32)
-        return similarity_kl(student, [teacher, teacher], temperature, weights, implementation, rows=rows)[0]
+    def total(student, temperature, rows, weights, teachers):
+        # XLA has to know the rows.
+        rows = arguments["rows"].astype(int).tolist() if jit_compile else tf.cast(rows, tf.int32)
+        return similarity_kl(student, [teachers] * 2, temperature, weights, implementation, rows=rows)[0]
 
-    with pytest.raises(tf.errors.InvalidArgumentError):
-        total(**{"teacher" if name == "teachers" else name: value for name, value in arguments.items()})
+    for jit_compile in (False, True) if implementation == "fused" else (False,):
+        signature = [tf.TensorSpec(shapes[name]) for name in arguments]
+        step = tf.function(total, input_signature=signature, jit_compile=jit_compile)
+        errors = [tf.errors.InvalidArgumentError]
+        if jit_compile and tf.__version__.startswith("2.15."):
+            errors.append(tf.errors.InternalError)  # all that its interface knows while a custom call runs
+        with pytest.raises(tuple(errors)) as refused:
+            step(**arguments)
+        assert f"similarity_kl: {words}" in str(refused.value)
 
 
 def test_many_at_once(unit_rows):
@@ -338,7 +351,13 @@ def test_many_at_once(unit_rows):
         ({"student": np.zeros(3)}, r"student: expected shape \(batch, dim\)"),
         ({"teachers": [np.zeros((4, 3, 2))]}, r"teachers\[0\]"),
         ({"teachers": [np.zeros((5, 3))]}, "batch size"),
+        (
+            {"teachers": [np.zeros((4, 2)), np.zeros((5, 3))]},
+            r"Received: student \(4, 3\), teachers \[\(4, 2\), \(5, 3\)\]",
+        ),
+        ({"student": np.zeros((4, 0))}, "student: expected at least one row and one column"),
         ({"student": np.zeros((4, 3), np.int32)}, "floating"),
+        ({"temperature": tf.ones(2)}, "temperature: expected a scalar"),
         ({"temperature": 0.0}, "temperature"),
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": np.inf}, "temperature"),

@@ -32,6 +32,7 @@
 #endif
 
 #include "cpu_simd.h"
+#include "validate.h"
 
 namespace s2sd {
 namespace {
@@ -628,22 +629,7 @@ class Computation {
   bool general_ = false;  // rows are shifted by their own maxima
 };
 
-std::string Check(const Problem& problem) {
-  if (problem.columns < 1) return "the batch is empty";
-  if (problem.rows < 1 || problem.row_offset < 0 || problem.row_offset + problem.rows > problem.columns) {
-    return "rows: expected offset >= 0, count >= 1 and offset + count <= " + std::to_string(problem.columns) +
-           ". Received: offset " + std::to_string(problem.row_offset) + ", count " + std::to_string(problem.rows);
-  }
-  if (problem.num_teachers < 1) return "teachers: expected at least one teacher";
-  if (problem.student.dim < 1) return "student: expected at least one column";
-  for (int k = 0; k < problem.num_teachers; ++k) {
-    if (problem.teachers[k].dim < 1) return "teachers[" + std::to_string(k) + "]: expected at least one column";
-  }
-  if (!(*problem.temperature > 0) || std::isinf(*problem.temperature)) {
-    return "temperature: expected a finite number > 0. Received: " + std::to_string(*problem.temperature);
-  }
-  return "";
-}
+std::string Check(const Problem& problem) { return ValidateForCpu(problem); }
 
 }  // namespace
 

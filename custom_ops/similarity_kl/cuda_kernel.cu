@@ -9,21 +9,6 @@
 namespace s2sd {
 namespace cuda {
 
-const char* Validate(const Problem& problem) {
-  if (problem.columns < 1 || problem.columns > kCudaMaxColumns) return "similarity_kl: columns out of range";
-  if (problem.rows < 1 || problem.row_offset < 0 || problem.row_offset + problem.rows > problem.columns) {
-    return "similarity_kl: rows out of range";
-  }
-  if (problem.num_teachers < 1 || problem.num_teachers > kCudaMaxTeachers) {
-    return "similarity_kl: number of teachers out of range";
-  }
-  for (int m = 0; m <= problem.num_teachers; ++m) {
-    const Matrix& matrix = m == 0 ? problem.student : problem.teachers[m - 1];
-    if (matrix.dim < 1 || matrix.dim > kMaxDim) return "similarity_kl: dimension out of range";
-  }
-  return nullptr;
-}
-
 // Tiles of 128 x 128 do more with what they load, once there are enough of them for every multiprocessor of the large
 // GPUs of our day; below that, smaller ones share the work out better, and so do groups of teachers.
 constexpr int64_t kEnoughTiles = 132;
@@ -286,8 +271,7 @@ CudaPlan PlanCuda(const Problem& problem, const CudaOptions& options, bool gradi
 
 const char* SimilarityKlCuda(const Problem& problem, const CudaOptions& options, const Outputs& outputs,
                              void* workspace, void* stream) {
-  const char* message = cuda::Validate(problem);
-  if (message != nullptr) return message;
+  if (!ValidateForCuda(problem).empty()) return "similarity_kl: a problem that ValidateForCuda refuses";
   const CudaPlan plan = PlanCuda(problem, options, outputs.gradient != nullptr);
   cuda::Launcher launcher(static_cast<cudaStream_t>(stream));
   const auto run = [&] {

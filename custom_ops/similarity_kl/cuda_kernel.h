@@ -6,11 +6,9 @@
 #include <cstdint>
 
 #include "similarity_kl.h"
+#include "validate.h"
 
 namespace s2sd {
-
-constexpr int kCudaMaxTeachers = 64;
-constexpr int64_t kCudaMaxColumns = int64_t{1} << 17;
 
 enum class CudaPath {
   kAuto,      // chosen by PlanCuda; the others are for tests
@@ -42,13 +40,9 @@ struct CudaPlan {
 
 CudaPlan PlanCuda(const Problem& problem, const CudaOptions& options, bool gradient);
 
-inline int64_t SimilarityKlCudaWorkspaceBytes(const Problem& problem, bool gradient) {
-  return PlanCuda(problem, {}, gradient).workspace_bytes;
-}
-
 // Enqueues the computation on `stream` (a cudaStream_t) and returns without waiting. `workspace` is device memory,
-// aligned to 256 bytes, of the size that PlanCuda gives; it needs no preparation. Returns null, or CUDA's message,
-// which lives for ever.
+// aligned to 256 bytes, of the size that PlanCuda gives; it needs no preparation. Returns null, or a message that lives
+// for ever: of CUDA where the problem is one that ValidateForCuda accepts.
 //
 // Deterministic. Rows of any length are handled: those of about unit length, at which the paper's similarities are
 // defined, at full speed; others, and temperatures below 0.004, after a pass that looks for every row's maximum. Where

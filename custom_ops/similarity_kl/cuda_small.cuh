@@ -21,7 +21,7 @@ constexpr int kSmallColumns = 256;
 constexpr int kSmallGradientChunk = 128;
 constexpr int kSliceBytes = 64;  // of each row
 static_assert(kSmallColumns <= kThreads, "the gradient has a thread a column");
-static_assert(kSmallColumns * (kMaxDim * int64_t{4}) <= int64_t{1} << 32, "offsets in a matrix have 32 bits");
+static_assert(kSmallColumns * (kCudaMaxDim * int64_t{4}) <= int64_t{1} << 32, "offsets in a matrix have 32 bits");
 
 template <int kTile>
 constexpr int kSmallTileBytes = kWarps * (kTile + 1) * kTile * static_cast<int>(sizeof(float));

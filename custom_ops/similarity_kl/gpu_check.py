@@ -4,10 +4,10 @@
     python custom_ops/similarity_kl/gpu_check.py OUT --without_gpu
 
 Needs nvcc, g++ and a GPU; PyTorch for the times, JAX for XLA's handler; not TensorFlow. Every step has a time limit of
-its own. Its result is in OUT/gpu_check.json and, as a table, in OUT/gpu_check.md as soon as it is there, what it printed
-in OUT/gpu_check.log. Exits with 1 where a step failed.
+its own. Its result is in OUT/gpu_check.json and, as a table, in OUT/gpu_check.md as soon as it is there; what it
+printed is in OUT/gpu_check.log. Exits with 1 where a step failed.
 
---without_gpu does what a machine without a GPU can: it builds all of it with nvcc, runs the checks in the emulator and
+--without_gpu does what a machine without a GPU can: it builds everything with nvcc, runs the checks in the emulator and
 XLA's handler on the CPU, and lists the commands of the other steps.
 """
 
@@ -20,7 +20,6 @@ import json
 import os
 import pathlib
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -47,9 +46,11 @@ libraries = load_libraries()
 class Check:
     """The steps, their results, and the files that show them."""
 
-    def __init__(self, out, describe):
+    def __init__(self, out, folder, machine):
         self.out = out
-        self.results = {"machine": describe, "steps": []}
+        # Folders of this machine say nothing to others.
+        self.names = {f"{folder}/": "", f"{SOURCES}/": "", sys.executable: "python"}
+        self.results = {"machine": machine, "steps": []}
         out.mkdir(parents=True, exist_ok=True)
         (out / "gpu_check.log").write_text("")
         self.write()
@@ -74,17 +75,20 @@ class Check:
         return status == 0
 
     def add(self, name, command, status, seconds, lines, text=""):
-        step = {"step": name, "command": " ".join(command), "status": status, "seconds": round(seconds, 1)}
-        step["summary"] = [line[:200] for line in text.splitlines() if line.strip() and not line.startswith("{")][-3:]
+        command = " ".join(map(str, command))
+        for long, short in self.names.items():
+            command, text = command.replace(long, short), text.replace(long, short)
+        step = {"step": name, "command": command, "status": status, "seconds": round(seconds, 1)}
+        step["summary"] = next((line[:200] for line in reversed(text.splitlines()) if line[:1] not in ("", "{")), "")
         step["lines"] = lines
         self.results["steps"].append(step)
         with open(self.out / "gpu_check.log", "a") as log:
             log.write(f"== {name}: {step['command']}\n{text}\n")
-        print(f"   {'passed' if status == 0 else status}, {seconds:.0f} s", *step["summary"], sep="\n   ", flush=True)
+        print(f"   {'passed' if status == 0 else status}, {seconds:.0f} s. {step['summary']}", flush=True)
         self.write()
 
     def not_run(self, name, command, why):
-        self.add(name, [str(part) for part in command], why, 0, [])
+        self.add(name, command, why, 0, [])
 
     def write(self):
         for name, text in (
@@ -181,10 +185,9 @@ def build(check, folder, architecture, emulate):
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             done = list(pool.map(run_quietly, these))
         text = "".join(f"$ {' '.join(map(str, c))}\n{d.stdout}{d.stderr}" for c, d in zip(these, done))
+        text += f"{len(these)} files\n"
         status = max(d.returncode for d in done)
-        check.add(
-            "build" if these is commands else "link", map(str, these[0]), status, time.monotonic() - start, [], text
-        )
+        check.add("build" if these is commands else "link", these[0], status, time.monotonic() - start, [], text)
         if status != 0:
             print(text)
             sys.exit(1)
@@ -205,8 +208,8 @@ def main():
     gpu = None if options.without_gpu else find_gpu()
     if not gpu and not options.without_gpu:
         sys.exit("gpu_check: nvidia-smi finds no GPU; --without_gpu does what needs none")
-    check = Check(options.out, describe(gpu))
     with tempfile.TemporaryDirectory() as folder:
+        check = Check(options.out, folder, describe(gpu))
         run_steps(check, pathlib.Path(folder), gpu, options.quick)
     failed = check.failed()
     print(f"failed: {', '.join(failed)}" if failed else "all passed", "->", options.out / "gpu_check.md")
@@ -218,26 +221,27 @@ def run_steps(check, folder, gpu, quick):
     program, library, lines = folder / "gpu_check", folder / "libsimilarity_kl.so", folder / "lines"
     quickly = ["--quick"] if quick else []
     # (name, command, time limit, file of its lines, what it needs)
-    steps = [("correctness", [program, f"--lines={lines}", *quickly], 100, lines, "gpu")]
+    steps = [("correctness", [program, f"--lines={lines}", *quickly], 80, lines, "gpu")]
     for tool in SANITIZERS[: 1 if quick else None]:
         sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", program, "--sanitize"]
-        steps.append((tool, sanitizer, 60, None, "gpu"))
+        steps.append((tool, sanitizer, 40, None, "gpu"))
     torch_script = [sys.executable, SOURCES / "gpu_check_torch.py", library]
-    seconds = 40 if quick else 160
+    seconds = 30 if quick else 110
     steps.append(("PyTorch", [*torch_script, *quickly, f"--seconds={seconds}"], seconds + 40, None, "gpu torch"))
     jax_script = [sys.executable, SOURCES / "jax_check.py", library]
-    steps.append(("XLA handler", [*jax_script, "CUDA"], 60, None, "gpu jax"))
+    steps.append(("XLA handler", [*jax_script, "CUDA"], 40, None, "gpu jax"))
     if not gpu:
         emulated = [folder / "gpu_check_emulated", "--sanitize", f"--lines={lines}"]
         steps.insert(0, ("correctness in the emulator", emulated, 300, lines, ""))
         steps.append(("XLA handler on the CPU", [*jax_script, "cpu"], 120, None, "jax"))
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch's and JAX's memory is not all that is wanted
     for name, command, limit, file, needs in steps:
+        missing = [package for package in ("torch", "jax") if package in needs and not version(package)]
+        if command[0] == "compute-sanitizer" and not shutil.which(command[0]):
+            missing.append(command[0])
         if "gpu" in needs and not gpu:
             check.not_run(name, command, "no GPU")
-        elif any(package in needs and not version(package) for package in ("torch", "jax")):
-            check.not_run(name, command, "not installed")
-        elif command[0] == "compute-sanitizer" and not shutil.which("compute-sanitizer"):
+        elif missing:
             check.not_run(name, command, "not installed")
         else:
             check.run(name, command, limit, file)
@@ -248,20 +252,15 @@ def table(results):
     lines += [f"- {key}: {value}" for key, value in results["machine"].items()]
     lines += ["", "| step | result | seconds | what it printed last |", "|---|---|---|---|"]
     for step in results["steps"]:
-        last = step["summary"][-1] if step["summary"] else ""
         result = "passed" if step["status"] == 0 else f"**{step['status']}**"
-        lines.append(f"| {step['step']} | {result} | {step['seconds']:.0f} | {last.replace('|', '/')} |")
+        lines.append(f"| {step['step']} | {result} | {step['seconds']:.0f} | {step['summary'].replace('|', '/')} |")
     found = [line for step in results["steps"] for line in step["lines"]]
     failures = [line for line in found if line.get("ok") is False]
     if failures:
         lines += ["", "Failed:", "", *(f"- `{json.dumps(line)}`" for line in failures)]
     lines += times_table([line for line in found if "ms" in line])
     lines += ["", "Commands:", "", *(f"- {step['step']}: `{step['command']}`" for step in results["steps"])]
-    # Folders of this run say nothing to others.
-    return (
-        re.sub(r"(/[\w.\-]+)+/", lambda path: "" if path.group().startswith("/tmp") else path.group(), "\n".join(lines))
-        + "\n"
-    )
+    return "\n".join(lines) + "\n"
 
 
 def times_table(rows):

@@ -16,6 +16,7 @@
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/lib/core/threadpool.h"
+#include "validate.h"
 
 #if S2SD_TF_CUDA
 #include "cuda_kernel.h"
@@ -106,49 +107,33 @@ class SimilarityKlOpBase : public tf::OpKernel {
     const tf::Tensor& temperature = context->input(1 + num_teachers);
     const tf::Tensor& weights = context->input(2 + num_teachers);
     const tf::Tensor& rows = context->input(3 + num_teachers);
-    OP_REQUIRES(context, tf::TensorShapeUtils::IsMatrix(student.shape()),
-                tf::errors::InvalidArgument("student must be a matrix, got the shape ", student.shape().DebugString()));
-    const tf::int64 columns = student.dim_size(0);
-    OP_REQUIRES(context, columns > 0, tf::errors::InvalidArgument("student must have at least one row"));
-    std::vector<Matrix> matrices;
+    ArgumentShapes shapes = {ShapeOf(student), {}, ShapeOf(temperature), ShapeOf(weights)};
+    for (int k = 0; k < num_teachers; ++k) shapes.teachers.push_back(ShapeOf(context->input(1 + k)));
+    std::string wrong = ValidateShapes(shapes);
+    if (wrong.empty()) wrong = ValidateShapeOfRows(ShapeOf(rows));
+    OP_REQUIRES(context, wrong.empty(), tf::errors::InvalidArgument(wrong));
+
+    std::vector<Matrix> teachers;
     for (int k = 0; k < num_teachers; ++k) {
-      const tf::Tensor& teacher = context->input(1 + k);
-      const std::string shape = teacher.shape().DebugString();
-      OP_REQUIRES(context, tf::TensorShapeUtils::IsMatrix(teacher.shape()),
-                  tf::errors::InvalidArgument("teachers[", k, "] must be a matrix, got the shape ", shape));
-      OP_REQUIRES(context, teacher.dim_size(0) == columns,
-                  tf::errors::InvalidArgument("teachers[", k, "] must have as many rows as student, ", columns,
-                                              ", got the shape ", shape));
-      matrices.push_back({teacher.tensor_data().data(), teacher.dim_size(1)});
+      teachers.push_back({context->input(1 + k).tensor_data().data(), shapes.teachers[k][1]});
     }
-    OP_REQUIRES(
-        context, tf::TensorShapeUtils::IsScalar(temperature.shape()),
-        tf::errors::InvalidArgument("temperature must be a scalar, got the shape ", temperature.shape().DebugString()));
-    OP_REQUIRES(context, weights.dims() == 1 && weights.dim_size(0) == num_teachers,
-                tf::errors::InvalidArgument("weights must be one number per teacher, ", num_teachers,
-                                            ", got the shape ", weights.shape().DebugString()));
-    OP_REQUIRES(
-        context, rows.NumElements() == 2,
-        tf::errors::InvalidArgument("rows must be two numbers, an offset and a count, got ", rows.NumElements()));
-    const tf::int64 offset = rows.flat<tf::int32>()(0), count = rows.flat<tf::int32>()(1);
-    OP_REQUIRES(context, offset >= 0 && count > 0 && offset + count <= columns,
-                tf::errors::InvalidArgument("rows: ", count, " rows from row ", offset, " on do not lie within the ",
-                                            columns, " rows of student"));
+    const Problem problem{scalar(),
+                          student.dim_size(0),
+                          rows.flat<tf::int32>()(0),
+                          rows.flat<tf::int32>()(1),
+                          {student.tensor_data().data(), student.dim_size(1)},
+                          teachers.data(),
+                          num_teachers,
+                          temperature.flat<float>().data(),
+                          weights.flat<float>().data()};
+    wrong = Validate(problem);
+    OP_REQUIRES(context, wrong.empty(), tf::errors::InvalidArgument(wrong));
 
     tf::Tensor *total, *per_teacher, *gradient;
     OP_REQUIRES_OK(context, context->allocate_output(0, {}, &total));
     OP_REQUIRES_OK(context, context->allocate_output(1, {num_teachers}, &per_teacher));
     OP_REQUIRES_OK(
         context, context->allocate_output(2, compute_gradient_ ? student.shape() : tf::TensorShape({0, 0}), &gradient));
-    const Problem problem{scalar(),
-                          columns,
-                          offset,
-                          count,
-                          {student.tensor_data().data(), student.dim_size(1)},
-                          matrices.data(),
-                          num_teachers,
-                          temperature.flat<float>().data(),
-                          weights.flat<float>().data()};
     Run(context, problem,
         {total->flat<float>().data(), per_teacher->flat<float>().data(),
          compute_gradient_ ? gradient->flat<float>().data() : nullptr});
@@ -158,7 +143,16 @@ class SimilarityKlOpBase : public tf::OpKernel {
   bool allow_tf32() const { return allow_tf32_; }
 
  private:
+  static Shape ShapeOf(const tf::Tensor& tensor) {
+    Shape shape;
+    for (int i = 0; i < tensor.dims(); ++i) shape.push_back(tensor.dim_size(i));
+    return shape;
+  }
+
   virtual Scalar scalar() const = 0;
+  // Empty, or what is wrong with the problem on this device.
+  virtual std::string Validate(const Problem& problem) const = 0;
+  // Of a problem that is valid.
   virtual void Run(tf::OpKernelContext* context, const Problem& problem, const Outputs& outputs) = 0;
 
   bool compute_gradient_;
@@ -172,13 +166,14 @@ class SimilarityKlCpuOp : public SimilarityKlOpBase {
 
  private:
   Scalar scalar() const override { return ScalarOf<T>(); }
+  std::string Validate(const Problem& problem) const override { return ValidateForCpu(problem); }
 
   void Run(tf::OpKernelContext* context, const Problem& problem, const Outputs& outputs) override {
     auto* workers = context->device()->tensorflow_cpu_worker_threads()->workers;
     const CpuOptions options = PooledCpuOptions(
         workers->NumThreads(), [workers](std::function<void()> run) { workers->Schedule(std::move(run)); });
-    const std::string wrong = SimilarityKlCpu(problem, options, outputs);
-    OP_REQUIRES(context, wrong.empty(), tf::errors::InvalidArgument(wrong));
+    const std::string failure = SimilarityKlCpu(problem, options, outputs);
+    OP_REQUIRES(context, failure.empty(), tf::errors::ResourceExhausted("similarity_kl: ", failure));
   }
 };
 
@@ -198,20 +193,24 @@ class SimilarityKlCudaOp : public SimilarityKlOpBase {
 
  private:
   Scalar scalar() const override { return ScalarOf<T>(); }
+  std::string Validate(const Problem& problem) const override { return ValidateForCuda(problem); }
 
   void Run(tf::OpKernelContext* context, const Problem& problem, const Outputs& outputs) override {
-    OP_REQUIRES(context, problem.num_teachers <= kCudaMaxTeachers && problem.columns <= kCudaMaxColumns,
-                tf::errors::InvalidArgument("on a GPU at most ", kCudaMaxTeachers, " teachers and ", kCudaMaxColumns,
-                                            " rows, got ", problem.num_teachers, " and ", problem.columns));
-    tf::Tensor workspace;
-    tf::AllocatorAttributes attributes;
-    const tf::int64 bytes = SimilarityKlCudaWorkspaceBytes(problem, outputs.gradient != nullptr);
-    OP_REQUIRES_OK(context, context->allocate_temp(tf::DT_INT8, {bytes}, &workspace, attributes));
     CudaOptions options;
     options.allow_tf32 = allow_tf32();
-    const char* wrong = SimilarityKlCuda(problem, options, outputs, workspace.flat<tf::int8>().data(),
-                                         context->eigen_gpu_device().stream());
-    OP_REQUIRES(context, wrong == nullptr, tf::errors::Internal(wrong));
+    options.kept_bytes = WorkspaceBytes();
+    tf::Tensor workspace;
+    const auto allocate = [&] {
+      const tf::int64 bytes = PlanCuda(problem, options, outputs.gradient != nullptr).workspace_bytes;
+      return context->allocate_temp(tf::DT_INT8, {bytes}, &workspace, tf::AllocatorAttributes());
+    };
+    if (!allocate().ok()) {
+      options.kept_bytes = 0;  // slower, but a device that is full has room for this
+      OP_REQUIRES_OK(context, allocate());
+    }
+    const char* failure = SimilarityKlCuda(problem, options, outputs, workspace.flat<tf::int8>().data(),
+                                           context->eigen_gpu_device().stream());
+    OP_REQUIRES(context, failure == nullptr, tf::errors::Internal("similarity_kl: ", failure));
   }
 };
 

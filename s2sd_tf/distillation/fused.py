@@ -7,25 +7,30 @@ import time
 
 import tensorflow as tf
 
-from s2sd_tf.distillation import libraries
+from s2sd_tf.distillation import libraries, self_check
 
 DTYPES = (tf.float32, tf.float16, tf.bfloat16)
-CUDA_MAX_TEACHERS, CUDA_MAX_BATCH = 64, 2**17  # see cuda_kernel.h
+CUDA_MAX_TEACHERS, CUDA_MAX_BATCH, CUDA_MAX_DIM = 64, 2**17, 2**22  # see validate.h
 
 _LOG = logging.getLogger(__name__)
 _LOADED = {}
-_LOADING = threading.Lock()
+_CHECKED = {}  # by library: None, or why it is not trusted
+_LOADING = threading.RLock()
 _USE = {libraries.OP: "", libraries.XLA: " under jit_compile"}
 
 
+@tf.autograph.experimental.do_not_convert
 def unavailable(xla=False):
     """None where the fused op can be used, else why not, in one line; the first time it is logged too.
+
+    With GPUs it can be used only where, on each of them, it agrees with the composed version on small problems. That is
+    tried once.
 
     Args:
         xla: whether the op has to work under `jit_compile=True` too, which takes a second library.
     """
     for library in (libraries.OP, libraries.XLA)[: 2 if xla else 1]:
-        _, reason = _load(library)
+        reason = _load(library)[1] or _failed_check(library)
         if reason:
             return reason
     return None
@@ -34,6 +39,12 @@ def unavailable(xla=False):
 def on_gpu():
     """Whether the op runs on a GPU where it can be used."""
     return bool(tf.config.get_visible_devices("GPU"))
+
+
+def too_large_for_a_gpu(student, teachers):
+    """Whether the CUDA kernels refuse the shapes, as far as these are known."""
+    dims = [matrix.shape[1] or 0 for matrix in (student, *teachers)]
+    return len(teachers) > CUDA_MAX_TEACHERS or (student.shape[0] or 0) > CUDA_MAX_BATCH or max(dims) > CUDA_MAX_DIM
 
 
 def fused_similarity_kl(student, teachers, temperature, weights, rows, compute_gradient):
@@ -101,11 +112,40 @@ def _load(library):
             try:
                 _LOADED[library] = _find_or_build(library), None
             except Exception as error:  # whatever it is, there is the composed version
-                message = getattr(error, "message", None) or str(error) or type(error).__name__
-                reason = f"no fused similarity-KL op{_USE[library]}: {message.splitlines()[0]}"
-                _LOG.warning("s2sd_tf: %s. The composed version is used.", reason)
-                _LOADED[library] = None, reason
+                reason = f"no fused similarity-KL op{_USE[library]}: {self_check.first_line(error)}"
+                _LOADED[library] = None, _give_up(reason)
         return _LOADED[library]
+
+
+def _failed_check(library):
+    """None, or on which GPU the op differs from the composed version, and in what."""
+    with _LOADING:
+        if library not in _CHECKED:
+            _CHECKED[library] = _check(library)
+        return _CHECKED[library]
+
+
+def _check(library):
+    for device in _devices_to_check():
+        complaint = self_check.complaint(_op(), device, jit_compile=library == libraries.XLA)
+        if complaint:
+            return _give_up(f"the fused similarity-KL op{_USE[library]} fails its check on {device}: {complaint}")
+    return None
+
+
+def _give_up(reason):
+    _LOG.warning("s2sd_tf: %s. The composed version is used.", reason)
+    return reason
+
+
+def _devices_to_check():
+    """Names of this process's GPUs; a cluster has others too."""
+    if not on_gpu():
+        return []
+    with tf.init_scope(), tf.device("CPU:0"):
+        here = tf.DeviceSpec.from_string(tf.constant(0).device)
+    gpus = [tf.DeviceSpec.from_string(device.name) for device in tf.config.list_logical_devices("GPU")]
+    return [gpu.to_string() for gpu in gpus if gpu.job is None or (gpu.job, gpu.task) == (here.job, here.task)]
 
 
 def _find_or_build(library):

@@ -34,7 +34,10 @@ NOT_BUILT = (
     "gpu_check.cu",
     "gpu_check.py",
     "gpu_check_torch.py",
+    "jax_check.py",
+    "jax_handler.cc",
     "reference.h",
+    "validate_test.cc",
 )
 
 PREBUILT = pathlib.Path(__file__).parent / "prebuilt"
@@ -50,7 +53,7 @@ _X86_SOURCES = {
 _CUDA_SOURCE = "cuda_kernel.cu"
 _CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 OLDEST_CUDA = _CUDA_ARCHITECTURES[0]  # earlier ones lack asynchronous copies and TF32
-_OP_SOURCES = {OP: "op.cc", XLA: "xla.cc"}
+_OP_SOURCES = {OP: "op.cc", XLA: "xla_lowering.cc"}
 
 
 class BuildError(RuntimeError):
@@ -165,10 +168,12 @@ def _build(library, path, cuda):
             nvcc = cuda_compiler()
             if nvcc is None:
                 raise BuildError("there is no nvcc")
-            toolkit = _toolkit(nvcc)
+            toolkit = cuda_toolkit(nvcc)
             op_flags += ["-DS2SD_TF_CUDA=1", "-DGOOGLE_CUDA=1", f"-I{toolkit / 'include'}"]
             command = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", cxx]
-            commands.append([*command, *_cuda_targets(nvcc, cuda), "-c", folder / _CUDA_SOURCE])
+            targets = _cuda_targets(nvcc, cuda)
+            # Architectures are compiled at the same time, on as many threads as there are processors.
+            commands.append([*command, "--threads", "0", *targets, "-c", folder / _CUDA_SOURCE])
             # TensorFlow's own library has stand-ins for the CUDA runtime's functions: this library uses its own copy.
             runtime = next(iter(toolkit.glob("lib*/libcudart_static.a")), "-lcudart_static")
             link_flags[1:1] = [runtime, "-Wl,--exclude-libs,libcudart_static.a"]
@@ -189,13 +194,13 @@ def _build(library, path, cuda):
 def _run(command):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        telling = re.compile("error|cannot find|undefined reference", re.IGNORECASE)
+        telling = re.compile("error:|fatal|cannot find|undefined reference", re.IGNORECASE)
         lines = [line for line in done.stderr.splitlines() if telling.search(line)] or done.stderr.splitlines()
         source = next((str(part) for part in command if str(part).endswith((".cc", ".cu"))), "linking")
         raise BuildError(f"{os.path.basename(source)}: {lines[0].strip() if lines else f'exit {done.returncode}'}")
 
 
-def _toolkit(nvcc):
+def cuda_toolkit(nvcc):
     """Folder of the CUDA toolkit, as nvcc itself sees it: it may be called through a script."""
     done = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
     tops = [line.split("=", 1)[1] for line in done.stderr.splitlines() if line.startswith("#$ TOP=")]

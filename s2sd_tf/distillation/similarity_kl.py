@@ -5,6 +5,7 @@ import os
 import tensorflow as tf
 
 from s2sd_tf.distillation import fused
+from s2sd_tf.distillation.composed import composed_similarity_kl
 
 IMPLEMENTATIONS = ("auto", "fused", "composed")
 KERNEL_VARIABLE = "S2SD_TF_KERNEL"
@@ -46,7 +47,8 @@ def similarity_kl(
         implementation: "auto" (the fused op where it can be had, else composed), "composed" (TensorFlow ops) or
             "fused". The environment variable `S2SD_TF_KERNEL` stands in for "auto" where it is set. "auto" is composed
             in float64, for `rows` that a jitted function computes, and on a GPU for more than 64 teachers or 131,072
-            rows.
+            rows. With GPUs the fused op is compared with the composed version on each at the first use, on small
+            problems; where it fails or differs, a line is logged and it is not used.
         rows: `(offset, count)`, two ints or an int32 tensor `(2,)`: only the rows [offset, offset + count) of the
             similarity matrices are compared, over all columns, and averaged. The gradient has the part of the rows and
             that of the columns. For a replica that holds `count` of `batch` gathered embeddings: the mean over replicas
@@ -62,8 +64,8 @@ def similarity_kl(
     Raises:
         tf.errors.InvalidArgumentError: wrong rank, no teacher, batch sizes that differ, a weight too many or too few,
             a temperature that is not > 0 or not finite, rows outside of the batch, or "fused" asked for in float64.
-            XLA cannot raise for what only shows when it runs.
-        NotImplementedError: "fused" was asked for and cannot be had; the message says why.
+            The composed version raises nothing under XLA for what only shows when it runs.
+        NotImplementedError: "fused" was asked for and cannot be had, or fails its check; the message says why.
         ValueError: an unknown implementation.
     """
     chosen = _chosen_implementation(implementation)
@@ -86,31 +88,9 @@ def similarity_kl(
     else:
         dtype = tf.float64 if student.dtype == tf.float64 else tf.float32
         with tf.control_dependencies(_assertions(student, teachers, temperature, weights, rows)):
-            student = tf.cast(tf.identity(student), dtype)
-        per_teacher = _composed(
-            student,
-            [tf.stop_gradient(tf.cast(teacher, dtype)) for teacher in teachers],
-            tf.stop_gradient(tf.cast(temperature, dtype)),
-            rows,
-        )
-        total = tf.reduce_sum(tf.cast(tf.convert_to_tensor(weights), dtype) * per_teacher)
+            student, *teachers = (tf.cast(tf.identity(matrix), dtype) for matrix in (student, *teachers))
+        total, per_teacher = composed_similarity_kl(student, teachers, temperature, weights, rows)
     return total, tf.stop_gradient(per_teacher)
-
-
-def _composed(student, teachers, temperature, rows):
-    """The K divergences `(K,)` by plain TensorFlow ops."""
-    log_student = _log_softmax_similarities(student, temperature, rows)
-    divergences = []
-    for teacher in teachers:
-        log_teacher = _log_softmax_similarities(teacher, temperature, rows)
-        divergences.append(tf.reduce_sum(tf.exp(log_teacher) * (log_teacher - log_student)))
-    count = tf.cast(tf.shape(log_student)[0], student.dtype)
-    return tf.stack(divergences) * (temperature**2) / count
-
-
-def _log_softmax_similarities(embeddings, temperature, rows):
-    anchors = embeddings if rows is None else tf.slice(embeddings, [rows[0], 0], [rows[1], -1])
-    return tf.nn.log_softmax(tf.matmul(anchors, embeddings, transpose_b=True) / temperature, axis=1)
 
 
 def _chosen_implementation(implementation):
@@ -139,8 +119,7 @@ def _use_fused(chosen, student, teachers, rows, jit_compile):
         return True
     if maybe_jitted and rows is not None and tf.get_static_value(rows) is None:
         return False  # XLA would have to know them
-    too_many = len(teachers) > fused.CUDA_MAX_TEACHERS or (student.shape[0] or 0) > fused.CUDA_MAX_BATCH
-    if fused.on_gpu() and too_many:
+    if fused.on_gpu() and fused.too_large_for_a_gpu(student, teachers):
         return False
     return not fused.unavailable(xla=maybe_jitted)
 
@@ -161,36 +140,44 @@ def _rows(rows, student):
     if known is not None:
         offset, count = known.tolist()
         if offset < 0 or count < 1 or (batch is not None and offset + count > batch):
-            batch = "the batch size" if batch is None else batch
-            _refuse(
-                f"rows: expected offset >= 0, count >= 1 and offset + count <= {batch}. Received: ({offset}, {count})"
-            )
+            _refuse(_expected_rows("the batch size" if batch is None else batch) + f"({offset}, {count})")
     return rows
+
+
+def _expected_rows(batch):
+    return f"rows: expected offset >= 0, count >= 1 and offset + count <= {batch}. Received: "
 
 
 def _assertions(student, teachers, temperature, weights, rows):
     """Ops that refuse what could not be seen when the function was traced; the fused op has its own."""
     assertions = []
+
+    def expect(condition, message, *received):
+        assertions.append(tf.debugging.Assert(condition, [f"similarity_kl: {message}", *received]))
+
     batch = tf.shape(student)[0]
     for k, teacher in enumerate(teachers):
         if student.shape[0] is None or teacher.shape[0] is None:
-            message = f"similarity_kl: teachers[{k}]: expected the batch size of the student."
-            assertions.append(tf.debugging.assert_equal(tf.shape(teacher)[0], batch, message))
+            received = (tf.shape(student), tf.shape(teacher))
+            message = f"teachers[{k}]: expected the batch size of the student. Received: student and teacher"
+            expect(tf.equal(received[0][0], received[1][0]), message, *received)
+    if student.shape[0] is None:
+        expect(batch >= 1, "student: expected at least one row and one column. Received: student", tf.shape(student))
     if tf.is_tensor(temperature):
-        message = "similarity_kl: temperature: expected a number > 0."
-        assertions.append(tf.debugging.assert_positive(temperature, message))
+        valid = tf.reduce_all((temperature > 0) & tf.math.is_finite(temperature))
+        expect(valid, "temperature: expected a finite number > 0. Received: ", temperature)
     if tf.is_tensor(weights) and not weights.shape.is_fully_defined():
-        message = f"similarity_kl: weights: expected {len(teachers)} weights, one a teacher."
-        assertions.append(tf.debugging.assert_equal(tf.shape(weights), [len(teachers)], message))
+        valid = tf.equal(tf.rank(weights), 1) & tf.equal(tf.size(weights), len(teachers))
+        expect(valid, _expected_weights(teachers), tf.shape(weights))
     if rows is not None and (tf.get_static_value(rows) is None or student.shape[0] is None):
-        valid = tf.stack([rows[0] >= 0, rows[1] >= 1, rows[0] + rows[1] <= batch])
-        message = "similarity_kl: rows: expected offset >= 0, count >= 1 and offset + count <= the batch size."
-        assertions.append(tf.debugging.assert_equal(tf.reduce_all(valid), True, message))
-    return [assertion for assertion in assertions if assertion is not None]
+        valid = (rows[0] >= 0) & (rows[1] >= 1) & (rows[0] + rows[1] <= batch)
+        expect(valid, _expected_rows("the batch size"), rows, batch)
+    return assertions
 
 
 def _check_shapes(student, teachers, temperature, weights):
-    shapes = f"student {student.shape}, teachers {[tuple(teacher.shape.as_list()) for teacher in teachers]}"
+    """Refuses what shows from the arguments' static shapes, in the words of custom_ops/similarity_kl/validate.h."""
+    shapes = f"student {student.shape}, teachers [{', '.join(str(teacher.shape) for teacher in teachers)}]"
     if not teachers:
         _refuse(f"teachers: expected at least one teacher. Received: {shapes}")
     for name, tensor in [("student", student), *((f"teachers[{k}]", t) for k, t in enumerate(teachers))]:
@@ -200,12 +187,21 @@ def _check_shapes(student, teachers, temperature, weights):
             _refuse(f"{name}: expected a floating dtype. Received: {tensor.dtype.name}")
         if not student.shape[:1].is_compatible_with(tensor.shape[:1]):
             _refuse(f"{name}: expected the batch size of the student. Received: {shapes}")
-    if not tf.is_tensor(temperature) and not 0 < temperature < float("inf"):
+        if 0 in tensor.shape.as_list():
+            _refuse(f"{name}: expected at least one row and one column. Received: {shapes}")
+    if tf.is_tensor(temperature):
+        if not temperature.shape.is_compatible_with([]):
+            _refuse(f"temperature: expected a scalar. Received: shape {temperature.shape}")
+    elif not 0 < temperature < float("inf"):
         _refuse(f"temperature: expected a finite number > 0. Received: {temperature}")
     if weights is not None:
         shape = tf.convert_to_tensor(weights).shape
         if not shape.is_compatible_with([len(teachers)]):
-            _refuse(f"weights: expected {len(teachers)} weights, one a teacher. Received: shape {shape}")
+            _refuse(f"{_expected_weights(teachers)}shape {shape}")
+
+
+def _expected_weights(teachers):
+    return f"weights: expected {len(teachers)} weights, one a teacher. Received: "
 
 
 def _refuse(message):
