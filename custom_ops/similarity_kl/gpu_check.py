@@ -33,8 +33,10 @@ FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
 
 def load_libraries():
     """The module that knows how the package builds the kernels; it imports nothing of the package."""
-    path = SOURCES.parents[1] / "s2sd_tf" / "distillation" / "libraries.py"
-    spec = importlib.util.spec_from_file_location("libraries", path)
+    package = SOURCES.parents[1] / "s2sd_tf"
+    if not package.exists():
+        package = pathlib.Path(importlib.util.find_spec("s2sd_tf").origin).parent
+    spec = importlib.util.spec_from_file_location("libraries", package / "distillation" / "libraries.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
