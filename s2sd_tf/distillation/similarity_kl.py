@@ -30,10 +30,10 @@ def similarity_kl(
         KL_k = T^2 / B * sum_ij P(q_k)_ij * (log P(q_k)_ij - log P(z)_ij)
 
     The composed implementation makes 2 (K + 1) matrices of batch x batch and as many for the gradient. The fused one
-    makes none: on the CPU it takes a workspace of at most `S2SD_TF_WORKSPACE_MIB` (an environment variable, default
-    256) MiB, and some 60 MiB beside it, which are kept for the next call (those of jitted functions apart); calls at
-    the same time take as much each. On a GPU the fused op wants rows whose squared length is within 8 T of 1, and gives
-    NaN for others, and for a temperature that is a tensor and not > 0; on the CPU any length will do.
+    makes none. It takes a workspace of at most `S2SD_TF_WORKSPACE_MIB` (an environment variable, default 256) MiB; on
+    the CPU some 60 MiB beside it, and all of it is kept for the next call (except by jitted functions); calls at the
+    same time take as much each. Rows of other lengths than 1 give the right result too, in more time. On a GPU, NaN is
+    the result of a squared length above 1e36 or a temperature that is a tensor and not > 0.
 
     The fused op has no second derivative. A function that is saved to be used without this package should be traced
     with `implementation="composed"`.
