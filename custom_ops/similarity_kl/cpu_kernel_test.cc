@@ -220,7 +220,6 @@ void CheckCase(const Case& c, std::mt19937& random, double scale) {
     options.simd = static_cast<Simd>(simd);
     options.num_threads = 1 + random() % 4;
     options.workspace_bytes = std::vector<int64_t>{0, 200000, kDefaultWorkspaceBytes}[random() % 3];
-    if (random() % 2) options.packed_bytes = 0;
     const Floats got = Compute(c, options);
     const std::string name = c.name + ", " + SimdName(options.simd) + ", " + std::to_string(options.num_threads) +
                              " threads, workspace " + std::to_string(options.workspace_bytes);
