@@ -39,7 +39,6 @@ constexpr int64_t kUnpackedColumns = 192;  // up to so many, packing a row costs
 constexpr int kLargestUnpackedTile = 48;
 constexpr int kItemsPerThread = 8;                    // at least, for an even load, where the batch is large enough
 constexpr int64_t kThreadBytes = int64_t{40} << 20;   // of all threads' buffers together
-constexpr int64_t kNormalisedRows = 64;               // rows of an item of the phase that ends pass 1
 
 // Normalisers within these bounds come from exponentials that neither left the range of float32 nor lost their largest.
 constexpr double kSmallestZ = 1e-13, kLargestZ = 1e30;
@@ -71,17 +70,24 @@ class Computation {
         dots_(problem, kernels_, plan_.packs),
         matrices_(problem.num_teachers + 1),
         kept_(plan_.kept),
-        sum_turns_(matrices_ * Blocks()),
+        sum_turns_(matrices_ * grid_.row_blocks()),
         gradient_turns_(Blocks()),
         sums_(problem.rows, problem.num_teachers),
         workspace_(plan_, matrices_, options.num_threads),
         logits_ready_(new std::atomic<bool>[kept_]),
-        block_kl_(DivideUp(problem.rows, kNormalisedRows) * problem.num_teachers) {
+        block_kl_(grid_.row_blocks() * problem.num_teachers) {
     // The dearest first, so that the last items to end are short.
     order_.resize(matrices_);
     std::iota(order_.begin(), order_.end(), 0);
     std::stable_sort(order_.begin() + 1, order_.end(), [&](int a, int b) { return MatrixOf(a).dim > MatrixOf(b).dim; });
-    for (int64_t tile = 0; tile < kept_; ++tile) logits_ready_[tile].store(false, std::memory_order_relaxed);
+    for (int64_t index = 0; index < kept_; ++index) {
+      logits_ready_[index].store(false, std::memory_order_relaxed);
+      const TileTask& task = grid_.tasks()[index];
+      for (int matrix = 0; matrix < matrices_; ++matrix) {
+        sum_turns_.Skip(SumSlot(matrix, task.row_block));
+        if (grid_.HasMirrorImage(task)) sum_turns_.Skip(SumSlot(matrix, task.column_block));
+      }
+    }
     if (outputs.gradient && !grid_.square()) row_gradient_.resize(problem.rows * problem.student.dim);
   }
 
@@ -139,17 +145,9 @@ class Computation {
   // ---- Ordered accumulation ----
 
   int Blocks() const { return grid_.row_blocks() + (grid_.square() ? 0 : grid_.column_blocks()); }
-  // In the square form rows and columns are the same blocks.
+  // Of the gradient: in the square form rows and columns are the same blocks.
   int ColumnSlot(int block) const { return grid_.square() ? block : grid_.row_blocks() + block; }
-
-  // Calls add_rows and, where the tile has a mirror image, add_columns, when it is the tile's turn at the sums of its
-  // row block and of its column block.
-  template <class AddRows, class AddColumns>
-  void AddSums(int matrix, const TileTask& task, const AddRows& add_rows, const AddColumns& add_columns) {
-    sum_turns_.InTurn(matrix * Blocks() + task.row_block, task.row_turn, add_rows);
-    if (!grid_.HasMirrorImage(task)) return;
-    sum_turns_.InTurn(matrix * Blocks() + task.column_block, task.column_turn, add_columns);
-  }
+  int SumSlot(int matrix, int block) const { return matrix * grid_.row_blocks() + block; }
 
   // ---- Pass 1 ----
 
@@ -159,18 +157,21 @@ class Computation {
 
   void FindMaxima(const TileTask& task, int thread) {
     const ThreadBuffers& buffers = workspace_.thread(thread);
+    const TileSums maxima(buffers.sums, plan_.tile);
     const Tile tile = TileOf(task, buffers.teacher);
     for (int matrix = 0; matrix < matrices_; ++matrix) {
-      std::fill_n(buffers.sums, 4 * plan_.tile, -std::numeric_limits<float>::infinity());
+      std::fill_n(buffers.sums, TileSums::Floats(plan_.tile), -std::numeric_limits<float>::infinity());
       Dots(matrix, task, tile, buffers);
-      kernels_.maxima(tile, buffers.row_z(), grid_.HasMirrorImage(task) ? buffers.column_z() : nullptr);
+      kernels_.maxima(tile, maxima.row_z, grid_.HasMirrorImage(task) ? maxima.column_z : nullptr);
       const auto merge = [&](int block, int count, const float* from) {
         float* into = maxima_.data() + matrix * sums_.stride + grid_.First(block);
         for (int i = 0; i < count; ++i) into[i] = into[i] >= from[i] || std::isnan(into[i]) ? into[i] : from[i];
       };
-      AddSums(
-          matrix, task, [&] { merge(task.row_block, tile.rows, buffers.row_z()); },
-          [&] { merge(task.column_block, tile.columns, buffers.column_z()); });
+      sum_turns_.InTurn(SumSlot(matrix, task.row_block), task.row_turn,
+                        [&] { merge(task.row_block, tile.rows, maxima.row_z); });
+      if (!grid_.HasMirrorImage(task)) continue;
+      sum_turns_.InTurn(SumSlot(matrix, task.column_block), task.column_turn,
+                        [&] { merge(task.column_block, tile.columns, maxima.column_z); });
     }
   }
 
@@ -184,67 +185,92 @@ class Computation {
             }};
   }
 
+  // The sums wait in the workspace until pass 1 ends: they need no turn.
   void SumKept(int matrix, int64_t index, int thread) {
     const TileTask& task = grid_.tasks()[index];
-    const ThreadBuffers& buffers = workspace_.thread(thread);
     const Tile tile = TileOf(task, workspace_.Kept(index, matrix));
-    Dots(matrix, task, tile, buffers);
+    Dots(matrix, task, tile, workspace_.thread(thread));
     if (matrix != 0) WaitUntil([&] { return logits_ready_[index].load(std::memory_order_acquire); });
-    Sum(matrix, task, tile, workspace_.Kept(index, 0), buffers);
+    Sum(matrix, task, tile, workspace_.Kept(index, 0), workspace_.KeptSums(index, matrix));
     if (matrix == 0) logits_ready_[index].store(true, std::memory_order_release);
   }
 
   void SumAtOnce(const TileTask& task, int thread) {
     const ThreadBuffers& buffers = workspace_.thread(thread);
+    const TileSums sums(buffers.sums, plan_.tile);
     for (int matrix = 0; matrix < matrices_; ++matrix) {
       const Tile tile = TileOf(task, matrix == 0 ? buffers.student : buffers.teacher);
       Dots(matrix, task, tile, buffers);
-      Sum(matrix, task, tile, buffers.student, buffers);
+      Sum(matrix, task, tile, buffers.student, sums);
+      sum_turns_.InTurn(SumSlot(matrix, task.row_block), task.row_turn,
+                        [&] { AddRows(matrix, task, sums); });
+      if (!grid_.HasMirrorImage(task)) continue;
+      sum_turns_.InTurn(SumSlot(matrix, task.column_block), task.column_turn,
+                        [&] { AddColumns(matrix, task, sums); });
     }
   }
 
   // From dot products to what they add to the sums of their rows and columns; `logits` are the student's.
-  void Sum(int matrix, const TileTask& task, const Tile& tile, const float* logits, const ThreadBuffers& buffers) {
+  void Sum(int matrix, const TileTask& task, const Tile& tile, const float* logits, const TileSums& sums) {
     const bool columns = grid_.HasMirrorImage(task);
-    float* column_z = columns ? buffers.column_z() : nullptr;
+    float* column_z = columns ? sums.column_z : nullptr;
     if (matrix == 0) {
-      kernels_.student_sums(tile, ShiftOf(matrix, task), buffers.row_z(), column_z);
+      kernels_.student_sums(tile, ShiftOf(matrix, task), sums.row_z, column_z);
     } else {
-      kernels_.teacher_sums(tile, ShiftOf(matrix, task), logits, buffers.row_z(), buffers.row_a(), column_z,
-                            columns ? buffers.column_a() : nullptr);
+      kernels_.teacher_sums(tile, ShiftOf(matrix, task), logits, sums.row_z, sums.row_a, column_z,
+                            columns ? sums.column_a : nullptr);
     }
-    const auto add = [&](int block, int count, const float* z, const float* a) {
-      double* to_z = sums_.Z(matrix) + grid_.First(block);
-      for (int i = 0; i < count; ++i) to_z[i] += z[i];
-      if (matrix == 0) return;
-      double* to_a = sums_.A(matrix - 1) + grid_.First(block);
-      for (int i = 0; i < count; ++i) to_a[i] += a[i];
-    };
-    AddSums(
-        matrix, task, [&] { add(task.row_block, tile.rows, buffers.row_z(), buffers.row_a()); },
-        [&] { add(task.column_block, tile.columns, buffers.column_z(), buffers.column_a()); });
+  }
+
+  void AddRows(int matrix, const TileTask& task, const TileSums& sums) {
+    sums_.Add(matrix, grid_.First(task.row_block), grid_.RowsOf(task.row_block), sums.row_z, sums.row_a);
+  }
+
+  void AddColumns(int matrix, const TileTask& task, const TileSums& sums) {
+    sums_.Add(matrix, grid_.First(task.column_block), grid_.ColumnsOf(task.column_block), sums.column_z,
+              sums.column_a);
   }
 
   Phase NormalisePhase() {
-    return {DivideUp(problem_.rows, kNormalisedRows), [this](int64_t item, int) { Normalise(item); }};
+    return {grid_.row_blocks(), [this](int64_t block, int) {
+              AddKeptSums(block);
+              Normalise(block);
+            }};
   }
 
-  // From the sums of some rows: their divergences, and the factors of the gradient's exponentials.
+  void AddKeptSums(int block) {
+    for (int64_t index = 0; index < kept_; ++index) {
+      const TileTask& task = grid_.tasks()[index];
+      const bool as_column = task.column_block == block && grid_.HasMirrorImage(task);
+      for (int matrix = 0; matrix < matrices_; ++matrix) {
+        if (task.row_block == block) AddRows(matrix, task, workspace_.KeptSums(index, matrix));
+        if (as_column) AddColumns(matrix, task, workspace_.KeptSums(index, matrix));
+      }
+    }
+  }
+
+  // From the sums of a block of rows: their divergences, and the factors of the gradient's exponentials.
   //
   // The weights G of a row add up to 0, teacher by teacher, and what rounding leaves of that sum would go into the
   // gradient with the mean of all rows. So the student's factors follow from the rounded ones of the teachers.
-  void Normalise(int64_t item) {
-    const int64_t first = item * kNormalisedRows, last = std::min(first + kNormalisedRows, problem_.rows);
+  void Normalise(int block) {
+    const int64_t first = grid_.First(block), last = first + grid_.RowsOf(block);
     const double temperature = *problem_.temperature, scale = temperature / problem_.rows;
-    // The sum over the rows of log Z, with the shifts that the exponentials were made with.
+    // The sum over the rows of log Z, with the shifts that the exponentials were made with. A product of eight has one
+    // logarithm, and stays within the range of float64.
     const auto log_z = [&](int matrix) {
       const double* z = sums_.Z(matrix);
-      double sum = 0;
-      for (int64_t row = first; row < last; ++row) {
-        if (!general_ && !(z[row] > kSmallestZ && z[row] < kLargestZ)) out_of_range_.store(true);
-        sum += std::log(z[row]) + double{general_ ? maxima_[matrix * sums_.stride + row] : shifts_[matrix]} / temperature;
+      double shifts = 0, logs = 0;
+      for (int64_t begin = first; begin < last; begin += 8) {
+        double product = 1;
+        for (int64_t row = begin; row < std::min(begin + 8, last); ++row) {
+          if (!general_ && !(z[row] > kSmallestZ && z[row] < kLargestZ)) out_of_range_.store(true);
+          shifts += general_ ? maxima_[matrix * sums_.stride + row] : shifts_[matrix];
+          product *= z[row];
+        }
+        logs += std::log(product);
       }
-      return sum;
+      return logs + shifts / temperature;
     };
     // The logits of the sums A are shifted in the same way, or not at all.
     const auto shift = [&](int matrix) { return general_ ? 0 : double{shifts_[matrix]} / temperature; };
@@ -261,7 +287,7 @@ class Computation {
         own[row] = -scale * problem_.weights[k] / z[row];
         students[row] = -double{own[row]} * z[row] / student_z[row];
       }
-      block_kl_[item * problem_.num_teachers + k] = sum;
+      block_kl_[block * problem_.num_teachers + k] = sum;
     }
   }
 
@@ -387,7 +413,7 @@ class Computation {
   const std::unique_ptr<std::atomic<bool>[]> logits_ready_;  // of every kept tile
   std::vector<float> shifts_;        // of every matrix
   std::vector<float> maxima_;        // of every row's dot products: (matrices, rows); in the general case only
-  std::vector<double> block_kl_;     // (items of NormalisePhase, teachers)
+  std::vector<double> block_kl_;     // (row blocks, teachers)
   std::vector<float> row_gradient_;  // of the rectangular form's rows
   std::atomic<bool> out_of_range_{false};
   bool general_ = false;  // rows are shifted by their own maxima

@@ -101,6 +101,9 @@ class Turns {
     for (int sum = 0; sum < sums_; ++sum) next_[sum].store(0, std::memory_order_relaxed);
   }
 
+  // One turn that nobody takes.
+  void Skip(int sum) { next_[sum].fetch_add(1, std::memory_order_relaxed); }
+
   template <class Add>
   void InTurn(int sum, int turn, const Add& add) {
     WaitUntil([&] { return next_[sum].load(std::memory_order_acquire) >= turn; });
