@@ -67,7 +67,7 @@ struct ThreadBuffers {
       floats += count;
       return taken;
     };
-    operands.rows = take(DotProducts::RowFloats(tile, packs));
+    operands.rows = take(DotProducts::RowFloats(tile));
     operands.columns = take(DotProducts::ColumnFloats(tile, packs));
     student = take(tile * tile);
     teacher = take(tile * tile);
@@ -79,7 +79,7 @@ struct ThreadBuffers {
 
   // A multiple of 64 bytes.
   static int64_t Floats(int64_t tile, bool packs) {
-    return DotProducts::RowFloats(tile, packs) + DotProducts::ColumnFloats(tile, packs) + 3 * tile * tile +
+    return DotProducts::RowFloats(tile) + DotProducts::ColumnFloats(tile, packs) + 3 * tile * tile +
            2 * tile * kGradientWidth + TileSums::Floats(tile);
   }
 

@@ -30,9 +30,9 @@ class DotProducts {
         pairs_(kernels.bfloat16 && problem.scalar == Scalar::kBfloat16) {}
 
   // Floats of DotBuffers::rows and of DotBuffers::columns, for tiles of `tile` rows.
-  static int64_t RowFloats(int64_t tile, bool packs) { return tile * (packs ? kPackedDepth : kRowDepth); }
+  static int64_t RowFloats(int64_t tile) { return tile * kDepth; }
   static int64_t ColumnFloats(int64_t tile, bool packs) {
-    return packs ? kPackedPanels * kTileGranularity * kPackedDepth : tile * kRowDepth;
+    return packs ? kPackedPanels * kTileGranularity * kDepth : tile * kDepth;
   }
 
   // tile = a b^T, where a are the tile's rows from `first_row` of the matrix on, and b its columns from `first_column`.
@@ -40,14 +40,14 @@ class DotProducts {
   void operator()(const Matrix& matrix, int64_t first_row, int64_t first_column, const Tile& tile,
                   const DotBuffers& buffers) const {
     const bool same = first_row == first_column && tile.rows == tile.columns;
-    const int64_t words = WordsOf(matrix), depth = packs_ ? kPackedDepth : kRowDepth;
+    const int64_t words = WordsOf(matrix);
     const char* a = RowAt(matrix, first_row);
     const char* b = RowAt(matrix, first_column);
-    for (int64_t first = 0; first < words; first += depth) {
+    for (int64_t first = 0; first < words; first += kDepth) {
       if (packs_) {
-        AddPacked(matrix, a, b, first, std::min(depth, words - first), same, tile, buffers);
+        AddPacked(matrix, a, b, first, std::min(kDepth, words - first), same, tile, buffers);
       } else {
-        AddRows(matrix, a, b, first, std::min(depth, words - first), same, tile, buffers);
+        AddRows(matrix, a, b, first, std::min(kDepth, words - first), same, tile, buffers);
       }
     }
     if (same) kernels_.mirror(tile);
@@ -56,8 +56,9 @@ class DotProducts {
   int64_t WordsOf(const Matrix& matrix) const { return pairs_ ? DivideUp(matrix.dim, 2) : matrix.dim; }
 
  private:
-  static constexpr int64_t kPackedDepth = 128;  // so that a packed block fills three quarters of a 32 KiB L1 cache
-  static constexpr int64_t kRowDepth = 1024;    // so that the four rows that stay there fill half of it
+  // Words of a row that are multiplied at a time: a page of memory, so that the processor foresees what is next. Shorter
+  // pieces of rows that lie pages apart come from memory one by one.
+  static constexpr int64_t kDepth = 1024;
 
   const char* RowAt(const Matrix& matrix, int64_t row) const {
     return static_cast<const char*>(matrix.data) + row * matrix.dim * ScalarBytes();
@@ -78,20 +79,13 @@ class DotProducts {
       rows = buffers.rows;
       stride = RoundUp(words, kernels_.width);
     }
-    // The next words of all rows are fetched meanwhile: the rows are too far apart for the processor to foresee them.
-    const int64_t row_bytes = matrix.dim * ScalarBytes(), word_bytes = pairs_ ? 4 : ScalarBytes();
-    const int64_t next = first + words, left = std::min(words, WordsOf(matrix) - next);
-    const int lines = left > 0 ? DivideUp(left * word_bytes, 64) : 0;
+    const int64_t row_bytes = matrix.dim * ScalarBytes();
     const int packed_columns = kPackedPanels * kernels_.width;
-    const int row_share = DivideUp(tile.rows, DivideUp(tile.columns, packed_columns));
-    for (int column = 0, row = 0; column < tile.columns; column += packed_columns, row += row_share) {
+    for (int column = 0; column < tile.columns; column += packed_columns) {
       const int columns = std::min(packed_columns, tile.columns - column);
       kernels_.pack(problem_.scalar, b + column * row_bytes, matrix.dim, columns, first, words, buffers.columns);
-      const int share = std::max(0, std::min(row_share, tile.rows - row));
-      const Ahead ahead{a + row * row_bytes + next * word_bytes, row_bytes, lines > 0 ? share : 0, lines};
       kernels_.panel_products(rows, stride, buffers.columns, columns, words, pairs_, first > 0,
-                              same ? column : tile.rows, {tile.values + column, tile.stride, tile.rows, columns},
-                              ahead);
+                              same ? column : tile.rows, {tile.values + column, tile.stride, tile.rows, columns});
     }
   }
 

@@ -34,7 +34,7 @@
 namespace s2sd {
 namespace {
 
-constexpr int kTileSizes[] = {384, 336, 288, 240, 192, 144, 96, 48, 32};
+constexpr int kTileSizes[] = {192, 144, 96, 48, 32};
 constexpr int64_t kUnpackedColumns = 192;  // up to so many, packing a row costs more than it saves
 constexpr int kLargestUnpackedTile = 48;
 constexpr int kItemsPerThread = 8;                    // at least, for an even load, where the batch is large enough

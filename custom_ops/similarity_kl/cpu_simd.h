@@ -42,14 +42,6 @@ struct Factors {
   int64_t stride;
 };
 
-// Rows that are needed soon: `lines` cache lines of each, `stride` bytes apart.
-struct Ahead {
-  const char* rows;
-  int64_t stride;
-  int count;
-  int lines;
-};
-
 struct SimdKernels {
   int width;      // a power of two, at most kTileGranularity
   bool bfloat16;  // the words of bfloat16 matrices are pairs; else all words are floats
@@ -68,10 +60,9 @@ struct SimdKernels {
 
   // tile[:, :columns] = (or +=) a b^T over `words` words: `a` are the tile's rows, `a_stride` words apart, a whole
   // number of micro tiles (16 is always one); b is packed. `pairs`: the words are pairs of bfloat16. Products of rows
-  // that begin after `first_row` + a panel's last column need not be computed: those are below the diagonal. Fetches
-  // what is `ahead` into the cache on the way.
+  // that begin after `first_row` + a panel's last column need not be computed: those are below the diagonal.
   void (*panel_products)(const float* a, int64_t a_stride, const float* b, int columns, int64_t words, bool pairs,
-                         bool accumulate, int first_row, const Tile& tile, const Ahead& ahead);
+                         bool accumulate, int first_row, const Tile& tile);
 
   // tile = (or +=) a b^T over `words` words, a multiple of `width`, of the tile's rows and columns as they lie in
   // memory, `stride` words apart. `upper`: only what is on or above the diagonal is needed.

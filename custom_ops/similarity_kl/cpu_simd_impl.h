@@ -387,17 +387,10 @@ inline void MicroTiles(int panels, const float* a, int64_t a_row_stride, int64_t
 
 template <class Product>
 void PanelProductsOf(const float* a, int64_t a_stride, const float* b, int columns, int64_t words, bool accumulate,
-                     int first_row, const Tile& tile, const Ahead& ahead) {
+                     int first_row, const Tile& tile) {
   const int panels = (columns + W - 1) / W;
   const int64_t panel_stride = words * W;
-  const int steps = (tile.rows + kMicroRows - 1) / kMicroRows;
-  const int ahead_step = (ahead.count + steps - 1) / steps;
-  int next = 0;
   for (int row = 0; row < tile.rows; row += kMicroRows) {
-    for (const int end = Smaller(next + ahead_step, ahead.count); next < end; ++next) {
-      const char* line = ahead.rows + next * ahead.stride;
-      for (int i = 0; i < ahead.lines; ++i) __builtin_prefetch(line + 64 * i, 0, 2);
-    }
     // Panels whose columns all lie before the row are below the diagonal.
     const int below = row > first_row ? (row - first_row) / W : 0;
     if (below >= panels) break;
@@ -408,11 +401,11 @@ void PanelProductsOf(const float* a, int64_t a_stride, const float* b, int colum
 }
 
 void PanelProducts(const float* a, int64_t a_stride, const float* b, int columns, int64_t words, bool pairs,
-                   bool accumulate, int first_row, const Tile& tile, const Ahead& ahead) {
+                   bool accumulate, int first_row, const Tile& tile) {
 #if defined(S2SD_BFLOAT16_PAIRS)
-  if (pairs) return PanelProductsOf<PairProduct>(a, a_stride, b, columns, words, accumulate, first_row, tile, ahead);
+  if (pairs) return PanelProductsOf<PairProduct>(a, a_stride, b, columns, words, accumulate, first_row, tile);
 #endif
-  PanelProductsOf<FloatProduct>(a, a_stride, b, columns, words, accumulate, first_row, tile, ahead);
+  PanelProductsOf<FloatProduct>(a, a_stride, b, columns, words, accumulate, first_row, tile);
 }
 
 constexpr int kDotRows = W / 4, kDotColumns = 4;  // together a vector of sums
