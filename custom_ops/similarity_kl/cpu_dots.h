@@ -23,17 +23,25 @@ struct DotBuffers {
 
 class DotProducts {
  public:
-  DotProducts(const Problem& problem, const SimdKernels& kernels, bool packs)
+  // Words of a row that are multiplied at a time: a page of memory, so that the processor foresees what is next. Shorter
+  // pieces of rows that lie pages apart come from memory one by one.
+  static constexpr int64_t kDepth = 1024;
+
+  // Up to so many columns are multiplied unpacked, in tiles of at most kLargestUnpackedTile. Vectors must be long: their
+  // lanes are summed up for every dot product.
+  static constexpr int64_t kUnpackedColumns = 128;
+  static constexpr int kLargestUnpackedTile = 48;
+
+  DotProducts(const Problem& problem, const SimdKernels& kernels)
       : problem_(problem),
         kernels_(kernels),
-        packs_(packs),
+        packs_(problem.columns > kUnpackedColumns || kernels.width < kTileGranularity),
         pairs_(kernels.bfloat16 && problem.scalar == Scalar::kBfloat16) {}
 
-  // Floats of DotBuffers::rows and of DotBuffers::columns, for tiles of `tile` rows.
+  // Floats of DotBuffers::rows, for tiles of `tile` rows, and of DotBuffers::columns, packed or not.
   static int64_t RowFloats(int64_t tile) { return tile * kDepth; }
-  static int64_t ColumnFloats(int64_t tile, bool packs) {
-    return packs ? kPackedPanels * kTileGranularity * kDepth : tile * kDepth;
-  }
+  static constexpr int64_t kColumnFloats = kPackedPanels * kTileGranularity * kDepth;
+  static_assert(kLargestUnpackedTile <= kPackedPanels * kTileGranularity);
 
   // tile = a b^T, where a are the tile's rows from `first_row` of the matrix on, and b its columns from `first_column`.
   // Where the two are the same, the rows' dot products with each other are made once.
@@ -44,22 +52,21 @@ class DotProducts {
     const char* a = RowAt(matrix, first_row);
     const char* b = RowAt(matrix, first_column);
     for (int64_t first = 0; first < words; first += kDepth) {
-      if (packs_) {
-        AddPacked(matrix, a, b, first, std::min(kDepth, words - first), same, tile, buffers);
-      } else {
-        AddRows(matrix, a, b, first, std::min(kDepth, words - first), same, tile, buffers);
-      }
+      Add(matrix, a, b, first, std::min(kDepth, words - first), first > 0, same, tile, buffers);
     }
     if (same) kernels_.mirror(tile);
+  }
+
+  // The dot products of all rows with each other, over some of their words, on and above the diagonal.
+  void Part(const Matrix& matrix, int64_t first_word, int64_t words, const Tile& tile,
+            const DotBuffers& buffers) const {
+    const char* rows = RowAt(matrix, 0);
+    Add(matrix, rows, rows, first_word, words, /*accumulate=*/false, /*same=*/true, tile, buffers);
   }
 
   int64_t WordsOf(const Matrix& matrix) const { return pairs_ ? DivideUp(matrix.dim, 2) : matrix.dim; }
 
  private:
-  // Words of a row that are multiplied at a time: a page of memory, so that the processor foresees what is next. Shorter
-  // pieces of rows that lie pages apart come from memory one by one.
-  static constexpr int64_t kDepth = 1024;
-
   const char* RowAt(const Matrix& matrix, int64_t row) const {
     return static_cast<const char*>(matrix.data) + row * matrix.dim * ScalarBytes();
   }
@@ -70,8 +77,17 @@ class DotProducts {
     return problem_.scalar == Scalar::kFloat32 || (pairs_ && matrix.dim % 2 == 0);
   }
 
-  void AddPacked(const Matrix& matrix, const char* a, const char* b, int64_t first, int64_t words, bool same,
-                 const Tile& tile, const DotBuffers& buffers) const {
+  void Add(const Matrix& matrix, const char* a, const char* b, int64_t first, int64_t words, bool accumulate, bool same,
+           const Tile& tile, const DotBuffers& buffers) const {
+    if (packs_) {
+      AddPacked(matrix, a, b, first, words, accumulate, same, tile, buffers);
+    } else {
+      AddRows(matrix, a, b, first, words, accumulate, same, tile, buffers);
+    }
+  }
+
+  void AddPacked(const Matrix& matrix, const char* a, const char* b, int64_t first, int64_t words, bool accumulate,
+                 bool same, const Tile& tile, const DotBuffers& buffers) const {
     const float* rows = reinterpret_cast<const float*>(a) + first;
     int64_t stride = WordsOf(matrix);
     if (!PlainWords(matrix) || tile.rows % kTileGranularity != 0) {
@@ -84,13 +100,13 @@ class DotProducts {
     for (int column = 0; column < tile.columns; column += packed_columns) {
       const int columns = std::min(packed_columns, tile.columns - column);
       kernels_.pack(problem_.scalar, b + column * row_bytes, matrix.dim, columns, first, words, buffers.columns);
-      kernels_.panel_products(rows, stride, buffers.columns, columns, words, pairs_, first > 0,
+      kernels_.panel_products(rows, stride, buffers.columns, columns, words, pairs_, accumulate,
                               same ? column : tile.rows, {tile.values + column, tile.stride, tile.rows, columns});
     }
   }
 
-  void AddRows(const Matrix& matrix, const char* a, const char* b, int64_t first, int64_t words, bool same,
-               const Tile& tile, const DotBuffers& buffers) const {
+  void AddRows(const Matrix& matrix, const char* a, const char* b, int64_t first, int64_t words, bool accumulate,
+               bool same, const Tile& tile, const DotBuffers& buffers) const {
     const float* rows = reinterpret_cast<const float*>(a) + first;
     const float* columns = reinterpret_cast<const float*>(b) + first;
     int64_t stride = WordsOf(matrix), depth = words;
@@ -101,7 +117,7 @@ class DotProducts {
       columns = same ? buffers.rows : buffers.columns;
       stride = depth = RoundUp(words, kernels_.width);
     }
-    kernels_.row_dots(rows, columns, stride, depth, pairs_, first > 0, same, tile);
+    kernels_.row_dots(rows, columns, stride, depth, pairs_, accumulate, same, tile);
   }
 
   const Problem& problem_;

@@ -39,8 +39,8 @@ std::string SimilarityKlCpu(const Problem& problem, const CpuOptions& options, c
 
 // How the problem is cut: the choice is a pure function of the arguments.
 struct CpuPlan {
+  bool small;          // nothing is kept or computed again; the tiles are for rows of any length only
   int tile;            // rows and columns of a tile
-  bool packs;          // whether a tile's columns are packed for its products
   int64_t tiles;       // tiles of the similarity matrices; those on or above the diagonal in the square form
   int64_t kept;        // of these, the tiles whose exponentials are kept in the workspace
   int64_t kept_bytes;  // bytes of the workspace

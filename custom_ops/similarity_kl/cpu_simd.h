@@ -77,6 +77,11 @@ struct SimdKernels {
   // Copies what is above the diagonal to below it.
   void (*mirror)(const Tile& tile);
 
+  // The rows [first, first + width) of the symmetric matrix, `size` columns wide, whose upper triangle is the sum of
+  // `count` parts. The rows of parts and `out` are `stride` floats apart, and as many are there: a multiple of `width`.
+  void (*symmetric_rows)(const float* parts, int64_t part_stride, int count, int size, int64_t stride, int first,
+                         float* out);
+
   // row_max[i] = max(row_max[i], dots), and the same for the columns where column_max is not null.
   void (*maxima)(const Tile& dots, float* row_max, float* column_max);
 

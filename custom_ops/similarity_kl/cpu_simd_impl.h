@@ -385,6 +385,8 @@ inline void MicroTiles(int panels, const float* a, int64_t a_row_stride, int64_t
   }
 }
 
+constexpr int64_t kChain = 256;  // words that are added up by themselves: the longer, the larger the rounding error
+
 template <class Product>
 void PanelProductsOf(const float* a, int64_t a_stride, const float* b, int columns, int64_t words, bool accumulate,
                      int first_row, const Tile& tile) {
@@ -394,9 +396,12 @@ void PanelProductsOf(const float* a, int64_t a_stride, const float* b, int colum
     // Panels whose columns all lie before the row are below the diagonal.
     const int below = row > first_row ? (row - first_row) / W : 0;
     if (below >= panels) break;
-    MicroTiles<Product>(panels - below, a + row * a_stride, a_stride, 1,
-                        {b + below * panel_stride, panel_stride, W}, words, accumulate,
-                        tile.values + row * tile.stride + below * W, tile.stride);
+    for (int64_t word = 0; word < words; word += kChain) {
+      MicroTiles<Product>(panels - below, a + row * a_stride + word, a_stride, 1,
+                          {b + below * panel_stride + word * W, panel_stride, W},
+                          words - word < kChain ? words - word : kChain, accumulate || word > 0,
+                          tile.values + row * tile.stride + below * W, tile.stride);
+    }
   }
 }
 
@@ -414,6 +419,7 @@ template <class Product>
 inline void MicroDots(const float* const* a, const float* const* b, int64_t words, bool accumulate, float* out,
                       int64_t out_stride) {
   Vector sums[W];
+#pragma GCC unroll 16
   for (int i = 0; i < W; ++i) sums[i] = Vector{};
   for (int64_t word = 0; word < words; word += W) {
     Vector rows[kDotRows];
@@ -500,6 +506,27 @@ void Mirror(const Tile& tile) {
           Store(below ? block[row] : Load(to), to);
         }
       }
+    }
+  }
+}
+
+void SymmetricRows(const float* parts, int64_t part_stride, int count, int size, int64_t stride, int first,
+                   float* out) {
+  for (int column = 0; column < size; column += W) {
+    // What is below the diagonal comes from its mirror image.
+    const float* from = column < first ? parts + column * stride + first : parts + first * stride + column;
+    Vector block[W], mirror[W];
+    for (int row = 0; row < W; ++row) {
+      Vector sum = Load(from + row * stride);
+      for (int part = 1; part < count; ++part) sum += Load(from + part * part_stride + row * stride);
+      block[row] = mirror[row] = sum;
+    }
+    if (column <= first) TransposeStages<W / 2>(mirror);
+    for (int row = 0; row < W; ++row) {
+      Vector values = block[row];
+      if (column < first) values = mirror[row];
+      if (column == first) values = Lanes() < row ? mirror[row] : block[row];
+      Store(values, out + row * stride + column);
     }
   }
 }
@@ -673,7 +700,7 @@ const SimdKernels S2SD_KERNELS = {
     false,
 #endif
     Pack,      Widen,  PackRows, PanelProducts, RowDots,   Multiply,
-    Mirror,    Maxima, StudentSums, TeacherSums, WeighDots, WeighKept,
+    Mirror,    SymmetricRows, Maxima, StudentSums, TeacherSums, WeighDots, WeighKept,
 };
 
 }  // namespace s2sd
