@@ -23,8 +23,6 @@ constexpr int64_t kDefaultWorkspaceBytes = int64_t{256} << 20;
 struct CpuOptions {
   // Bytes for exponentials that the first pass leaves to the second; what does not fit is computed again.
   int64_t workspace_bytes = kDefaultWorkspaceBytes;
-  // Bytes up to which all matrices are packed at once, at the start; larger ones are packed block by block.
-  int64_t packed_bytes = int64_t{20} << 20;
   Simd simd = BestSimd();
   int num_threads = 1;
   // Runs task(0), ..., task(num_threads - 1), as far as possible at the same time, and returns when all have returned.
@@ -41,6 +39,7 @@ std::string SimilarityKlCpu(const Problem& problem, const CpuOptions& options, c
 
 // How the problem is cut: the choice is a pure function of the arguments.
 struct CpuPlan {
+  bool small;          // nothing is kept or computed again; the tiles are for rows of any length only
   int tile;            // rows and columns of a tile
   int64_t tiles;       // tiles of the similarity matrices; those on or above the diagonal in the square form
   int64_t kept;        // of these, the tiles whose exponentials are kept in the workspace

@@ -6,10 +6,12 @@
 #include "cpu_kernel.h"
 
 #include <algorithm>
+#include <chrono>  // NOLINT
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <random>
 #include <string>
@@ -188,7 +190,7 @@ struct Floats {
 };
 
 Floats Compute(const Case& c, CpuOptions options, bool gradient = true) {
-  options.run_tasks = RunTasks;
+  if (!options.run_tasks) options.run_tasks = RunTasks;
   Floats result;
   result.per_teacher.resize(c.teachers.size());
   if (gradient) result.gradient.assign(c.columns * c.student.dim, NAN);
@@ -220,7 +222,6 @@ void CheckCase(const Case& c, std::mt19937& random, double scale) {
     options.simd = static_cast<Simd>(simd);
     options.num_threads = 1 + random() % 4;
     options.workspace_bytes = std::vector<int64_t>{0, 200000, kDefaultWorkspaceBytes}[random() % 3];
-    if (random() % 2) options.packed_bytes = 0;
     const Floats got = Compute(c, options);
     const std::string name = c.name + ", " + SimdName(options.simd) + ", " + std::to_string(options.num_threads) +
                              " threads, workspace " + std::to_string(options.workspace_bytes);
@@ -242,9 +243,11 @@ void CheckCase(const Case& c, std::mt19937& random, double scale) {
 
 void TestRandomised(int cases, unsigned seed) {
   std::mt19937 random(seed);
-  const std::vector<int64_t> sizes = {1, 2, 3, 15, 16, 17, 41, 47, 48, 49, 95, 97, 112, 145, 257, 401};
+  // Up to 128 rows are multiplied unpacked, and up to 192 all at once.
+  const std::vector<int64_t> sizes = {1,  2,  3,   15,  16,  17,  41,  47,  48,  49,
+                                      95, 97, 112, 145, 127, 129, 192, 193, 257, 401};
   for (int i = 0; i < cases; ++i) {
-    const int64_t columns = sizes[random() % (i % 8 ? sizes.size() - 4 : sizes.size())];
+    const int64_t columns = sizes[random() % (i % 8 ? sizes.size() - 6 : sizes.size())];
     const Rows kind = static_cast<Rows>(random() % 3);
     CheckCase(MakeCase(random, columns, kind), random, 1);
   }
@@ -269,6 +272,41 @@ void TestAnyLength(int cases, unsigned seed) {
     CheckCase(c, random, longest * longest * std::max(1.0f, 1 / c.temperature));
   }
   std::printf("rows of any length: %d cases\n", cases);
+}
+
+// The result does not depend on which task begins first, nor on whether they overlap.
+void TestTaskOrder() {
+  const std::vector<std::function<void(int, const std::function<void(int)>&)>> orders = {
+      [](int count, const std::function<void(int)>& task) {
+        for (int i = 0; i < count; ++i) task(i);
+      },
+      [](int count, const std::function<void(int)>& task) {
+        for (int i = count - 1; i >= 0; --i) task(i);
+      },
+      [](int count, const std::function<void(int)>& task) {  // one begins when the others have long begun
+        std::thread others([&] { RunTasks(count - 1, task); });
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+        task(count - 1);
+        others.join();
+      },
+  };
+  std::mt19937 random(5);
+  for (int64_t columns : {112, 208, 450}) {
+    for (Rows kind : {Rows::kUnit, Rows::kAnyLength}) {
+      const Case c = MakeCase(random, columns, kind);
+      for (int64_t workspace : {int64_t{0}, int64_t{1} << 20, kDefaultWorkspaceBytes}) {
+        CpuOptions options;
+        options.workspace_bytes = workspace;
+        options.num_threads = 3;
+        const Floats expected = Compute(c, options);
+        for (const auto& order : orders) {
+          options.run_tasks = order;
+          Expect(Compute(c, options) == expected, c.name + ": differs when the tasks run in another order");
+        }
+      }
+    }
+  }
+  std::printf("order of the tasks\n");
 }
 
 void TestNotFinite() {
@@ -323,13 +361,19 @@ void TestErrors() {
 void TestPlan() {
   std::vector<Matrix> teachers(5, Matrix{nullptr, 512});
   Problem problem{Scalar::kFloat32, 4096, 0, 4096, {nullptr, 128}, teachers.data(), 5, nullptr, nullptr};
-  for (int64_t columns : {1, 47, 48, 49, 112, 512, 2048, 4096, 16384, 32768}) {
+  for (int64_t columns : {1, 47, 48, 49, 112, 192, 193, 512, 2048, 4096, 16384, 32768}) {
     problem.columns = problem.rows = columns;
     for (int threads : {1, 2, 64}) {
       const CpuPlan all = PlanCpu(problem, int64_t{1} << 40, threads, true);
       const int64_t blocks = (columns + all.tile - 1) / all.tile;
       const int64_t tile_bytes = int64_t{6} * 4 * all.tile * all.tile;
       Expect(all.tiles == blocks * (blocks + 1) / 2, "the tiles on and above the diagonal");
+      Expect(all.tile % 16 == 0, "tiles of whole vectors");
+      Expect(all.small == (columns <= 192), "few rows");
+      if (all.small) {
+        Expect(all.kept == 0 && all.kept_bytes == 0, "few rows need no workspace");
+        continue;
+      }
       Expect(all.kept == all.tiles && all.kept_bytes == all.tiles * tile_bytes, "all are kept where there is room");
       const CpuPlan most = PlanCpu(problem, all.kept_bytes - 1, threads, true);
       Expect(most.kept == all.tiles - 1 && most.kept_bytes <= all.kept_bytes - 1, "one byte less, one tile less");
@@ -352,6 +396,7 @@ int main(int argc, char** argv) {
   std::printf("instructions: %s\n", s2sd::SimdName(s2sd::BestSimd()));
   s2sd::TestErrors();
   s2sd::TestPlan();
+  s2sd::TestTaskOrder();
   s2sd::TestNotFinite();
   s2sd::TestRandomised(cases, seed);
   s2sd::TestAnyLength(cases / 4, seed);

@@ -51,31 +51,47 @@ struct SimdKernels {
   void (*pack)(Scalar scalar, const void* rows, int64_t dim, int count, int64_t first_word, int64_t words,
                float* panels);
 
+  // Writes the same words as they lie in the rows, row after row, each filled up with 0 to a multiple of `width`.
+  void (*widen)(Scalar scalar, const void* rows, int64_t dim, int count, int64_t first_word, int64_t words, float* out);
+
   // Packs `count` rows, columns [first, first + width * panels), untransposed: panel after panel, `count` deep, as
   // floats.
   void (*pack_rows)(Scalar scalar, const void* rows, int64_t dim, int count, int64_t first, int panels, float* packed);
 
-  // tile = (or +=) a b^T over `words` words of packed a and b, whose panels are `panel_stride` floats apart. `pairs`:
-  // the words are pairs of bfloat16. `upper`: a and b are the same rows, and only what is on or above the diagonal is
-  // needed.
-  void (*products)(const float* a, const float* b, int64_t panel_stride, int64_t words, bool pairs, bool accumulate,
+  // tile[:, :columns] = (or +=) a b^T over `words` words: `a` are the tile's rows, `a_stride` words apart, a whole
+  // number of micro tiles (16 is always one); b is packed. `pairs`: the words are pairs of bfloat16. Products of rows
+  // that begin after `first_row` + a panel's last column need not be computed: those are below the diagonal.
+  void (*panel_products)(const float* a, int64_t a_stride, const float* b, int columns, int64_t words, bool pairs,
+                         bool accumulate, int first_row, const Tile& tile);
+
+  // tile = (or +=) a b^T over `words` words, a multiple of `width`, of the tile's rows and columns as they lie in
+  // memory, `stride` words apart. `upper`: only what is on or above the diagonal is needed.
+  void (*row_dots)(const float* a, const float* b, int64_t stride, int64_t words, bool pairs, bool accumulate,
                    bool upper, const Tile& tile);
 
-  // out (rows x width * panels) = h z, where z is packed by `pack_rows`; `transpose`: h^T z, of h's columns.
-  void (*multiply)(const Tile& h, bool transpose, const float* z, int panels, float* out);
+  // out (rows x width * panels) = h z; `transpose`: h^T z, of h's columns. The vectors of a row of z are
+  // `z_panel_stride` floats apart, its rows `z_step`.
+  void (*multiply)(const Tile& h, bool transpose, const float* z, int64_t z_panel_stride, int64_t z_step, int panels,
+                   float* out);
 
   // Copies what is above the diagonal to below it.
   void (*mirror)(const Tile& tile);
 
+  // The rows [first, first + width) of the symmetric matrix, `size` columns wide, whose upper triangle is the sum of
+  // `count` parts. The rows of parts and `out` are `stride` floats apart, and as many are there: a multiple of `width`.
+  void (*symmetric_rows)(const float* parts, int64_t part_stride, int count, int size, int64_t stride, int first,
+                         float* out);
+
   // row_max[i] = max(row_max[i], dots), and the same for the columns where column_max is not null.
   void (*maxima)(const Tile& dots, float* row_max, float* column_max);
 
-  // The first pass over the student's dot products: logits = dots / T (less the constant shift), tile = exponentials
-  // seen from the row; their sums over the columns, and over the rows where column_z is not null.
-  void (*student_sums)(const Tile& tile, const Shift& shift, float* logits, float* row_z, float* column_z);
+  // The first pass over the student's dot products, which become logits = dots / T (less the constant shift): the sums
+  // of their exponentials over the columns, and over the rows where column_z is not null.
+  void (*student_sums)(const Tile& tile, const Shift& shift, float* row_z, float* column_z);
 
-  // The same for a teacher, and the sums of exponential * (logit - student's logit).
-  void (*teacher_sums)(const Tile& tile, const Shift& shift, const float* logits, float* row_z, float* row_a,
+  // The same for a teacher's, which become exponentials seen from the row, and the sums of exponential * (logit -
+  // student's logit). The student's logits have the tile's stride.
+  void (*teacher_sums)(const Tile& tile, const Shift& shift, const float* student, float* row_z, float* row_a,
                        float* column_z, float* column_a);
 
   // h = (or +=) e_student student_factor + e_teacher own_factor, seen from the row and, added to that, from the column,
@@ -83,11 +99,12 @@ struct SimdKernels {
   void (*weigh_dots)(const Tile& student, const Tile& teacher, const Shift& student_shift, const Shift& teacher_shift,
                      const Factors& factors, bool accumulate, float* h);
 
-  // The same for kept exponentials, added up over the teachers. The tiles of student and teachers are `matrix_stride`
-  // floats apart.
+  // The same for the student's kept logits and the teachers' kept exponentials, added up over the teachers. The tiles
+  // of student and teachers are `matrix_stride` floats apart.
   void (*weigh_kept)(const Tile& student, int64_t matrix_stride, int teachers, const Factors& factors, float* h);
 };
 
+constexpr int kPackedPanels = 3;      // of columns that are packed for one call of `panel_products`, at most
 constexpr int kTileGranularity = 16;  // tiles are of whole vectors, and of whole micro tiles, at every width
 
 extern const SimdKernels kPortableKernels;

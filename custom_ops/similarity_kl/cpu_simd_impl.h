@@ -16,7 +16,7 @@ namespace {
 
 constexpr int W = S2SD_WIDTH;
 constexpr int kMicroRows = S2SD_MICRO_ROWS;
-constexpr int kMicroPanels = 3;
+constexpr int kMicroPanels = kPackedPanels;
 static_assert(kTileGranularity % W == 0 && W % kMicroRows == 0);
 
 typedef float Vector __attribute__((vector_size(4 * W)));
@@ -32,12 +32,6 @@ inline Vector Load(const float* from) {
 inline void Store(Vector v, float* to) { __builtin_memcpy(to, &v, sizeof(v)); }
 
 inline Vector Splat(float x) { return x - Vector{}; }
-
-inline float Sum(Vector v) {
-  float sum = 0;
-  for (int lane = 0; lane < W; ++lane) sum += v[lane];
-  return sum;
-}
 
 inline Ints Lanes() {
   Ints lanes;
@@ -190,6 +184,39 @@ inline void TransposeStages(Vector (&rows)[W]) {
   }
 }
 
+// The lanes without the bit `kDistance` are sums of two lanes of a, those with it sums of two lanes of b.
+template <int kDistance>
+inline Vector Fold(Vector a, Vector b) {
+  Ints own, other;
+  for (int lane = 0; lane < W; ++lane) {
+    own[lane] = lane & kDistance ? W + lane : lane;
+    other[lane] = own[lane] ^ kDistance;
+  }
+#if defined(__clang__)
+  Vector x, y;
+  for (int lane = 0; lane < W; ++lane) {
+    x[lane] = own[lane] < W ? a[own[lane]] : b[own[lane] - W];
+    y[lane] = other[lane] < W ? a[other[lane]] : b[other[lane] - W];
+  }
+  return x + y;
+#else
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+#endif
+}
+
+// One vector whose lane l is the sum of all lanes of vectors[l].
+template <int kCount = W>
+inline Vector SumEach(const Vector* vectors) {
+  if constexpr (kCount == 1) {
+    return vectors[0];
+  } else {
+    Vector folded[kCount / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i) folded[i] = Fold<kCount / 2>(vectors[i], vectors[i + kCount / 2]);
+    return SumEach<kCount / 2>(folded);
+  }
+}
+
 template <class Words>
 void PackWords(const void* rows, int64_t dim, int count, int64_t first_word, int64_t words, float* panels) {
   const int64_t row_bytes = dim * Words::kBytes;
@@ -244,6 +271,32 @@ void Pack(Scalar scalar, const void* rows, int64_t dim, int count, int64_t first
 }
 
 template <class Words>
+void WidenOf(const void* rows, int64_t dim, int count, int64_t first_word, int64_t words, float* out) {
+  const int64_t stride = (words + W - 1) / W * W;
+  for (int row = 0; row < count; ++row, out += stride) {
+    for (int64_t word = 0; word < words; word += W) {
+      Store(LoadWords<Words>(static_cast<const char*>(rows) + row * dim * Words::kBytes, dim, first_word + word),
+            out + word);
+    }
+  }
+}
+
+void Widen(Scalar scalar, const void* rows, int64_t dim, int count, int64_t first_word, int64_t words, float* out) {
+  switch (scalar) {
+    case Scalar::kFloat32:
+      return WidenOf<FloatWords>(rows, dim, count, first_word, words, out);
+    case Scalar::kFloat16:
+      return WidenOf<HalfWords>(rows, dim, count, first_word, words, out);
+    case Scalar::kBfloat16:
+#if defined(S2SD_BFLOAT16_PAIRS)
+      return WidenOf<BfloatPairWords>(rows, dim, count, first_word, words, out);
+#else
+      return WidenOf<BfloatWords>(rows, dim, count, first_word, words, out);
+#endif
+  }
+}
+
+template <class Words>
 void PackRowsOf(const void* rows, int64_t dim, int count, int64_t first, int panels, float* packed) {
   for (int panel = 0; panel < panels; ++panel) {
     for (int row = 0; row < count; ++row, packed += W) {
@@ -267,22 +320,32 @@ void PackRows(Scalar scalar, const void* rows, int64_t dim, int count, int64_t f
 // ---- Matrix products ----
 
 struct FloatProduct {
-  static Vector Add(Vector sum, float a, Vector b) { return sum + a * b; }
+  static Vector Add(Vector sum, Vector a, Vector b) { return sum + a * b; }
 };
 
 #if defined(S2SD_BFLOAT16_PAIRS)
 struct PairProduct {
-  static Vector Add(Vector sum, float a, Vector b) {
-    return reinterpret_cast<Vector>(_mm512_dpbf16_ps(
-        reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(Splat(a)), reinterpret_cast<__m512bh>(b)));
+  static Vector Add(Vector sum, Vector a, Vector b) {
+    return reinterpret_cast<Vector>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
   }
 };
 #endif
 
+inline int Smaller(int a, int b) { return a < b ? a : b; }
+
+// The columns of a product: `panel_stride` floats from one vector of them to the next, `step` from one word to the
+// next.
+struct Columns {
+  const float* first;
+  int64_t panel_stride;
+  int64_t step;
+};
+
 // out = (or +=) sum over the depth of a[row] b[column], for kMicroRows rows and kPanels vectors of columns.
 template <class Product, int kPanels>
-inline void MicroTile(const float* a, int64_t a_row_stride, int64_t a_stride, const float* b, int64_t b_panel_stride,
-                      int64_t depth, bool accumulate, float* out, int64_t out_stride) {
+inline void MicroTile(const float* a, int64_t a_row_stride, int64_t a_step, Columns b, int64_t depth, bool accumulate,
+                      float* out, int64_t out_stride) {
   Vector sums[kMicroRows][kPanels];
   for (int row = 0; row < kMicroRows; ++row) {
     for (int panel = 0; panel < kPanels; ++panel) sums[row][panel] = Vector{};
@@ -290,16 +353,17 @@ inline void MicroTile(const float* a, int64_t a_row_stride, int64_t a_stride, co
   for (int64_t k = 0; k < depth; ++k) {
     Vector columns[kPanels];
 #pragma GCC unroll 3
-    for (int panel = 0; panel < kPanels; ++panel) columns[panel] = Load(b + panel * b_panel_stride);
+    for (int panel = 0; panel < kPanels; ++panel) columns[panel] = Load(b.first + panel * b.panel_stride);
 #pragma GCC unroll 16
     for (int row = 0; row < kMicroRows; ++row) {
+      const Vector word = Splat(a[row * a_row_stride]);
 #pragma GCC unroll 3
       for (int panel = 0; panel < kPanels; ++panel) {
-        sums[row][panel] = Product::Add(sums[row][panel], a[row * a_row_stride], columns[panel]);
+        sums[row][panel] = Product::Add(sums[row][panel], word, columns[panel]);
       }
     }
-    a += a_stride;
-    b += W;
+    a += a_step;
+    b.first += b.step;
   }
   for (int row = 0; row < kMicroRows; ++row) {
     for (int panel = 0; panel < kPanels; ++panel) {
@@ -310,53 +374,118 @@ inline void MicroTile(const float* a, int64_t a_row_stride, int64_t a_stride, co
 }
 
 template <class Product>
-inline void MicroTiles(int panels, const float* a, int64_t a_row_stride, int64_t a_stride, const float* b,
-                       int64_t b_panel_stride, int64_t depth, bool accumulate, float* out, int64_t out_stride) {
+inline void MicroTiles(int panels, const float* a, int64_t a_row_stride, int64_t a_step, const Columns& b,
+                       int64_t depth, bool accumulate, float* out, int64_t out_stride) {
   switch (panels) {
     case 1:
-      return MicroTile<Product, 1>(a, a_row_stride, a_stride, b, b_panel_stride, depth, accumulate, out, out_stride);
+      return MicroTile<Product, 1>(a, a_row_stride, a_step, b, depth, accumulate, out, out_stride);
     case 2:
-      return MicroTile<Product, 2>(a, a_row_stride, a_stride, b, b_panel_stride, depth, accumulate, out, out_stride);
+      return MicroTile<Product, 2>(a, a_row_stride, a_step, b, depth, accumulate, out, out_stride);
     default:
-      return MicroTile<Product, 3>(a, a_row_stride, a_stride, b, b_panel_stride, depth, accumulate, out, out_stride);
+      return MicroTile<Product, 3>(a, a_row_stride, a_step, b, depth, accumulate, out, out_stride);
   }
 }
 
+constexpr int64_t kChain = 256;  // words that are added up by themselves: the longer, the larger the rounding error
+
 template <class Product>
-void ProductsOf(const float* a, const float* b, int64_t panel_stride, int64_t words, bool accumulate, bool upper,
-                const Tile& tile) {
-  const int panels = (tile.columns + W - 1) / W;
-  for (int panel = 0; panel < panels; panel += kMicroPanels) {
-    const int some = panels - panel < kMicroPanels ? panels - panel : kMicroPanels;
-    for (int row = 0; row < tile.rows; row += kMicroRows) {
-      // Panels whose columns all lie before the row are below the diagonal.
-      const int below = upper && row / W > panel ? row / W - panel : 0;
-      if (below >= some) break;
-      MicroTiles<Product>(some - below, a + row / W * panel_stride + row % W, 1, W, b + (panel + below) * panel_stride,
-                          panel_stride, words, accumulate, tile.values + row * tile.stride + (panel + below) * W,
-                          tile.stride);
+void PanelProductsOf(const float* a, int64_t a_stride, const float* b, int columns, int64_t words, bool accumulate,
+                     int first_row, const Tile& tile) {
+  const int panels = (columns + W - 1) / W;
+  const int64_t panel_stride = words * W;
+  for (int row = 0; row < tile.rows; row += kMicroRows) {
+    // Panels whose columns all lie before the row are below the diagonal.
+    const int below = row > first_row ? (row - first_row) / W : 0;
+    if (below >= panels) break;
+    for (int64_t word = 0; word < words; word += kChain) {
+      MicroTiles<Product>(panels - below, a + row * a_stride + word, a_stride, 1,
+                          {b + below * panel_stride + word * W, panel_stride, W},
+                          words - word < kChain ? words - word : kChain, accumulate || word > 0,
+                          tile.values + row * tile.stride + below * W, tile.stride);
     }
   }
 }
 
-void Products(const float* a, const float* b, int64_t panel_stride, int64_t words, bool pairs, bool accumulate,
-              bool upper, const Tile& tile) {
+void PanelProducts(const float* a, int64_t a_stride, const float* b, int columns, int64_t words, bool pairs,
+                   bool accumulate, int first_row, const Tile& tile) {
 #if defined(S2SD_BFLOAT16_PAIRS)
-  if (pairs) return ProductsOf<PairProduct>(a, b, panel_stride, words, accumulate, upper, tile);
+  if (pairs) return PanelProductsOf<PairProduct>(a, a_stride, b, columns, words, accumulate, first_row, tile);
 #endif
-  ProductsOf<FloatProduct>(a, b, panel_stride, words, accumulate, upper, tile);
+  PanelProductsOf<FloatProduct>(a, a_stride, b, columns, words, accumulate, first_row, tile);
 }
 
-void Multiply(const Tile& h, bool transpose, const float* z, int panels, float* out) {
+constexpr int kDotRows = W / 4, kDotColumns = 4;  // together a vector of sums
+
+template <class Product>
+inline void MicroDots(const float* const* a, const float* const* b, int64_t words, bool accumulate, float* out,
+                      int64_t out_stride) {
+  Vector sums[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) sums[i] = Vector{};
+  for (int64_t word = 0; word < words; word += W) {
+    Vector rows[kDotRows];
+#pragma GCC unroll 4
+    for (int row = 0; row < kDotRows; ++row) rows[row] = Load(a[row] + word);
+#pragma GCC unroll 4
+    for (int column = 0; column < kDotColumns; ++column) {
+      const Vector other = Load(b[column] + word);
+#pragma GCC unroll 4
+      for (int row = 0; row < kDotRows; ++row) {
+        Vector& sum = sums[row * kDotColumns + column];
+        sum = Product::Add(sum, rows[row], other);
+      }
+    }
+  }
+  const Vector dots = SumEach(sums);
+  typedef float Four __attribute__((vector_size(16)));
+#pragma GCC unroll 4
+  for (int row = 0; row < kDotRows; ++row) {
+    Four four, before;
+    __builtin_memcpy(&four, reinterpret_cast<const char*>(&dots) + sizeof(four) * row, sizeof(four));
+    float* to = out + row * out_stride;
+    if (accumulate) {
+      __builtin_memcpy(&before, to, sizeof(before));
+      four += before;
+    }
+    __builtin_memcpy(to, &four, sizeof(four));
+  }
+}
+
+template <class Product>
+void RowDotsOf(const float* a, const float* b, int64_t stride, int64_t words, bool accumulate, bool upper,
+               const Tile& tile) {
+  for (int column = 0; column < tile.columns; column += kDotColumns) {
+    // Where the tile ends, the last row stands in for those that are missing.
+    const float* others[kDotColumns];
+    for (int i = 0; i < kDotColumns; ++i) others[i] = b + Smaller(column + i, tile.columns - 1) * stride;
+    const int rows = upper ? Smaller(tile.rows, column + kDotColumns) : tile.rows;
+    for (int row = 0; row < rows; row += kDotRows) {
+      const float* own[kDotRows];
+      for (int i = 0; i < kDotRows; ++i) own[i] = a + Smaller(row + i, tile.rows - 1) * stride;
+      MicroDots<Product>(own, others, words, accumulate, tile.values + row * tile.stride + column, tile.stride);
+    }
+  }
+}
+
+void RowDots(const float* a, const float* b, int64_t stride, int64_t words, bool pairs, bool accumulate, bool upper,
+             const Tile& tile) {
+#if defined(S2SD_BFLOAT16_PAIRS)
+  if (pairs) return RowDotsOf<PairProduct>(a, b, stride, words, accumulate, upper, tile);
+#endif
+  RowDotsOf<FloatProduct>(a, b, stride, words, accumulate, upper, tile);
+}
+
+void Multiply(const Tile& h, bool transpose, const float* z, int64_t z_panel_stride, int64_t z_step, int panels,
+              float* out) {
   const int rows = transpose ? h.columns : h.rows;
   const int depth = transpose ? h.rows : h.columns;
   const int64_t row_stride = transpose ? 1 : h.stride;
-  const int64_t stride = transpose ? h.stride : 1;
+  const int64_t step = transpose ? h.stride : 1;
   for (int panel = 0; panel < panels; panel += kMicroPanels) {
-    const int some = panels - panel < kMicroPanels ? panels - panel : kMicroPanels;
+    const int some = Smaller(panels - panel, kMicroPanels);
     for (int row = 0; row < rows; row += kMicroRows) {
-      MicroTiles<FloatProduct>(some, h.values + row * row_stride, row_stride, stride, z + int64_t{panel} * depth * W,
-                               int64_t{depth} * W, depth, /*accumulate=*/false,
+      MicroTiles<FloatProduct>(some, h.values + row * row_stride, row_stride, step,
+                               {z + panel * z_panel_stride, z_panel_stride, z_step}, depth, /*accumulate=*/false,
                                out + int64_t{row} * panels * W + panel * W, int64_t{panels} * W);
     }
   }
@@ -378,6 +507,27 @@ void Mirror(const Tile& tile) {
           Store(below ? block[row] : Load(to), to);
         }
       }
+    }
+  }
+}
+
+void SymmetricRows(const float* parts, int64_t part_stride, int count, int size, int64_t stride, int first,
+                   float* out) {
+  for (int column = 0; column < size; column += W) {
+    // What is below the diagonal comes from its mirror image.
+    const float* from = column < first ? parts + column * stride + first : parts + first * stride + column;
+    Vector block[W], mirror[W];
+    for (int row = 0; row < W; ++row) {
+      Vector sum = Load(from + row * stride);
+      for (int part = 1; part < count; ++part) sum += Load(from + part * part_stride + row * stride);
+      block[row] = mirror[row] = sum;
+    }
+    if (column <= first) TransposeStages<W / 2>(mirror);
+    for (int row = 0; row < W; ++row) {
+      Vector values = block[row];
+      if (column < first) values = mirror[row];
+      if (column == first) values = Lanes() < row ? mirror[row] : block[row];
+      Store(values, out + row * stride + column);
     }
   }
 }
@@ -405,8 +555,9 @@ inline float RowShift(const Shift& shift, int row) {
   return kGeneral ? shift.rows[row] : shift.constant;
 }
 
+// `student`: the student's logits, or null where the tile is the student's own, whose dots become logits.
 template <bool kGeneral, bool kColumns, bool kTeacher>
-void Sums(const Tile& tile, const Shift& shift, float* logits, float* row_z, float* row_a, float* column_z,
+void Sums(const Tile& tile, const Shift& shift, const float* student, float* row_z, float* row_a, float* column_z,
           float* column_a) {
   const float inverse = shift.inverse_temperature;
   if (kColumns) {
@@ -415,54 +566,59 @@ void Sums(const Tile& tile, const Shift& shift, float* logits, float* row_z, flo
       if (kTeacher) Store(Vector{}, column_a + column);
     }
   }
-  for (int row = 0; row < tile.rows; ++row) {
-    float* values = tile.values + row * tile.stride;
-    float* row_logits = logits + row * tile.stride;
-    const float row_shift = RowShift<kGeneral>(shift, row);
-    Vector z{}, a{};
-    for (int column = 0; column < tile.columns; column += W) {
-      const Vector dot = Load(values + column);
-      // Without a common shift the logits are left unshifted, so that rows and columns can share them.
-      const Vector logit = kGeneral ? dot * inverse : (dot - row_shift) * inverse;
-      Vector e = kGeneral ? Exp((dot - row_shift) * inverse) : Exp(logit);
-      if (tile.columns - column < W) e = Keep(e, tile.columns - column);
-      Store(e, values + column);
-      z += e;
-      Vector from_column = e;
-      if (kGeneral && kColumns) from_column = Exp((dot - Load(shift.columns + column)) * inverse);
-      if (kColumns) Store(Load(column_z + column) + from_column, column_z + column);
-      if (kTeacher) {
-        Vector difference = logit - Load(row_logits + column);
-        if (tile.columns - column < W) difference = Keep(difference, tile.columns - column);
-        a += e * difference;
-        if (kColumns) Store(Load(column_a + column) + from_column * difference, column_a + column);
-      } else {
-        Store(logit, row_logits + column);
+  for (int first = 0; first < tile.rows; first += W) {
+    Vector z[W] = {}, a[W] = {};
+    const int rows = Smaller(tile.rows - first, W);
+    for (int i = 0; i < rows; ++i) {
+      const int row = first + i;
+      float* values = tile.values + row * tile.stride;
+      const float* student_row = kTeacher ? student + row * tile.stride : nullptr;
+      const float row_shift = RowShift<kGeneral>(shift, row);
+      Vector row_sum{}, row_difference{};
+      for (int column = 0; column < tile.columns; column += W) {
+        const Vector dot = Load(values + column);
+        // Without a common shift the logits are left unshifted, so that rows and columns can share them.
+        const Vector logit = kGeneral ? dot * inverse : (dot - row_shift) * inverse;
+        Vector e = kGeneral ? Exp((dot - row_shift) * inverse) : Exp(logit);
+        if (tile.columns - column < W) e = Keep(e, tile.columns - column);
+        Store(kTeacher ? e : logit, values + column);
+        row_sum += e;
+        Vector from_column = e;
+        if (kGeneral && kColumns) from_column = Exp((dot - Load(shift.columns + column)) * inverse);
+        if (kColumns) Store(Load(column_z + column) + from_column, column_z + column);
+        if (kTeacher) {
+          Vector difference = logit - Load(student_row + column);
+          if (tile.columns - column < W) difference = Keep(difference, tile.columns - column);
+          row_difference += e * difference;
+          if (kColumns) Store(Load(column_a + column) + from_column * difference, column_a + column);
+        }
       }
+      z[i] = row_sum;
+      a[i] = row_difference;
     }
-    row_z[row] = Sum(z);
-    if (kTeacher) row_a[row] = Sum(a);
+    Store(SumEach(z), row_z + first);
+    if (kTeacher) Store(SumEach(a), row_a + first);
   }
 }
 
 template <bool kTeacher>
-void SumsOf(const Tile& tile, const Shift& shift, float* logits, float* row_z, float* row_a, float* column_z,
+void SumsOf(const Tile& tile, const Shift& shift, const float* student, float* row_z, float* row_a, float* column_z,
             float* column_a) {
   if (shift.rows) {
-    if (column_z) return Sums<true, true, kTeacher>(tile, shift, logits, row_z, row_a, column_z, column_a);
-    return Sums<true, false, kTeacher>(tile, shift, logits, row_z, row_a, column_z, column_a);
+    if (column_z) return Sums<true, true, kTeacher>(tile, shift, student, row_z, row_a, column_z, column_a);
+    return Sums<true, false, kTeacher>(tile, shift, student, row_z, row_a, column_z, column_a);
   }
-  if (column_z) return Sums<false, true, kTeacher>(tile, shift, logits, row_z, row_a, column_z, column_a);
-  return Sums<false, false, kTeacher>(tile, shift, logits, row_z, row_a, column_z, column_a);
+  if (column_z) return Sums<false, true, kTeacher>(tile, shift, student, row_z, row_a, column_z, column_a);
+  return Sums<false, false, kTeacher>(tile, shift, student, row_z, row_a, column_z, column_a);
 }
 
-void StudentSums(const Tile& tile, const Shift& shift, float* logits, float* row_z, float* column_z) {
-  SumsOf<false>(tile, shift, logits, row_z, nullptr, column_z, nullptr);
+void StudentSums(const Tile& tile, const Shift& shift, float* row_z, float* column_z) {
+  SumsOf<false>(tile, shift, nullptr, row_z, nullptr, column_z, nullptr);
 }
 
-void TeacherSums(const Tile& tile, const Shift& shift, const float* logits, float* row_z, float* row_a, float* column_z,
-                 float* column_a) {
-  SumsOf<true>(tile, shift, const_cast<float*>(logits), row_z, row_a, column_z, column_a);
+void TeacherSums(const Tile& tile, const Shift& shift, const float* student, float* row_z, float* row_a,
+                 float* column_z, float* column_a) {
+  SumsOf<true>(tile, shift, student, row_z, row_a, column_z, column_a);
 }
 
 // ---- The gradient's weights ----
@@ -510,7 +666,7 @@ void WeighKeptOf(const Tile& student, int64_t matrix_stride, int teachers, const
       const float* values = student.values + row * student.stride + column;
       const float* row_factors = factors.rows + row;
       const float* column_factors = kColumns ? factors.columns + column : nullptr;
-      const Vector e_student = Load(values);
+      const Vector e_student = Exp(Load(values));
       Vector weight{};
       for (int teacher = 0; teacher < teachers; ++teacher) {
         values += matrix_stride;
@@ -544,7 +700,8 @@ const SimdKernels S2SD_KERNELS = {
 #else
     false,
 #endif
-    Pack, PackRows, Products, Multiply, Mirror, Maxima, StudentSums, TeacherSums, WeighDots, WeighKept,
+    Pack,   Widen,       PackRows,    PanelProducts, RowDots,   Multiply, Mirror, SymmetricRows,
+    Maxima, StudentSums, TeacherSums, WeighDots,     WeighKept,
 };
 
 }  // namespace s2sd
