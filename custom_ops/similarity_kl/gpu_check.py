@@ -218,6 +218,14 @@ def main():
     sys.exit(bool(failed))
 
 
+def sanitizer_path():
+    """Of compute-sanitizer: the toolkit has it in a folder that is not always on the PATH."""
+    toolkit = libraries.cuda_toolkit(libraries.cuda_compiler())
+    places = [toolkit / "bin" / "compute-sanitizer", toolkit / "compute-sanitizer" / "compute-sanitizer"]
+    found = shutil.which("compute-sanitizer") or next((str(path) for path in places if path.exists()), None)
+    return found or "compute-sanitizer"
+
+
 def run_steps(check, folder, gpu, quick):
     build(check, folder, gpu["compute_cap"].replace(".", "") if gpu else 90, emulate=not gpu)
     program, library, lines = folder / "gpu_check", folder / "libsimilarity_kl.so", folder / "lines"
@@ -225,7 +233,7 @@ def run_steps(check, folder, gpu, quick):
     # (name, command, time limit, file of its lines, what it needs)
     steps = [("correctness", [program, f"--lines={lines}", *quickly], 80, lines, "gpu")]
     for tool in SANITIZERS[: 1 if quick else None]:
-        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", program, "--sanitize"]
+        sanitizer = [sanitizer_path(), "--tool", tool, "--error-exitcode", "1", program, "--sanitize"]
         steps.append((tool, sanitizer, 40, None, "gpu"))
     torch_script = [sys.executable, SOURCES / "gpu_check_torch.py", library]
     seconds = 30 if quick else 110
@@ -239,7 +247,7 @@ def run_steps(check, folder, gpu, quick):
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch's and JAX's memory is not all that is wanted
     for name, command, limit, file, needs in steps:
         missing = [package for package in ("torch", "jax") if package in needs and not version(package)]
-        if command[0] == "compute-sanitizer" and not shutil.which(command[0]):
+        if not shutil.which(command[0]):
             missing.append(command[0])
         if "gpu" in needs and not gpu:
             check.not_run(name, command, "no GPU")
@@ -288,13 +296,13 @@ def goals(rows):
     """`(goal, measured, met)` of what was measured."""
     for row in rows:
         where, ms = f"batch {row['times']}, {row['precision']}", row["ms"]
-        if row["times"] == 112 and "eager" in ms:
+        if row["times"] == 112 and {"eager", "fused"} <= ms.keys():
             ratio = ms["eager"] / ms["fused"]
             yield f"{where}: at least 5 times as fast as PyTorch eager", f"{ratio:.2f}", ratio >= 5
-        if row["times"] == 112 and "compiled_graph" in ms:
+        if row["times"] == 112 and {"compiled_graph", "fused_graph"} <= ms.keys():
             ratio = ms["compiled_graph"] / ms["fused_graph"]
             yield f"{where}: not slower than compiled PyTorch, both as CUDA graphs", f"{ratio:.2f}", ratio >= 1
-        if row["times"] in (4096, 16384) and "compiled" in ms:
+        if row["times"] in (4096, 16384) and {"compiled", "fused"} <= ms.keys():
             ratio = ms["compiled"] / ms["fused"]
             yield f"{where}: at least as fast as compiled PyTorch", f"{ratio:.2f}", ratio >= 1
         if row["times"] == 65536:

@@ -153,27 +153,32 @@ def compare_times(library, batch, precision, compiled):
     dtype, tf32 = PRECISIONS[precision]
     student, teachers = inputs(batch, PAPER, dtype)
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    fused = Fused(library, student, teachers, 1.0, tf32)
     repeats = 50 if batch <= 4096 else 5
-    result = {
-        "times": batch,
-        "precision": precision,
-        "ms": {"fused": median_ms(fused, repeats), "fused_graph": median_ms(graph_of(fused), repeats)},
-        "mib": {"fused": fused.workspace_bytes / 2**20},
-        "ok": True,
-    }
+    result = {"times": batch, "precision": precision, "ms": {}, "mib": {}, "ok": True}
+
+    def measure(name, function):
+        try:
+            result["ms"][name] = median_ms(function() if name.endswith("_graph") else function, repeats)
+        except Exception as error:  # what one cannot do leaves the others
+            result["ok"] = False
+            result.setdefault("not_measured", {})[name] = f"{type(error).__name__}: {error}"[:300]
+
+    fused = Fused(library, student, teachers, 1.0, tf32)
+    result["mib"]["fused"] = fused.workspace_bytes / 2**20
+    measure("fused", fused)
     if batch <= 16384:
         run = lambda function: lambda: value_and_gradient(function, student, teachers, 1.0)  # noqa: E731
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        result["ms"]["eager"] = median_ms(run(loss), min(repeats, 20))
+        measure("eager", run(loss))
         result["mib"]["eager"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         if compiled:
             torch.compiler.reset()
             step = run(torch.compile(loss))
-            result["ms"]["compiled"] = median_ms(step, repeats)
+            measure("compiled", step)
             if batch <= 512:
-                result["ms"]["compiled_graph"] = median_ms(graph_of(step), repeats)
+                measure("compiled_graph", lambda: graph_of(step))
+    measure("fused_graph", lambda: graph_of(fused))
     return result
 
 
