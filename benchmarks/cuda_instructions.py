@@ -177,6 +177,7 @@ def table(results):
         "# Machine code of the CUDA kernels",
         "",
         f"{results['architecture']}, nvcc {results['nvcc']}; a stage is 128 bytes of every row of a tile.",
+        "A block has 98,304 bytes of shared memory with tiles of 128 x 128, and 49,152 with 64 x 64.",
         "",
         "| kernel, tile | | instructions a stage | of these products | a product | registers | spilled bytes |",
         "|---|---|---|---|---|---|---|",
