@@ -156,7 +156,7 @@ bool Register() {
 #endif
   for (const char* device : devices) {
     const bool late = HasKernels(device);
-    // Where it is too late for a kernel this still tells XLA of the constant input.
+    // Where it is too late for a kernel, XLA still learns from this that the input is constant.
     tf::XlaOpRegistrar(
         tf::XlaOpRegistrationBuilder::Name(kOp).Device(device).CompileTimeConstantInput("rows").Build(MakeKernel));
     if (!late) continue;
