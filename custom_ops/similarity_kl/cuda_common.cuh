@@ -102,8 +102,14 @@ __device__ __forceinline__ bool ValidScalars(const Params& p) {
   return valid;
 }
 
-// exp((s - shift) / T) for scale = log2(e) / T.
-__device__ __forceinline__ float ShiftedExp(float s, float shift, float scale) { return Exp2((s - shift) * scale); }
+// Logarithm to base 2 of an exponential's bound, see kNormSlack in cuda_large.cuh.
+constexpr float kMaxLog2Exp = 1.8f;
+
+// exp((s - shift) / T) for scale = log2(e) / T. A product that is computed once more in another order may pass its
+// row's maximum by a rounding, which a tiny T would blow up: hence the cap, which nothing else reaches.
+__device__ __forceinline__ float ShiftedExp(float s, float shift, float scale) {
+  return Exp2(fminf((s - shift) * scale, kMaxLog2Exp));
+}
 
 template <Scalar kScalar>
 __device__ __forceinline__ float HalfToFloat(uint16_t bits) {

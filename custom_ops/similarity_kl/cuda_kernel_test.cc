@@ -419,6 +419,16 @@ void TestInvalid() {
     inputs.weights[1] = NAN;
     expect_nan(good, inputs, "weight");
 
+    // Rows that are next to nothing, and nothing.
+    for (float length : {1e-13f, 0.0f}) {
+      inputs = MakeInputs(good, 5);
+      for (std::vector<float>& matrix : inputs.matrices) {
+        for (float& x : matrix) x *= length;
+      }
+      const Results tiny = RunKernel(good, inputs);
+      Expect(std::fabs(tiny.total) < 1e-6 && MaxAbs(tiny.gradient) < 1e-6, good, "rows of next to no length");
+      ++count;
+    }
     // Weights of any size, and none.
     for (float w : {1e-30f, 1e30f, 0.0f}) {
       inputs = MakeInputs(good, 5);

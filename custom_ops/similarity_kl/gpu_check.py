@@ -3,9 +3,10 @@
     python custom_ops/similarity_kl/gpu_check.py OUT             # 2 minutes with --quick
     python custom_ops/similarity_kl/gpu_check.py OUT --without_gpu
 
-Needs nvcc, g++ and a GPU; PyTorch for the times, JAX for XLA's handler; not TensorFlow. Every step has a time limit of
-its own. Its result is in OUT/gpu_check.json and, as a table, in OUT/gpu_check.md as soon as it is there; what it
-printed is in OUT/gpu_check.log. Exits with 1 where a step failed.
+Needs nvcc, g++ and a GPU; PyTorch for the times, JAX for XLA's handler; not TensorFlow. Every step has a time limit,
+and there is one for all. A step's result is in OUT/gpu_check.json and, as a table, in OUT/gpu_check.md as soon as it is
+there; what it printed is in OUT/gpu_check.log. Exits with 1 where a step failed or could not be run. `--steps` names
+the steps to run, as in `--steps=memcheck,PyTorch`.
 
 --without_gpu does what a machine without a GPU can: it builds everything with nvcc, runs the checks in the emulator and
 XLA's handler on the CPU, and lists the commands of the other steps.
@@ -13,6 +14,7 @@ XLA's handler on the CPU, and lists the commands of the other steps.
 
 import argparse
 import concurrent.futures
+import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
@@ -21,6 +23,7 @@ import os
 import pathlib
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,16 +66,20 @@ class Check:
         print(f"== {name}: {' '.join(command)}", flush=True)
         start = time.monotonic()
         # A file, as the output of what is killed at its limit is wanted too.
-        with tempfile.TemporaryFile("w+") as output:
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+            # A session of its own, as some steps have children, which would stay on the GPU under the next step.
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             try:
-                status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, timeout=seconds).returncode
+                status = process.wait(timeout=max(seconds, 1))
             except subprocess.TimeoutExpired:
                 status = "time limit"
-            except OSError as error:
-                status = str(error)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             output.seek(0)
             text = output.read()
-        written = lines.read_text() if lines and lines.exists() else "" if lines else text
+        written = text if lines is None else lines.read_text(errors="replace") if lines.exists() else ""
         self.add(name, command, status, time.monotonic() - start, parse(written), text)
         return status == 0
 
@@ -102,15 +109,15 @@ class Check:
             temporary.replace(self.out / name)
 
     def failed(self):
-        return [step["step"] for step in self.results["steps"] if step["status"] not in (0, "no GPU", "not installed")]
+        return [step["step"] for step in self.results["steps"] if step["status"] not in (0, "no GPU")]
 
 
 def parse(text):
     found = []
     for line in text.splitlines():
-        if line.startswith("{"):
+        if '{"' in line:  # a warning without a line's end may stand before it
             try:
-                found.append(json.loads(line))
+                found.append(json.loads(line[line.index('{"') :]))
             except ValueError:  # the last line of what was killed
                 continue
     return found
@@ -168,10 +175,9 @@ def build(check, folder, architecture, emulate):
     on_cpu = [cxx, *FLAGS, "-fPIC", "-ffp-contract=fast", "-c"]
     objects = {"cuda_kernel.cu": on_gpu, "gpu_check.cu": on_gpu, "c_interface.cc": on_cpu}
     objects |= {name: [*on_cpu, *flags] for name, flags in libraries.cpu_kernel_sources(platform.machine()).items()}
-    if version("jax"):
-        import jax.ffi
-
-        includes = [f"-I{jax.ffi.include_dir()}", f"-I{toolkit / 'include'}"]
+    headers = run_quietly([sys.executable, "-c", "import jax; print(jax.ffi.include_dir())"])
+    if headers.returncode == 0:  # else its step fails, and the others are not hurt
+        includes = [f"-I{headers.stdout.split()[-1]}", f"-I{toolkit / 'include'}"]
         objects["jax_handler.cc"] = [*on_cpu, "-w", "-DS2SD_TF_CUDA=1", *includes]
     commands = [[*command, SOURCES / name, "-o", folder / f"{name}.o"] for name, command in objects.items()]
     if emulate:
@@ -188,7 +194,7 @@ def build(check, folder, architecture, emulate):
             done = list(pool.map(run_quietly, these))
         text = "".join(f"$ {' '.join(map(str, c))}\n{d.stdout}{d.stderr}" for c, d in zip(these, done))
         text += f"{len(these)} files\n"
-        status = max(d.returncode for d in done)
+        status = next((d.returncode for d in done if d.returncode != 0), 0)
         check.add("build" if these is commands else "link", these[0], status, time.monotonic() - start, [], text)
         if status != 0:
             print(text)
@@ -204,6 +210,7 @@ def main():
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--quick", action="store_true", help="2 minutes: no large problems, no compiled PyTorch")
     parser.add_argument("--without_gpu", action="store_true", help="only what needs no GPU")
+    parser.add_argument("--steps", type=lambda text: text.split(","), help="names of the steps to run; default: all")
     options = parser.parse_args()
     if libraries.cuda_compiler() is None:
         sys.exit("gpu_check: there is no nvcc; install the CUDA toolkit, or set CUDA_HOME")
@@ -212,7 +219,7 @@ def main():
         sys.exit("gpu_check: nvidia-smi finds no GPU; --without_gpu does what needs none")
     with tempfile.TemporaryDirectory() as folder:
         check = Check(options.out, folder, describe(gpu))
-        run_steps(check, pathlib.Path(folder), gpu, options.quick)
+        run_steps(check, pathlib.Path(folder), gpu, options)
     failed = check.failed()
     print(f"failed: {', '.join(failed)}" if failed else "all passed", "->", options.out / "gpu_check.md")
     sys.exit(bool(failed))
@@ -226,26 +233,33 @@ def sanitizer_path():
     return found or "compute-sanitizer"
 
 
-def run_steps(check, folder, gpu, quick):
+def run_steps(check, folder, gpu, options):
+    end = time.monotonic() + (110 if options.quick else 470)
     build(check, folder, gpu["compute_cap"].replace(".", "") if gpu else 90, emulate=not gpu)
     program, library, lines = folder / "gpu_check", folder / "libsimilarity_kl.so", folder / "lines"
-    quickly = ["--quick"] if quick else []
+    quickly = ["--quick"] if options.quick else []
     # (name, command, time limit, file of its lines, what it needs)
     steps = [("correctness", [program, f"--lines={lines}", *quickly], 80, lines, "gpu")]
-    for tool in SANITIZERS[: 1 if quick else None]:
+    for tool in SANITIZERS[: 1 if options.quick else None]:
         sanitizer = [sanitizer_path(), "--tool", tool, "--error-exitcode", "1", program, "--sanitize"]
-        steps.append((tool, sanitizer, 40, None, "gpu"))
-    torch_script = [sys.executable, SOURCES / "gpu_check_torch.py", library]
-    seconds = 30 if quick else 110
-    steps.append(("PyTorch", [*torch_script, *quickly, f"--seconds={seconds}"], seconds + 40, None, "gpu torch"))
+        steps.append((tool, sanitizer, 60, None, "gpu"))
     jax_script = [sys.executable, SOURCES / "jax_check.py", library]
-    steps.append(("XLA handler", [*jax_script, "CUDA"], 40, None, "gpu jax"))
+    steps.append(("XLA handler", [*jax_script, "CUDA"], 90, None, "gpu jax"))
+    # Last, as it takes all the time that is left: it begins with what tells most.
+    torch_script = [sys.executable, SOURCES / "gpu_check_torch.py", library, *quickly]
+    steps.append(("PyTorch", torch_script, 300, None, "gpu torch"))
     if not gpu:
         emulated = [folder / "gpu_check_emulated", "--sanitize", f"--lines={lines}"]
         steps.insert(0, ("correctness in the emulator", emulated, 300, lines, ""))
         steps.append(("XLA handler on the CPU", [*jax_script, "cpu"], 120, None, "jax"))
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch's and JAX's memory is not all that is wanted
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the first GPU is that of nvidia-smi
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     for name, command, limit, file, needs in steps:
+        if options.steps and name not in options.steps:
+            continue
+        limit = min(limit, end - time.monotonic()) if gpu else limit
+        if name == "PyTorch":
+            command = [*command, f"--seconds={max(limit - 25, 1):.0f}"]
         missing = [package for package in ("torch", "jax") if package in needs and not version(package)]
         if not shutil.which(command[0]):
             missing.append(command[0])

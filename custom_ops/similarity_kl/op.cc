@@ -200,13 +200,14 @@ class SimilarityKlCudaOp : public SimilarityKlOpBase {
     options.allow_tf32 = allow_tf32();
     options.kept_bytes = WorkspaceBytes();
     tf::Tensor workspace;
-    const auto allocate = [&] {
+    const auto allocate = [&](bool retry) {
       const tf::int64 bytes = PlanCuda(problem, options, outputs.gradient != nullptr).workspace_bytes;
-      return context->allocate_temp(tf::DT_INT8, {bytes}, &workspace, tf::AllocatorAttributes());
+      const tf::AllocationAttributes patience(retry, /*allocation_will_be_logged=*/false, /*freed_by_func=*/nullptr);
+      return context->allocate_temp(tf::DT_INT8, {bytes}, &workspace, tf::AllocatorAttributes(), patience);
     };
-    if (!allocate().ok()) {
+    if (!allocate(/*retry=*/false).ok()) {
       options.kept_bytes = 0;  // slower, but a device that is full has room for this
-      OP_REQUIRES_OK(context, allocate());
+      OP_REQUIRES_OK(context, allocate(/*retry=*/true));
     }
     const char* failure = SimilarityKlCuda(problem, options, outputs, workspace.flat<tf::int8>().data(),
                                            context->eigen_gpu_device().stream());

@@ -65,7 +65,8 @@ inline Limits ErrorLimits(const HostProblem& problem, const HostResults& truth, 
   double weight = 0;
   for (float w : problem.weights) weight += std::fabs(w);
   // An error of epsilon in a similarity is one of T epsilon in the KL, and one of epsilon / T, relative, in P.
-  const double kl_floor = epsilon * t * std::max(1.0, t);
+  // Four: a GPU's exponentials are within 2^-22, relative, and a divergence has the logarithm of two of them.
+  const double kl_floor = 4 * epsilon * t * std::max(1.0, t);
   // The gradient is a difference of sums P z, which this bounds; it has a term a teacher.
   const double size = std::max(MaxAbs(truth.gradient), t / static_cast<double>(problem.rows) * weight);
   const double gradient_floor = epsilon * size * std::max(1.0, std::sqrt(teachers) / 2);
