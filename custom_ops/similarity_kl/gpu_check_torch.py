@@ -7,17 +7,14 @@ telling first; after `--seconds` nothing new is begun. Exits with 1 where the ke
 than twice PyTorch's in the same precision, or two runs differ in a bit.
 """
 
+import argparse
+import ctypes
+import json
+import statistics
+import sys
 import time
 
-START = time.monotonic()  # before what takes long to import
-
-import argparse  # noqa: E402
-import ctypes  # noqa: E402
-import json  # noqa: E402
-import statistics  # noqa: E402
-import sys  # noqa: E402
-
-import torch  # noqa: E402
+import torch
 
 PAPER = (128, 512, 1024, 1536, 2048, 2048)  # dimensions: student, teachers
 KEPT_BYTES = 256 << 20  # the default budget
@@ -192,7 +189,7 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seconds", type=float, default=200)
     options = parser.parse_args()
-    end = START + options.seconds
+    end = time.monotonic() + options.seconds
     library = ctypes.CDLL(options.library)
     library.s2sd_workspace_bytes.restype = ctypes.c_int64
     library.s2sd_run.restype = ctypes.c_char_p
