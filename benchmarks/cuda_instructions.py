@@ -125,8 +125,7 @@ def count(code, products):
     loops = [(target(text), address) for address, text in code if target(text) is not None and target(text) <= address]
     stages = [loop for loop in loops if within(loop, "LDGSTS") and within(loop, "HMMA")]
     stage = min(stages, key=lambda loop: loop[1] - loop[0])
-    slices = [loop for loop in loops if stage[0] <= loop[0] and loop[1] < stage[1] and within(loop, "HMMA")]
-    slices = [loop for loop in slices if loop[0] > stage[0]]
+    slices = [loop for loop in loops if stage[0] < loop[0] and loop[1] < stage[1] and within(loop, "HMMA")]
     once = [a for a, _ in fast_path(code, stage) if not any(low <= a <= high for low, high in slices)]
     result["stage_products"], result["stage_instructions"] = products, len(once)
     if slices:

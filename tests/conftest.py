@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import platform
 import select
 import signal
 import subprocess
@@ -36,6 +37,26 @@ def small_config(**changes):
     config.data.samples_per_class = 2
     config.update_from_flattened_dict(changes)
     return config
+
+
+def run_program(*command):
+    """What a program prints; it has to succeed."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def compile_cpu_kernel(folder, flags, more):
+    """The CPU kernel's object files in `folder`, and those of `more`: other sources, each with flags of its own."""
+    from s2sd_tf.distillation import libraries
+
+    processes = []
+    for source, options in {**more, **libraries.cpu_kernel_sources(platform.machine())}.items():
+        path = REPOSITORY / "custom_ops" / "similarity_kl" / source
+        command = [libraries.compiler(), *flags, *options, "-c", path, "-o", folder / f"{source}.o"]
+        processes.append(subprocess.Popen(list(map(str, command))))
+    assert [process.wait() for process in processes] == [0] * len(processes)
+    return sorted(folder.glob("*.o"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-import platform
-import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, compile_cpu_kernel, run_program
 
 from s2sd_tf.distillation import libraries
 
@@ -19,26 +17,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(*command):
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_value_and_gradient_through_jax_ffi(tmp_path):
     """`jax_check.py` compares them with plain JAX, and refuses to run beside TensorFlow."""
-    include = run(sys.executable, "-c", "import jax; print(jax.ffi.include_dir())").strip()
+    include = run_program(sys.executable, "-c", "import jax; print(jax.ffi.include_dir())").strip()
     handler_flags = ["-Wall", "-Wextra", "-Werror", "-isystem", include]
-    sources = {"jax_handler.cc": handler_flags, **libraries.cpu_kernel_sources(platform.machine())}
-    processes = []
-    for source, options in sources.items():
-        command = [libraries.compiler(), "-std=c++17", "-O2", "-fPIC", *options]
-        command += ["-c", SOURCES / source, "-o", tmp_path / f"{source}.o"]
-        processes.append(subprocess.Popen(list(map(str, command))))
-    assert [process.wait() for process in processes] == [0] * len(processes)
+    objects = compile_cpu_kernel(tmp_path, ["-std=c++17", "-O2", "-fPIC"], {"jax_handler.cc": handler_flags})
     library = tmp_path / "library.so"
-    run(libraries.compiler(), "-shared", *tmp_path.glob("*.o"), "-o", library, "-pthread")
-    lines = [json.loads(line) for line in run(sys.executable, SOURCES / "jax_check.py", library, "cpu").splitlines()]
+    run_program(libraries.compiler(), "-shared", *objects, "-o", library, "-pthread")
+    lines = [
+        json.loads(line) for line in run_program(sys.executable, SOURCES / "jax_check.py", library, "cpu").splitlines()
+    ]
     assert lines[0]["platform"] == "cpu"
     assert len(lines) > 10
     assert all(line["ok"] for line in lines[1:])

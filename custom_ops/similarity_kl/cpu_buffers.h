@@ -16,7 +16,7 @@ namespace s2sd {
 
 // The buffers of one thread.
 struct ThreadBuffers {
-  ThreadBuffers(float* floats, int64_t tile) : tile(tile) {
+  ThreadBuffers(float* floats, int64_t tile) {
     const auto take = [&](int64_t count) {
       float* taken = floats;
       floats += count;
@@ -38,7 +38,6 @@ struct ThreadBuffers {
            TileSums::Floats(tile);
   }
 
-  int64_t tile;
   DotBuffers operands;
   float *student, *teacher, *weights, *packed_student, *product, *sums;
 };

@@ -68,9 +68,8 @@ class DotProducts {
 
  private:
   const char* RowAt(const Matrix& matrix, int64_t row) const {
-    return static_cast<const char*>(matrix.data) + row * matrix.dim * ScalarBytes();
+    return static_cast<const char*>(matrix.data) + row * matrix.dim * ScalarBytes(problem_.scalar);
   }
-  int64_t ScalarBytes() const { return problem_.scalar == Scalar::kFloat32 ? 4 : 2; }
 
   // Whether words are multiplied as they lie in memory: floats, or whole pairs.
   bool PlainWords(const Matrix& matrix) const {
@@ -95,7 +94,7 @@ class DotProducts {
       rows = buffers.rows;
       stride = RoundUp(words, kernels_.width);
     }
-    const int64_t row_bytes = matrix.dim * ScalarBytes();
+    const int64_t row_bytes = matrix.dim * ScalarBytes(problem_.scalar);
     const int packed_columns = kPackedPanels * kernels_.width;
     for (int column = 0; column < tile.columns; column += packed_columns) {
       const int columns = std::min(packed_columns, tile.columns - column);

@@ -30,9 +30,10 @@ class GradientProducts {
       const float* student = static_cast<const float*>(problem_.student.data) + student_row * dim + begin;
       kernels_.multiply(weights, transpose, student, kernels_.width, dim, panels, product);
     } else {
-      const int64_t bytes = problem_.scalar == Scalar::kFloat32 ? 4 : 2;
-      kernels_.pack_rows(problem_.scalar, static_cast<const char*>(problem_.student.data) + student_row * dim * bytes,
-                         dim, depth, begin, panels, packed);
+      kernels_.pack_rows(
+          problem_.scalar,
+          static_cast<const char*>(problem_.student.data) + student_row * dim * ScalarBytes(problem_.scalar), dim,
+          depth, begin, panels, packed);
       kernels_.multiply(weights, transpose, packed, int64_t{depth} * kernels_.width, kernels_.width, panels, product);
     }
     return panels * kernels_.width;

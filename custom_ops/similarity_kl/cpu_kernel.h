@@ -18,8 +18,6 @@ enum class Simd { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
 Simd BestSimd();
 const char* SimdName(Simd simd);
 
-constexpr int64_t kDefaultWorkspaceBytes = int64_t{256} << 20;
-
 struct CpuOptions {
   // Bytes for exponentials that the first pass leaves to the second; what does not fit is computed again.
   int64_t workspace_bytes = kDefaultWorkspaceBytes;

@@ -70,11 +70,11 @@ class SmallComputation {
   // Long parts cost the fewest sums over the lanes of vectors, short ones give work to many threads.
   void CutIntoParts() {
     int64_t words = 0, depth = DotProducts::kDepth;
-    for (int matrix = 0; matrix < matrices_; ++matrix) words += dots_.WordsOf(MatrixOf(matrix));
+    for (int matrix = 0; matrix < matrices_; ++matrix) words += dots_.WordsOf(MatrixOf(problem_, matrix));
     while (depth > 256 && words < depth * options_.num_threads) depth /= 2;
     for (int matrix = 0; matrix < matrices_; ++matrix) {
       first_part_.push_back(parts_.size());
-      const int64_t end = dots_.WordsOf(MatrixOf(matrix));
+      const int64_t end = dots_.WordsOf(MatrixOf(problem_, matrix));
       for (int64_t first = 0; first < end; first += depth)
         parts_.push_back({matrix, first, std::min(depth, end - first)});
     }
@@ -84,8 +84,6 @@ class SmallComputation {
     std::stable_sort(by_length_.begin(), by_length_.end(),
                      [&](int a, int b) { return parts_[a].words > parts_[b].words; });
   }
-
-  const Matrix& MatrixOf(int matrix) const { return matrix == 0 ? problem_.student : problem_.teachers[matrix - 1]; }
 
   // ---- Buffers ----
 
@@ -109,7 +107,7 @@ class SmallComputation {
 
   void Multiply(int index, int thread) {
     const Part& part = parts_[index];
-    dots_.Part(MatrixOf(part.matrix), part.first, part.words, {Dots(index), stride_, size_, size_},
+    dots_.Part(MatrixOf(problem_, part.matrix), part.first, part.words, {Dots(index), stride_, size_, size_},
                {ThreadBuffer(thread), ThreadBuffer(thread) + DotProducts::RowFloats(stride_)});
   }
 

@@ -54,7 +54,8 @@ class TiledComputation {
     // The dearest first, so that the last items to end are short.
     order_.resize(matrices_);
     std::iota(order_.begin(), order_.end(), 0);
-    std::stable_sort(order_.begin() + 1, order_.end(), [&](int a, int b) { return MatrixOf(a).dim > MatrixOf(b).dim; });
+    std::stable_sort(order_.begin() + 1, order_.end(),
+                     [&](int a, int b) { return MatrixOf(problem_, a).dim > MatrixOf(problem_, b).dim; });
     for (int64_t index = 0; index < kept_; ++index) {
       logits_ready_[index].store(false, std::memory_order_relaxed);
       const TileTask& task = grid_.tasks()[index];
@@ -91,15 +92,13 @@ class TiledComputation {
  private:
   // ---- Tiles ----
 
-  const Matrix& MatrixOf(int matrix) const { return matrix == 0 ? problem_.student : problem_.teachers[matrix - 1]; }
-
   Tile TileOf(const TileTask& task, float* values) const {
     return {values, plan_.tile, grid_.RowsOf(task.row_block), grid_.ColumnsOf(task.column_block)};
   }
 
   void Dots(int matrix, const TileTask& task, const Tile& tile, const ThreadBuffers& buffers) const {
-    dots_(MatrixOf(matrix), problem_.row_offset + grid_.First(task.row_block), grid_.First(task.column_block), tile,
-          buffers.operands);
+    dots_(MatrixOf(problem_, matrix), problem_.row_offset + grid_.First(task.row_block), grid_.First(task.column_block),
+          tile, buffers.operands);
   }
 
   // Every logit less the first row's with itself, which is about the largest of a matrix of unit rows. It is computed
@@ -107,7 +106,7 @@ class TiledComputation {
   void FindShifts() {
     const ThreadBuffers& buffers = workspace_.thread(0);
     for (int matrix = 0; matrix < matrices_; ++matrix) {
-      dots_(MatrixOf(matrix), 0, 0, {buffers.teacher, plan_.tile, 1, 1}, buffers.operands);
+      dots_(MatrixOf(problem_, matrix), 0, 0, {buffers.teacher, plan_.tile, 1, 1}, buffers.operands);
       shifts_.push_back(buffers.teacher[0]);
     }
   }

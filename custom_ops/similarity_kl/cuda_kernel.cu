@@ -87,7 +87,7 @@ int64_t LayOut(const Problem& problem, const CudaPlan& plan, bool gradient, Aren
 }
 
 DeviceMatrix Describe(const Matrix& matrix, Scalar scalar) {
-  const int64_t row_bytes = matrix.dim * (scalar == Scalar::kFloat32 ? 4 : 2);
+  const int64_t row_bytes = matrix.dim * ScalarBytes(scalar);
   const uint64_t bits = reinterpret_cast<uintptr_t>(matrix.data) | static_cast<uint64_t>(row_bytes);
   const Access access = bits % 16 == 0 ? Access::k16 : bits % 4 == 0 ? Access::k4 : Access::k2;
   return {static_cast<const char*>(matrix.data), static_cast<int>(matrix.dim), static_cast<int>(row_bytes), access};
@@ -105,8 +105,7 @@ void Fill(const Problem& problem, const Outputs& outputs, Params* p) {
   p->total = outputs.total;
   p->per_teacher = outputs.per_teacher;
   p->gradient = outputs.gradient;
-  p->matrices[0] = Describe(problem.student, problem.scalar);
-  for (int k = 0; k < problem.num_teachers; ++k) p->matrices[k + 1] = Describe(problem.teachers[k], problem.scalar);
+  for (int m = 0; m < p->num_matrices; ++m) p->matrices[m] = Describe(MatrixOf(problem, m), problem.scalar);
 }
 
 // Contiguous groups of teachers of about the same total dimension.

@@ -23,7 +23,7 @@ struct CudaOptions {
   // accurate as float32. float16 and bfloat16 inputs are multiplied as they are.
   bool allow_tf32 = false;
   // Bytes for similarities that the first of the two passes leaves to the second; what does not fit is computed again.
-  int64_t kept_bytes = int64_t{256} << 20;
+  int64_t kept_bytes = kDefaultWorkspaceBytes;
   CudaPath path = CudaPath::kAuto;
   int groups = 0;  // of teachers, at most as many as these; 0: chosen by PlanCuda
 };

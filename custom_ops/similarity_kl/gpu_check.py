@@ -126,7 +126,7 @@ def parse(text):
 def describe(gpu):
     def first_line(*command):
         try:
-            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().splitlines()[-1]
+            return run_quietly(command).stdout.strip().splitlines()[-1]
         except (OSError, IndexError):
             return "none"
 
@@ -154,12 +154,7 @@ def find_gpu():
     """The first GPU's name, driver and compute capability, or None."""
     fields = ("name", "driver_version", "compute_cap")
     try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_quietly(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"])
     except OSError:
         return None
     rows = [line.split(", ") for line in done.stdout.splitlines()]
@@ -240,12 +235,13 @@ def run_steps(check, folder, gpu, options):
     quickly = ["--quick"] if options.quick else []
     # (name, command, time limit, file of its lines, what it needs)
     steps = [("correctness", [program, f"--lines={lines}", *quickly], 80, lines, "gpu")]
+    sanitizer = sanitizer_path()
     for tool in SANITIZERS[: 1 if options.quick else None]:
-        sanitizer = [sanitizer_path(), "--tool", tool, "--error-exitcode", "1", program, "--sanitize"]
-        steps.append((tool, sanitizer, 60, None, "gpu"))
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", program, "--sanitize"]
+        steps.append((tool, command, 60, None, "gpu"))
     jax_script = [sys.executable, SOURCES / "jax_check.py", library]
     steps.append(("XLA handler", [*jax_script, "CUDA"], 90, None, "gpu jax"))
-    # Last, as it takes all the time that is left: it begins with what tells most.
+    # Last, as it uses all the time that is left; its most informative comparisons come first.
     torch_script = [sys.executable, SOURCES / "gpu_check_torch.py", library, *quickly]
     steps.append(("PyTorch", torch_script, 300, None, "gpu torch"))
     if not gpu:

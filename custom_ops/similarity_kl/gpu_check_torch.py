@@ -3,7 +3,7 @@
     python gpu_check_torch.py LIBRARY [--quick] [--seconds=200] > lines
 
 LIBRARY holds c_interface.cc and the kernel. Writes a line of JSON for every comparison when it is done, the most
-telling first; after `--seconds` nothing new is begun. Exits with 1 where the kernel's distance from float64 is more
+informative first; after `--seconds` nothing new is begun. Exits with 1 where the kernel's distance from float64 is more
 than twice PyTorch's in the same precision, or two runs differ in a bit.
 """
 

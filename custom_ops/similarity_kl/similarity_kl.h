@@ -19,6 +19,8 @@ namespace s2sd {
 
 enum class Scalar { kFloat32, kFloat16, kBfloat16 };
 
+constexpr int64_t ScalarBytes(Scalar scalar) { return scalar == Scalar::kFloat32 ? 4 : 2; }
+
 // `Problem::columns` rows of `dim` scalars, row-major, no gaps.
 struct Matrix {
   const void* data;
@@ -38,6 +40,14 @@ struct Problem {
   const float* temperature;  // one number, T > 0
   const float* weights;      // K numbers
 };
+
+// The student (0) or a teacher.
+inline const Matrix& MatrixOf(const Problem& problem, int matrix) {
+  return matrix == 0 ? problem.student : problem.teachers[matrix - 1];
+}
+
+// Of both kernels, for what the first pass leaves to the second.
+constexpr int64_t kDefaultWorkspaceBytes = int64_t{256} << 20;
 
 struct Outputs {
   float* total;        // one number

@@ -131,7 +131,7 @@ inline std::string ValidateForCuda(const Problem& problem) {
     return Message("student", "at most " + std::to_string(kCudaMaxColumns) + " rows on a GPU", matrices());
   }
   for (int m = 0; m <= problem.num_teachers; ++m) {
-    const int64_t dim = m == 0 ? problem.student.dim : problem.teachers[m - 1].dim;
+    const int64_t dim = MatrixOf(problem, m).dim;
     const std::string name = m == 0 ? "student" : TeacherName(m - 1);
     if (dim > kCudaMaxDim) {
       return Message(name, "at most " + std::to_string(kCudaMaxDim) + " columns on a GPU", matrices());
