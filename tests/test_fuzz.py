@@ -32,8 +32,8 @@ from s2sd_tf.data import samplers
 from s2sd_tf.evaluation.embeddings import write_shard
 from s2sd_tf.files import write_json
 from s2sd_tf.models.backbones.state_dict import read_state_dict
+from s2sd_tf.training.build import build_model
 from s2sd_tf.training.datasets import load_data
-from s2sd_tf.training.run import build_model
 
 PACKAGE = str(pathlib.Path(s2sd_tf.__file__).parent)
 CLEAR = (ValueError, TypeError, FileNotFoundError, ImportError, NotImplementedError)

@@ -845,7 +845,7 @@ class TestConfig:
         config.data.update(classes_per_batch=3, samples_per_class=5)
         config.sampler.class_balanced.update(class_weights=(1.0, 2.0, 3.0), short_classes="repeat")
         config.sampler.d2_coreset.update(pool_factor=3, max_mib=2.5)
-        sampler = training.run.build_sampler(training.resolve(config))
+        sampler = training.build.build_sampler(training.resolve(config))
         assert sampler.registered_name == name
         assert sampler.batch_size == 15
         if name == "class_balanced":
@@ -858,7 +858,7 @@ class TestConfig:
         config = training.default_config()
         config.sampler.name = "nonsense"
         with pytest.raises(ValueError, match=r"sampler.*: expected one of .* Received: 'nonsense'"):
-            training.run.build_sampler(training.resolve(config))
+            training.build.build_sampler(training.resolve(config))
 
     def test_a_run_with_a_storage(self, tmp_path):
         config = training.default_config()

@@ -13,9 +13,9 @@ from PIL import Image
 from s2sd_tf.files import read_json, write_json
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.training import default_config, preset_config, resolve, train
+from s2sd_tf.training.build import build_model
 from s2sd_tf.training.compare import summarize
 from s2sd_tf.training.datasets import load_data
-from s2sd_tf.training.run import build_model
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
 DIGITS = f"--config={CONFIGS}/digits.py"

@@ -5,7 +5,8 @@ from s2sd_tf.training.config import default_config, preset_config, resolve
 from s2sd_tf.training.finite_loss import NonFiniteLoss
 from s2sd_tf.training.interruption import Interrupted
 from s2sd_tf.training.protocol import published_config
-from s2sd_tf.training.run import load_run, train
+from s2sd_tf.training.run import train
+from s2sd_tf.training.workdir import load_run
 
 __all__ = [
     "CollapseAlarm",

@@ -8,10 +8,10 @@ import tensorflow as tf
 from s2sd_tf.data import samplers
 from s2sd_tf.evaluation import retrieval_metrics
 from s2sd_tf.keras_compat import keras
+from s2sd_tf.training.build import build_batches, build_model, build_sampler, build_schedule, precision, set_up
 from s2sd_tf.training.config import resolve
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.embedding import embed
-from s2sd_tf.training.run import build_batches, build_model, build_sampler, build_schedule, precision, set_up
 from s2sd_tf.training.step_timer import StepTimer
 
 STEPS = 2

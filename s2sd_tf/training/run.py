@@ -1,35 +1,28 @@
-"""One training run in a work directory: train, resume, stop, and what the parts of a run are built from."""
+"""One training run in a work directory: train, resume, stop."""
 
 import contextlib
-import json
 import os
 import shutil
 import sys
 import tempfile
 
-import tensorflow as tf
 from absl import logging
-from ml_collections import config_dict
 
-from s2sd_tf import mining, objectives
-from s2sd_tf.data import Preprocessing, samplers, training_batches
-from s2sd_tf.files import LEFTOVER, OutOfSpace, read_json, remove_leftovers, write_json
-from s2sd_tf.keras_compat import keras
-from s2sd_tf.models import S2SDModel, backbones
-from s2sd_tf.training import optimizers, strategies
+from s2sd_tf.files import OutOfSpace, read_json, remove_leftovers, write_json
+from s2sd_tf.training import strategies
+from s2sd_tf.training.build import build_batches, build_model, build_sampler, precision, set_up, steps_per_epoch
 from s2sd_tf.training.callbacks import Refresh, TensorBoard, evaluation_callbacks
 from s2sd_tf.training.checkpoints import Checkpoints
 from s2sd_tf.training.collapse_alarm import CollapseAlarm
-from s2sd_tf.training.config import default_config, resolve
+from s2sd_tf.training.config import resolve
 from s2sd_tf.training.datasets import load_data
-from s2sd_tf.training.embedding import load_model
 from s2sd_tf.training.finishing import finish
 from s2sd_tf.training.finite_loss import FiniteLoss
 from s2sd_tf.training.interruption import Interrupted, Interruption
 from s2sd_tf.training.progress import Progress, fit
 from s2sd_tf.training.record import check_data, record_session
 from s2sd_tf.training.step_timer import StepTimer
-from s2sd_tf.untrusted import read_json_object, reading
+from s2sd_tf.training.workdir import check_workdir
 
 
 def train(config, workdir, strategy=None):
@@ -67,7 +60,7 @@ def train(config, workdir, strategy=None):
         OutOfSpace: there is no room to write; the run can go on once there is.
     """
     config = resolve(config)
-    _check_workdir(config, workdir)
+    check_workdir(config, workdir)
     results_path = os.path.join(workdir, "results.json")
     if os.path.exists(results_path):
         logging.info("%s is finished; its results are in %s", workdir, results_path)
@@ -212,222 +205,7 @@ def _callbacks(config, run_data, sampler, steps, workdir, state, checkpoints, in
     ]
 
 
-def steps_per_epoch(config, run_data):
-    """Batches of an epoch of a resolved config."""
-    batch = config.data.classes_per_batch * config.data.samples_per_class
-    return config.train.steps_per_epoch or max(1, len(run_data.train) // batch)
-
-
-@contextlib.contextmanager
-def precision(config):
-    """Within the block the layers that are made compute in what a resolved config says; Keras's global policy is put
-    back at the end.
-    """
-    before = keras.mixed_precision.global_policy()
-    keras.mixed_precision.set_global_policy(config.train.precision)
-    try:
-        yield
-    finally:
-        keras.mixed_precision.set_global_policy(before)
-
-
-def set_up(config):
-    """Threads, determinism and seeds, as a resolved config says; before anything of TensorFlow has run."""
-    if config.train.threads:
-        tf.config.threading.set_intra_op_parallelism_threads(config.train.threads)
-        tf.config.threading.set_inter_op_parallelism_threads(config.train.threads)
-    if config.train.deterministic:
-        tf.config.experimental.enable_op_determinism()
-    keras.utils.set_random_seed(config.seed)
-
-
-def build_batches(config, run_data, sampler, position=None, input_context=None):
-    """The training batches of a resolved config; `position` and `input_context` are those of `training_batches`."""
-    return training_batches(
-        run_data.train,
-        run_data.preprocessing,
-        sampler,
-        steps_per_epoch=config.train.steps_per_epoch or None,
-        seed=config.seed,
-        position=position,
-        augmentation=run_data.augmentation,
-        input_context=input_context,
-    )
-
-
-def build_model(config, run_data):
-    """The compiled `S2SDModel` of a resolved config."""
-    settings = {}
-    if config.model.backbone == "conv_blocks":
-        settings = {"filters": tuple(config.model.filters), "pools": config.model.pools}
-    backbone = backbones.get(
-        config.model.backbone,
-        run_data.preprocessing.output_shape,
-        weights=config.model.weights or None,
-        frozen_bn=config.model.frozen_bn or None,
-        **settings,
-    )
-    enabled = config.s2sd.enabled
-    target = config.s2sd.target_objective or config.objective.name
-    model = S2SDModel(
-        backbone,
-        config.model.embedding_dim,
-        objective=_objective(config, config.objective.name, run_data),
-        target_objective=_objective(config, target, run_data),
-        target_dims=config.s2sd.target_dims if enabled else (),
-        pooling=config.model.pooling,
-        target_pooling=config.s2sd.target_pooling if enabled else config.model.pooling,
-        temperature=config.s2sd.temperature,
-        distill_weight=config.s2sd.distill_weight,
-        distill_warmup_steps=config.s2sd.distill_warmup_steps,
-        feature_distill=config.s2sd.feature_distill and enabled,
-        feature_distill_weight=config.s2sd.feature_distill_weight,
-        feature_distill_delay=config.s2sd.feature_distill_delay,
-        feature_distill_warmup_steps=config.s2sd.feature_distill_warmup_steps,
-        num_classes=run_data.train.num_classes,
-        l2=config.optimizer.l2,
-        learning_rate_multipliers={
-            "backbone": config.optimizer.backbone_multiplier,
-            "heads": config.optimizer.heads_multiplier,
-            "objectives": config.optimizer.objectives_multiplier,
-            **_layer_multipliers(config),
-        },
-        log_per_target=config.s2sd.log_per_target,
-        similarities=config.train.similarities,
-        micro_batch_size=config.train.micro_batch_size or None,
-        diagnostics=config.train.diagnostics,
-    )
-    learning_rate = build_schedule(config, run_data)
-    optimizer = optimizers.get(config.optimizer.name, learning_rate, config.optimizer.settings.to_dict())
-    model.compile(optimizer=optimizer, jit_compile=config.train.jit_compile)
-    return model
-
-
-def build_schedule(config, run_data):
-    """The learning rate of a resolved config, a float or a Keras schedule."""
-    return optimizers.schedule(
-        config.optimizer.learning_rate,
-        steps_per_epoch=steps_per_epoch(config, run_data),
-        epochs=config.train.epochs,
-        **config.optimizer.schedule,
-    )
-
-
-def _layer_multipliers(config):
-    found = {}
-    for entry in config.optimizer.layers:
-        pattern, _, factor = str(entry).rpartition("=")
-        try:
-            found[f"backbone/{pattern}"] = float(factor)
-        except ValueError:
-            pattern = ""
-        if not pattern:
-            raise ValueError(
-                f"config.optimizer.layers: expected '<pattern of layer names>=<factor>'. Received: {entry!r}"
-            )
-    return found
-
-
-def build_sampler(config):
-    """The `samplers.Sampler` of a resolved config."""
-    name = config.sampler.name
-    given = {
-        "classes_per_batch": config.data.classes_per_batch,
-        "samples_per_class": config.data.samples_per_class,
-        "batch_size": config.data.classes_per_batch * config.data.samples_per_class,
-    }
-    known = samplers.settings(name)
-    return samplers.get(name, **config.sampler[name], **{key: given[key] for key in given if key in known})
-
-
-def load_run(workdir):
-    """`(model, config, preprocessing)` of a finished work directory; the model is the chosen one.
-
-    Raises:
-        FileNotFoundError: no finished run there.
-    """
-    paths = {name: os.path.join(workdir, name) for name in ("config.json", "preprocessing.json", "best.keras")}
-    for name, path in paths.items():
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"workdir: expected a finished run, with {name}. Received: {workdir!r}")
-    config = config_dict.FrozenConfigDict(_stored_config(paths["config.json"]))
-    preprocessing = Preprocessing.load(paths["preprocessing.json"])
-    return load_model(paths["best.keras"]), config, preprocessing
-
-
 def _selects_by(config):
     """The metric in the logs by which the best checkpoint is chosen, or None: the last is the best."""
     held_out = config.data.validation_classes or config.data.validation_fraction
     return f"val_{config.eval.select_by}" if held_out else None
-
-
-def _check_workdir(config, workdir):
-    """Refuses a work directory that another config wrote, or that is something else."""
-    path = os.path.join(workdir, "config.json")
-    if os.path.exists(path):
-        there = config_dict.FrozenConfigDict(_stored_config(path)).to_dict()
-        differing = sorted(_differences(_used(there), _used(config.to_dict())))
-        if differing:
-            raise ValueError(
-                f"workdir: expected a new folder or one written by this config. Received: {workdir!r}, whose config "
-                f"differs in {', '.join(differing)}"
-            )
-    elif os.path.exists(workdir) and (
-        not os.path.isdir(workdir) or any(not name.startswith(LEFTOVER) for name in os.listdir(workdir))
-    ):
-        raise ValueError(f"workdir: expected a new or empty folder, or that of a run. Received: {workdir!r}")
-
-
-def _stored_config(path):
-    """The config of a run, as a dict; keys that there were not when it began have their defaults."""
-
-    def fill(defaults, stored):
-        for key, value in defaults.items():
-            if not isinstance(value, dict):
-                stored.setdefault(key, value)
-            elif isinstance(stored.setdefault(key, value), dict):
-                fill(value, stored[key])
-            else:
-                raise ValueError(f"{key} is {stored[key]!r}, no section")
-        return stored
-
-    stored = read_json_object(path)
-    with reading(path, "the config of a run"):
-        return config_dict.ConfigDict(fill(json.loads(default_config().to_json()), stored)).to_dict()
-
-
-def _used(config):
-    """The config without the settings of objectives, miners and samplers that the run does not use.
-
-    So that a run can go on where more of them are known than when it began.
-    """
-    config = dict(config)
-    objective, sampler = config["objective"], config.get("sampler", {})
-    names = {objective["name"], config["s2sd"]["target_objective"] or objective["name"]}
-    config["objective"] = {"name": objective["name"], **{name: objective.get(name) for name in names}}
-    config["sampler"] = {key: sampler.get(key) for key in ("name", sampler.get("name"))}
-    sections = [settings for settings in config["objective"].values() if isinstance(settings, dict)]
-    miners = {settings["miner"] for settings in sections if "miner" in settings}
-    config["miner"] = {name: config.get("miner", {}).get(name) for name in miners}
-    return config
-
-
-def _differences(one, other, prefix=""):
-    for key in one.keys() | other.keys():
-        a, b = one.get(key), other.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{prefix}{key} ({a!r} there, {b!r} here)"
-
-
-def _objective(config, name, run_data):
-    uses_classes = objectives.lookup(name).uses_classes
-    settings = dict(config.objective[name])
-    if "miner" in settings:
-        settings["miner"] = mining.get(settings["miner"], **config.miner.get(settings["miner"], {}))
-    if "seed" in objectives.settings(name):
-        settings["seed"] = config.seed
-    if uses_classes:
-        settings["num_classes"] = run_data.train.num_classes
-    return objectives.get(name, **settings)

@@ -1,0 +1,151 @@
+"""What a run is made of, from its resolved config: model, optimizer, sampler, batches."""
+
+import contextlib
+
+import tensorflow as tf
+
+from s2sd_tf import mining, objectives
+from s2sd_tf.data import samplers, training_batches
+from s2sd_tf.keras_compat import keras
+from s2sd_tf.models import S2SDModel, backbones
+from s2sd_tf.training import optimizers
+
+
+def set_up(config):
+    """Threads, determinism and seeds, as a resolved config says; before anything of TensorFlow has run."""
+    if config.train.threads:
+        tf.config.threading.set_intra_op_parallelism_threads(config.train.threads)
+        tf.config.threading.set_inter_op_parallelism_threads(config.train.threads)
+    if config.train.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    keras.utils.set_random_seed(config.seed)
+
+
+@contextlib.contextmanager
+def precision(config):
+    """Within the block the layers that are made compute in what a resolved config says; Keras's global policy is put
+    back at the end.
+    """
+    before = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy(config.train.precision)
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_global_policy(before)
+
+
+def steps_per_epoch(config, run_data):
+    """Batches of an epoch of a resolved config."""
+    batch = config.data.classes_per_batch * config.data.samples_per_class
+    return config.train.steps_per_epoch or max(1, len(run_data.train) // batch)
+
+
+def build_model(config, run_data):
+    """The compiled `S2SDModel` of a resolved config."""
+    settings = {}
+    if config.model.backbone == "conv_blocks":
+        settings = {"filters": tuple(config.model.filters), "pools": config.model.pools}
+    backbone = backbones.get(
+        config.model.backbone,
+        run_data.preprocessing.output_shape,
+        weights=config.model.weights or None,
+        frozen_bn=config.model.frozen_bn or None,
+        **settings,
+    )
+    enabled = config.s2sd.enabled
+    target = config.s2sd.target_objective or config.objective.name
+    model = S2SDModel(
+        backbone,
+        config.model.embedding_dim,
+        objective=_objective(config, config.objective.name, run_data),
+        target_objective=_objective(config, target, run_data),
+        target_dims=config.s2sd.target_dims if enabled else (),
+        pooling=config.model.pooling,
+        target_pooling=config.s2sd.target_pooling if enabled else config.model.pooling,
+        temperature=config.s2sd.temperature,
+        distill_weight=config.s2sd.distill_weight,
+        distill_warmup_steps=config.s2sd.distill_warmup_steps,
+        feature_distill=config.s2sd.feature_distill and enabled,
+        feature_distill_weight=config.s2sd.feature_distill_weight,
+        feature_distill_delay=config.s2sd.feature_distill_delay,
+        feature_distill_warmup_steps=config.s2sd.feature_distill_warmup_steps,
+        num_classes=run_data.train.num_classes,
+        l2=config.optimizer.l2,
+        learning_rate_multipliers={
+            "backbone": config.optimizer.backbone_multiplier,
+            "heads": config.optimizer.heads_multiplier,
+            "objectives": config.optimizer.objectives_multiplier,
+            **_layer_multipliers(config),
+        },
+        log_per_target=config.s2sd.log_per_target,
+        similarities=config.train.similarities,
+        micro_batch_size=config.train.micro_batch_size or None,
+        diagnostics=config.train.diagnostics,
+    )
+    learning_rate = build_schedule(config, run_data)
+    optimizer = optimizers.get(config.optimizer.name, learning_rate, config.optimizer.settings.to_dict())
+    model.compile(optimizer=optimizer, jit_compile=config.train.jit_compile)
+    return model
+
+
+def build_schedule(config, run_data):
+    """The learning rate of a resolved config, a float or a Keras schedule."""
+    return optimizers.schedule(
+        config.optimizer.learning_rate,
+        steps_per_epoch=steps_per_epoch(config, run_data),
+        epochs=config.train.epochs,
+        **config.optimizer.schedule,
+    )
+
+
+def build_sampler(config):
+    """The `samplers.Sampler` of a resolved config."""
+    name = config.sampler.name
+    given = {
+        "classes_per_batch": config.data.classes_per_batch,
+        "samples_per_class": config.data.samples_per_class,
+        "batch_size": config.data.classes_per_batch * config.data.samples_per_class,
+    }
+    known = samplers.settings(name)
+    return samplers.get(name, **config.sampler[name], **{key: given[key] for key in given if key in known})
+
+
+def build_batches(config, run_data, sampler, position=None, input_context=None):
+    """The training batches of a resolved config; `position` and `input_context` are those of `training_batches`."""
+    return training_batches(
+        run_data.train,
+        run_data.preprocessing,
+        sampler,
+        steps_per_epoch=config.train.steps_per_epoch or None,
+        seed=config.seed,
+        position=position,
+        augmentation=run_data.augmentation,
+        input_context=input_context,
+    )
+
+
+def _layer_multipliers(config):
+    found = {}
+    for entry in config.optimizer.layers:
+        pattern, _, factor = str(entry).rpartition("=")
+        try:
+            found[f"backbone/{pattern}"] = float(factor)
+        except ValueError:
+            pattern = ""
+        if not pattern:
+            raise ValueError(
+                f"config.optimizer.layers: expected '<pattern of layer names>=<factor>'. Received: {entry!r}"
+            )
+    return found
+
+
+def _objective(config, name, run_data):
+    uses_classes = objectives.lookup(name).uses_classes
+    settings = dict(config.objective[name])
+    if "miner" in settings:
+        settings["miner"] = mining.get(settings["miner"], **config.miner.get(settings["miner"], {}))
+    if "seed" in objectives.settings(name):
+        settings["seed"] = config.seed
+    if uses_classes:
+        settings["num_classes"] = run_data.train.num_classes
+    return objectives.get(name, **settings)

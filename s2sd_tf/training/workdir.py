@@ -1,0 +1,87 @@
+"""The work directory of a run: whose it is, and what a finished one holds."""
+
+import json
+import os
+
+from ml_collections import config_dict
+
+from s2sd_tf.data import Preprocessing
+from s2sd_tf.files import LEFTOVER
+from s2sd_tf.training.config import default_config
+from s2sd_tf.training.embedding import load_model
+from s2sd_tf.untrusted import read_json_object, reading
+
+
+def check_workdir(config, workdir):
+    """Refuses a work directory that another config wrote, or that is something else."""
+    path = os.path.join(workdir, "config.json")
+    if os.path.exists(path):
+        there = config_dict.FrozenConfigDict(_stored_config(path)).to_dict()
+        differing = sorted(_differences(_used(there), _used(config.to_dict())))
+        if differing:
+            raise ValueError(
+                f"workdir: expected a new folder or one written by this config. Received: {workdir!r}, whose config "
+                f"differs in {', '.join(differing)}"
+            )
+    elif os.path.exists(workdir) and (
+        not os.path.isdir(workdir) or any(not name.startswith(LEFTOVER) for name in os.listdir(workdir))
+    ):
+        raise ValueError(f"workdir: expected a new or empty folder, or that of a run. Received: {workdir!r}")
+
+
+def load_run(workdir):
+    """`(model, config, preprocessing)` of a finished work directory; the model is the chosen one.
+
+    Raises:
+        FileNotFoundError: no finished run there.
+    """
+    paths = {name: os.path.join(workdir, name) for name in ("config.json", "preprocessing.json", "best.keras")}
+    for name, path in paths.items():
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"workdir: expected a finished run, with {name}. Received: {workdir!r}")
+    config = config_dict.FrozenConfigDict(_stored_config(paths["config.json"]))
+    preprocessing = Preprocessing.load(paths["preprocessing.json"])
+    return load_model(paths["best.keras"]), config, preprocessing
+
+
+def _stored_config(path):
+    """The config of a run, as a dict; keys that there were not when it began have their defaults."""
+
+    def fill(defaults, stored):
+        for key, value in defaults.items():
+            if not isinstance(value, dict):
+                stored.setdefault(key, value)
+            elif isinstance(stored.setdefault(key, value), dict):
+                fill(value, stored[key])
+            else:
+                raise ValueError(f"{key} is {stored[key]!r}, no section")
+        return stored
+
+    stored = read_json_object(path)
+    with reading(path, "the config of a run"):
+        return config_dict.ConfigDict(fill(json.loads(default_config().to_json()), stored)).to_dict()
+
+
+def _used(config):
+    """The config without the settings of objectives, miners and samplers that the run does not use.
+
+    So that a run can go on where more of them are known than when it began.
+    """
+    config = dict(config)
+    objective, sampler = config["objective"], config.get("sampler", {})
+    names = {objective["name"], config["s2sd"]["target_objective"] or objective["name"]}
+    config["objective"] = {"name": objective["name"], **{name: objective.get(name) for name in names}}
+    config["sampler"] = {key: sampler.get(key) for key in ("name", sampler.get("name"))}
+    sections = [settings for settings in config["objective"].values() if isinstance(settings, dict)]
+    miners = {settings["miner"] for settings in sections if "miner" in settings}
+    config["miner"] = {name: config.get("miner", {}).get(name) for name in miners}
+    return config
+
+
+def _differences(one, other, prefix=""):
+    for key in one.keys() | other.keys():
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key} ({a!r} there, {b!r} here)"
