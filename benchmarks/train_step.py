@@ -293,7 +293,7 @@ def make_torch_module(network):
             inputs = outputs
         return nn.Sequential(OrderedDict(layers)), inputs
 
-    def auxiliary_head(inputs, dim):
+    def target_head(inputs, dim):
         layers = OrderedDict(hidden=nn.Linear(inputs, dim), relu=nn.ReLU(inplace=True), linear=nn.Linear(dim, dim))
         return nn.Sequential(layers)
 
@@ -302,14 +302,14 @@ def make_torch_module(network):
             super().__init__()
             self.backbone, features = resnet50() if network.frozen else conv_blocks(**network.settings)
             self.embedding_head = nn.Sequential(OrderedDict(linear=nn.Linear(features, network.embedding_dim)))
-            self.auxiliary_heads = nn.ModuleList(auxiliary_head(features, dim) for dim in network.target_dims)
+            self.target_heads = nn.ModuleList(target_head(features, dim) for dim in network.target_dims)
 
         def forward(self, images, labels):
             maps = self.backbone(images)
             average = functional.adaptive_avg_pool2d(maps, 1).flatten(1)
             both = average + functional.adaptive_max_pool2d(maps, 1).flatten(1)
             embedding = functional.normalize(self.embedding_head(average))
-            targets = [functional.normalize(head(both)) for head in self.auxiliary_heads]
+            targets = [functional.normalize(head(both)) for head in self.target_heads]
             target_objective = sum(multi_similarity(target, labels) for target in targets) / len(targets)
             log_student = (embedding @ embedding.T).log_softmax(1)
             features = functional.normalize(both)
@@ -355,9 +355,9 @@ def torch_state(model):
     """The weights of an `S2SDModel` as the state dict of `make_torch_module`."""
     layers = {f"backbone.{layer.name}": layer for layer in model.backbone.layers if layer.weights}
     layers["embedding_head.linear"] = model.embedding_head.linear
-    for k, head in enumerate(model.auxiliary_heads):
-        layers[f"auxiliary_heads.{k}.hidden"] = head.hidden
-        layers[f"auxiliary_heads.{k}.linear"] = head.linear
+    for k, head in enumerate(model.target_heads):
+        layers[f"target_heads.{k}.hidden"] = head.hidden
+        layers[f"target_heads.{k}.linear"] = head.linear
     state = {}
     for name, layer in layers.items():
         arrays = layer.get_weights()
@@ -419,20 +419,23 @@ def make_parts(model, images, labels):
     maps = forward()
     average, both = pool(maps, "avg"), pool(maps, "avg+max")
     embedding = model.embedding_head(average)
-    targets = [head(both) for head in model.auxiliary_heads]
+    targets = [head(both) for head in model.target_heads]
     features = tf.math.l2_normalize(both, axis=1)
     heads = head_variables(model)
     others = [*model.backbone.trainable_variables, *model.embedding_head.trainable_variables]
 
     def base(maps):
-        return model.objective(model.embedding_head(pool(maps, "avg")), labels, training=True)
+        return model.s2sd_loss.objective(model.embedding_head(pool(maps, "avg")), labels, training=True)
 
     def auxiliary(maps):
         pooled = pool(maps, "avg+max")
-        return [head(pooled) for head in model.auxiliary_heads]
+        return [head(pooled) for head in model.target_heads]
 
     def target_objectives(*targets):
-        return [objective(target, labels, training=True) for objective, target in zip(model.target_objectives, targets)]
+        return [
+            objective(target, labels, training=True)
+            for objective, target in zip(model.s2sd_loss.target_objectives, targets)
+        ]
 
     def kl(implementation):
         return lambda student, *teachers: similarity_kl(student, teachers, implementation=implementation)[0]
@@ -550,7 +553,7 @@ def timed(call):
 
 
 def head_variables(model):
-    return [variable for head in model.auxiliary_heads for variable in head.trainable_variables]
+    return [variable for head in model.target_heads for variable in head.trainable_variables]
 
 
 def count(variables):

@@ -280,10 +280,10 @@ class TestObjectives:
         assert all(np.isfinite(weight).all() for weight in model.get_weights())
         model.save(tmp_path / "model.keras")
         loaded = keras.models.load_model(tmp_path / "model.keras")
-        assert type(loaded.objective) is type(loaded.target_objectives[0]) is CLASSES[name]
-        assert loaded.objective.get_config() == model.objective.get_config()
+        assert type(loaded.s2sd_loss.objective) is type(loaded.s2sd_loss.target_objectives[0]) is CLASSES[name]
+        assert loaded.s2sd_loss.objective.get_config() == model.s2sd_loss.objective.get_config()
         rows = unit_rows(12, 4).astype(np.float32)
-        np.testing.assert_array_equal(loaded.objective(rows, EVEN), model.objective(rows, EVEN))
+        np.testing.assert_array_equal(loaded.s2sd_loss.objective(rows, EVEN), model.s2sd_loss.objective(rows, EVEN))
 
     @pytest.mark.parametrize(
         ("name", "settings", "words"),

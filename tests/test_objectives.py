@@ -507,11 +507,11 @@ def test_inside_a_saved_model_as_base_and_as_target(small_model, tmp_path, unit_
     model = small_model(objective=base, target_objective=name, num_classes=CLASSES)
     model.save(str(tmp_path / "model.keras"))
     loaded = keras.models.load_model(str(tmp_path / "model.keras"))
-    assert type(loaded.objective) is type(loaded.target_objectives[1]) is type(base)
-    for one, other in zip(base.get_weights(), loaded.objective.get_weights()):
+    assert type(loaded.s2sd_loss.objective) is type(loaded.s2sd_loss.target_objectives[1]) is type(base)
+    for one, other in zip(base.get_weights(), loaded.s2sd_loss.objective.get_weights()):
         np.testing.assert_array_equal(one, other)
     rows, labels = unit_rows(8, 4).astype(np.float32), BATCHES["one positive each"]
-    np.testing.assert_allclose(loaded.objective(rows, labels), base(rows, labels), rtol=1e-6)
+    np.testing.assert_allclose(loaded.s2sd_loss.objective(rows, labels), base(rows, labels), rtol=1e-6)
 
 
 def test_draws_go_on_in_training_and_stand_still_in_testing(unit_rows):

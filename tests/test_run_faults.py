@@ -105,7 +105,7 @@ def after_steps(monkeypatch, count, action):
         monkeypatch,
         FiniteLoss,
         "on_train_batch_end",
-        lambda callback, *_: int(tf.convert_to_tensor(callback.model.step)) == count,
+        lambda callback, *_: int(tf.convert_to_tensor(callback.model.s2sd_loss.step)) == count,
         action,
     )
 
@@ -318,7 +318,7 @@ class TestCheckpoints:
             checkpoints = Checkpoints(str(tmp_path), kept, "val_map@r")
             state = RunState()
             for epoch, value in values.items():
-                model.step.assign(10 * epoch)
+                model.s2sd_loss.step.assign(10 * epoch)
                 state.epoch = epoch
                 state.history.append({"epoch": epoch, "val_map@r": value})
                 if state.best_value is None or value > state.best_value:
@@ -334,7 +334,7 @@ class TestCheckpoints:
         DAMAGES[damage](folder / "epoch_000003")
         model, state = Checkpoints(str(folder.parent), 2, "val_map@r").restore()
         assert state.epoch == 2
-        assert int(tf.convert_to_tensor(model.step)) == 20
+        assert int(tf.convert_to_tensor(model.s2sd_loss.step)) == 20
         assert set(os.listdir(folder)) == {"epoch_000001", "epoch_000002", "unreadable_epoch_000003"}
         (told,) = [message for message in log() if "cannot be read" in message]
         assert "epoch_000003" in told
@@ -571,7 +571,7 @@ class TestLossesThatAreNotFinite:
         ):
             callback = FiniteLoss(data.ImageSet(images, labels, ("a", "b", "c")), sampler, 5, 0, lambda: "epoch 1")
             model = small_model()
-            model.first_nonfinite_step.assign(7)
+            model.s2sd_loss.first_nonfinite_step.assign(7)
             callback.set_model(model)
             with pytest.raises(
                 NonFiniteLoss, match=r"epoch 2, its step 2\).* (a|b|c) \(2\), .*last checkpoint .* epoch 1"

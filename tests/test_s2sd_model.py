@@ -30,9 +30,9 @@ def golden_model(values, dtype):
         feature_distill_delay=int(values["feature_distill_delay"]),
         dtype=dtype,
     )
-    model.step.assign(int(values["step"]))
+    model.s2sd_loss.step.assign(int(values["step"]))
     model.embedding_head.set_weights([values["embed_kernel"], values["embed_bias"]])
-    for k, head in enumerate(model.auxiliary_heads):
+    for k, head in enumerate(model.target_heads):
         head.set_weights([values[f"head{k}_{name}"] for name in HEAD_WEIGHTS])
     return model
 
@@ -51,7 +51,7 @@ def test_golden_loss_and_every_gradient(golden, variant, dtype, tolerance):
 
     wanted = {"features": features}
     wanted.update(zip(("embed_kernel", "embed_bias"), model.embedding_head.trainable_variables))
-    for k, head in enumerate(model.auxiliary_heads):
+    for k, head in enumerate(model.target_heads):
         wanted.update(zip((f"head{k}_{name}" for name in HEAD_WEIGHTS), head.trainable_variables))
     assert {f"grad_{name}" for name in wanted} == {name for name in values.files if name.startswith("grad_")}
     for name, gradient in tape.gradient(loss, wanted).items():
@@ -85,7 +85,7 @@ def test_fit_lowers_the_loss_and_logs_every_term(small_model, objective):
     }  # fmt: skip
     assert np.isfinite(list(history.values())).all()
     assert history["objective"][-1] < history["objective"][0]
-    assert int(tf.convert_to_tensor(model.step)) == 45
+    assert int(tf.convert_to_tensor(model.s2sd_loss.step)) == 45
     logs = model.evaluate(dataset, steps=1, verbose=0, return_dict=True)
     assert logs["target_objective"] == pytest.approx(
         (logs["target0_8_objective"] + logs["target1_12_objective"]) / 2, abs=1e-6
@@ -101,7 +101,7 @@ def test_without_teachers_it_is_the_plain_objective(small_model):
     assert set(losses) == {"loss", "objective"}
     plain = s2sd_tf.objectives.get("multi_similarity")(model(images), labels)
     np.testing.assert_allclose(losses["loss"], plain, rtol=1e-6)
-    assert not model.auxiliary_heads
+    assert not model.target_heads
     model.compile(optimizer="sgd")
     assert set(model.fit(images, labels, batch_size=12, verbose=0).history) == {"loss", "objective"}
 
@@ -120,7 +120,7 @@ def test_the_teachers_learn_nothing_from_the_divergences(small_model):
     images, labels = images_and_labels(classes=12)  # no positives: every objective is 0
     with tf.GradientTape() as tape:
         losses = model.compute_losses(images, labels, training=True)
-    variables = {"heads": [v for h in model.auxiliary_heads for v in h.trainable_variables]}
+    variables = {"heads": [v for h in model.target_heads for v in h.trainable_variables]}
     variables["embedding"] = model.embedding_head.trainable_variables
     gradients = tape.gradient(losses["loss"], variables, unconnected_gradients="zero")
     assert float(losses["loss"]) > 0
@@ -131,9 +131,10 @@ def test_the_teachers_learn_nothing_from_the_divergences(small_model):
 def settings_of(model):
     """The config without the backbone, of which Keras records also how it was built."""
     config = model.get_config()
+    loss = config.pop("loss")["config"]
     for key in ("objective", "target_objective"):
-        config[key] = config[key]["config"]
-    return {key: value for key, value in config.items() if key != "backbone"}
+        loss[key] = loss[key]["config"]
+    return {**{key: value for key, value in config.items() if key != "backbone"}, **loss}
 
 
 @pytest.mark.parametrize("objective", ["multi_similarity", "margin", "proxy_anchor"])
@@ -150,7 +151,7 @@ def test_saved_model_is_the_same_class_and_goes_on_training(small_model, tmp_pat
     loaded = keras.models.load_model(path)
     assert type(loaded) is s2sd_tf.S2SDModel
     assert settings_of(loaded) == settings_of(model)
-    assert int(tf.convert_to_tensor(loaded.step)) == 3
+    assert int(tf.convert_to_tensor(loaded.s2sd_loss.step)) == 3
     np.testing.assert_allclose(loaded.predict(images, verbose=0), model.predict(images, verbose=0), atol=1e-6)
     # Optimizer state, draws of the miners and the step were saved too: both go on alike.
     for which in (model, loaded):
@@ -163,9 +164,9 @@ def test_config_round_trip(small_model):
     model = small_model(**s2sd_tf.preset("MSDFA"), objective=s2sd_tf.objectives.Triplet(margin=0.4, miner="semi_hard"))
     copy = s2sd_tf.S2SDModel.from_config(model.get_config())
     assert settings_of(copy) == settings_of(model)
-    assert copy.objective.margin == 0.4
-    assert [o.margin for o in copy.target_objectives] == [0.4] * 4
-    assert len({o.seed for o in (copy.objective, *copy.target_objectives)}) == 5
+    assert copy.s2sd_loss.objective.margin == 0.4
+    assert [o.margin for o in copy.s2sd_loss.target_objectives] == [0.4] * 4
+    assert len({o.seed for o in (copy.s2sd_loss.objective, *copy.s2sd_loss.target_objectives)}) == 5
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop", "AdamW", "Nadam"])
@@ -179,8 +180,8 @@ def test_learning_rate_multipliers_scale_what_the_optimizer_does(small_model, op
         model.compile(optimizer=getattr(keras.optimizers, optimizer)(1e-2))
         groups = {
             "backbone": model.backbone.trainable_variables,
-            "heads": [v for h in (model.embedding_head, *model.auxiliary_heads) for v in h.trainable_variables],
-            "objectives": [o.proxies for o in (model.objective, *model.target_objectives)],
+            "heads": [v for h in (model.embedding_head, *model.target_heads) for v in h.trainable_variables],
+            "objectives": [o.proxies for o in (model.s2sd_loss.objective, *model.s2sd_loss.target_objectives)],
         }
         before = {name: [v.numpy() for v in variables] for name, variables in groups.items()}
         model.train_on_batch(images, labels)
@@ -216,8 +217,8 @@ def test_layers_of_the_backbone_have_multipliers_of_their_own(small_model):
         factor = 0.0 if name == names[0] else 2.0 if name.startswith(names[1][:-1]) else 0.5
         for a, b in zip(one, other):
             np.testing.assert_allclose(b, factor * a, atol=2e-6, err_msg=name)
-    counted = [v for name, variables, _ in model.learning_rate_groups() if name != "objectives" for v in variables]
-    heads = [v for head in (model.embedding_head, *model.auxiliary_heads) for v in head.trainable_variables]
+    counted = [v for name, variables, _ in model.weight_updates.groups() if name != "objectives" for v in variables]
+    heads = [v for head in (model.embedding_head, *model.target_heads) for v in head.trainable_variables]
     assert sorted(map(id, counted)) == sorted(map(id, [*model.backbone.trainable_variables, *heads]))
     with pytest.raises(ValueError, match=r"learning_rate_multipliers: .*Received: \['backbone/none'\]"):
         small_model(learning_rate_multipliers={"backbone/none": 2.0})
@@ -238,7 +239,7 @@ def test_the_dtype_policy_is_saved(tmp_path, policy):
     model = s2sd_tf.S2SDModel(identity_backbone((3, 3, 4)), 2, target_dims=(5,), dtype=policy)
     model.save(str(tmp_path / "model.keras"))
     loaded = keras.models.load_model(str(tmp_path / "model.keras"))
-    for layer in (loaded, loaded.embedding_head, *loaded.auxiliary_heads):
+    for layer in (loaded, loaded.embedding_head, *loaded.target_heads):
         assert layer.compute_dtype == model.compute_dtype
         assert layer.dtype_policy.name == policy
 
@@ -253,7 +254,7 @@ def test_coupled_l2_adds_to_the_gradient_of_backbone_and_heads_only(small_model)
         model.compile(optimizer=keras.optimizers.SGD(1.0))
         logged[l2] = model.train_on_batch(images, labels, return_dict=True)["loss"]
         changes[l2] = [v.numpy() - old for v, old in zip(model.trainable_variables, before)]
-    proxies = {id(o.proxies) for o in (model.objective, *model.target_objectives)}
+    proxies = {id(o.proxies) for o in (model.s2sd_loss.objective, *model.s2sd_loss.target_objectives)}
     for variable, old, without, with_l2 in zip(model.trainable_variables, before, changes[0.0], changes[0.1]):
         decay = 0.0 if id(variable) in proxies else -0.1 * old
         np.testing.assert_allclose(with_l2 - without, decay, atol=1e-5)
@@ -267,7 +268,7 @@ def test_delay_and_ramps_follow_the_step(small_model):
     )  # fmt: skip
     images, labels = images_and_labels()
     for step, w, w_f in [(0, 2, 0), (1, 4, 0), (2, 6, 0), (3, 8, 5), (4, 8, 10), (100, 8, 10)]:
-        model.step.assign(step)
+        model.s2sd_loss.step.assign(step)
         losses = {name: np.asarray(value) for name, value in model.compute_losses(images, labels).items()}
         expected = (losses["objective"] + losses["target_objectives"].mean()) / 2
         expected += w * losses["distill_kls"].mean() + w_f * losses["feature_kl"]
@@ -301,7 +302,7 @@ def test_jitted_training(small_model, objective):
     assert model.jit_compile
     history = model.fit(images, labels, batch_size=12, epochs=2, verbose=0).history
     assert np.isfinite(history["loss"]).all()
-    assert int(tf.convert_to_tensor(model.step)) == 2
+    assert int(tf.convert_to_tensor(model.s2sd_loss.step)) == 2
 
 
 def test_without_a_gpu_nothing_is_jitted_unasked(small_model):

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from s2sd_tf import similarity_kl
-from s2sd_tf.distillation import distillation_weight
+from s2sd_tf.losses import distillation_weight
 
 
 def naive(student, teachers, temperature):

@@ -272,7 +272,7 @@ def test_settings_of_objective_and_miner_reach_the_model():
     config.data.image_size = 8
     config = resolve(config)
     model = build_model(config, load_data(config))
-    for objective in (model.objective, *model.target_objectives):
+    for objective in (model.s2sd_loss.objective, *model.s2sd_loss.target_objectives):
         assert objective.beta == 0.6
         assert objective.num_classes == 5
         assert (objective.miner.registered_name, objective.miner.rho) == ("rho_distance", 0.5)

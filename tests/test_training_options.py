@@ -154,7 +154,7 @@ class TestBenchmarkSets:
         assert results["test"]["exact"]["queries"] == len(split.test)
         model = keras.models.load_model(tmp_path / "run" / "best.keras")
         assert (tmp_path / "run" / "gallery.png").exists()
-        assert int(tf.convert_to_tensor(model.step)) == 6
+        assert int(tf.convert_to_tensor(model.s2sd_loss.step)) == 6
 
     def test_validation_by_image(self, tmp_path):
         write_sop(tmp_path, classes=8, images_per_class=4)

@@ -27,6 +27,10 @@ _CONFIG = configs.define()
 PLAIN, S2SD = "plain objective", "with S2SD"
 
 
+# What makes any config that of the plain objective.
+_PLAIN_FLAGS = ("--config.s2sd.target_dims=()", "--config.s2sd.feature_distill=False")
+
+
 def main():
     app.run(_main)
 
@@ -38,14 +42,16 @@ def _main(_):
     config = resolve(configs.value(_CONFIG))
     if len(set(_SEEDS.value)) < len(_SEEDS.value):
         raise ValueError(f"--seeds: expected different seeds. Received: {','.join(_SEEDS.value)}")
+    if not (config.s2sd.target_dims or config.s2sd.feature_distill):
+        raise ValueError("--config: expected one with S2SD, to compare with. Received: the plain objective")
     passed_on = _config_flags(sys.argv[1:])
     if not config.train.threads:
         passed_on.append("--config.train.threads=1")
     runs, groups = {}, {PLAIN: [], S2SD: []}
     for seed in _SEEDS.value:
-        for name, folder, enabled in ((PLAIN, "plain", False), (S2SD, "s2sd", True)):
+        for name, folder, flags_of in ((PLAIN, "plain", _PLAIN_FLAGS), (S2SD, "s2sd", ())):
             workdir = os.path.join(_WORKDIR.value, "runs", f"{folder}_seed{seed}")
-            runs[workdir] = [*passed_on, f"--config.seed={seed}", f"--config.s2sd.enabled={enabled}"]
+            runs[workdir] = [*passed_on, f"--config.seed={seed}", *flags_of]
             groups[name].append(workdir)
     results = run_all(runs, _JOBS.value)
     rows = {name: summarize([results[workdir] for workdir in workdirs]) for name, workdirs in groups.items()}

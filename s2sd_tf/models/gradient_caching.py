@@ -7,6 +7,61 @@ gradients with respect to the outputs; and each part is computed once more, to g
 
 import tensorflow as tf
 
+from s2sd_tf.keras_compat import restores_random_layers
+from s2sd_tf.models.updates import leaves
+
+
+class GradientCaching:
+    """The gradients of a step, of which a backbone computes `size` images at a time.
+
+    Args:
+        backbone: built `keras.Model`.
+        compute: function from a part's images to a list of float tensors `(rows, dim)`, through the backbone.
+        size: int >= 1, images at a time.
+        dims: list of int, the dims of what `compute` gives.
+        dtype: its dtype.
+
+    Raises:
+        ValueError: a backbone that does not compute the same twice.
+    """
+
+    def __init__(self, backbone, compute, size, dims, dtype):
+        _check_repeats(backbone)
+        self._backbone = backbone
+        self._compute = compute
+        self._size = size
+        self._dims = dims
+        self._dtype = dtype
+
+    def gradients(self, inputs, loss_of, variables, computing):
+        """`(terms, gradients)` of a batch.
+
+        Args:
+            inputs: images of the batch.
+            loss_of: function from the list of `compute`'s outputs `(batch, dim)` to `(terms, loss)`; the scalar loss is
+                differentiated.
+            variables: list of trainable variables.
+            computing: those of them that `compute` depends on.
+        """
+        # Statistics and random numbers of the second time shall be those of the first.
+        state = self._backbone.non_trainable_variables
+        before = [tf.identity(variable) for variable in state]
+        outputs = outputs_in_parts(self._compute, inputs, self._size, self._dims, self._dtype)
+        for variable, value in zip(state, before):
+            variable.assign(value)
+        with tf.GradientTape() as tape:
+            tape.watch(outputs)
+            terms, loss = loss_of(outputs)
+        gradients, upstream = tape.gradient(loss, (variables, outputs))
+        inner = {id(variable) for variable in computing}
+        places = [k for k, variable in enumerate(variables) if id(variable) in inner]
+        chosen = [variables[k] for k in places]
+        for k, gradient in zip(places, gradients_in_parts(self._compute, inputs, self._size, upstream, chosen)):
+            if gradient is not None:
+                own = gradients[k]
+                gradients[k] = gradient if own is None else tf.convert_to_tensor(own) + gradient
+        return terms, gradients
+
 
 def outputs_in_parts(compute, inputs, size, dims, dtype):
     """`compute(inputs)`, computed `size` rows at a time.
@@ -87,3 +142,17 @@ def _parts(inputs, size):
         return tf.nest.map_structure(cut, inputs)
 
     return -(-batch // size), part, even
+
+
+def _check_repeats(backbone):
+    for layer in leaves(backbone):
+        if getattr(layer, "activity_regularizer", None) is not None:
+            raise ValueError(
+                "micro_batch_size: expected a backbone without activity regularizers. "
+                f"Received: one with {layer.name!r}"
+            )
+        if not restores_random_layers() and getattr(layer, "rate", 0) and "rate" in layer.get_config():
+            raise ValueError(
+                "micro_batch_size: expected a backbone without dropout or noise with Keras 2, which cannot draw "
+                f"the same random numbers twice. Received: one with {layer.name!r}"
+            )

@@ -46,7 +46,7 @@ class EmbeddingHead(_Head):
 
 
 @keras.utils.register_keras_serializable("s2sd_tf")
-class AuxiliaryHead(_Head):
+class TargetHead(_Head):
     """A target embedding: Linear-ReLU-Linear, both of `dim` units, then l2 normalisation (S2SD, section 3).
 
     `(batch, features)` to `(batch, dim)`.

@@ -1,17 +1,10 @@
 """The model that trains an embedding by simultaneous similarity-based self-distillation."""
 
-import fnmatch
-import types
-
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf import objectives
-from s2sd_tf.checks import check_above, check_at_least, checked_int
-from s2sd_tf.distillation import distillation_weight, similarity_kl
+from s2sd_tf.checks import check_bool, checked_int
 from s2sd_tf.keras_compat import (
-    apply_gradients,
-    apply_summed_gradients,
     build_optimizer,
     dtype_policy_config,
     import_addons,
@@ -21,20 +14,17 @@ from s2sd_tf.keras_compat import (
     report_first_replica,
     resolve_jit_compile,
     restore_legacy_optimizer_state,
-    restores_random_layers,
-    scale_loss,
-    sums_gradients_too_late,
 )
-from s2sd_tf.models import replicas
-from s2sd_tf.models.diagnostics import effective_rank, mean_similarity
-from s2sd_tf.models.gradient_caching import gradients_in_parts, outputs_in_parts
-from s2sd_tf.models.heads import AuxiliaryHead, EmbeddingHead
+from s2sd_tf.losses import S2SDLoss
+from s2sd_tf.models.gradient_caching import GradientCaching
+from s2sd_tf.models.heads import EmbeddingHead, TargetHead
 from s2sd_tf.models.pooling import POOLINGS, GeM, pool
+from s2sd_tf.models.step_metrics import StepMetrics
+from s2sd_tf.models.updates import Updates
+from s2sd_tf.registry import constructor_arguments
 
-GROUPS = ("backbone", "heads", "objectives")
-SIMILARITIES = ("global", "replica")
-# How a key of the multipliers begins that goes on with a pattern of layer names.
-_LAYERS = "backbone/"
+# Of what `get_config` returns; saved models of another one are refused.
+_FORMAT = 2
 # Names in a saved model of what Keras does not save of an optimizer.
 _LEGACY_OPTIMIZER = "legacy_optimizer_"
 
@@ -43,35 +33,20 @@ _LEGACY_OPTIMIZER = "legacy_optimizer_"
 class S2SDModel(keras.Model):
     """An image-retrieval embedding trained with S2SD (Roth et al., ICML 2021, arXiv 2009.08348).
 
-    With the backbone's pooled features f, the model trains a base embedding z = norm(W f + b) together with auxiliary
-    target embeddings q_k = norm(MLP_k(f')), each under a metric-learning objective, and distils the in-batch
-    similarity structure of every target, and of the features themselves, into the base embedding:
-
-        loss = (L(z) + mean_k L_k(q_k)) / 2 + w * mean_k KL(S(q_k) -> S(z)) + w_f * KL(S(norm(f')) -> S(z))
-
-    The last term starts at step `feature_distill_delay`. Calling the model and `predict` give z, `(batch,
-    embedding_dim)` with unit-norm rows. With `target_dims=()` and `feature_distill=False` it is the plain objective.
-    `fit` takes batches `(images, labels)`, labels being integers `(batch,)`.
+    A backbone, an embedding head, a head for each target embedding, and an `S2SDLoss`. With the backbone's pooled
+    features f, the base embedding is z = norm(W f + b), and the targets are q_k = norm(MLP_k(f')); the loss trains them
+    together and distils the targets, and f', into z. Calling the model and `predict` give z, `(batch, embedding_dim)`
+    with unit-norm rows. `fit` takes batches `(images, labels)`, labels being integers `(batch,)`.
 
     Args:
         backbone: `keras.Model` from images to feature maps `(batch, h, w, features)` or to pooled features
             `(batch, features)`.
         embedding_dim: int >= 1, dimension of the base embedding.
-        objective: name of a registered objective or an `objectives.Objective`, for the base embedding.
-        target_objective: the same for the targets, each of which gets an instance of its own. Default: the base's.
-        target_dims: dimensions of the target embeddings, each >= 1.
+        loss: `S2SDLoss`. Default: one that is made of `loss_settings`.
         pooling: "avg", "max", "avg+max" (their sum) or "gem" (`GeM`): how feature maps become the f of the base
             embedding.
         target_pooling: the same for f', which feeds the targets and is the feature teacher. Where both are "gem", they
             are one layer, so that f' is f, as with other equal poolings.
-        temperature: float > 0, T of the divergences.
-        distill_weight: float >= 0, w.
-        distill_warmup_steps: int >= 0; w is reached by a linear ramp of so many steps.
-        feature_distill: bool, whether the features teach too.
-        feature_distill_weight: float >= 0, w_f.
-        feature_distill_delay: int >= 0, steps before the features begin to teach.
-        feature_distill_warmup_steps: int >= 0, length of the ramp of w_f after the delay.
-        num_classes: int, number of training classes, for objectives by name that have weights a class.
         l2: float >= 0; adds `l2 * weight` to the gradient of every trainable weight of backbone and heads: L2 coupled
             to the optimizer, as opposed to the decoupled decay of AdamW. The power of `GeM`, which is trained with the
             heads, is left out, as in its authors' code.
@@ -80,28 +55,20 @@ class S2SDModel(keras.Model):
             backbone of such names, on top of the backbone's factor; the first pattern that matches counts. They scale
             what the optimizer does to a weight, so they mean the same with every Keras optimizer; an update below the
             float32 spacing of the weight (1e-7 of it) is lost before it is scaled. Default: 1 each.
+        micro_batch_size: int >= 0. Images of a replica that the backbone takes at a time in training, 0: all of them.
+            The memory is that of such a part, while the loss is that of the whole batch and its gradients are exact,
+            except for BatchNorm that trains, whose statistics are the part's. The backbone computes every image twice
+            forward and once backward (Gao et al., RepL4NLP 2021, arXiv 2101.06983).
         log_per_target: bool, log every target's objective and divergence beside their means.
-        similarity_kl_implementation: "auto", "fused" or "composed"; see `similarity_kl`.
-        similarities: where a distribution strategy shares a batch out over replicas, "global": objectives and teachers
-            see the batch of all of them, and a step is that of one device with the whole batch, but for BatchNorm,
-            whose statistics are each replica's own. Every replica computes the objectives of the whole batch, and of
-            the divergences its own rows. "replica": each replica sees its own part alone.
-        micro_batch_size: int >= 1, or None. Images of a replica that the backbone takes at a time in training: the
-            memory is that of such a part, while the loss is that of the whole batch and its gradients are exact, but
-            for BatchNorm that trains, whose statistics are the part's. The backbone computes every image twice forward
-            and once backward (Gao et al., RepL4NLP 2021, arXiv 2101.06983).
-        diagnostics: bool, log how training goes beside the loss, without a copy to the host: "gradient_norm", the norm
-            of the gradients of all weights; "mean_similarity", the mean cosine of the base embeddings of different
-            images; "embedding_rank", the participation ratio of their covariance, from 1 to `embedding_dim`; and where
-            there are targets "target_mean_similarity" and "target_embedding_rank", of the target where it is largest
-            and smallest. A similarity near 1 and a rank near 1 are those of embeddings that have collapsed.
-        name, dtype: as for any Keras model.
+        name, trainable, dtype: as for any Keras model.
+        **loss_settings: arguments of `S2SDLoss` (`objective`, `target_dims`, `temperature`, ...). With
+            `diagnostics=True` the norm of the gradients of all weights is logged too, as "gradient_norm".
 
     Attributes:
-        step: int64 variable, training steps taken; saved with the model.
-        first_nonfinite_step: int64 variable, the first step (from 0) whose loss was not finite; -1: none.
-        embedding_head, auxiliary_heads, objective, target_objectives: the layers.
+        s2sd_loss: the `S2SDLoss`; its `step` counts the training steps.
+        embedding_head, target_heads: the heads.
         gem: the `GeM` layer; None where neither pooling is "gem".
+        weight_updates: the `Updates`, with the groups of `learning_rate_multipliers`.
 
     Raises:
         ValueError: an argument out of its range; the message names it.
@@ -116,99 +83,48 @@ class S2SDModel(keras.Model):
         self,
         backbone,
         embedding_dim,
+        loss=None,
         *,
-        objective="multi_similarity",
-        target_objective=None,
-        target_dims=(512, 1024, 1536, 2048),
         pooling="avg",
         target_pooling="avg",
-        temperature=1.0,
-        distill_weight=50.0,
-        distill_warmup_steps=0,
-        feature_distill=True,
-        feature_distill_weight=50.0,
-        feature_distill_delay=1000,
-        feature_distill_warmup_steps=0,
-        num_classes=None,
         l2=0.0,
         learning_rate_multipliers=None,
+        micro_batch_size=0,
         log_per_target=False,
-        similarity_kl_implementation="auto",
-        similarities="global",
-        micro_batch_size=None,
-        diagnostics=False,
         name=None,
-        **kwargs,
+        trainable=True,
+        dtype=None,
+        **loss_settings,
     ):
-        super().__init__(name=name, **kwargs)
+        super().__init__(name=name, trainable=trainable, dtype=dtype)
         report_first_replica(self)
-        check_at_least("embedding_dim", embedding_dim, 1)
-        for dim in target_dims:
-            check_at_least("target_dims", dim, 1)
-        _check_choice("pooling", pooling, POOLINGS)
-        _check_choice("target_pooling", target_pooling, POOLINGS)
-        check_above("temperature", temperature, 0)
-        for argument, value in [
-            ("distill_weight", distill_weight),
-            ("distill_warmup_steps", distill_warmup_steps),
-            ("feature_distill_weight", feature_distill_weight),
-            ("feature_distill_delay", feature_distill_delay),
-            ("feature_distill_warmup_steps", feature_distill_warmup_steps),
-            ("l2", l2),
-        ]:
-            check_at_least(argument, value, 0)
-        _check_choice("similarities", similarities, SIMILARITIES)
-        if micro_batch_size is not None:
-            micro_batch_size = checked_int("micro_batch_size", micro_batch_size, 1)
-        multipliers = dict(learning_rate_multipliers or {})
-        for group, value in multipliers.items():
-            if not group.startswith(_LAYERS):
-                _check_choice("learning_rate_multipliers", group, GROUPS)
-            check_at_least(f"learning_rate_multipliers[{group!r}]", value, 0)
-
-        self.embedding_dim = int(embedding_dim)
-        self.target_dims = tuple(int(dim) for dim in target_dims)
+        self.embedding_dim = checked_int("embedding_dim", embedding_dim, 1)
+        for argument, value in (("pooling", pooling), ("target_pooling", target_pooling)):
+            if value not in POOLINGS:
+                raise ValueError(f"{argument}: expected one of {list(POOLINGS)}. Received: {value!r}")
+        check_bool("log_per_target", log_per_target)
         self.pooling = pooling
         self.target_pooling = target_pooling
-        self.temperature = temperature
-        self.distill_weight = distill_weight
-        self.distill_warmup_steps = distill_warmup_steps
-        self.feature_distill = feature_distill
-        self.feature_distill_weight = feature_distill_weight
-        self.feature_distill_delay = feature_distill_delay
-        self.feature_distill_warmup_steps = feature_distill_warmup_steps
-        self.num_classes = num_classes
-        self.l2 = l2
-        self.learning_rate_multipliers = types.MappingProxyType({**dict.fromkeys(GROUPS, 1.0), **multipliers})
+        self.micro_batch_size = checked_int("micro_batch_size", micro_batch_size, 0)
         self.log_per_target = log_per_target
-        self.similarity_kl_implementation = similarity_kl_implementation
-        self.similarities = similarities
-        self.micro_batch_size = micro_batch_size
-        self.diagnostics = diagnostics
-        self._steps_are_jitted = None  # not known before `compile`
 
         self.backbone = backbone
-        uses_gem = "gem" in (pooling, target_pooling)
+        self.s2sd_loss = _checked_loss(loss, loss_settings, loss_dtype(self))
+        has_teachers = self.s2sd_loss.target_dims or self.s2sd_loss.feature_distill
+        # Of f and f', each once.
+        self._poolings = tuple(dict.fromkeys((pooling, target_pooling) if has_teachers else (pooling,)))
+        uses_gem = "gem" in self._poolings
         self.gem = GeM(dtype=loss_dtype(self), name="gem") if uses_gem else None
         self.embedding_head = EmbeddingHead(self.embedding_dim, dtype=self.dtype_policy, name="embedding_head")
-        self.auxiliary_heads = [
-            AuxiliaryHead(dim, dtype=self.dtype_policy, name=f"auxiliary_head{k}_{dim}")
-            for k, dim in enumerate(self.target_dims)
+        self.target_heads = [
+            TargetHead(dim, dtype=self.dtype_policy, name=f"target_head{k}_{dim}")
+            for k, dim in enumerate(self.s2sd_loss.target_dims)
         ]
-        self.objective = self._make_objective(objective)
-        template = self.objective if target_objective is None else self._make_objective(target_objective)
-        # A proxy, as Keras would take a dict for a container of layers.
-        self._target_objective = types.MappingProxyType(keras.utils.serialize_keras_object(template))
-        self.target_objectives = [self._copy_of(template, k) for k in range(len(self.target_dims))]
-        self.step = self.add_weight(name="step", shape=(), dtype="int64", initializer="zeros", trainable=False)
-        self.first_nonfinite_step = self.add_weight(
-            name="first_nonfinite_step",
-            shape=(),
-            dtype="int64",
-            initializer=keras.initializers.Constant(-1),
-            trainable=False,
-        )
-        self._make_metrics()
+        heads = (self.embedding_head, *self.target_heads)
+        objectives = (self.s2sd_loss.objective, *self.s2sd_loss.target_objectives)
+        gem = () if self.gem is None else (self.gem,)
+        self.weight_updates = Updates(backbone, (*gem, *heads), heads, objectives, l2, learning_rate_multipliers)
+        self._step_metrics = StepMetrics(self.s2sd_loss, log_per_target)
         if backbone.built:
             self.build(backbone.input_shape)
 
@@ -223,27 +139,31 @@ class S2SDModel(keras.Model):
             raise ValueError(
                 f"backbone: expected an output of shape (batch, h, w, features) or (batch, features). Received: {shape}"
             )
-        if len(shape) == 2 and {self.pooling, self.target_pooling} != {"avg"}:
+        if len(shape) == 2 and self._poolings != ("avg",):
             raise ValueError(
                 f"pooling: expected 'avg' for a backbone that gives pooled features {shape}; the others need feature "
                 f"maps. Received: pooling={self.pooling!r}, target_pooling={self.target_pooling!r}"
             )
         if self.gem is not None and not self.gem.built:
             self.gem.build(shape)
-        layers = [
+        for layer, dim in (
             (self.embedding_head, shape[-1]),
-            (self.objective, self.embedding_dim),
-            *((head, shape[-1]) for head in self.auxiliary_heads),
-            *zip(self.target_objectives, self.target_dims),
-        ]
-        for layer, dim in layers:
-            # A loaded objective comes built.
+            *((head, shape[-1]) for head in self.target_heads),
+            (self.s2sd_loss, self.embedding_dim),
+        ):
+            # A loaded loss comes built.
             if not layer.built:
                 layer.build((None, dim))
-        self._backbone_groups()
+        self.weight_updates.groups()  # refuses patterns that match no layer
         if self.micro_batch_size:
-            self._check_parts_can_be_repeated()
-        self._feature_dim = shape[-1]
+            dtype, dims = loss_dtype(self), [shape[-1]] * len(self._poolings)
+            self._caching = GradientCaching(
+                self.backbone,
+                lambda part: [tf.cast(features, dtype) for features in self._pooled(part, True)],
+                self.micro_batch_size,
+                dims,
+                dtype,
+            )
         self.built = True
 
     def compile(self, *args, jit_compile="auto", **kwargs):
@@ -263,7 +183,7 @@ class S2SDModel(keras.Model):
             )
         jit_compile = False if several else resolve_jit_compile(jit_compile)
         super().compile(*args, jit_compile=jit_compile, **kwargs)
-        self._steps_are_jitted = bool(self.jit_compile)
+        self.s2sd_loss.jit_compile = bool(self.jit_compile)
 
     def compile_from_config(self, config):
         """Compiles a loaded model; Keras leaves that to classes with a `compile` of their own."""
@@ -295,22 +215,16 @@ class S2SDModel(keras.Model):
         return self.embedding_head(pool(self.backbone(inputs, training=training), self.pooling, self.gem))
 
     def compute_losses(self, inputs, labels, training=False):
-        """Every term of the loss of one batch, as a dict of tensors.
-
-        On several replicas and with `similarities="global"` the mean over the replicas is the batch's.
+        """Every term of the loss of one batch, a dict of tensors: what `S2SDLoss` returns.
 
         Args:
             inputs: images, as the backbone takes them.
             labels: integer tensor `(batch,)`.
-            training: bool, for backbone and miners.
-
-        Returns:
-            "loss", "objective" (scalars), and where there is a target or feature teacher "target_objectives" `(K,)`,
-            "distill_kls" `(K,)` and "feature_kl" (scalar): unweighted terms.
+            training: bool, for backbone and loss.
         """
         if not self.built:
             self.build(inputs.shape)
-        return self._losses_of(self._pooled(inputs, training), labels, training)[0]
+        return self._losses_of(self._pooled(inputs, training), labels, training)
 
     def train_step(self, data):
         """One optimizer step on a batch `(images, labels)`; returns the running means of the logged terms."""
@@ -318,313 +232,87 @@ class S2SDModel(keras.Model):
         if not self.built:
             self.build(inputs.shape)
         variables = self.trainable_variables
-        losses, batch, gradients = (self._gradients_in_parts if self.micro_batch_size else self._gradients)(
-            inputs, labels, variables
-        )
-        # The updates that are not taken as the optimizer makes them.
-        scaled = [
-            (variable, multiplier)
-            for _, group, multiplier in self.learning_rate_groups()
-            if multiplier != 1.0
-            for variable in group
-        ]
-        before = [tf.identity(variable) for variable, _ in scaled]
-        diagnosed = {}
-        summed = replicas.count() > 1 and (self.diagnostics or sums_gradients_too_late(self.optimizer))
-        if summed:
-            gradients = replicas.sum_gradients(gradients)
-        if self.diagnostics:
-            diagnosed = self._diagnose(batch, gradients)
-        if summed:
-            apply_summed_gradients(self.optimizer, gradients, variables, replicas.count())
+
+        def loss_of(pooled):
+            terms = self._losses_of(pooled, labels, training=True)
+            return terms, self.weight_updates.loss_to_differentiate(self.optimizer, terms["loss"], self.losses)
+
+        if self.micro_batch_size:
+            layers = (self.backbone,) if self.gem is None else (self.backbone, self.gem)
+            computing = [variable for layer in layers for variable in layer.trainable_variables]
+            terms, gradients = self._caching.gradients(inputs, loss_of, variables, computing)
         else:
-            apply_gradients(self.optimizer, gradients, variables)
-        for (variable, multiplier), old in zip(scaled, before):
-            variable.assign(old + multiplier * (tf.convert_to_tensor(variable) - old))
-        step, first = tf.convert_to_tensor(self.step), tf.convert_to_tensor(self.first_nonfinite_step)
-        is_first = (first < 0) & ~tf.math.is_finite(losses["loss"])
-        self.first_nonfinite_step.assign(tf.where(is_first, step, first))
-        self.step.assign_add(1)
-        return self._log({**losses, **diagnosed})
+            with tf.GradientTape() as tape:
+                terms, loss = loss_of(self._pooled(inputs, True))
+            gradients = tape.gradient(loss, variables)
+        norm = self.weight_updates.apply(self.optimizer, gradients, variables, norm=self.s2sd_loss.diagnostics)
+        return self._step_metrics.update(terms if norm is None else {**terms, "gradient_norm": norm})
 
     def test_step(self, data):
         """The terms of the loss of a batch `(images, labels)`, without training."""
         inputs, labels = _unpack(data)
-        return self._log(self.compute_losses(inputs, labels, training=False))
+        return self._step_metrics.update(self.compute_losses(inputs, labels, training=False))
 
     @property
     def metrics(self):
         """Running means of the logged terms."""
-        return [getattr(self, attribute) for attribute in self._metric_attributes]
+        return self._step_metrics.metrics
 
     def get_config(self):
         return {
             **super().get_config(),
+            "format": _FORMAT,
             "dtype": dtype_policy_config(self),
             "backbone": keras.utils.serialize_keras_object(self.backbone),
             "embedding_dim": self.embedding_dim,
-            "objective": keras.utils.serialize_keras_object(self.objective),
-            "target_objective": dict(self._target_objective),
-            "target_dims": list(self.target_dims),
+            "loss": keras.utils.serialize_keras_object(self.s2sd_loss),
             "pooling": self.pooling,
             "target_pooling": self.target_pooling,
-            "temperature": self.temperature,
-            "distill_weight": self.distill_weight,
-            "distill_warmup_steps": self.distill_warmup_steps,
-            "feature_distill": self.feature_distill,
-            "feature_distill_weight": self.feature_distill_weight,
-            "feature_distill_delay": self.feature_distill_delay,
-            "feature_distill_warmup_steps": self.feature_distill_warmup_steps,
-            "num_classes": self.num_classes,
-            "l2": self.l2,
-            "learning_rate_multipliers": dict(self.learning_rate_multipliers),
-            "log_per_target": self.log_per_target,
-            "similarity_kl_implementation": self.similarity_kl_implementation,
-            "similarities": self.similarities,
+            "l2": self.weight_updates.l2,
+            "learning_rate_multipliers": dict(self.weight_updates.multipliers),
             "micro_batch_size": self.micro_batch_size,
-            "diagnostics": self.diagnostics,
+            "log_per_target": self.log_per_target,
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         config = dict(config)
-        for key in ("backbone", "objective", "target_objective"):
-            if isinstance(config[key], dict):
-                config[key] = keras.utils.deserialize_keras_object(config[key], custom_objects=custom_objects)
+        found = config.pop("format", 1)
+        if found != _FORMAT:
+            raise ValueError(
+                f"S2SDModel: expected a saved model of format {_FORMAT}. Received: format {found}, written by "
+                "another version of s2sd_tf, which can read it"
+            )
+        for key in ("backbone", "loss"):
+            config[key] = keras.utils.deserialize_keras_object(config[key], custom_objects=custom_objects)
         return cls(**config)
-
-    def _make_objective(self, identifier):
-        if not isinstance(identifier, str):
-            return _check_is_objective(objectives.get(identifier))
-        _check_is_objective(objectives.lookup(identifier))
-        settings = {"dtype": loss_dtype(self), "name": identifier.replace("/", "_")}
-        if objectives.lookup(identifier).uses_classes:
-            settings["num_classes"] = self.num_classes
-        return objectives.get(identifier, **settings)
-
-    def _copy_of(self, template, k):
-        """A fresh instance of the objective for target k, with draws of its own where it draws."""
-        config = {**template.get_config(), "name": f"target{k}_{template.name}"}
-        if "seed" in config:
-            config["seed"] += k + 1
-        return type(template).from_config(config)
 
     def _pooled(self, inputs, training):
         """`[f, f']`, the pooled features of images, or `[f]` where they are the same."""
         features = self.backbone(inputs, training=training)
-        poolings = dict.fromkeys((self.pooling, self.target_pooling))
-        return [pool(features, pooling, self.gem) for pooling in poolings]
+        return [pool(features, pooling, self.gem) for pooling in self._poolings]
 
     def _losses_of(self, pooled, labels, training):
-        """What `compute_losses` returns, and the `replicas.Batch` that it is of, from `_pooled` features."""
-        target_features = pooled[-1]
-        batch = replicas.Batch(
-            self.embedding_head(pooled[0]), [head(target_features) for head in self.auxiliary_heads], None, labels
+        """The terms of the loss, from `_pooled` features."""
+        targets = [head(pooled[-1]) for head in self.target_heads]
+        features = pooled[-1] if self.s2sd_loss.feature_distill else None
+        return self.s2sd_loss(self.embedding_head(pooled[0]), targets, features, labels, training=training)
+
+
+def _checked_loss(loss, settings, dtype):
+    if loss is None:
+        known = set(constructor_arguments([S2SDLoss])) - {"name", "dtype"}
+        unknown = sorted(settings.keys() - known)
+        if unknown:
+            raise TypeError(f"S2SDModel: expected arguments of its own or of S2SDLoss. Received: {unknown}")
+        return S2SDLoss(**settings, name="s2sd_loss", dtype=dtype)
+    if not isinstance(loss, S2SDLoss):
+        raise ValueError(f"loss: expected an S2SDLoss, or its settings by name. Received: {loss!r}")
+    if settings:
+        raise ValueError(
+            f"loss: expected an S2SDLoss or its settings, not both. Received: {loss!r} and {sorted(settings)}"
         )
-        if self.feature_distill:
-            features = tf.cast(tf.stop_gradient(target_features), batch.embedding.dtype)
-            batch = batch._replace(features=tf.math.l2_normalize(features, axis=1, epsilon=1e-12))
-        if self.similarities == "global":
-            batch = replicas.gather(batch)
-
-        losses = {"objective": self.objective(batch.embedding, batch.labels, training=training)}
-        loss = losses["objective"]
-        teachers, weights, dtype = list(batch.targets), [], batch.embedding.dtype
-        if self.target_dims:
-            losses["target_objectives"] = tf.stack(
-                [
-                    objective(target, batch.labels, training=training)
-                    for objective, target in zip(self.target_objectives, batch.targets)
-                ]
-            )
-            loss = (loss + tf.reduce_mean(losses["target_objectives"])) / 2.0
-            weight = distillation_weight(self.distill_weight, self.step, 0, self.distill_warmup_steps, dtype)
-            weights = [weight / len(self.target_dims)] * len(self.target_dims)
-        if self.feature_distill:
-            teachers.append(batch.features)
-            weights.append(
-                distillation_weight(
-                    self.feature_distill_weight,
-                    self.step,
-                    self.feature_distill_delay,
-                    self.feature_distill_warmup_steps,
-                    dtype,
-                )
-            )
-        if teachers:
-            # One call for all teachers, as they share the student's similarities.
-            total, kls = similarity_kl(
-                batch.embedding,
-                teachers,
-                self.temperature,
-                tf.stack(weights),
-                self.similarity_kl_implementation,
-                rows=batch.rows,
-                compute_gradient=training,
-                jit_compile=self._steps_are_jitted,
-            )
-            if batch.share is not None:
-                share = tf.cast(batch.share, total.dtype)
-                total, kls = share * total, share * kls
-            loss += tf.cast(total, loss.dtype)
-            if self.target_dims:
-                losses["distill_kls"] = kls[: len(self.target_dims)]
-            if self.feature_distill:
-                losses["feature_kl"] = kls[-1]
-        return {"loss": loss, **losses}, batch
-
-    def _loss_to_differentiate(self, loss):
-        """The loss as the optimizer wants it, with what regularises the weights."""
-        loss += self._regularization(loss.dtype)
-        # Keras sums the gradients of the replicas of a distribution strategy.
-        return scale_loss(self.optimizer, loss / tf.cast(replicas.count(), loss.dtype))
-
-    def _gradients(self, inputs, labels, variables):
-        """`(losses, batch, gradients)` of a training step."""
-        with tf.GradientTape() as tape:
-            losses, batch = self._losses_of(self._pooled(inputs, True), labels, training=True)
-            loss = self._loss_to_differentiate(losses["loss"])
-        return losses, batch, _dense(tape.gradient(loss, variables))
-
-    def _gradients_in_parts(self, inputs, labels, variables):
-        """The same, with the backbone computing `micro_batch_size` images at a time."""
-        dtype = loss_dtype(self)
-        size = self.micro_batch_size
-
-        def compute(part):
-            return [tf.cast(features, dtype) for features in self._pooled(part, True)]
-
-        # Statistics and random numbers of the second time shall be those of the first.
-        state = self.backbone.non_trainable_variables
-        before = [tf.identity(variable) for variable in state]
-        dims = [self._feature_dim] * len({self.pooling, self.target_pooling})
-        pooled = outputs_in_parts(compute, inputs, size, dims, dtype)
-        for variable, value in zip(state, before):
-            variable.assign(value)
-        with tf.GradientTape() as tape:
-            tape.watch(pooled)
-            losses, batch = self._losses_of(pooled, labels, training=True)
-            loss = self._loss_to_differentiate(losses["loss"])
-        gradients, upstream = tape.gradient(loss, (variables, pooled))
-        gradients = _dense(gradients)
-
-        trained = {id(v) for layer in (self.backbone, self.gem) if layer is not None for v in layer.trainable_variables}
-        places = [k for k, variable in enumerate(variables) if id(variable) in trained]
-        in_parts = gradients_in_parts(compute, inputs, size, upstream, [variables[k] for k in places])
-        for k, gradient in zip(places, in_parts):
-            if gradient is not None:
-                gradients[k] = gradient if gradients[k] is None else gradients[k] + gradient
-        return losses, batch, gradients
-
-    def _check_parts_can_be_repeated(self):
-        for layer in _leaves(self.backbone):
-            if getattr(layer, "activity_regularizer", None) is not None:
-                raise ValueError(
-                    "micro_batch_size: expected a backbone without activity regularizers. "
-                    f"Received: one with {layer.name!r}"
-                )
-            if not restores_random_layers() and getattr(layer, "rate", 0) and "rate" in layer.get_config():
-                raise ValueError(
-                    "micro_batch_size: expected a backbone without dropout or noise with Keras 2, which cannot draw "
-                    f"the same random numbers twice. Received: one with {layer.name!r}"
-                )
-
-    def _diagnose(self, batch, gradients):
-        scale = tf.cast(scale_loss(self.optimizer, tf.ones([])), tf.float32)
-        present = [tf.cast(gradient, tf.float32) for gradient in gradients if gradient is not None]
-        found = {
-            "gradient_norm": tf.linalg.global_norm(present) / scale,
-            "mean_similarity": mean_similarity(batch.embedding),
-            "embedding_rank": effective_rank(batch.embedding),
-        }
-        if self.target_dims:
-            found["target_mean_similarity"] = tf.reduce_max([mean_similarity(target) for target in batch.targets])
-            found["target_embedding_rank"] = tf.reduce_min([effective_rank(target) for target in batch.targets])
-        return found
-
-    def _regularization(self, dtype):
-        total = tf.zeros([], dtype)
-        for loss in self.losses:
-            total += tf.cast(loss, dtype)
-        if self.l2:
-            for layer in (self.backbone, self.embedding_head, *self.auxiliary_heads):
-                for variable in layer.trainable_variables:
-                    total += self.l2 * tf.cast(tf.nn.l2_loss(tf.convert_to_tensor(variable)), dtype)
-        return total
-
-    def learning_rate_groups(self):
-        """`(name, trainable variables, multiplier)` of the groups of `learning_rate_multipliers`, every objective and
-        every pattern of layer names being one of its own.
-        """
-        multipliers = self.learning_rate_multipliers
-        groups = self._backbone_groups()
-        gem = () if self.gem is None else (self.gem,)
-        for head in (*gem, self.embedding_head, *self.auxiliary_heads):
-            groups.append(("heads", head.trainable_variables, multipliers["heads"]))
-        for objective in (self.objective, *self.target_objectives):
-            multiplier = multipliers["objectives"] * objective.learning_rate_multiplier
-            groups.append(("objectives", objective.trainable_variables, multiplier))
-        return groups
-
-    def _backbone_groups(self):
-        patterns = [key for key in self.learning_rate_multipliers if key.startswith(_LAYERS)]
-        own = self.learning_rate_multipliers["backbone"]
-        found = {key: [] for key in patterns}
-        for layer in dict.fromkeys(_leaves(self.backbone)) if patterns else ():
-            match = [key for key in patterns if fnmatch.fnmatchcase(layer.name, key[len(_LAYERS) :])][:1]
-            for key in match:
-                found[key] += layer.trainable_variables
-        unused = [key for key, variables in found.items() if not variables]
-        if unused:
-            names = [layer.name for layer in _leaves(self.backbone) if layer.trainable_variables]
-            raise ValueError(
-                f"learning_rate_multipliers: expected patterns of names of layers that train, out of {names}. "
-                f"Received: {unused}, which match none, or only what others match before them"
-            )
-        scaled = {id(variable) for variables in found.values() for variable in variables}
-        rest = [variable for variable in self.backbone.trainable_variables if id(variable) not in scaled]
-        groups = [(key, variables, own * self.learning_rate_multipliers[key]) for key, variables in found.items()]
-        return [*groups, ("backbone", rest, own)]
-
-    def _make_metrics(self):
-        names = ["loss", "objective"]
-        if self.target_dims:
-            names += ["target_objective", "distill_kl"]
-            if self.log_per_target:
-                names += [f"target{k}_{dim}_objective" for k, dim in enumerate(self.target_dims)]
-                names += [f"target{k}_{dim}_kl" for k, dim in enumerate(self.target_dims)]
-        if self.feature_distill:
-            names.append("feature_kl")
-        if self.diagnostics:
-            names += ["gradient_norm", "mean_similarity", "embedding_rank"]
-            names += ["target_mean_similarity", "target_embedding_rank"] if self.target_dims else []
-        self._metric_attributes = tuple(f"_mean_{name}" for name in names)
-        for attribute, name in zip(self._metric_attributes, names):
-            # One attribute each: Keras 2 would take metrics in a list for layers.
-            setattr(self, attribute, _RunningMean(name=name))
-
-    def _log(self, losses):
-        values = dict(losses)
-        if self.target_dims:
-            values["target_objective"] = tf.reduce_mean(losses["target_objectives"])
-            values["distill_kl"] = tf.reduce_mean(losses["distill_kls"])
-            if self.log_per_target:
-                for k, dim in enumerate(self.target_dims):
-                    values[f"target{k}_{dim}_objective"] = losses["target_objectives"][k]
-                    values[f"target{k}_{dim}_kl"] = losses["distill_kls"][k]
-        logged = [metric for metric in self.metrics if metric.name in values]
-        for metric in logged:
-            metric.update_state(values[metric.name])
-        return {metric.name: metric.result() for metric in logged}
-
-
-class _RunningMean(keras.metrics.Mean):
-    """A mean that can be loaded in the scope of a strategy: Keras 2 would share out the file's array over replicas."""
-
-    def load_own_variables(self, store):
-        # Keras 3 stores none.
-        for key in list(store.keys()):
-            self.variables[int(key)].assign(np.array(store[key]))
+    return loss
 
 
 def _output_shape(backbone, input_shape):
@@ -634,21 +322,6 @@ def _output_shape(backbone, input_shape):
     return tuple(outputs[0].shape if outputs else backbone.compute_output_shape(input_shape))
 
 
-def _leaves(layer):
-    """The layers that a model is made of, and those of models in it."""
-    parts = getattr(layer, "layers", None)
-    if not parts:
-        return [layer]
-    return [leaf for part in parts for leaf in _leaves(part)]
-
-
-def _dense(gradients):
-    # Keras 3's optimizers square the entries of a sparse gradient before they add up repeated ones.
-    return [
-        tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient for gradient in gradients
-    ]
-
-
 def _unpack(data):
     inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     if labels is None:
@@ -656,17 +329,3 @@ def _unpack(data):
     if sample_weight is not None:
         raise ValueError("data: expected batches (images, labels); sample weights are not supported")
     return inputs, labels
-
-
-def _check_is_objective(found):
-    """`found`, an objective or its class; refused where it is a term between two embeddings."""
-    if found.kind == "regularizer":
-        raise ValueError(
-            f"objective: expected an objective of embeddings and labels. Received: {found.registered_name!r}"
-        )
-    return found
-
-
-def _check_choice(argument, value, choices):
-    if value not in choices:
-        raise ValueError(f"{argument}: expected one of {list(choices)}. Received: {value!r}")

@@ -24,7 +24,7 @@ def averaged_weights(model):
     variables = model.trainable_variables
     own = [tf.identity(tf.convert_to_tensor(variable)) for variable in variables]
     kept = {
-        id(variable) for _, group, multiplier in model.learning_rate_groups() if not multiplier for variable in group
+        id(variable) for _, group, multiplier in model.weight_updates.groups() if not multiplier for variable in group
     }
     # In the scope of a strategy the variables of all its devices are assigned to.
     with model.distribute_strategy.scope():

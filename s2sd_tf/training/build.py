@@ -4,9 +4,10 @@ import contextlib
 
 import tensorflow as tf
 
-from s2sd_tf import mining, objectives
+from s2sd_tf import mining, objectives, registry
 from s2sd_tf.data import samplers, training_batches
 from s2sd_tf.keras_compat import keras
+from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models import S2SDModel, backbones
 from s2sd_tf.training import optimizers
 
@@ -52,36 +53,17 @@ def build_model(config, run_data):
         frozen_bn=config.model.frozen_bn or None,
         **settings,
     )
-    enabled = config.s2sd.enabled
     target = config.s2sd.target_objective or config.objective.name
-    model = S2SDModel(
-        backbone,
-        config.model.embedding_dim,
-        objective=_objective(config, config.objective.name, run_data),
-        target_objective=_objective(config, target, run_data),
-        target_dims=config.s2sd.target_dims if enabled else (),
-        pooling=config.model.pooling,
-        target_pooling=config.s2sd.target_pooling if enabled else config.model.pooling,
-        temperature=config.s2sd.temperature,
-        distill_weight=config.s2sd.distill_weight,
-        distill_warmup_steps=config.s2sd.distill_warmup_steps,
-        feature_distill=config.s2sd.feature_distill and enabled,
-        feature_distill_weight=config.s2sd.feature_distill_weight,
-        feature_distill_delay=config.s2sd.feature_distill_delay,
-        feature_distill_warmup_steps=config.s2sd.feature_distill_warmup_steps,
-        num_classes=run_data.train.num_classes,
-        l2=config.optimizer.l2,
-        learning_rate_multipliers={
-            "backbone": config.optimizer.backbone_multiplier,
-            "heads": config.optimizer.heads_multiplier,
-            "objectives": config.optimizer.objectives_multiplier,
-            **_layer_multipliers(config),
-        },
-        log_per_target=config.s2sd.log_per_target,
-        similarities=config.train.similarities,
-        micro_batch_size=config.train.micro_batch_size or None,
-        diagnostics=config.train.diagnostics,
+    loss = S2SDLoss(
+        _objective(config, config.objective.name, run_data),
+        _objective(config, target, run_data),
+        **{key: value for key, value in config.s2sd.items() if key != "target_objective"},
+        name="s2sd_loss",
     )
+    own = registry.constructor_arguments([S2SDModel])
+    settings = {key: value for key, value in config.model.items() if key in own and key != "backbone"}
+    settings["learning_rate_multipliers"] = dict(config.model.learning_rate_multipliers)
+    model = S2SDModel(backbone, loss=loss, **settings)
     learning_rate = build_schedule(config, run_data)
     optimizer = optimizers.get(config.optimizer.name, learning_rate, config.optimizer.settings.to_dict())
     model.compile(optimizer=optimizer, jit_compile=config.train.jit_compile)
@@ -122,21 +104,6 @@ def build_batches(config, run_data, sampler, position=None, input_context=None):
         augmentation=run_data.augmentation,
         input_context=input_context,
     )
-
-
-def _layer_multipliers(config):
-    found = {}
-    for entry in config.optimizer.layers:
-        pattern, _, factor = str(entry).rpartition("=")
-        try:
-            found[f"backbone/{pattern}"] = float(factor)
-        except ValueError:
-            pattern = ""
-        if not pattern:
-            raise ValueError(
-                f"config.optimizer.layers: expected '<pattern of layer names>=<factor>'. Received: {entry!r}"
-            )
-    return found
 
 
 def _objective(config, name, run_data):

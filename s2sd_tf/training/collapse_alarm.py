@@ -31,7 +31,7 @@ class CollapseAlarm(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         logs = logs or {}
-        dims = {"": (self.model.embedding_dim,), "target_": self.model.target_dims}
+        dims = {"": (self.model.embedding_dim,), "target_": self.model.s2sd_loss.target_dims}
         for prefix, whose in (("", "the embeddings"), ("target_", "the targets' embeddings")):
             similarity, rank = logs.get(f"{prefix}mean_similarity"), logs.get(f"{prefix}embedding_rank")
             whole, signs = dims[prefix], []

@@ -9,13 +9,24 @@ from ml_collections import config_dict
 from s2sd_tf import mining, objectives
 from s2sd_tf.checks import checked_int
 from s2sd_tf.data import augmentation, samplers
-from s2sd_tf.models.presets import preset
+from s2sd_tf.losses import S2SDLoss
+from s2sd_tf.models import S2SDModel, preset, updates
+from s2sd_tf.registry import constructor_arguments
 from s2sd_tf.training import optimizers
 
 # Settings of objectives and samplers that the run gives.
-_GIVEN_BY_THE_RUN = ("num_classes", "seed", "name", "dtype", "batch_size", "classes_per_batch", "samples_per_class")
+_GIVEN_BY_THE_RUN = (
+    "num_classes",
+    "seed",
+    "name",
+    "trainable",
+    "dtype",
+    "batch_size",
+    "classes_per_batch",
+    "samples_per_class",
+)
 # The sections that take any key.
-_FREE = ("config.optimizer.settings", "config.data.augmentation_settings")
+_FREE = ("config.optimizer.settings", "config.data.augmentation_settings", "config.model.learning_rate_multipliers")
 
 
 def default_config():
@@ -82,8 +93,13 @@ def default_config():
     config.model.filters = (64, 64, 64, 64)
     config.model.pools = 4
     config.model.embedding_dim = 128
-    # "avg", "max", "avg+max" or "gem"; that of the targets is `s2sd.target_pooling`.
-    config.model.pooling = "avg"
+    # The other arguments of `S2SDModel`, which explains them.
+    config.model.update(
+        _arguments(S2SDModel, without=("backbone", "embedding_dim", "loss", "learning_rate_multipliers"))
+    )
+    # Factors on the updates of groups of weights; further keys are "backbone/<shell pattern>", layers of the backbone.
+    # `'--config.model.learning_rate_multipliers["backbone/conv1*"]=0.0'` keeps the stem.
+    config.model.learning_rate_multipliers = dict.fromkeys(updates.GROUPS, 1.0)
 
     # `objective.name` chooses; the settings of each objective stand under its own name.
     config.objective = ml_collections.ConfigDict({"name": "multi_similarity"})
@@ -93,28 +109,18 @@ def default_config():
     # What `miner` of an objective names; the settings of each miner stand under its own name.
     config.miner = {name: _settings(mining, name) for name in mining.names()}
 
-    config.s2sd = ml_collections.ConfigDict()
-    # False: the objective alone.
-    config.s2sd.enabled = True
+    # The arguments of `S2SDLoss`, which explains them. `preset_config` sets those of a variant of the paper; the plain
+    # objective has no `target_dims` and no `feature_distill`.
+    config.s2sd = _arguments(S2SDLoss, without=("objective", "target_objective"))
     # Name of the targets' objective; empty: the base's.
     config.s2sd.target_objective = ""
-    config.s2sd.update(preset("msdfa"))
-    config.s2sd.distill_warmup_steps = 0
-    config.s2sd.feature_distill_warmup_steps = 0
-    config.s2sd.log_per_target = False
+    # A collapse is warned of.
+    config.s2sd.diagnostics = True
 
     config.optimizer = ml_collections.ConfigDict()
     # Class name of a Keras optimizer; classic stack: "addons/lamb" for the LAMB of tensorflow-addons, and so on.
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-3
-    # Coupled L2: added to the gradient of backbone and heads.
-    config.optimizer.l2 = 0.0
-    config.optimizer.backbone_multiplier = 1.0
-    config.optimizer.heads_multiplier = 1.0
-    config.optimizer.objectives_multiplier = 1.0
-    # Layer-wise: "<shell pattern of the names of backbone layers>=<factor>", on top of backbone_multiplier; the first
-    # that matches counts. ("conv1*=0", "conv2*=0.1") keeps the stem and slows the first stage down.
-    config.optimizer.layers = ()
     # Of the learning rate, after a linear warm-up: "constant"; "multi_step" multiplies by `gamma` after each of the
     # epochs in `milestones`; "cosine" falls to `final_fraction` of it at the end.
     config.optimizer.schedule = ml_collections.ConfigDict({
@@ -137,16 +143,10 @@ def default_config():
     config.train.checkpoints_kept = 2
     # (first, last): steps since the program was called, from 1, of which TensorBoard's profile is written; (): none.
     config.train.profile = ()
-    # Log the gradient's norm, and how far embeddings are spread: mean similarity and rank. A collapse is warned of.
-    config.train.diagnostics = True
     # "float32", or "mixed_float16" or "mixed_bfloat16": 16 bits for what layers compute, 32 for weights and losses.
     config.train.precision = "float32"
     # Compile the training step with XLA.
     config.train.jit_compile = False
-    # Images that the backbone takes at a time, with the gradients of the whole batch; 0: all of them.
-    config.train.micro_batch_size = 0
-    # On several devices: the losses of a batch are those of all of its images, "global", or of a device's: "replica".
-    config.train.similarities = "global"
 
     config.eval = ml_collections.ConfigDict()
     # Epochs between evaluations on the held-out and on the test classes; 0: only after the last.
@@ -157,18 +157,18 @@ def default_config():
     config.lock()
     config.optimizer.settings.unlock()
     config.data.augmentation_settings.unlock()
-    return config
+    config.model.learning_rate_multipliers.unlock()
+    return preset_config(config, "msdfa")
 
 
 def preset_config(config, name):
     """Sets `config.s2sd` to a variant of the paper (see `s2sd_tf.preset`), keeping the keys that variants share."""
     settings = preset(name)
-    name = name.lower()
-    config.s2sd.enabled = name != "plain"
-    for key in ("feature_distill", "target_pooling"):
-        config.s2sd[key] = settings[key]
-    if name == "dsd":
-        config.s2sd.target_dims = config.s2sd.target_dims[-1:]
+    config.s2sd.feature_distill = settings["feature_distill"]
+    config.model.target_pooling = settings["target_pooling"]
+    # As many of the config's own dimensions as the variant has, the largest.
+    dims = tuple(sorted(config.s2sd.target_dims))
+    config.s2sd.target_dims = dims[max(0, len(dims) - len(settings["target_dims"])) :]
     return config
 
 
@@ -189,16 +189,14 @@ def resolve(config):
         ("train.checkpoint_every", 1),
         ("train.threads", 0),
         ("train.checkpoints_kept", 1),
-        ("train.micro_batch_size", 0),
         ("eval.every", 0),
     ]:
         section, name = key.split(".")
         checked_int(f"config.{key}", config[section][name], least)
     if checked_int("config.seed", config.seed, 0) >= 2**31:
         raise ValueError(f"config.seed: expected an int below 2^31. Received: {config.seed!r}")
-    for name in ("diagnostics", "jit_compile"):
-        if not isinstance(config.train[name], bool):
-            raise ValueError(f"config.train.{name}: expected True or False. Received: {config.train[name]!r}")
+    if not isinstance(config.train.jit_compile, bool):
+        raise ValueError(f"config.train.jit_compile: expected True or False. Received: {config.train.jit_compile!r}")
     profile = config.train.profile
     if profile and not (
         len(profile) == 2 and all(type(step) is int for step in profile) and 1 <= profile[0] <= profile[1]
@@ -215,7 +213,6 @@ def resolve(config):
         ("data.augmentation", ["", *sorted(augmentation.PRESETS)]),
         ("model.frozen_bn", ["", "statistics", "all"]),
         ("train.precision", ["float32", "mixed_float16", "mixed_bfloat16"]),
-        ("train.similarities", ["global", "replica"]),
     ]:
         value = functools.reduce(getattr, key.split("."), config)
         if value not in known_names:
@@ -234,6 +231,14 @@ def resolve(config):
     if config.eval.select_by not in names:
         raise ValueError(f"config.eval.select_by: expected one of {names}. Received: {config.eval.select_by!r}")
     return config
+
+
+def _arguments(cls, without):
+    """The arguments of a constructor that a config has, as a section with their defaults."""
+    arguments = constructor_arguments([cls])
+    return ml_collections.ConfigDict(
+        {key: value for key, value in arguments.items() if key not in (*without, *_GIVEN_BY_THE_RUN)}
+    )
 
 
 def _settings(registry, name):

@@ -73,8 +73,8 @@ def _dry_run(config):
             ("backbone", f"{config.model.backbone}, {_parameters(model.backbone)}, {config.model.weights or 'random'}"),
             ("frozen BatchNorm", config.model.frozen_bn or "no"),
             ("embedding", f"{config.model.embedding_dim} dimensions, {_parameters(model.embedding_head)}"),
-            *(("target", f"{head.dim} dimensions, {_parameters(head)}") for head in model.auxiliary_heads),
-            ("objective", f"{config.objective.name}, {_parameters(model.objective)}"),
+            *(("target", f"{head.dim} dimensions, {_parameters(head)}") for head in model.target_heads),
+            ("objective", f"{config.objective.name}, {_parameters(model.s2sd_loss.objective)}"),
             ("weights in memory", _mib(model.variables)),
             ("optimizer's state", _mib(_optimizer_variables(model.optimizer))),
             ("built in", f"{built - loaded:.1f} s"),
@@ -168,7 +168,7 @@ def _learning_rates(config, rate, total, steps_per_epoch):
 def _groups(model):
     """Trainable parameters by the factor of their updates."""
     counts = {}
-    for name, variables, factor in model.learning_rate_groups():
+    for name, variables, factor in model.weight_updates.groups():
         counts[name, factor] = counts.get((name, factor), 0) + sum(int(np.prod(v.shape)) for v in variables)
     return [(name, f"x {factor:g}, {count:,} parameters") for (name, factor), count in counts.items() if count]
 

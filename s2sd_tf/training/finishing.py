@@ -28,7 +28,7 @@ def finish(config, run_data, workdir, checkpoints, state, model):
         state: `RunState` after the last epoch.
         model: the model after the last epoch; of one under a strategy its checkpoint is taken.
     """
-    steps = int(tf.convert_to_tensor(model.step))
+    steps = int(tf.convert_to_tensor(model.s2sd_loss.step))
     if run_data.validation is None:
         state.best_epoch = state.epoch
     else:
@@ -75,7 +75,7 @@ def _evaluate_and_export(config, run_data, workdir, state, model, steps):
         "embedding_dim": config.model.embedding_dim,
         "parameters": {
             "encoder": _count((model.backbone, model.embedding_head)),
-            "training_only": _count((*model.auxiliary_heads, model.objective, *model.target_objectives)),
+            "training_only": _count((*model.target_heads, model.s2sd_loss)),
         },
         "versions": {"tensorflow": tf.__version__, "keras": keras_version()},
     }

@@ -67,8 +67,8 @@ class FiniteLoss(keras.callbacks.Callback):
     def check(self):
         """Raises `NonFiniteLoss` where a loss since the run began was not finite."""
         self._since = 0
-        noted = getattr(self.model, "first_nonfinite_step", None)
-        step = -1 if noted is None else int(tf.convert_to_tensor(noted))
+        noted = self.model.s2sd_loss.first_nonfinite_step
+        step = int(tf.convert_to_tensor(noted))
         if step < 0:
             return
         epoch, step_in_epoch = divmod(step, self.steps)

@@ -73,7 +73,7 @@ def published_config(data, backbone, embedding_dim, options=""):
     config.optimizer.learning_rate = 1e-5
     # PyTorch's.
     config.optimizer.settings.epsilon = 1e-8
-    config.optimizer.l2 = 4e-4
+    config.model.l2 = 4e-4
     config.train.epochs = 150
     config.eval.every = 10
     config.eval.ks = published["ks"]

@@ -211,9 +211,9 @@ def _cpu():
 
 def _similarity_kl(model):
     """What computes the divergences, and why not the fused op where it is not that."""
-    if not (model.target_dims or model.feature_distill):
+    if not (model.s2sd_loss.target_dims or model.s2sd_loss.feature_distill):
         return None
-    asked = model.similarity_kl_implementation
+    asked = model.s2sd_loss.similarity_kl_implementation
     asked = os.environ.get(KERNEL_VARIABLE, "auto") if asked == "auto" else asked
     reason = None if asked == "composed" else fused.unavailable(xla=bool(model.jit_compile))
     used = "composed" if asked == "composed" or reason else "fused"

@@ -1,0 +1,6 @@
+"""The loss of S2SD on embeddings, without a backbone, and the schedules of its weights."""
+
+from s2sd_tf.losses.s2sd_loss import S2SDLoss
+from s2sd_tf.losses.schedules import distillation_weight
+
+__all__ = ["S2SDLoss", "distillation_weight"]

@@ -1,0 +1,44 @@
+"""The running means that a model's steps report."""
+
+import tensorflow as tf
+
+from s2sd_tf.keras_compat import keras
+
+
+class StepMetrics:
+    """Running means of the terms of an `S2SDLoss`, by name.
+
+    Args:
+        loss: `S2SDLoss`.
+        per_target: bool, whether every target's objective and divergence have means of their own.
+
+    Attributes:
+        metrics: list of `keras.metrics.Mean`.
+    """
+
+    def __init__(self, loss, per_target):
+        self._targets = [f"target{k}_{dim}" for k, dim in enumerate(loss.target_dims)] if per_target else []
+        names = ["loss", "objective"]
+        if loss.target_dims:
+            names += ["target_objective", "distill_kl"]
+            names += [f"{target}_objective" for target in self._targets] + [f"{target}_kl" for target in self._targets]
+        if loss.feature_distill:
+            names.append("feature_kl")
+        if loss.diagnostics:
+            names += ["gradient_norm", "mean_similarity", "embedding_rank"]
+            names += ["target_mean_similarity", "target_embedding_rank"] if loss.target_dims else []
+        self.metrics = [keras.metrics.Mean(name=name) for name in names]
+
+    def update(self, terms):
+        """Takes a step's `terms`, a dict of tensors; the running means of those that it holds."""
+        values = dict(terms)
+        if "target_objectives" in terms:
+            values["target_objective"] = tf.reduce_mean(terms["target_objectives"])
+            values["distill_kl"] = tf.reduce_mean(terms["distill_kls"])
+        for k, target in enumerate(self._targets):
+            values[f"{target}_objective"] = terms["target_objectives"][k]
+            values[f"{target}_kl"] = terms["distill_kls"][k]
+        logged = [metric for metric in self.metrics if metric.name in values]
+        for metric in logged:
+            metric.update_state(values[metric.name])
+        return {metric.name: metric.result() for metric in logged}
