@@ -12,7 +12,7 @@ from absl import logging
 from ml_collections import config_dict
 
 from s2sd_tf import mining, objectives
-from s2sd_tf.data import Preprocessing, samplers, training_batches
+from s2sd_tf.data import Preprocessing, datasets, samplers, training_batches
 from s2sd_tf.files import LEFTOVER, OutOfSpace, read_json, remove_leftovers, write_json
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models import S2SDModel, backbones
@@ -20,7 +20,7 @@ from s2sd_tf.training import optimizers, strategies
 from s2sd_tf.training.callbacks import Refresh, TensorBoard, evaluation_callbacks
 from s2sd_tf.training.checkpoints import Checkpoints
 from s2sd_tf.training.collapse_alarm import CollapseAlarm
-from s2sd_tf.training.config import default_config, resolve
+from s2sd_tf.training.config import default_config, resolve, unknown_keys
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.embedding import load_model
 from s2sd_tf.training.finishing import finish
@@ -379,7 +379,11 @@ def _check_workdir(config, workdir):
 
 
 def _stored_config(path):
-    """The config of a run, as a dict; keys that there were not when it began have their defaults."""
+    """The config of a run, as a dict; keys that there were not when it began have their defaults.
+
+    Raises:
+        ValueError: it is no config, or has keys that there are no more.
+    """
 
     def fill(defaults, stored):
         for key, value in defaults.items():
@@ -393,11 +397,18 @@ def _stored_config(path):
 
     stored = read_json_object(path)
     with reading(path, "the config of a run"):
-        return config_dict.ConfigDict(fill(json.loads(default_config().to_json()), stored)).to_dict()
+        config = config_dict.ConfigDict(fill(json.loads(default_config().to_json()), stored)).to_dict()
+    unknown = unknown_keys(config)
+    if unknown:
+        raise ValueError(
+            f"{path}: expected the keys of this version's configs. Received: {', '.join(unknown)}, of a run that an "
+            "older version wrote: begin in a new folder"
+        )
+    return config
 
 
 def _used(config):
-    """The config without the settings of objectives, miners and samplers that the run does not use.
+    """The config without the settings of data sets, objectives, miners and samplers that the run does not use.
 
     So that a run can go on where more of them are known than when it began.
     """
@@ -409,6 +420,8 @@ def _used(config):
     sections = [settings for settings in config["objective"].values() if isinstance(settings, dict)]
     miners = {settings["miner"] for settings in sections if "miner" in settings}
     config["miner"] = {name: config.get("miner", {}).get(name) for name in miners}
+    others = set(datasets.names()) - {config["data"].get("name")}
+    config["data"] = {key: value for key, value in config["data"].items() if key not in others}
     return config
 
 
