@@ -38,7 +38,7 @@ def load_cars196(root, on_corrupt="raise", check="files", source="auto"):
         root, on_corrupt, check, source: see `load_cub200`.
 
     Returns:
-        `RetrievalSplit` without a gallery, see `load_cub200`; classes are named as in the annotations ("Acura RL Sedan 2012").
+        `RetrievalSplit` without a gallery; classes are named as in the annotations ("Acura RL Sedan 2012").
 
     Raises:
         FileNotFoundError: no layout is under `root`, or one of its annotation files is missing, as that of the test

@@ -40,7 +40,8 @@ def load_cub200(root, on_corrupt="raise", check="files", source="auto"):
             files. Images of shards and of TensorFlow Datasets are not checked.
 
     Returns:
-        `RetrievalSplit` without a gallery, of files that of paths; classes are named as in `classes.txt`.
+        `RetrievalSplit` without a gallery; its images are paths, but slices of shards, and bytes of TensorFlow
+        Datasets. Classes are named as in `classes.txt`.
 
     Raises:
         FileNotFoundError: what `source` says is not in `root`, or one of its annotation files is missing.

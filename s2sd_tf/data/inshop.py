@@ -30,7 +30,7 @@ def load_inshop(root, on_corrupt="raise", check="files", source="auto"):
         root, on_corrupt, check, source: see `load_cub200`; TensorFlow Datasets has no In-Shop.
 
     Returns:
-        `RetrievalSplit` with a gallery, of files that of paths; classes are named by the item ("id_00000002") and sorted.
+        `RetrievalSplit` with a gallery; classes are named by the item ("id_00000002") and sorted.
 
     Raises:
         FileNotFoundError: the partition or the folder of images is not under `root`.

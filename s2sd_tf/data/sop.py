@@ -28,7 +28,7 @@ def load_sop(root, on_corrupt="raise", check="files", source="auto"):
         root, on_corrupt, check, source: see `load_cub200`.
 
     Returns:
-        `RetrievalSplit` without a gallery, see `load_cub200`; classes are named by their number in the lists and in its order.
+        `RetrievalSplit` without a gallery; classes are named by their number in the lists and in its order.
 
     Raises:
         FileNotFoundError: neither layout is under `root`, or one of its lists is missing.
