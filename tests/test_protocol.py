@@ -171,8 +171,6 @@ def test_the_config_file(call):
     config = f"--config={REPOSITORY / 'configs' / 'published.py'}"
     failed = call("train", f"{config}:cub200,128,256", "--dry_run", status=2)
     (line,) = failed.stderr.strip().splitlines()[-1:]
-    assert line.endswith(
-        "error: config: options: expected at most one dimension (128, 256). Received: 'cub200,128,256'"
-    )
+    assert "error: config: options: expected at most one dimension (128, 256). Received: 'cub200" in line
     failed = call("train", f"{config}:cub200,512", "--config.data.root=nowhere", "--dry_run", status=2)
     assert "root: expected CUB200-2011" in failed.stderr
