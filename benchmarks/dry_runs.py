@@ -5,7 +5,8 @@ r"""The whole program of every config, on generated data in the layouts of the d
 Writes a small copy of every data set (CUB200-2011 with its 200 classes, CARS196 with 196, the others with 200, a few
 images each, as noise), and runs `s2sd-train --dry_run` with every file of configs/, and every setting of published.py,
 in a process of its own: it reads and checks the data, builds the model with random weights, takes two steps with the
-config's own batch, and evaluates a sample. Step times are real; what is retrieved is not. Writes the JSON and a table (.md) of the same name.
+config's own batch, and evaluates a sample. Step times are real; what is retrieved is not. Writes the JSON and a table
+(.md) of the same name.
 """
 
 import io
