@@ -12,7 +12,7 @@ from absl import logging
 from ml_collections import config_dict
 
 from s2sd_tf import mining, objectives
-from s2sd_tf.data import Preprocessing, datasets, samplers, training_batches
+from s2sd_tf.data import Preprocessing, samplers, training_batches
 from s2sd_tf.files import LEFTOVER, OutOfSpace, read_json, remove_leftovers, write_json
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models import S2SDModel, backbones
@@ -420,8 +420,8 @@ def _used(config):
     sections = [settings for settings in config["objective"].values() if isinstance(settings, dict)]
     miners = {settings["miner"] for settings in sections if "miner" in settings}
     config["miner"] = {name: config.get("miner", {}).get(name) for name in miners}
-    others = set(datasets.names()) - {config["data"].get("name")}
-    config["data"] = {key: value for key, value in config["data"].items() if key not in others}
+    kept = (config["data"]["name"], "augmentation_settings")
+    config["data"] = {key: value for key, value in config["data"].items() if key in kept or not isinstance(value, dict)}
     return config
 
 
