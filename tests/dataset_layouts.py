@@ -17,6 +17,8 @@ LAYOUTS = {
     "inshop": ["archive", "flat", "published"],
     "sop": ["archive", "published"],
 }
+# Those without annotation files: nothing says that a file is gone.
+FOLDERS_ALONE = [("cars196", "published"), ("cub200", "published")]
 
 
 def write(name, root, **settings):
