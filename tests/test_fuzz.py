@@ -355,11 +355,14 @@ class TestDataSets:
     @examples(300)
     @given(st.data())
     def test_annotations(self, root, draw):
+        files = {}
+        for path in sorted(root.rglob("*")):
+            if path.suffix in (".txt", ".mat", ".zip"):
+                files.setdefault(path.relative_to(root).parts[0], []).append(path)
         # A MATLAB file takes a process.
-        names = [*LAYOUTS, "lists", "omniglot"]
-        name = draw.draw(st.sampled_from([*names, *(name for name in names if name != "cars196")]), "data set")
-        files = [path for path in (root / name).rglob("*") if path.suffix in (".txt", ".mat", ".zip")]
-        path = draw.draw(st.sampled_from(sorted(files)), "file")
+        names = [*files, *(name for name in files if files[name][0].suffix != ".mat")]
+        name = draw.draw(st.sampled_from(names), "data set")
+        path = draw.draw(st.sampled_from(files[name]), "file")
         file = path.name
         before = listing(root)
         with replaced(path, changed(draw.draw, path.read_bytes())):
