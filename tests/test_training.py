@@ -15,7 +15,6 @@ from s2sd_tf.keras_compat import keras
 from s2sd_tf.training import default_config, preset_config, resolve, train
 from s2sd_tf.training.compare import summarize
 from s2sd_tf.training.datasets import load_data
-from s2sd_tf.training.dry_run import dry_run
 from s2sd_tf.training.run import build_model
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
@@ -312,20 +311,17 @@ def test_folders_of_images_with_two_roots(tmp_path):
                 Image.fromarray(pixels).save(tmp_path / root / name / f"{k}.jpg")
     (tmp_path / "b" / "p" / "q" / "broken.jpg").write_bytes(b"nothing")
     config = default_config()
-    config.train.deterministic = False
-    config.data.update(name="folder", root=str(tmp_path / "a"), image_size=16, resize_size=18)
-    config.data.update(classes_per_batch=3, samples_per_class=2)
+    config.data.update(name="folder", root=str(tmp_path / "a"))
     config.data.folder.test_root = str(tmp_path / "b")
-    config.model.filters = (8, 8)
-    config.s2sd.target_dims = (16,)
     with pytest.raises(ValueError, match=r"broken.jpg"):
-        dry_run(config)
+        load_data(resolve(config))
     config.data.folder.on_corrupt = "skip"
     with pytest.raises(ValueError, match="both roots, \\['z'\\]"):
-        dry_run(config)
+        load_data(resolve(config))
     config.data.folder.test_classes = "p/*"
-    told = dict(dry_run(config)["data"])
-    assert (told["train"], told["test"]) == ("3 classes, 12 images (paths)", "2 classes, 8 images (paths)")
+    parts = load_data(resolve(config))
+    assert (parts.train.class_names, len(parts.train)) == (("x", "y", "z"), 12)
+    assert (parts.test.class_names, len(parts.test)) == (("p/q", "p/r"), 8)
 
 
 def test_variants_of_a_config():
