@@ -1,11 +1,12 @@
-r"""The whole program of every config file, on generated data in the layouts of the data sets: `make dryrun`.
+r"""The whole program of every config, on generated data in the layouts of the data sets: `make dryrun`.
 
     python benchmarks/dry_runs.py --output=benchmarks/results/dry_runs.json
 
 Writes a small copy of every data set (CUB200-2011 with its 200 classes, CARS196 with 196, the others with 200, a few
-images each, as noise), and runs `s2sd-train --dry_run` with every file of configs/, in a process of its own: it reads
-and checks the data, builds the model with random weights, takes two steps with the config's own batch, and evaluates a
-sample. Step times are real; what is retrieved is not. Writes the JSON and a table (.md) of the same name.
+images each, as noise), and runs `s2sd-train --dry_run` with every file of configs/, and every setting of published.py,
+in a process of its own: it reads and checks the data, builds the model with random weights, takes two steps with the
+config's own batch, and evaluates a sample. Step times are real; what is retrieved is not. Writes the JSON and a table
+(.md) of the same name.
 """
 
 import io
@@ -25,16 +26,23 @@ from machine import describe
 from PIL import Image
 from tqdm import tqdm
 
+from s2sd_tf.data import datasets
 from s2sd_tf.data.omniglot import ARCHIVES, TEST_ALPHABETS
 from s2sd_tf.files import write_json
+from s2sd_tf.training.protocol import published_settings
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = flags.FLAGS
-flags.DEFINE_list("only", [], "Names of configs; default: all of configs/.")
+flags.DEFINE_string("only", "", "A part of the names of configs, as digits or cub200,bn_inception; default: all.")
 flags.DEFINE_integer("images_per_class", 4, "Images of each class.")
 flags.DEFINE_string("output", None, "JSON to write; the table gets its name.")
 
-CLASSES = {"cub200": 200, "cars196": 196, "sop": 200, "inshop": 200}
+CONFIGS = [
+    *sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "published"),
+    *(f"published:{options}" for options in published_settings()),
+]
+# As many as the data set has, but no more than this.
+CLASSES = 200
 SIZE = (300, 400)
 SHOWN = {
     "next step": r"([\d.]+) s",
@@ -59,15 +67,16 @@ def write_omniglot(root):
 
 
 def write_data(root):
-    """Every data set; returns the folder of each by the beginning of the configs' names."""
+    """Every data set; returns the folder of each by its name."""
     sys.path.insert(0, str(REPOSITORY / "tests"))
     import dataset_layouts
 
     folders = {}
-    for name, classes in tqdm(CLASSES.items(), desc="Writing data", unit="set"):
+    for name in tqdm(dataset_layouts.LAYOUTS, desc="Writing data", unit="set"):
         folders[name] = root / name
-        write = getattr(dataset_layouts, f"write_{name}")
-        write(folders[name], classes=classes, images_per_class=FLAGS.images_per_class, size=SIZE)
+        counts = datasets.counts(name)
+        classes = min(CLASSES, counts["train"][1] + counts["test"][1])
+        dataset_layouts.write(name, folders[name], classes=classes, images_per_class=FLAGS.images_per_class, size=SIZE)
     folders["omniglot"] = root / "omniglot"
     folders["omniglot"].mkdir()
     write_omniglot(folders["omniglot"])
@@ -77,11 +86,13 @@ def write_data(root):
 
 def run(config, folders):
     """What the program printed."""
-    name = config.stem.split("_")[0]
-    arguments = [f"--config={config}", "--dry_run"]
-    if name in folders:
-        arguments.append(f"--config.data.root={folders[name]}")
-    if name in CLASSES:
+    file, _, options = config.partition(":")
+    path = REPOSITORY / "configs" / f"{file}.py"
+    arguments = [f"--config={path}:{options}" if options else f"--config={path}", "--dry_run"]
+    data = options.split(",")[0] or file
+    if data in folders:
+        arguments.append(f"--config.data.root={folders[data]}")
+    if options:
         arguments.append("--config.model.weights=")
     command = [sys.executable, "-m", "s2sd_tf.cli.train", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -91,19 +102,17 @@ def run(config, folders):
 
 
 def main(_):
-    configs = [
-        path for path in sorted((REPOSITORY / "configs").glob("*.py")) if not FLAGS.only or path.stem in FLAGS.only
-    ]
+    configs = [config for config in CONFIGS if FLAGS.only in config]
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         folders = write_data(pathlib.Path(folder))
         for config in tqdm(configs, desc="Configs", unit="run"):
             output = run(config, folders)
-            results[config.stem] = {}
+            results[config] = {}
             for key, pattern in SHOWN.items():
                 value = re.search(rf"^{key} +.*?{pattern}", output, re.MULTILINE).group(1)
-                results[config.stem][key] = float(value.replace(",", ""))
-            tqdm.write(f"\n== {config.name}\n{output}")
+                results[config][key] = float(value.replace(",", ""))
+            tqdm.write(f"\n== {config}\n{output}")
     text = table(results)
     print(text)
     if FLAGS.output:

@@ -2,7 +2,8 @@ r"""Your own images, a folder for every class; the last half of the classes is r
 
     s2sd-train --config=configs/folder.py --config.data.root=<folder> --workdir=runs/mine
 
-Choose the classes to test on with `--config.data.test_classes='birds/*,cats'`, or `--config.data.test_root=<folder>`.
+Choose the classes to test on with `--config.data.folder.test_classes='birds/*,cats'`, or a second folder
+with `--config.data.folder.test_root=<folder>`.
 `--config=configs/folder.py:msd` trains another variant (plain, dsd, msd, msda, msdf, msdfa).
 """
 
@@ -12,7 +13,7 @@ from s2sd_tf.training import default_config, preset_config
 def get_config(variant="msdfa"):
     config = default_config()
     config.data.name = "folder"
-    config.data.on_corrupt = "skip"
+    config.data.folder.on_corrupt = "skip"
     config.data.image_size = 64
     config.data.resize_size = 72
     # The best checkpoint is chosen on 4 classes that are not trained on.

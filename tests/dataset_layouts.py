@@ -1,7 +1,8 @@
 """Writes small copies of the data sets of image retrieval, in the layouts that they are published in.
 
-Every function returns what a loader should find: a dict from the part to a list of `(path, class name)` in order.
-Classes have a colour each. Of each class the first file has an odd name, the second is gray and the third CMYK.
+`LAYOUTS` has the names of every data set's layouts, and `write` writes one. A function `write_<name>` returns what a
+loader should find: a dict from the part to a list of `(path, class name)` in order. Classes have a colour each. Of each
+class the first file has an odd name, the second is gray and the third CMYK.
 """
 
 import numpy as np
@@ -9,6 +10,20 @@ import scipy.io
 from PIL import Image
 
 _MODES = ("RGB", "L", "CMYK")
+# By the name that the data set is registered by.
+LAYOUTS = {
+    "cars196": ["archive", "devkit", "published"],
+    "cub200": ["archive", "published"],
+    "inshop": ["archive", "flat", "published"],
+    "sop": ["archive", "published"],
+}
+# Those without annotation files: nothing says that a file is gone.
+FOLDERS_ALONE = [("cars196", "published"), ("cub200", "published")]
+
+
+def write(name, root, **settings):
+    """Writes the data set of that name, see `write_cub200` and its like."""
+    return globals()[f"write_{name}"](root, **settings)
 
 
 def write_image(path, seed=0, size=(40, 30), mode="RGB", colour=0):
@@ -98,7 +113,7 @@ def write_inshop(root, classes=8, images_per_class=3, size=(40, 30), layout="arc
     return {"train": parts["train"], "test": parts["query"], "gallery": parts["gallery"]}
 
 
-def write_inaturalist(root, classes=8, images_per_class=3, size=(40, 30)):
+def write_lists(root, classes=8, images_per_class=3, size=(40, 30)):
     """iNaturalist 2018 with its lists, `root/train.txt` and `root/test.txt`."""
     names = [f"{('Aves', 'Plantae')[c % 2]}/{c + 10}" for c in range(classes)]
     found = _write_classes(root / "train_val2018", names, names, images_per_class, size)

@@ -1,5 +1,7 @@
 """Data sets of image retrieval: published layouts, what is refused in them, image lists, prepared ones, shards."""
 
+import functools
+import inspect
 import json
 import pathlib
 
@@ -7,16 +9,12 @@ import dataset_layouts as layouts
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import REPOSITORY
 
 from s2sd_tf import data
+from s2sd_tf.data.retrieval_split import tell_unpublished_counts
 
-WRITERS = {
-    "cub200": (layouts.write_cub200, data.load_cub200, ["archive", "published"]),
-    "cars196": (layouts.write_cars196, data.load_cars196, ["archive", "devkit", "published"]),
-    "sop": (layouts.write_sop, data.load_sop, ["archive", "published"]),
-    "inshop": (layouts.write_inshop, data.load_inshop, ["archive", "flat", "published"]),
-}
-LAYOUTS = [(name, layout) for name, (_, _, known) in WRITERS.items() for layout in known]
+LAYOUTS = [(name, layout) for name, known in layouts.LAYOUTS.items() for layout in known]
 
 
 def pairs(images):
@@ -37,10 +35,9 @@ def read_slice(image):
 class TestLayouts:
     @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
     def test_the_published_split_is_found(self, tmp_path, name, layout):
-        write, load, _ = WRITERS[name]
-        expected = write(tmp_path, layout=layout)
+        expected = layouts.write(name, tmp_path, layout=layout)
         for check in ("none", "files", "decode"):
-            split = load(str(tmp_path), check=check)
+            split = data.datasets.load(name, str(tmp_path), check=check)
             assert list(split.parts()) == list(expected)
             for part, images in split.parts().items():
                 assert sorted(pairs(images)) == sorted(as_text(expected[part]))
@@ -54,9 +51,8 @@ class TestLayouts:
 
     @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
     def test_images_keep_their_order(self, tmp_path, name, layout):
-        write, load, _ = WRITERS[name]
-        expected = write(tmp_path, layout=layout)
-        for part, images in load(str(tmp_path)).parts().items():
+        expected = layouts.write(name, tmp_path, layout=layout)
+        for part, images in data.datasets.load(name, str(tmp_path)).parts().items():
             assert pairs(images) == as_text(expected[part])
 
     def test_root_may_be_the_folder_itself(self, tmp_path):
@@ -98,13 +94,13 @@ class TestLayouts:
         path.write_text("\n".join(lines[:5]))
         assert data.load_sop(str(tmp_path)).test.class_counts().tolist() == [3, 1]
 
-    @pytest.mark.parametrize("name", WRITERS)
+    @pytest.mark.parametrize("name", layouts.LAYOUTS)
     def test_nothing_there(self, tmp_path, name):
         with pytest.raises(FileNotFoundError, match="root: expected"):
-            WRITERS[name][1](str(tmp_path))
-        for arguments in ({"check": "all"}, {"on_corrupt": "ignore"}):
+            data.datasets.load(name, str(tmp_path))
+        for arguments in ({"check": "all"}, {"on_corrupt": "ignore"}, {"source": "zip"}):
             with pytest.raises(ValueError, match=f"{next(iter(arguments))}: expected"):
-                WRITERS[name][1](str(tmp_path), **arguments)
+                data.datasets.load(name, str(tmp_path), **arguments)
 
 
 class TestFiles:
@@ -120,11 +116,10 @@ class TestFiles:
     @pytest.mark.parametrize("check", ["files", "decode"])
     @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
     def test_bad_files_are_told_and_refused_or_skipped(self, tmp_path, name, layout, check):
-        write, load, _ = WRITERS[name]
-        expected = write(tmp_path, classes=12, images_per_class=4, layout=layout)
+        load = functools.partial(data.datasets.load, name)
+        expected = layouts.write(name, tmp_path, classes=12, images_per_class=4, layout=layout)
         bad = self.spoil(expected)
-        # No layout of folders knows of a file that is gone.
-        told = bad[1:] if layout == "published" and name in ("cub200", "cars196") else bad
+        told = bad[1:] if (name, layout) in layouts.FOLDERS_ALONE else bad
         with pytest.raises(ValueError, match=f"{len(told)} files under") as refused:
             load(str(tmp_path), check=check)
         assert all(str(path) in str(refused.value) for path in told)
@@ -188,14 +183,13 @@ class TestAnnotations:
         ],
     )
     def test_a_malformed_line_is_told_by_file_and_line(self, tmp_path, name, file, line, text, words):
-        write, load, _ = WRITERS[name]
-        write(tmp_path)
+        layouts.write(name, tmp_path)
         path = tmp_path / file
         lines = path.read_bytes().splitlines()
         lines[line - 1] = text if isinstance(text, bytes) else text.encode()
         path.write_bytes(b"\n".join(lines))
         with pytest.raises(ValueError, match=words) as refused:
-            load(str(tmp_path))
+            data.datasets.load(name, str(tmp_path))
         assert f"{path}, line {line}: " in str(refused.value)
 
     @pytest.mark.parametrize(
@@ -207,11 +201,10 @@ class TestAnnotations:
         ],
     )
     def test_a_missing_file_is_told(self, tmp_path, name, file):
-        write, load, _ = WRITERS[name]
-        write(tmp_path)
+        layouts.write(name, tmp_path)
         (tmp_path / file).unlink()
         with pytest.raises(FileNotFoundError, match=f"{file}: expected an annotation file"):
-            load(str(tmp_path))
+            data.datasets.load(name, str(tmp_path))
 
     def test_two_classes_of_one_name(self, tmp_path):
         layouts.write_cub200(tmp_path)
@@ -283,18 +276,21 @@ class TestAnnotations:
 
 
 class TestCounts:
-    def test_other_counts_than_the_published_are_told_unless_it_is_a_part(self, tmp_path, caplog, monkeypatch):
+    def test_other_counts_than_the_published_are_told_unless_it_is_a_part(self, tmp_path, caplog):
         layouts.write_cub200(tmp_path)
-        with caplog.at_level("WARNING", logger="absl"):
-            data.load_cub200(str(tmp_path))
-            assert "published" not in caplog.text
-            monkeypatch.setitem(data.PUBLISHED_COUNTS, "cub200", {"train": (12, 4), "test": (13, 4)})
-            data.load_cub200(str(tmp_path))
+        with caplog.at_level("INFO", logger="absl"):
+            split = data.load_cub200(str(tmp_path))
+            assert [record.levelname for record in caplog.records] == ["INFO"]
+            assert "cub200: expected the published split, train 5,864 images of 100 classes; test" in caplog.text
+            tell_unpublished_counts("x", {"train": (12, 4), "test": (13, 4)}, split)
+            assert caplog.records[-1].levelname == "WARNING"
+            tell_unpublished_counts("x", split.counts(), split)
+            assert len(caplog.records) == 2
         assert "expected the published split, train 12 images of 4 classes; test 13 images" in caplog.text
         assert "Received: train 12 images of 4 classes; test 12 images" in caplog.text
 
     def test_counts_add_up(self):
-        counts = data.PUBLISHED_COUNTS
+        counts = {name: data.datasets.counts(name) for name in layouts.LAYOUTS}
         totals = {name: tuple(map(sum, zip(*parts.values()))) for name, parts in counts.items()}
         assert totals["cub200"] == (11_788, 200)
         assert totals["cars196"] == (16_185, 196)
@@ -303,15 +299,15 @@ class TestCounts:
 
 
 class TestImageLists:
-    def test_inaturalist(self, tmp_path):
-        expected = layouts.write_inaturalist(tmp_path)
-        split = data.load_inaturalist(str(tmp_path), str(tmp_path / "train.txt"), str(tmp_path / "test.txt"))
+    def test_two_lists(self, tmp_path):
+        expected = layouts.write_lists(tmp_path)
+        split = data.load_lists(str(tmp_path), str(tmp_path / "train.txt"), str(tmp_path / "test.txt"))
         for part, images in split.parts().items():
             assert pairs(images) == as_text(expected[part])
         assert split.train.class_names == ("Aves/10", "Aves/12", "Plantae/11", "Plantae/13")
         assert split.train.super_classes == ("Aves", "Aves", "Plantae", "Plantae")
         with pytest.raises(ValueError, match="either train or test"):
-            data.load_inaturalist(str(tmp_path), str(tmp_path / "train.txt"), str(tmp_path / "train.txt"))
+            data.load_lists(str(tmp_path), str(tmp_path / "train.txt"), str(tmp_path / "train.txt"))
 
     def test_labels_in_a_second_column(self, tmp_path):
         for name in ("a b.jpg", "c.PNG", "d.jpg"):
@@ -323,7 +319,7 @@ class TestImageLists:
         assert images.super_classes == ()
 
     def test_bad_files_and_classes_without_images(self, tmp_path):
-        expected = layouts.write_inaturalist(tmp_path)
+        expected = layouts.write_lists(tmp_path)
         for path, _ in expected["train"][:3]:
             path.write_bytes(b"")
         arguments = str(tmp_path), str(tmp_path / "train.txt")
@@ -383,10 +379,9 @@ class TestImageSet:
         path = tmp_path / "a" / "1.jpg"
         path.write_bytes(b"\xff\xd8\xff and the end marker \xff\xd9")
         assert len(data.load_image_folder(str(tmp_path), check="files")) == 2
-        assert len(data.load_image_folder(str(tmp_path), check=False)) == 2
-        for check in (True, "decode"):
-            with pytest.raises(ValueError, match="1 files under"):
-                data.load_image_folder(str(tmp_path), check=check)
+        assert len(data.load_image_folder(str(tmp_path), check="none")) == 2
+        with pytest.raises(ValueError, match="1 files under"):
+            data.load_image_folder(str(tmp_path), check="decode")
 
     @pytest.mark.parametrize("fraction", [0.01, 0.3, 0.5, 0.8, 0.99])
     def test_samples_are_split_within_classes(self, images, fraction):
@@ -634,7 +629,7 @@ class TestTensorFlowDatasets:
         for images in split.parts().values():
             for image, label in zip(images.images, images.labels):
                 assert encoded.index(image) % 4 == names.index(images.class_names[label])
-        assert data.benchmarks.load("cars196", tmp_path, source="tfds").counts() == split.counts()
+        assert data.load_cars196(tmp_path, source="tfds").counts() == split.counts()
 
     def test_birds_have_the_names_of_their_folders(self, tmp_path):
         def example(label):
@@ -673,33 +668,82 @@ class TestTensorFlowDatasets:
             data.load_tfds("mnist", tmp_path)
 
 
-class TestBenchmarks:
-    def test_names(self):
-        assert data.benchmarks.names() == ["cars196", "cub200", "inshop", "sop"]
-        assert set(data.benchmarks.names()) < set(data.PUBLISHED_COUNTS)
+class TestRegistry:
+    def test_every_data_set_that_is_read_from_files_has_its_layouts_here(self):
+        sourced = {name for name in data.datasets.names() if "source" in data.datasets.settings(name)}
+        assert set(layouts.LAYOUTS) == sourced - {"folder"}
 
-    @pytest.mark.parametrize("name", WRITERS)
+    def test_the_documentation_has_a_row_of_each(self):
+        documentation = (REPOSITORY / "docs" / "training.md").read_text()
+        for name in data.datasets.names():
+            row = next((line for line in documentation.splitlines() if line.startswith(f"| `{name}` |")), None)
+            assert row, f"docs/training.md has no row of the data set {name}"
+            for images, classes in (data.datasets.counts(name) or {}).values():
+                assert f"{images:,}" in row
+                assert f"{classes:,}" in row
+
+    def test_settings_are_those_of_the_functions(self):
+        functions = {"cub200": data.load_cub200, "folder": data.load_folder, "lists": data.load_lists}
+        for name, function in functions.items():
+            parameters = inspect.signature(function).parameters
+            assert list(data.datasets.settings(name)) == [key for key in parameters if key != "root"]
+        assert data.datasets.settings("lists")["train_list"] == ""
+        assert data.datasets.settings("digits") == {}
+
+    def test_a_data_set_of_ones_own(self, monkeypatch):
+        monkeypatch.setattr(data.datasets, "_data_sets", dict(data.datasets._data_sets))
+
+        @data.datasets.register("mine", {"train": (9, 3)}, preprocessing=lambda size: data.Preprocessing(size, size))
+        def load_mine(classes=3):
+            return classes
+
+        assert "mine" in data.datasets.names()
+        assert data.datasets.settings("mine") == {"classes": 3}
+        assert data.datasets.counts("mine") == {"train": (9, 3)}
+        assert data.datasets.preprocessing("mine", 7).output_shape == (7, 7, 3)
+        assert data.datasets.load("mine", "root that it does not take", classes=4) == 4
+        with pytest.raises(ValueError, match="'mine' is taken by load_mine"):
+            data.datasets.register("mine")(load_mine)
+
+    def test_preprocessing(self):
+        assert data.datasets.preprocessing("digits", 99).output_shape == (8, 8, 1)
+        assert data.datasets.preprocessing("omniglot", 28).output_shape == (28, 28, 1)
+        assert data.datasets.preprocessing("sop", 28) is None
+
+    @pytest.mark.parametrize("name", layouts.LAYOUTS)
     def test_files_and_shards(self, tmp_path, name):
-        WRITERS[name][0](tmp_path / "files")
-        split = data.benchmarks.load(name, str(tmp_path / "files"))
+        layouts.write(name, tmp_path / "files")
+        split = data.datasets.load(name, str(tmp_path / "files"))
         assert split.train.kind == "paths"
         data.write_shards(split, str(tmp_path / "shards"))
         for source in ("auto", "shards"):
-            read = data.benchmarks.load(name, str(tmp_path / "shards"), source)
+            read = data.datasets.load(name, str(tmp_path / "shards"), source=source)
             assert read.train.kind == "slices"
             assert read.counts() == split.counts()
         with pytest.raises(FileNotFoundError, match="root"):
-            data.benchmarks.load(name, str(tmp_path / "shards"), "files")
+            data.datasets.load(name, str(tmp_path / "shards"), source="files")
 
     def test_errors(self, tmp_path):
-        for arguments, words in [
-            (("mnist", tmp_path), "name: expected one of"),
-            (("sop", tmp_path, "zip"), "source: expected one of"),
-            (("sop", tmp_path, "tfds", "ignore"), "on_corrupt"),
-            (("inshop", tmp_path, "tfds"), "source: expected 'auto'"),
+        for name, settings, words in [
+            ("mnist", {}, "name: expected one of"),
+            ("sop", {"source": "zip"}, "source: expected one of"),
+            ("sop", {"source": "tfds", "on_corrupt": "ignore"}, "on_corrupt"),
+            ("sop", {"test_root": "x"}, r"data set 'sop': expected settings out of .* Received: \['test_root'\]"),
+            ("inshop", {"source": "tfds"}, "source: expected 'auto', 'files' or 'shards' for 'inshop'"),
+            ("folder", {"source": "tfds"}, "source: expected 'auto', 'files' or 'shards' for 'folder'"),
         ]:
             with pytest.raises(ValueError, match=words):
-                data.benchmarks.load(*arguments)
+                data.datasets.load(name, str(tmp_path), **settings)
+
+    def test_shards_of_folders_are_divided_already(self, tmp_path):
+        for name in "abcd":
+            layouts.write_image(tmp_path / "images" / name / "0.png")
+        split = data.load_folder(str(tmp_path / "images"), test_classes="a, b")
+        assert split.test.class_names == ("a", "b")
+        data.write_shards(split, str(tmp_path / "shards"), name="folder")
+        assert data.load_folder(str(tmp_path / "shards")).test.class_names == ("a", "b")
+        with pytest.raises(ValueError, match=r"test_classes: expected none for shards, .* Received: '', 'c'"):
+            data.load_folder(str(tmp_path / "shards"), test_classes="c")
 
     def test_the_program(self, tmp_path, run_python):
         layouts.write_cub200(tmp_path / "birds")
@@ -710,7 +754,7 @@ class TestBenchmarks:
             ["train", "12", "4", "1"],
             ["test", "12", "4", "1"],
         ]
-        assert data.benchmarks.load("cub200", str(tmp_path / "out")).counts() == {"train": (12, 4), "test": (12, 4)}
+        assert data.load_cub200(str(tmp_path / "out")).counts() == {"train": (12, 4), "test": (12, 4)}
         images = tmp_path / "birds" / "CUB_200_2011" / "images"
         (images / "001.Auk_0" / "empty.jpg").write_bytes(b"")
         run_python(*program, "--name=folder", f"--root={images}", f"--output={tmp_path / 'more'}", "--on_corrupt=skip")

@@ -14,14 +14,7 @@ import warnings
 import numpy as np
 import pytest
 import tensorflow as tf
-from dataset_layouts import (
-    write_cars196,
-    write_cub200,
-    write_image,
-    write_inaturalist,
-    write_inshop,
-    write_sop,
-)
+from dataset_layouts import LAYOUTS, write, write_image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
@@ -118,7 +111,7 @@ class TestConfigs:
             for path, value in found
             if not (path[0] == "objective" and path[1] in unused)
             and path[0] != "miner"
-            and not (path[0] == "sampler" and len(path) == 3)
+            and not (path[0] in ("data", "sampler") and len(path) == 3)
             and path[0] not in ("train", "eval")
         ]
 
@@ -160,7 +153,6 @@ class TestConfigs:
     ALIASES = {
         "root": ("data_dir", "config.data"),
         "name": ("objective", "sampler", "optimizer", "config.data.name", "data_dir", "root", "config.data"),
-        "source": ("folder", "config.data"),
         "validation_classes": ("hold_out_classes",),
         "validation_fraction": ("fraction",),
         "augmentation": ("resize_size",),
@@ -338,48 +330,40 @@ def listing(root):
 class TestDataSets:
     """Annotations, lists and images that something happened to."""
 
-    FILES = {
-        "cub200": ["images.txt", "image_class_labels.txt", "classes.txt"],
-        "cars196": ["cars_annos.mat"],
-        "sop": ["Ebay_train.txt", "Ebay_test.txt"],
-        "inshop": ["list_eval_partition.txt"],
-        "inaturalist": ["train.txt", "test.txt"],
-        "omniglot": ["images_background_small1.zip", "images_background_small2.zip"],
-    }
-
     @pytest.fixture(scope="class")
     def root(self, tmp_path_factory):
         root = tmp_path_factory.mktemp("sets")
         sizes = {"classes": 4, "images_per_class": 2, "size": (6, 5)}
-        for write in (write_cub200, write_cars196, write_sop, write_inshop, write_inaturalist):
-            write(root / write.__name__.removeprefix("write_"), **sizes)
-        write_image(root / "omniglot" / "drawing.png")
+        for name in (*LAYOUTS, "lists"):
+            write(name, root / name, **sizes)
+        (root / "omniglot").mkdir()
+        write_image(root / "parts" / "drawing.png")
         for number, alphabet in enumerate(("Greek", "Sanskrit"), 1):
             folder = root / "parts" / f"images_background_small{number}"
             for name in (alphabet, "Tagalog", "Japanese_(katakana)"):
                 (folder / name / "character01").mkdir(parents=True)
-                shutil.copy(root / "omniglot" / "drawing.png", folder / name / "character01" / "0.png")
+                shutil.copy(root / "parts" / "drawing.png", folder / name / "character01" / "0.png")
             shutil.make_archive(root / "omniglot" / folder.name, "zip", root / "parts", folder.name)
         return root
 
     @staticmethod
     def load(name, root):
-        if name == "inaturalist":
-            return data.load_inaturalist(
-                str(root / name), str(root / name / "train.txt"), str(root / name / "test.txt")
-            )
-        if name == "omniglot":
-            return data.load_omniglot(str(root / name))
-        return data.benchmarks.load(name, str(root / name))
+        folder = root / name
+        lists = {f"{part}_list": str(folder / f"{part}.txt") for part in ("train", "test")} if name == "lists" else {}
+        return data.datasets.load(name, str(folder), **lists)
 
     @examples(300)
     @given(st.data())
     def test_annotations(self, root, draw):
+        files = {}
+        for path in sorted(root.rglob("*")):
+            if path.suffix in (".txt", ".mat", ".zip"):
+                files.setdefault(path.relative_to(root).parts[0], []).append(path)
         # A MATLAB file takes a process.
-        names = [*sorted(self.FILES), *(name for name in sorted(self.FILES) if name != "cars196")]
+        names = [*files, *(name for name in files if files[name][0].suffix != ".mat")]
         name = draw.draw(st.sampled_from(names), "data set")
-        file = draw.draw(st.sampled_from(self.FILES[name]), "file")
-        (path,) = (root / name).rglob(file)
+        path = draw.draw(st.sampled_from(files[name]), "file")
+        file = path.name
         before = listing(root)
         with replaced(path, changed(draw.draw, path.read_bytes())):
             # What the list then names is not there, or is too few.

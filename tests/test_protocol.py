@@ -1,15 +1,15 @@
 """The published protocol: every hyperparameter of every config against a table."""
 
-import importlib.util
-import itertools
+import re
 
 import pytest
 from conftest import REPOSITORY
 
+from s2sd_tf.data import datasets
 from s2sd_tf.training import published_config, resolve
+from s2sd_tf.training.protocol import published_settings
 
-DATA = ("cub200", "cars196", "sop", "inshop")
-BACKBONES = {"r50_128": ("resnet50_v1_5", 128), "r50_512": ("resnet50_v1_5", 512), "ibn_512": ("bn_inception", 512)}
+SIZES = [("resnet50_v1_5", 128), ("resnet50_v1_5", 512), ("bn_inception", 512)]
 
 # What all runs share.
 SHARED = {
@@ -71,13 +71,6 @@ OBJECTIVES = {
 }
 
 
-def load(name, options=""):
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return resolve(module.get_config(options)), module.__doc__
-
-
 def value(config, key):
     for name in key.split("."):
         config = config[name]
@@ -101,49 +94,83 @@ def assert_is(config, data, backbone, dim, objective, variant, feature_weight, k
     assert {key: config.objective[name][key] for key in settings} == settings
 
 
-@pytest.mark.parametrize(("data", "suffix"), itertools.product(DATA, BACKBONES))
-def test_every_config_is_the_published_run(data, suffix):
-    config, doc = load(f"{data}_{suffix}")
-    backbone, dim = BACKBONES[suffix]
-    assert_is(config, data, backbone, dim, *PUBLISHED[data])
+def test_settings():
+    assert published_settings() == [f"{data},{backbone},{dim}" for data in PUBLISHED for backbone, dim in SIZES]
+
+
+@pytest.mark.parametrize("options", published_settings())
+def test_every_setting_is_the_published_run(options):
+    config = resolve(published_config(options))
+    data, backbone, dim = options.split(",")
+    assert_is(config, data, backbone, int(dim), *PUBLISHED[data])
     assert config.model.frozen_bn == ("statistics" if backbone == "resnet50_v1_5" else "")
     assert config.optimizer.settings.to_dict() == {"epsilon": 1e-8}
-    for part in (f"--config=configs/{data}_{suffix}.py", "Published", "Expected time", "--workdir"):
-        assert part in doc
+    assert config.data[data].check == "files"
+
+
+def test_every_setting_has_a_row_with_its_steps_and_figures():
+    text = (REPOSITORY / "docs" / "published.md").read_text()
+    for options in published_settings():
+        (row,) = re.findall(rf"^\| `{options}` \|.*$", text, re.MULTILINE)
+        data = options.split(",")[0]
+        images = datasets.counts(data)["train"][0]
+        assert f"{images // 112 * 150:,} (150 x {images // 112})" in row
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_variants_are_options(variant, objective):
-    config, _ = load("cub200_r50_128", f"{objective},{variant}")
+    config = resolve(published_config(f"{objective},128,{variant},cub200"))
     assert_is(config, "cub200", "resnet50_v1_5", 128, objective, variant, 50.0, (1, 2, 4, 8))
 
 
+def test_defaults():
+    for options, whole in [
+        ("sop", "sop,resnet50_v1_5,128,msdf,margin"),
+        (" bn_inception , cars196", "cars196,bn_inception,512,msdfa,multi_similarity"),
+        ("64,inshop", "inshop,resnet50_v1_5,64"),
+    ]:
+        assert published_config(options).to_dict() == published_config(whole).to_dict()
+
+
 def test_frozen_and_later():
-    assert load("sop_ibn_512", "frozen")[0].model.frozen_bn == "statistics"
+    assert published_config("sop,bn_inception,frozen").model.frozen_bn == "statistics"
     for (data, dim), weight in {
         ("cub200", 128): 125.0,
         ("cub200", 512): 60.0,
         ("cars196", 128): 50.0,
         ("cars196", 512): 40.0,
     }.items():
-        config, _ = load(f"{data}_r50_{dim}", "later")
+        config = published_config(f"{data},{dim},later")
         assert config.s2sd.feature_distill_weight == weight
         assert config.s2sd.feature_distill_delay == 0
         assert config.data.classes_per_batch * config.data.samples_per_class == 108
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "message"),
     [
-        (("cub", "bn_inception", 8), r"data: expected one of .*Received: 'cub'"),
-        (("sop", "resnet18", 8), r"backbone: expected one of .*Received: 'resnet18'"),
-        (("sop", "bn_inception", 8, "msd,plain"), r"options: expected at most one variant .*Received: 'msd,plain'"),
-        (("sop", "bn_inception", 8, "margin,r_margin"), r"options: .*Received: 'margin,r_margin'"),
-        (("sop", "bn_inception", 8, "best"), r"options: .*Received: 'best'"),
-        (("sop", "bn_inception", 512, "later"), r"options: expected 'later' with one of .*Received: \('sop', 512\)"),
+        ("", r"options: expected a data set \(cub200, cars196, sop, inshop\). Received: ''"),
+        ("cub,bn_inception", r"options: expected a data set \(cub200, .*, frozen, later. Received: .*, with cub$"),
+        ("sop,resnet18", r"options: .*Received: 'sop,resnet18', with resnet18"),
+        ("sop,-8", r"options: .*with -8"),
+        ("sop,cub200", r"options: expected a data set \(.*\). Received: 'sop,cub200'"),
+        ("sop,8,16", r"options: expected at most one dimension .*Received: 'sop,8,16'"),
+        ("sop,bn_inception,resnet50_v1_5", "options: expected at most one backbone"),
+        ("sop,msd,plain", r"options: expected at most one variant .*Received: 'sop,msd,plain'"),
+        ("sop,margin,r_margin", "options: expected at most one objective"),
+        ("sop,512,later", r"options: expected 'later' with one of .*Received: \('sop', 512\)"),
     ],
 )
-def test_errors(arguments, message):
+def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
-        published_config(*arguments)
+        published_config(options)
+
+
+def test_the_config_file(call):
+    config = f"--config={REPOSITORY / 'configs' / 'published.py'}"
+    failed = call("train", f"{config}:cub200,128,256", "--dry_run", status=2)
+    (line,) = failed.stderr.strip().splitlines()[-1:]
+    assert "error: config: options: expected at most one dimension (128, 256). Received: 'cub200" in line
+    failed = call("train", f"{config}:cub200,512", "--config.data.root=nowhere", "--dry_run", status=2)
+    assert "root: expected CUB200-2011" in failed.stderr

@@ -192,7 +192,7 @@ class TestErrors:
                 {"data.augmentation": "base", "data.augmentation_settings": {"flip": 7}},
                 "config.data.augmentation_settings: expected settings of Augmentation",
             ),
-            ({"data.check": "twice"}, "config.data.check: expected one of"),
+            ({"data.name": "folder", "data.folder.check": "twice"}, "check: expected one of"),
             ({"model.frozen_bn": "half"}, "config.model.frozen_bn: expected one of"),
             ({"optimizer.layers": ("conv9*=0.5",)}, "learning_rate_multipliers: expected patterns"),
             ({"optimizer.layers": ("conv0",)}, "config.optimizer.layers: expected"),
@@ -230,9 +230,33 @@ class TestErrors:
         there["objective"]["margin"]["beta"] = 7.0
         there["objective"].pop("circle")
         there["miner"].pop("hard")
+        there["data"]["folder"]["test_fraction"] = 0.7
+        there["data"].pop("sop")
+        there["data"]["not_known_here"] = {"check": "files"}
         write_json(tmp_path / "config.json", there)
         with pytest.raises(ValueError, match=r"differs in objective.multi_similarity.alpha \(7.0 there, 2.0 here\)$"):
             train(config, str(tmp_path))
+
+    def test_the_chosen_data_set_counts(self, tmp_path):
+        config = default_config()
+        config.data.name = "folder"
+        write_json(tmp_path / "config.json", config.to_dict())
+        config.data.folder.test_classes = "a"
+        with pytest.raises(ValueError, match=r"differs in data.folder.test_classes \('' there, 'a' here\)$"):
+            train(config, str(tmp_path))
+
+    def test_a_run_of_an_older_layout_is_told_in_one_line(self, call, tmp_path):
+        there = default_config().to_dict()
+        there["data"].update(source="auto", test_root="")
+        there["optimizer"]["settings"]["any_key"] = 1
+        write_json(tmp_path / "config.json", there)
+        (tmp_path / "best.keras").touch()
+        (tmp_path / "preprocessing.json").touch()
+        for program, *arguments in (("train", DIGITS), ("evaluate",)):
+            done = call(program, *arguments, f"--workdir={tmp_path}", status=2)
+            (line,) = [line for line in done.stderr.splitlines() if f"{program}.py: error:" in line]
+            assert "config.json: expected the keys of this version's configs." in line
+            assert "Received: data.source, data.test_root, of a run that an older version wrote" in line
 
     def test_a_section_is_no_name(self):
         config = ml_collections.ConfigDict({**default_config().to_dict(), "objective": "margin"})
@@ -278,7 +302,7 @@ def test_settings_of_objective_and_miner_reach_the_model():
         assert (objective.miner.registered_name, objective.miner.rho) == ("rho_distance", 0.5)
 
 
-def test_folders_of_images_train_with_two_roots(tmp_path):
+def test_folders_of_images_with_two_roots(tmp_path):
     for root, names in (("a", ["x", "y", "z"]), ("b", ["z", "p/q", "p/r"])):
         for name in names:
             (tmp_path / root / name).mkdir(parents=True)
@@ -287,20 +311,17 @@ def test_folders_of_images_train_with_two_roots(tmp_path):
                 Image.fromarray(pixels).save(tmp_path / root / name / f"{k}.jpg")
     (tmp_path / "b" / "p" / "q" / "broken.jpg").write_bytes(b"nothing")
     config = default_config()
-    config.train.deterministic = False
-    config.data.update(name="folder", root=str(tmp_path / "a"), test_root=str(tmp_path / "b"), image_size=16)
-    config.data.update(resize_size=18, classes_per_batch=3, samples_per_class=2)
-    config.model.filters = (8, 8)
-    config.s2sd.target_dims = (16,)
-    config.train.epochs = 1
+    config.data.update(name="folder", root=str(tmp_path / "a"))
+    config.data.folder.test_root = str(tmp_path / "b")
     with pytest.raises(ValueError, match=r"broken.jpg"):
-        train(config, str(tmp_path / "run"))
-    config.data.on_corrupt = "skip"
+        load_data(resolve(config))
+    config.data.folder.on_corrupt = "skip"
     with pytest.raises(ValueError, match="both roots, \\['z'\\]"):
-        train(config, str(tmp_path / "run"))
-    config.data.test_classes = "p/*"
-    results = train(config, str(tmp_path / "run"))
-    assert results["counts"] == {"train": {"classes": 3, "images": 12}, "test": {"classes": 2, "images": 8}}
+        load_data(resolve(config))
+    config.data.folder.test_classes = "p/*"
+    parts = load_data(resolve(config))
+    assert (parts.train.class_names, len(parts.train)) == (("x", "y", "z"), 12)
+    assert (parts.test.class_names, len(parts.test)) == (("p/q", "p/r"), 8)
 
 
 def test_variants_of_a_config():

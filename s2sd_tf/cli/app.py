@@ -31,8 +31,14 @@ class _BadConfig(Exception):
 def _parse(argv):
     try:
         return flags.FLAGS(argv)
-    except flags.Error:
-        raise
+    except flags.Error as error:
+        if "Error whilst parsing config file" not in str(error):
+            raise
+        # ml_collections puts the trace of what a config file raises into the message.
+        cause = error
+        while cause.__context__:
+            cause = cause.__context__
+        raise _BadConfig(f"config: {cause}") from error
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         # What ml_collections raises for an unknown key: an error around a KeyError, whose argument is the text.
         text = error

@@ -9,7 +9,7 @@ def define():
     flag = config_flags.DEFINE_config_file(
         "config",
         None,
-        "Config file, and --config.key=value to change a key of it.",
+        "Config file, its options after a colon (published.py:cub200,512); --config.key=value changes a key of it.",
         # For the section that takes any key; the rest is locked by `default_config`, or checked by `resolve`.
         lock_config=False,
         accept_new_attributes=True,

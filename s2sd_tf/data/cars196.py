@@ -3,19 +3,24 @@
 import os
 
 from s2sd_tf.data.annotations import Row, find_root, image_set, path_under, read_matlab
+from s2sd_tf.data.datasets import register
 from s2sd_tf.data.image_files import check_options
 from s2sd_tf.data.image_folder import scan_image_folder
 from s2sd_tf.data.image_set import split_classes
-from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split, tell_unpublished_counts
+from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split
+from s2sd_tf.data.sources import load_source
 
 _FOLDERS = ("", "cars196", "stanford_cars")
 _ANNOTATIONS = "cars_annos.mat"
 _META = "devkit/cars_meta.mat"
 _TRAIN_LABELS = "devkit/cars_train_annos.mat"
 _TEST_LABELS = ("devkit/cars_test_annos_withlabels.mat", "cars_test_annos_withlabels.mat")
+# Song et al., CVPR 2016, "Deep Metric Learning via Lifted Structured Feature Embedding".
+_COUNTS = {"train": (8_054, 98), "test": (8_131, 98)}
 
 
-def load_cars196(root, on_corrupt="raise", check="files"):
+@register("cars196", _COUNTS)
+def load_cars196(root, on_corrupt="raise", check="files", source="auto"):
     """`RetrievalSplit` of CARS196 (Krause et al., 3dRR 2013): the first 98 classes train, the last 98 test.
 
     That is 8,054 and 8,131 images; other counts are told. Of a copy with fewer classes the first half trains. The
@@ -30,10 +35,10 @@ def load_cars196(root, on_corrupt="raise", check="files"):
     With folders named as the classes are, the last differs in the order of the classes, not in which of them train.
 
     Args:
-        root, on_corrupt, check: see `load_cub200`.
+        root, on_corrupt, check, source: see `load_cub200`.
 
     Returns:
-        `RetrievalSplit` of paths without a gallery; classes are named as in the annotations ("Acura RL Sedan 2012").
+        `RetrievalSplit` without a gallery; classes are named as in the annotations ("Acura RL Sedan 2012").
 
     Raises:
         FileNotFoundError: no layout is under `root`, or one of its annotation files is missing, as that of the test
@@ -41,6 +46,10 @@ def load_cars196(root, on_corrupt="raise", check="files"):
         ValueError: see `load_cub200`; a MATLAB file that is malformed, by file and annotation.
     """
     check_options(on_corrupt, check)
+    return load_source("cars196", root, source, lambda: _read_files(root, on_corrupt, check))
+
+
+def _read_files(root, on_corrupt, check):
     found = find_root(root, _FOLDERS, [_ANNOTATIONS, _TRAIN_LABELS]) or find_root(root, _FOLDERS, ["images"])
     if not found:
         raise FileNotFoundError(
@@ -56,9 +65,7 @@ def load_cars196(root, on_corrupt="raise", check="files"):
     else:
         images, bad = scan_image_folder(os.path.join(folder, file))
     split = RetrievalSplit(*split_classes(images, test_fraction=0.5))
-    split = readable_split(split, folder, on_corrupt, check, bad)
-    tell_unpublished_counts("cars196", split)
-    return split
+    return readable_split(split, folder, on_corrupt, check, bad)
 
 
 def _one_archive(folder):

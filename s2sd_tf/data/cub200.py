@@ -6,15 +6,20 @@ import re
 import numpy as np
 
 from s2sd_tf.data.annotations import Row, as_int, find_root, image_set, path_under, read_columns
+from s2sd_tf.data.datasets import register
 from s2sd_tf.data.image_files import check_options
 from s2sd_tf.data.image_folder import scan_image_folder
 from s2sd_tf.data.image_set import split_classes
-from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split, tell_unpublished_counts
+from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split
+from s2sd_tf.data.sources import load_source
 
 _FOLDERS = ("", "CUB_200_2011", "cub200")
+# Song et al., CVPR 2016, "Deep Metric Learning via Lifted Structured Feature Embedding".
+_COUNTS = {"train": (5_864, 100), "test": (5_924, 100)}
 
 
-def load_cub200(root, on_corrupt="raise", check="files"):
+@register("cub200", _COUNTS)
+def load_cub200(root, on_corrupt="raise", check="files", source="auto"):
     """`RetrievalSplit` of CUB200-2011 (Wah et al., Caltech 2011): the first 100 classes train, the last 100 test.
 
     That is 5,864 and 5,924 images; other counts are told. Of a copy with fewer classes the first half trains. Two
@@ -30,16 +35,24 @@ def load_cub200(root, on_corrupt="raise", check="files"):
         check: which files those are. "files": missing, empty, of an unknown format, or truncated JPEG or PNG files, by
             their first and last bytes. "decode": all that cannot be decoded; takes as long as a pass over the data.
             "none": no file is looked at.
+        source: what is in `root`. "files": one of the layouts. "shards": what `write_shards` wrote. "tfds": data that
+            TensorFlow Datasets prepared, see `load_tfds`. "auto": shards where there is a `s2sd_shards.json`, else
+            files. Images of shards and of TensorFlow Datasets are not checked.
 
     Returns:
-        `RetrievalSplit` of paths without a gallery; classes are named as in `classes.txt`.
+        `RetrievalSplit` without a gallery; its images are paths, but slices of shards, and bytes of TensorFlow
+        Datasets. Classes are named as in `classes.txt`.
 
     Raises:
-        FileNotFoundError: neither layout is under `root`, or one of its annotation files is missing.
+        FileNotFoundError: what `source` says is not in `root`, or one of its annotation files is missing.
         ValueError: a bad argument; an annotation file that is malformed, by file and line, or that names a file outside
             of `root`; with "raise", files that are not images.
     """
     check_options(on_corrupt, check)
+    return load_source("cub200", root, source, lambda: _read_files(root, on_corrupt, check))
+
+
+def _read_files(root, on_corrupt, check):
     found = find_root(root, _FOLDERS, ["images.txt"]) or find_root(root, _FOLDERS, ["images"])
     if not found:
         raise FileNotFoundError(
@@ -49,9 +62,7 @@ def load_cub200(root, on_corrupt="raise", check="files"):
     folder, file = found
     images, bad = (_annotated(folder), []) if file == "images.txt" else _folders(os.path.join(folder, file))
     split = RetrievalSplit(*split_classes(images, test_fraction=0.5))
-    split = readable_split(split, folder, on_corrupt, check, bad)
-    tell_unpublished_counts("cub200", split)
-    return split
+    return readable_split(split, folder, on_corrupt, check, bad)
 
 
 def _annotated(folder):

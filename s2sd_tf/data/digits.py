@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from s2sd_tf.data.datasets import register
 from s2sd_tf.data.image_set import ImageSet
 from s2sd_tf.data.preprocessing import Preprocessing
+from s2sd_tf.data.retrieval_split import RetrievalSplit
 
 
 def load_digits():
@@ -17,4 +19,13 @@ def load_digits():
     # scikit-learn counts from 0 to 16; as bytes they survive a round trip through PNG.
     pixels = np.round(digits.images * (255.0 / 16.0)).astype(np.uint8)[..., None]
     images = ImageSet(pixels, digits.target.astype(np.int32), tuple(str(digit) for digit in range(10)))
-    return images.select_classes(range(5)), images.select_classes(range(5, 10)), Preprocessing(8, 8, channels=1)
+    return images.select_classes(range(5)), images.select_classes(range(5, 10)), _preprocessing()
+
+
+def _preprocessing(image_size=8):
+    return Preprocessing(8, 8, channels=1)
+
+
+@register("digits", preprocessing=_preprocessing)
+def _split():
+    return RetrievalSplit(*load_digits()[:2])

@@ -10,7 +10,7 @@ from s2sd_tf.data.image_set import ImageSet
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif")
 
 
-def load_image_folder(root, on_corrupt="raise", check=True):
+def load_image_folder(root, on_corrupt="raise", check="decode"):
     """An `ImageSet` of the image files under `root`, one class for every folder that holds images itself.
 
     A class is named by its path under `root`, so class folders may be nested (`Greek/character01`). Where all of them
@@ -21,15 +21,14 @@ def load_image_folder(root, on_corrupt="raise", check=True):
         root: folder; `root/<class>/*.{png,jpg,jpeg,bmp,gif}`, whatever the case of the extension.
         on_corrupt: what becomes of files that are no image or cannot be decoded: "raise" refuses them, "skip" leaves
             them out; either way their paths are told.
-        check: bool; decodes every file once, with a progress bar for more than 1,000. Without it only the extension
-            is looked at, and a file that cannot be decoded ends the training that meets it. Or one of "none", "files"
-            and "decode", see `load_cub200`.
+        check: "decode" decodes every file once, with a progress bar for more than 1,000. "files" looks at their first
+            and last bytes, see `load_cub200`. "none" looks at the extension only, and a file that cannot be decoded
+            ends the training that meets it.
 
     Raises:
         FileNotFoundError: `root` is not a folder.
         ValueError: no image under `root`; or, with "raise", files that are not images.
     """
-    check = {True: "decode", False: "none"}.get(check, check)
     check_options(on_corrupt, check)
     images, bad = scan_image_folder(root)
     (images,) = select_readable([images], root, on_corrupt, check, bad)

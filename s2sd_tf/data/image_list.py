@@ -4,10 +4,14 @@ import os
 
 import numpy as np
 
+from s2sd_tf.data import datasets
 from s2sd_tf.data.annotations import Row, image_set, path_under, read_columns
 from s2sd_tf.data.image_files import check_options, select_readable
 from s2sd_tf.data.image_folder import EXTENSIONS
 from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split, tell_unpublished_counts
+
+# Brown et al., ECCV 2020, "Smooth-AP".
+_INATURALIST = {"train": (325_846, 5_690), "test": (136_093, 2_452)}
 
 
 def load_image_list(root, image_list, on_corrupt="raise", check="files"):
@@ -33,9 +37,12 @@ def load_image_list(root, image_list, on_corrupt="raise", check="files"):
     return images.select_classes(np.flatnonzero(images.class_counts()))
 
 
-def load_inaturalist(root, train_list, test_list, on_corrupt="raise", check="files"):
-    """`RetrievalSplit` of iNaturalist 2018 (Van Horn et al., CVPR 2018) by the lists of Brown et al., ECCV 2020
-    ("Smooth-AP"): 325,846 images of 5,690 species train, 136,093 of 2,452 others test; other counts are told.
+@datasets.register("lists", _INATURALIST)
+def load_lists(root, train_list, test_list, on_corrupt="raise", check="files"):
+    """`RetrievalSplit` by two lists of files, as iNaturalist's is published.
+
+    That is iNaturalist 2018 (Van Horn et al., CVPR 2018) by the lists of Brown et al., ECCV 2020 ("Smooth-AP"): 325,846
+    images of 5,690 species train, 136,093 of 2,452 others test; other counts are told.
 
     Args:
         root: folder that the lists' paths (`train_val2018/<super-class>/<class>/<file>.jpg`) are under.
@@ -52,7 +59,7 @@ def load_inaturalist(root, train_list, test_list, on_corrupt="raise", check="fil
     check_options(on_corrupt, check)
     split = RetrievalSplit(_read(root, train_list, "train_list"), _read(root, test_list, "test_list"))
     split = readable_split(split, root, on_corrupt, check)
-    tell_unpublished_counts("inaturalist", split)
+    tell_unpublished_counts("inaturalist", datasets.counts("lists"), split)
     return split
 
 

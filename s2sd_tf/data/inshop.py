@@ -5,15 +5,19 @@ import os
 from absl import logging
 
 from s2sd_tf.data.annotations import Row, as_int, find_root, image_set, path_under, read_columns
+from s2sd_tf.data.datasets import register
 from s2sd_tf.data.image_files import check_options
-from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split, tell_unpublished_counts
+from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split
+from s2sd_tf.data.sources import load_source
 
 _FOLDERS = ("", "in-shop", "inshop", "In-shop Clothes Retrieval Benchmark")
 _PARTITIONS = ("Eval/list_eval_partition.txt", "list_eval_partition.txt")
 _PARTS = {"train": "train", "query": "test", "gallery": "gallery"}
+_COUNTS = {"train": (25_882, 3_997), "test": (14_218, 3_985), "gallery": (12_612, 3_985)}
 
 
-def load_inshop(root, on_corrupt="raise", check="files"):
+@register("inshop", _COUNTS)
+def load_inshop(root, on_corrupt="raise", check="files", source="auto"):
     """`RetrievalSplit` of In-Shop Clothes Retrieval (Liu et al., CVPR 2016, "DeepFashion"), by its own partition.
 
     25,882 images of 3,997 items train; 14,218 are queries and 12,612 the gallery, of 3,985 other items. Other counts
@@ -23,16 +27,22 @@ def load_inshop(root, on_corrupt="raise", check="files"):
     has it), `inshop` or `In-shop Clothes Retrieval Benchmark`.
 
     Args:
-        root, on_corrupt, check: see `load_cub200`.
+        root, on_corrupt, check, source: see `load_cub200`; TensorFlow Datasets has no In-Shop.
 
     Returns:
-        `RetrievalSplit` of paths with a gallery; classes are named by the item ("id_00000002") and sorted.
+        `RetrievalSplit` with a gallery; classes are named by the item ("id_00000002") and sorted.
 
     Raises:
         FileNotFoundError: the partition or the folder of images is not under `root`.
         ValueError: see `load_cub200`.
     """
     check_options(on_corrupt, check)
+    split = load_source("inshop", root, source, lambda: _read_files(root, on_corrupt, check))
+    _tell_missing_items(split)
+    return split
+
+
+def _read_files(root, on_corrupt, check):
     found = find_root(root, _FOLDERS, _PARTITIONS)
     if not found:
         raise FileNotFoundError(
@@ -43,10 +53,7 @@ def load_inshop(root, on_corrupt="raise", check="files"):
     images = find_root(folder, ["Img", ""], ["img"])
     if not images:
         raise FileNotFoundError(f"root: expected the images in Img/img or img. Received: {folder!r} without them")
-    split = readable_split(_read_partition(os.path.join(folder, partition), images[0]), folder, on_corrupt, check)
-    _tell_missing_items(split)
-    tell_unpublished_counts("inshop", split)
-    return split
+    return readable_split(_read_partition(os.path.join(folder, partition), images[0]), folder, on_corrupt, check)
 
 
 def _read_partition(path, folder):

@@ -5,8 +5,10 @@ import os
 import numpy as np
 
 from s2sd_tf.data.annotations import path_under
+from s2sd_tf.data.datasets import register
 from s2sd_tf.data.image_set import ImageSet
 from s2sd_tf.data.preprocessing import Preprocessing
+from s2sd_tf.data.retrieval_split import RetrievalSplit
 from s2sd_tf.untrusted import image_excess, open_archive
 
 ARCHIVES = ("images_background_small1.zip", "images_background_small2.zip")
@@ -31,8 +33,17 @@ def load_omniglot(data_dir, size=28):
     """
     train = _read_archive(os.path.join(data_dir, ARCHIVES[0]))
     test = _read_archive(os.path.join(data_dir, ARCHIVES[1])).select_by_name([f"{name}/*" for name in TEST_ALPHABETS])
+    return train, test, _preprocessing(size)
+
+
+def _preprocessing(size):
     # Ink 1, paper 0.
-    return train, test, Preprocessing(size, size, channels=1, invert=True)
+    return Preprocessing(size, size, channels=1, invert=True)
+
+
+@register("omniglot", preprocessing=_preprocessing)
+def _split(root):
+    return RetrievalSplit(*load_omniglot(root)[:2])
 
 
 def _read_archive(path):

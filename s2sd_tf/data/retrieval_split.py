@@ -1,4 +1,4 @@
-"""A data set divided for retrieval, and the sizes that the published ones have."""
+"""A data set divided for retrieval."""
 
 from typing import NamedTuple
 
@@ -7,17 +7,6 @@ from absl import logging
 
 from s2sd_tf.data.image_files import select_readable
 from s2sd_tf.data.image_set import ImageSet
-
-# (images, classes) of the parts. CUB200-2011 and CARS196: Song et al., CVPR 2016, "Deep Metric Learning via Lifted
-# Structured Feature Embedding", which brought Stanford Online Products; In-Shop: Liu et al., CVPR 2016, "DeepFashion";
-# iNaturalist 2018: Brown et al., ECCV 2020, "Smooth-AP".
-PUBLISHED_COUNTS = {
-    "cub200": {"train": (5_864, 100), "test": (5_924, 100)},
-    "cars196": {"train": (8_054, 98), "test": (8_131, 98)},
-    "sop": {"train": (59_551, 11_318), "test": (60_502, 11_316)},
-    "inshop": {"train": (25_882, 3_997), "test": (14_218, 3_985), "gallery": (12_612, 3_985)},
-    "inaturalist": {"train": (325_846, 5_690), "test": (136_093, 2_452)},
-}
 
 
 class RetrievalSplit(NamedTuple):
@@ -74,11 +63,16 @@ def readable_split(split, root, on_corrupt, check, bad=()):
     return RetrievalSplit(**parts)
 
 
-def tell_unpublished_counts(name, split):
+def tell_unpublished_counts(name, expected, split):
     """Logs where a split has other counts than the published one: as a warning, or as an information where it has less
     than half of the images, and so is but a part.
+
+    Args:
+        name: the data set's, for the message.
+        expected: dict from a part's name to the published `(images, classes)`.
+        split: `RetrievalSplit`.
     """
-    expected, found = PUBLISHED_COUNTS[name], split.counts()
+    found = split.counts()
     if found == expected:
         return
     total, published = (sum(images for images, _ in counts.values()) for counts in (found, expected))

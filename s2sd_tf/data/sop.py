@@ -3,13 +3,18 @@
 import os
 
 from s2sd_tf.data.annotations import Row, as_int, find_root, image_set, path_under, read_columns
+from s2sd_tf.data.datasets import register
 from s2sd_tf.data.image_files import check_options
-from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split, tell_unpublished_counts
+from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split
+from s2sd_tf.data.sources import load_source
 
 _FOLDERS = ("", "Stanford_Online_Products", "online_products")
+# Song et al., CVPR 2016, "Deep Metric Learning via Lifted Structured Feature Embedding".
+_COUNTS = {"train": (59_551, 11_318), "test": (60_502, 11_316)}
 
 
-def load_sop(root, on_corrupt="raise", check="files"):
+@register("sop", _COUNTS)
+def load_sop(root, on_corrupt="raise", check="files", source="auto"):
     """`RetrievalSplit` of Stanford Online Products (Song et al., CVPR 2016), by its own lists.
 
     59,551 images of 11,318 classes train, 60,502 of 11,316 test; other counts are told. The 12 super-classes are kinds
@@ -20,16 +25,20 @@ def load_sop(root, on_corrupt="raise", check="files"):
     - the published code's: `Info_Files/Ebay_train.txt`, `Info_Files/Ebay_test.txt` and `images/<super-class>_final/*`.
 
     Args:
-        root, on_corrupt, check: see `load_cub200`.
+        root, on_corrupt, check, source: see `load_cub200`.
 
     Returns:
-        `RetrievalSplit` of paths without a gallery; classes are named by their number in the lists and in its order.
+        `RetrievalSplit` without a gallery; classes are named by their number in the lists and in its order.
 
     Raises:
         FileNotFoundError: neither layout is under `root`, or one of its lists is missing.
         ValueError: see `load_cub200`.
     """
     check_options(on_corrupt, check)
+    return load_source("sop", root, source, lambda: _read_files(root, on_corrupt, check))
+
+
+def _read_files(root, on_corrupt, check):
     found = find_root(root, _FOLDERS, ["Ebay_train.txt", "Info_Files/Ebay_train.txt"])
     if not found:
         raise FileNotFoundError(
@@ -40,9 +49,7 @@ def load_sop(root, on_corrupt="raise", check="files"):
     lists = os.path.dirname(os.path.join(folder, file))
     images = folder if file == "Ebay_train.txt" else os.path.join(folder, "images")
     parts = [_part(os.path.join(lists, f"Ebay_{part}.txt"), images) for part in ("train", "test")]
-    split = readable_split(RetrievalSplit(*parts), folder, on_corrupt, check)
-    tell_unpublished_counts("sop", split)
-    return split
+    return readable_split(RetrievalSplit(*parts), folder, on_corrupt, check)
 
 
 def _part(path, folder):

@@ -6,10 +6,11 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from s2sd_tf.data import datasets
 from s2sd_tf.data.image_set import ImageSet, split_classes
 from s2sd_tf.data.retrieval_split import RetrievalSplit, tell_unpublished_counts
 
-# The features to read beside the image, and the name that the published counts have.
+# The features to read beside the image, and the name by which the data set is registered here.
 _BUILDERS = {
     "caltech_birds2011": ({"label": True, "image/filename": True}, "cub200"),
     "cars196": ({"label": True}, "cars196"),
@@ -45,7 +46,7 @@ def load_tfds(name, data_dir=None):
             f"data_dir: expected {name}, prepared. Received: {os.fspath(builder.data_dir)!r} without it. To download "
             f"and prepare it: tfds.builder({name!r}, data_dir=...).download_and_prepare()"
         )
-    features, published = _BUILDERS[name]
+    features, registered = _BUILDERS[name]
     examples = {part: _read(tfds, builder, part, features) for part in ("train", "test")}
     if name == "stanford_online_products":
         split = RetrievalSplit(*(_products(examples[part], builder.info.features) for part in ("train", "test")))
@@ -55,8 +56,13 @@ def load_tfds(name, data_dir=None):
         split = RetrievalSplit(*split_classes(images, test_fraction=0.5))
     size = sum(len(example["image"]) for part in examples.values() for example in part)
     logging.info("%s: %.0f MiB of encoded images are in memory", name, size / 2**20)
-    tell_unpublished_counts(published, split)
+    tell_unpublished_counts(registered, datasets.counts(registered), split)
     return split
+
+
+def builder_of(registered):
+    """Name of the builder of a registered data set, or None."""
+    return next((name for name, (_, known) in _BUILDERS.items() if known == registered), None)
 
 
 def _import_tfds():

@@ -8,7 +8,7 @@ from ml_collections import config_dict
 
 from s2sd_tf import mining, objectives
 from s2sd_tf.checks import checked_int
-from s2sd_tf.data import augmentation, samplers
+from s2sd_tf.data import augmentation, datasets, samplers
 from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models import S2SDModel, preset, updates
 from s2sd_tf.registry import constructor_arguments
@@ -27,6 +27,8 @@ _GIVEN_BY_THE_RUN = (
 )
 # The sections that take any key.
 _FREE = ("config.optimizer.settings", "config.data.augmentation_settings", "config.model.learning_rate_multipliers")
+# The sections that have a section for each name in a registry.
+_REGISTRIES = ("config.data", "config.sampler", "config.objective", "config.miner")
 
 
 def default_config():
@@ -39,25 +41,13 @@ def default_config():
     config.seed = 0
 
     config.data = ml_collections.ConfigDict()
-    # "digits" (embedded), "omniglot", "folder", "lists", or a benchmark: "cub200", "cars196", "sop", "inshop".
+    # Chooses the data set; the settings of each stand under its own name. They are the arguments of its function in
+    # `s2sd_tf.data`, and described there: "folder" is `load_folder`, "cub200" `load_cub200`, ...
     config.data.name = "digits"
-    # Folder with the data: Omniglot's archives, class folders, what the lists are relative to, or a benchmark in the
-    # layout of its archive, of the published code, of `s2sd-shards`, or of tensorflow-datasets.
+    # Folder with the data, for all but "digits".
     config.data.root = ""
-    # Benchmarks: "auto" finds out what is under the root; or "files", "shards", "tfds". "folder": "shards" too.
-    config.data.source = "auto"
-    # "folder", "lists" and benchmarks: "none"; "files" looks at every file's size and ends; "decode" decodes each once.
-    config.data.check = "decode"
-    # "lists": text files with a path a line, as of iNaturalist's retrieval split.
-    config.data.train_list = ""
-    config.data.test_list = ""
-    # "folder": a second root with the classes to test on; or else classes of the first one, by name or shell pattern
-    # separated by commas; or else this share of its classes, the last ones.
-    config.data.test_root = ""
-    config.data.test_classes = ""
-    config.data.test_fraction = 0.5
-    # "raise" or "skip" for files that are missing or cannot be decoded.
-    config.data.on_corrupt = "raise"
+    for name in datasets.names():
+        config.data[name] = datasets.settings(name)
     # All but "digits": size of the model's input in pixels; all but "omniglot" too: channels (1 or 3), side to which
     # the shorter side is scaled before the centre crop (0: no crop), and whether to invert.
     config.data.image_size = 28
@@ -209,7 +199,7 @@ def resolve(config):
         ("s2sd.target_objective", ["", *(name for name in config.objective if name != "name")]),
         ("sampler.name", samplers.names()),
         ("optimizer.schedule.name", optimizers.SCHEDULES),
-        ("data.check", ["none", "files", "decode"]),
+        ("data.name", datasets.names()),
         ("data.augmentation", ["", *sorted(augmentation.PRESETS)]),
         ("model.frozen_bn", ["", "statistics", "all"]),
         ("train.precision", ["float32", "mixed_float16", "mixed_bfloat16"]),
@@ -231,6 +221,25 @@ def resolve(config):
     if config.eval.select_by not in names:
         raise ValueError(f"config.eval.select_by: expected one of {names}. Received: {config.eval.select_by!r}")
     return config
+
+
+def unknown_keys(config):
+    """Keys of a config as a dict that `default_config` lacks, as "model.depth".
+
+    Sections of data sets, samplers, objectives and miners that are not known here do not count: a run that uses one is
+    refused by its name.
+    """
+
+    def find(section, known, path):
+        for key, value in section.items():
+            here = f"{path}.{key}"
+            if key not in known:
+                if not (path in _REGISTRIES and isinstance(value, dict)):
+                    yield here.removeprefix("config.")
+            elif isinstance(value, dict) and here not in _FREE:
+                yield from find(value, known[key], here)
+
+    return sorted(find(config, default_config().to_dict(), "config"))
 
 
 def _arguments(cls, without):

@@ -7,7 +7,7 @@ from ml_collections import config_dict
 
 from s2sd_tf.data import Preprocessing
 from s2sd_tf.files import LEFTOVER
-from s2sd_tf.training.config import default_config
+from s2sd_tf.training.config import default_config, unknown_keys
 from s2sd_tf.training.embedding import load_model
 from s2sd_tf.untrusted import read_json_object, reading
 
@@ -45,7 +45,11 @@ def load_run(workdir):
 
 
 def _stored_config(path):
-    """The config of a run, as a dict; keys that there were not when it began have their defaults."""
+    """The config of a run, as a dict; keys that there were not when it began have their defaults.
+
+    Raises:
+        ValueError: it is no config, or has keys that there are no more.
+    """
 
     def fill(defaults, stored):
         for key, value in defaults.items():
@@ -59,11 +63,18 @@ def _stored_config(path):
 
     stored = read_json_object(path)
     with reading(path, "the config of a run"):
-        return config_dict.ConfigDict(fill(json.loads(default_config().to_json()), stored)).to_dict()
+        config = config_dict.ConfigDict(fill(json.loads(default_config().to_json()), stored)).to_dict()
+    unknown = unknown_keys(config)
+    if unknown:
+        raise ValueError(
+            f"{path}: expected the keys of this version's configs. Received: {', '.join(unknown)}, of a run that an "
+            "older version wrote: begin in a new folder"
+        )
+    return config
 
 
 def _used(config):
-    """The config without the settings of objectives, miners and samplers that the run does not use.
+    """The config without the settings of data sets, objectives, miners and samplers that the run does not use.
 
     So that a run can go on where more of them are known than when it began.
     """
@@ -75,6 +86,8 @@ def _used(config):
     sections = [settings for settings in config["objective"].values() if isinstance(settings, dict)]
     miners = {settings["miner"] for settings in sections if "miner" in settings}
     config["miner"] = {name: config.get("miner", {}).get(name) for name in miners}
+    kept = (config["data"]["name"], "augmentation_settings")
+    config["data"] = {key: value for key, value in config["data"].items() if key in kept or not isinstance(value, dict)}
     return config
 
 

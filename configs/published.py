@@ -1,0 +1,16 @@
+r"""The published protocol of S2SD: CUB200-2011, CARS196, Stanford Online Products and In-Shop.
+
+    s2sd-train --config=configs/published.py:cub200,resnet50_v1_5,128,msdfa --config.data.root=<folder> \
+        --config.model.weights=resnet50.weights.h5 --workdir=runs/cub200
+
+After the colon: the data set (cub200, cars196, sop, inshop), and what is not to be the default of backbone
+(resnet50_v1_5, bn_inception), dimension, variant (plain, dsd, msd, msda, msdf, msdfa), objective (multi_similarity,
+margin, r_margin), frozen, later. Their meaning and defaults: `s2sd_tf.training.published_config`. `s2sd-convert` makes
+the weights' file. The published figures and the expected times of all settings: docs/published.md.
+"""
+
+from s2sd_tf.training import published_config
+
+
+def get_config(options=""):
+    return published_config(options)

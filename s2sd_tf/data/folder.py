@@ -1,0 +1,60 @@
+"""Your own images: a folder for every class, divided into classes to train on and classes to retrieve."""
+
+from s2sd_tf.data.datasets import register
+from s2sd_tf.data.image_files import check_options
+from s2sd_tf.data.image_folder import load_image_folder
+from s2sd_tf.data.image_set import split_classes
+from s2sd_tf.data.retrieval_split import RetrievalSplit
+from s2sd_tf.data.sources import load_source
+
+
+@register("folder")
+def load_folder(
+    root, test_root="", test_classes="", test_fraction=0.5, on_corrupt="raise", check="decode", source="auto"
+):
+    """`RetrievalSplit` of class folders, as `load_image_folder` finds them.
+
+    Args:
+        root: folder of class folders, or of shards that were written of them.
+        test_root: a second folder of class folders, to test on; "" tests on classes of `root`.
+        test_classes: classes to test on, by name or shell pattern (`birds/*`), separated by commas; "" for all of
+            `test_root`, or for the last ones of `root`.
+        test_fraction: float in (0, 1), the share of the classes of `root` that is tested on, the last ones, where
+            neither `test_root` nor `test_classes` says which.
+        on_corrupt, check: see `load_cub200`.
+        source: "files", "shards" (which are divided already), or "auto", see `load_cub200`.
+
+    Raises:
+        FileNotFoundError: a root is no folder.
+        ValueError: a bad argument; a class that is in both roots; see `load_image_folder` and `split_classes`.
+    """
+    check_options(on_corrupt, check)
+
+    def read(folder):
+        return load_image_folder(folder, on_corrupt, check)
+
+    split = load_source("folder", root, source, lambda: _split(read, root, test_root, test_classes, test_fraction))
+    if split.train.kind == "slices" and (test_root or test_classes):
+        raise ValueError(
+            "test_root, test_classes: expected none for shards, which were divided when they were written. "
+            f"Received: {test_root!r}, {test_classes!r}"
+        )
+    return split
+
+
+def _split(read, root, test_root, test_classes, test_fraction):
+    patterns = [pattern.strip() for pattern in test_classes.split(",") if pattern.strip()]
+    images = read(root)
+    if not test_root:
+        chosen = {"test_classes": patterns} if patterns else {"test_fraction": test_fraction}
+        return RetrievalSplit(*split_classes(images, **chosen))
+    test = read(test_root)
+    if patterns:
+        test = test.select_by_name(patterns)
+    both = sorted(set(images.class_names) & set(test.class_names))
+    if both:
+        raise ValueError(
+            "test_root: expected classes that are not trained on; choose with test_classes. "
+            f"Received: {len(both)} classes that are in both roots, {both[:5]}"
+        )
+    return RetrievalSplit(images, test)
