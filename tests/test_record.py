@@ -164,9 +164,9 @@ from s2sd_tf.training import default_config, run
 
 found = {}
 
-def finish(config, run_data, workdir, checkpoints, state, model):
-    weights = hashlib.sha256(b"".join(weight.tobytes() for weight in model.get_weights())).hexdigest()
-    found[config.sampler.name] = [weights, state.history[-1]["loss"]]
+def finish(run):
+    weights = hashlib.sha256(b"".join(weight.tobytes() for weight in run.model.get_weights())).hexdigest()
+    found[run.config.sampler.name] = [weights, run.state.history[-1]["loss"]]
 
 run.finish = finish
 # One that draws by chance alone, and one that draws by what the model makes of the images.

@@ -168,7 +168,9 @@ class TestNames:
             strategies.get(name, devices)
 
     def test_none(self):
-        assert strategies.get("none") is None
-        assert strategies.is_chief(None)
-        assert not strategies.has_workers(None)
-        assert strategies.of_chief(None, True)
+        strategy = strategies.get("none")
+        assert strategy is tf.distribute.get_strategy()
+        assert strategies.is_chief(strategy)
+        assert not strategies.has_workers(strategy)
+        assert strategies.broadcast_from_chief(strategy, True)
+        assert strategies.describe(strategy) is None
