@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 
 import conftest
@@ -71,11 +72,20 @@ class TestFingerprint:
             fingerprint(data.ImageSet(np.array([str(tmp_path / "one" / "x" / "0")]), LABELS[:1], NAMES))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "finish", lambda *_: {})
+        train(small_config(), str(workdir))
+    return workdir
+
+
 @pytest.fixture
-def begun(tmp_path, monkeypatch):
+def begun(trained, tmp_path, monkeypatch):
     """Work directory of a run that has ended but for its results."""
     monkeypatch.setattr(run_module, "finish", lambda *_: {})
-    train(small_config(), str(tmp_path / "run"))
+    shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
 
 

@@ -340,8 +340,10 @@ class TestCheckpoints:
         assert Checkpoints(str(folder.parent), 2, "val_map@r").restore()[1].epoch == 2
         assert "unreadable_epoch_000003_2" in os.listdir(folder)
 
-    def test_every_flipped_bit_is_found(self, saved):
+    def test_every_flipped_bit_is_found(self, saved, monkeypatch):
         folder = saved({1: 0.1, 2: 0.2})
+        # It is the digests that tell.
+        monkeypatch.setattr("s2sd_tf.training.checkpoints.load_model", lambda path: None)
         rng = np.random.default_rng(0)
         for name in ("model.keras", "state.json", "sha256.json"):
             path = folder / "epoch_000002" / name
@@ -577,7 +579,7 @@ class TestLossesThatAreNotFinite:
 
 def test_killed_at_random(tmp_path, run_python):
     done = run_python(
-        REPOSITORY / "benchmarks" / "soak.py", "--runs=1", "--kills=3", "--seed=5", f"--output={tmp_path / 'soak.json'}"
+        REPOSITORY / "benchmarks" / "soak.py", "--runs=1", "--kills=2", "--seed=5", f"--output={tmp_path / 'soak.json'}"
     )
     assert "All equal to the run that was left alone" in done.stdout
     kills = read_json(tmp_path / "soak.json")["runs"][0]
