@@ -1,5 +1,6 @@
 """A look at a run before it is begun: everything is built, two steps are taken, a sample is evaluated."""
 
+import itertools
 import time
 
 import numpy as np
@@ -98,11 +99,11 @@ def _steps(model, batches, batch_size):
     """Two steps, and how fast the images come without them."""
     begin = time.monotonic()
     # An epoch may be shorter.
-    images = [batch for epoch in range(STEPS + 1) for batch in batches(epoch).take(STEPS + 1)][: STEPS + 1]
-    input_rate = len(images) * batch_size / (time.monotonic() - begin)
+    taken = list(itertools.islice(itertools.chain.from_iterable(map(batches, range(STEPS + 1))), STEPS + 1))
+    input_rate = len(taken) * batch_size / (time.monotonic() - begin)
     train_step = make_train_step(model, tf.distribute.get_strategy())
     times = [time.monotonic()]
-    for batch in images[:STEPS]:
+    for batch in taken[:STEPS]:
         losses = {name: float(value) for name, value in train_step(batch).items()}
         times.append(time.monotonic())
     first, second = np.diff(times)

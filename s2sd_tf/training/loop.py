@@ -185,21 +185,17 @@ class Loop:
     def save_place(self):
         """Saves where the run stands: after some steps of an epoch, or after all of them but before its end.
 
-        Not where steps would be taken again on other batches, as what a storage chooses takes the model of the epoch's
-        begin; and not with several workers, one of which cannot save alone.
+        Not where nothing was trained since the last checkpoint, nor with several workers, as one cannot save alone; nor
+        within an epoch that a storage chooses the batches of, which takes the model of the epoch's begin.
         """
         run, state = self.run, self.run.state
-        within = 0 < state.step_in_epoch < self.steps
-        if (
-            state.position() == run.checkpoints.latest.position()
-            or strategies.has_workers(run.strategy)
-            or (within and self.storage is not None)
-        ):
-            return
-        if state.step_in_epoch:
-            state.keep_metrics(run.model)
-        self.count_seconds()
-        self.save()
+        trained = state.position() != run.checkpoints.latest.position()
+        can_go_on = self.storage is None or state.step_in_epoch in (0, self.steps)
+        if trained and can_go_on and not strategies.has_workers(run.strategy):
+            if state.step_in_epoch:
+                state.keep_metrics(run.model)
+            self.count_seconds()
+            self.save()
 
     def save(self):
         """Writes a checkpoint and the history, once all losses are known to be finite."""
