@@ -74,10 +74,11 @@ OBJECTIVES = {
 GLOBAL = {
     **{
         f"{name}, {implementation}": {
-            "objective": objective, "model": {"similarity_kl_implementation": implementation}, **SGD,
+            "objective": OBJECTIVES[name], "model": {"similarity_kl_implementation": implementation}, **SGD,
         }
-        for name, objective in OBJECTIVES.items()
-        for implementation in ("fused", "composed")
+        for name, implementation in (
+            ("multi_similarity", "fused"), ("margin", "fused"), ("proxy_anchor", "fused"), ("margin", "composed"),
+        )
     },
     "adam, multipliers, l2, gem": {
         "objective": OBJECTIVES["proxy_anchor"],

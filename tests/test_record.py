@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 
 import conftest
@@ -71,11 +72,20 @@ class TestFingerprint:
             fingerprint(data.ImageSet(np.array([str(tmp_path / "one" / "x" / "0")]), LABELS[:1], NAMES))
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "finish", lambda *_: {})
+        train(small_config(), str(workdir))
+    return workdir
+
+
 @pytest.fixture
-def begun(tmp_path, monkeypatch):
+def begun(trained, tmp_path, monkeypatch):
     """Work directory of a run that has ended but for its results."""
     monkeypatch.setattr(run_module, "finish", lambda *_: {})
-    train(small_config(), str(tmp_path / "run"))
+    shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -164,9 +174,9 @@ from s2sd_tf.training import default_config, run
 
 found = {}
 
-def finish(config, run_data, workdir, checkpoints, state, model):
-    weights = hashlib.sha256(b"".join(weight.tobytes() for weight in model.get_weights())).hexdigest()
-    found[config.sampler.name] = [weights, state.history[-1]["loss"]]
+def finish(run):
+    weights = hashlib.sha256(b"".join(weight.tobytes() for weight in run.model.get_weights())).hexdigest()
+    found[run.config.sampler.name] = [weights, run.state.history[-1]["loss"]]
 
 run.finish = finish
 # One that draws by chance alone, and one that draws by what the model makes of the images.

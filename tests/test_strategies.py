@@ -78,20 +78,21 @@ def assert_same_run(one, other):
 
 
 @pytest.fixture(scope="module")
-def on_one_device(tmp_path_factory):
+def on_one_device(tmp_path_factory, call):
     workdir = tmp_path_factory.mktemp("strategies") / "one"
-    end(start(workdir))
+    call("train", *RUN, f"--workdir={workdir}")
     return workdir
 
 
-def test_two_devices_train_what_one_does(on_one_device, tmp_path):
-    process = start(tmp_path / "two", "--strategy=mirrored", "--devices=CPU:0,CPU:1")
+def test_two_devices_train_what_one_does(on_one_device, tmp_path, call):
+    devices = ("--strategy=mirrored", "--devices=CPU:0,CPU:1")
+    process = start(tmp_path / "two", *devices)
     while not (tmp_path / "two" / "checkpoints" / "epoch_000001").exists() and process.poll() is None:
         time.sleep(0.01)
     # In the middle of an epoch, from where it goes on.
     process.send_signal(signal.SIGTERM)
     assert "the same command goes on from there" in end(process, 75)
-    end(start(tmp_path / "two", "--strategy=mirrored", "--devices=CPU:0,CPU:1"))
+    call("train", *RUN, *devices, f"--workdir={tmp_path / 'two'}")
     assert_same_run(on_one_device, tmp_path / "two")
     assert read_json(tmp_path / "two" / "run.json")["strategy"] == {"name": "MirroredStrategy", "replicas": 2}
     histories = [(folder / "history.csv").read_text().splitlines() for folder in (on_one_device, tmp_path / "two")]
@@ -168,7 +169,9 @@ class TestNames:
             strategies.get(name, devices)
 
     def test_none(self):
-        assert strategies.get("none") is None
-        assert strategies.is_chief(None)
-        assert not strategies.has_workers(None)
-        assert strategies.of_chief(None, True)
+        strategy = strategies.get("none")
+        assert strategy is tf.distribute.get_strategy()
+        assert strategies.is_chief(strategy)
+        assert not strategies.has_workers(strategy)
+        assert strategies.broadcast_from_chief(strategy, True)
+        assert strategies.describe(strategy) is None

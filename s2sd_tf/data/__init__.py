@@ -2,7 +2,7 @@
 
 from s2sd_tf.data import datasets, samplers
 from s2sd_tf.data.augmentation import Augmentation
-from s2sd_tf.data.batches import class_balanced_batches, evaluation_batches, training_batches
+from s2sd_tf.data.batches import EpochBatches, class_balanced_batches, evaluation_batches, training_batches
 from s2sd_tf.data.cars196 import load_cars196
 from s2sd_tf.data.cub200 import load_cub200
 from s2sd_tf.data.digits import load_digits
@@ -21,6 +21,7 @@ from s2sd_tf.data.tensorflow_datasets import load_tfds
 
 __all__ = [
     "Augmentation",
+    "EpochBatches",
     "ImageSet",
     "Preprocessing",
     "RefreshStorage",

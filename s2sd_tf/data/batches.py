@@ -17,6 +17,95 @@ CACHE_BYTES = 512 * 2**20
 _sources = weakref.WeakValueDictionary()
 
 
+class EpochBatches:
+    """The batches that a sampler chooses, for a loop that knows which epoch it is in.
+
+    An epoch is a function of `(seed, epoch)`, and of the stored embeddings where the sampler has any. So it can be
+    resumed at any step: the batches from there on are what they would have been.
+
+    Args:
+        images: `ImageSet`; labels go out as they are in it.
+        preprocessing: `Preprocessing`.
+        sampler: `samplers.Sampler`.
+        steps_per_epoch: int >= 1, batches an epoch. Default: `len(images) // sampler.batch_size`, about one look at
+            every image.
+        seed: int >= 0.
+        cache: bool, keep all preprocessed images in memory. Default: where they take at most 512 MiB. Augmented images
+            are made anew every time.
+        augmentation: `Augmentation`, or None. Every image of an epoch gets its own, a function of `seed`, the epoch and
+            the image's place in the epoch.
+
+    Attributes:
+        steps: int, batches an epoch.
+
+    Raises:
+        ValueError: a bad argument, labels that the sampler cannot draw a batch from, or a cache asked for together with
+            an augmentation.
+
+    Example:
+        >>> batches = data.EpochBatches(train, preprocessing, sampler)
+        >>> for epoch in range(50):
+        ...     for images, labels in batches(epoch):
+        ...         model.train_on_batch(images, labels)
+    """
+
+    def __init__(self, images, preprocessing, sampler, steps_per_epoch=None, seed=0, cache=None, augmentation=None):
+        if not isinstance(sampler, Sampler):
+            raise ValueError(f"sampler: expected a samplers.Sampler. Received: {sampler!r}")
+        if steps_per_epoch is None:
+            self.steps = max(1, len(images) // sampler.batch_size)
+        else:
+            self.steps = checked_int("steps_per_epoch", steps_per_epoch, 1)
+        seed = checked_int("seed", seed, 0)
+        if augmentation is not None and cache:
+            raise ValueError("cache: expected none, as augmented images are made anew every time. Received: True")
+        labels = checked_labels(images.labels)
+        # Here, so that what cannot be drawn is told at once and not by the first training step.
+        sampler.check(labels)
+        self._batch_size = sampler.batch_size
+        self._draw = _drawing(sampler, labels, self.steps, seed)
+        self._cached = self._load = None
+        if augmentation is None and _is_cached(cache, images, preprocessing):
+            with tf.device("CPU"):
+                self._cached = tf.constant(_preprocess_all(images, preprocessing)), tf.constant(images.labels)
+        else:
+            # Traced here, and not for every epoch.
+            self._load = tf.function(_loader(images, preprocessing, augmentation, seed))
+
+    def __call__(self, epoch, first_step=0, input_context=None):
+        """A `tf.data.Dataset` of one epoch's batches.
+
+        Args:
+            epoch: int >= 0; where the sampler stores embeddings, the epoch that these were refreshed for.
+            first_step: int >= 0, batches of the epoch that are left out.
+            input_context: `tf.distribute.InputContext` that `strategy.distribute_datasets_from_function` hands over:
+                the dataset is then of the parts of every batch that are the pipeline's replicas', one replica after the
+                other, and reads no other images. Replica k of n has the k-th of n equal parts of a batch.
+
+        Returns:
+            Dataset of float32 images `(sampler.batch_size, height, width, channels)` and int32 labels
+            `(sampler.batch_size,)`.
+
+        Raises:
+            ValueError: the stored embeddings are of another epoch, or the replicas cannot share a batch.
+        """
+        own, size = _own_part(input_context, self._batch_size)
+        drawn, chosen = self._draw(epoch)
+        if drawn != epoch:
+            raise ValueError(f"epoch: expected that of the stored embeddings, {drawn}. Received: {epoch}")
+        rows = _rows(epoch, chosen, own, first_step)
+        with tf.device("CPU"):
+            return self._read(tf.data.Dataset.from_tensor_slices(rows), size, len(rows[0]))
+
+    def _read(self, rows, size, count):
+        """The `count` batches of a dataset of what `_rows` returns."""
+        if self._cached is not None:
+            dataset = rows.map(lambda chosen, *_: tuple(tf.gather(values, chosen) for values in self._cached))
+        else:
+            dataset = _map(rows.unbatch(), self._load).batch(size, drop_remainder=True)
+        return dataset.apply(tf.data.experimental.assert_cardinality(count)).prefetch(tf.data.AUTOTUNE)
+
+
 def training_batches(
     images,
     preprocessing,
@@ -26,20 +115,14 @@ def training_batches(
     start_epoch=0,
     cache=None,
     augmentation=None,
-    position=None,
     input_context=None,
 ):
-    """A `tf.data.Dataset` of `(images, labels)`, batches that a sampler chooses, for `model.fit`.
+    """`EpochBatches` for `model.fit`: one `tf.data.Dataset`, every pass over which is the next epoch.
 
-    Every pass over it is an epoch with batches of its own, as after a reshuffle: the first pass is epoch `start_epoch`,
-    the next one the epoch after. An epoch is a function of `(seed, epoch)`, so that a run that goes on at `start_epoch`
+    The first pass is epoch `start_epoch`, the next one the epoch after, so that a run that is resumed at `start_epoch`
     gets the batches it would have got. Under a distribution strategy the replicas share out each batch; Keras 3 then
     takes one batch to build the model at every `fit`, which is a pass: all epochs after it get the batches of the next
     one.
-
-    An epoch can be gone on with in its middle: with `position` a pass leaves out the batches before a step, and the
-    others are what they would have been. Keras takes all epochs of a `fit` to be of one length, so the rest of an
-    epoch is for a `fit` of its own.
 
     Where the sampler stores embeddings, a pass is of the epoch that they were last refreshed for, whatever passes there
     were (see `RefreshStorage`), and an epoch is a function of them too. An epoch's batches are drawn when its first one
@@ -47,91 +130,37 @@ def training_batches(
     other `steps_per_epoch` than these: the next epoch would be drawn from the embeddings of the one before.
 
     Args:
-        images: `ImageSet`; labels go out as they are in it.
-        preprocessing: `Preprocessing`.
-        sampler: `samplers.Sampler`.
-        steps_per_epoch: int >= 1, batches an epoch. Default: `len(images) // sampler.batch_size`, about one look at
-            every image.
-        seed: int >= 0.
         start_epoch: int >= 0, the epoch of the first pass. For a sampler with a storage it is `RefreshStorage` that
             has to know it.
-        cache: bool, keep all preprocessed images in memory. Default: where they take at most 512 MiB. Augmented images
-            are made anew every time.
-        augmentation: `Augmentation`, or None. Every image of an epoch gets its own, a function of `seed`, the epoch and
-            the image's place in the epoch.
-        position: function of no arguments that is asked at the begin of every pass for its `(epoch, step)`, the first
-            batch of it from 0; in place of `start_epoch`. (Where the sampler has a storage, that knows the epoch.)
-        input_context: `tf.distribute.InputContext` that `strategy.distribute_datasets_from_function` hands over: the
-            dataset is then of the parts of every batch that are the pipeline's replicas', one replica after the other,
-            and reads no other images. Replica k of n has the k-th of n equal parts of a batch.
+        input_context: see `EpochBatches.__call__`.
+        Others: see `EpochBatches`.
 
     Returns:
         Dataset of float32 images `(sampler.batch_size, height, width, channels)` and int32 labels
-        `(sampler.batch_size,)`. Its cardinality is not known with `position`, as passes may be shorter than an epoch.
+        `(sampler.batch_size,)`.
 
     Raises:
-        ValueError: a bad argument, labels that the sampler cannot draw a batch from, or a cache asked for together with
-            an augmentation.
+        ValueError: what `EpochBatches` raises.
 
     Example:
         >>> sampler = data.samplers.get("greedy_coreset", classes_per_batch=28, samples_per_class=4)
         >>> batches = data.training_batches(train, preprocessing, sampler)
         >>> model.fit(batches, epochs=50, callbacks=[data.RefreshStorage(sampler, train, preprocessing)])
     """
-    if not isinstance(sampler, Sampler):
-        raise ValueError(f"sampler: expected a samplers.Sampler. Received: {sampler!r}")
-    batch = sampler.batch_size
-    if steps_per_epoch is None:
-        steps = max(1, len(images) // batch)
-    else:
-        steps = checked_int("steps_per_epoch", steps_per_epoch, 1)
-    seed = checked_int("seed", seed, 0)
-    if augmentation is not None and cache:
-        raise ValueError("cache: expected none, as augmented images are made anew every time. Received: True")
-    start_epoch = checked_int("start_epoch", start_epoch, 0)
-    whole_epochs = position is None
-    own, size = _own_part(input_context, batch)
-    if position is None:
-        position = zip(itertools.count(start_epoch), itertools.repeat(0)).__next__
-    labels = checked_labels(images.labels)
-    # Here, so that what cannot be drawn is told at once and not by the first training step.
-    sampler.check(labels)
+    batches = EpochBatches(images, preprocessing, sampler, steps_per_epoch, seed, cache, augmentation)
+    own, size = _own_part(input_context, sampler.batch_size)
+    # TensorFlow never lets go of `next_epoch`: it holds what it draws from, and not the images.
+    epochs, draw = itertools.count(checked_int("start_epoch", start_epoch, 0)), batches._draw
 
     def next_epoch():
-        epoch, step = position()
-        if sampler.storage is None:
-            chosen = sampler.epoch(labels, steps, seed, epoch)
-        else:
-            # So that the epoch's number and the embeddings are of the same refresh.
-            with sampler.storage.lock:
-                epoch = sampler.storage.epoch
-                chosen = sampler.epoch(labels, steps, seed, epoch)
-        places = np.arange(steps * batch).reshape(steps, batch)
-        return own(chosen[step:]), own(places[step:]), np.int64(epoch)
+        return _rows(*draw(next(epochs)), own)
 
     def one_pass(_):
-        chosen, places, epoch = tf.numpy_function(next_epoch, [], [tf.int64, tf.int64, tf.int64])
-        chosen = tf.data.Dataset.from_tensor_slices(tf.ensure_shape(chosen, [None, size]))
-        if augmentation is None:
-            return chosen
-        seed_of_epoch = tf.random.experimental.stateless_fold_in([tf.constant(seed, tf.int64), 0], epoch)
-        seeds = tf.data.Dataset.from_tensor_slices(tf.reshape(places, [-1])).map(
-            lambda place: tf.random.experimental.stateless_fold_in(seed_of_epoch, place)
-        )
-        return tf.data.Dataset.zip((chosen, seeds.batch(size)))
+        rows = tf.numpy_function(next_epoch, [], [tf.int64] * 3)
+        return tf.data.Dataset.from_tensor_slices(tuple(tf.ensure_shape(row, [None, size]) for row in rows))
 
-    dataset = tf.data.Dataset.range(1).flat_map(one_pass)
-    if augmentation is not None:
-        dataset = _load(dataset.unbatch(), images, preprocessing, augmentation).batch(size, drop_remainder=True)
-    elif _is_cached(cache, images, preprocessing):
-        with tf.device("CPU"):
-            pixels, known = tf.constant(_preprocess_all(images, preprocessing)), tf.constant(images.labels)
-        dataset = dataset.map(lambda chosen: (tf.gather(pixels, chosen), tf.gather(known, chosen)))
-    else:
-        dataset = _load(dataset.unbatch(), images, preprocessing).batch(size, drop_remainder=True)
-    if whole_epochs:
-        dataset = dataset.apply(tf.data.experimental.assert_cardinality(steps * own(np.zeros([1, batch])).shape[0]))
-    return dataset.prefetch(tf.data.AUTOTUNE)
+    rows = tf.data.Dataset.range(1).flat_map(one_pass)
+    return batches._read(rows, size, len(own(np.zeros([batches.steps, sampler.batch_size]))))
 
 
 def class_balanced_batches(
@@ -170,7 +199,7 @@ def evaluation_batches(images, preprocessing, batch_size=256, cache=False):
     """
     batch_size = checked_int("batch_size", batch_size, 1)
     indices = tf.data.Dataset.range(len(images))
-    dataset = _load(indices, images, preprocessing).map(lambda pixels, label: pixels).batch(batch_size)
+    dataset = _map(indices, _loader(images, preprocessing)).map(lambda pixels, label: pixels).batch(batch_size)
     if _is_cached(cache, images, preprocessing):
         dataset = dataset.cache()
     return dataset.prefetch(tf.data.AUTOTUNE)
@@ -187,7 +216,7 @@ def batches_at(positions, images, preprocessing, batch_size=256):
     def one_pass(_):
         return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(tf.numpy_function(positions, [], tf.int64), [None]))
 
-    dataset = _load(tf.data.Dataset.range(1).flat_map(one_pass), images, preprocessing)
+    dataset = _map(tf.data.Dataset.range(1).flat_map(one_pass), _loader(images, preprocessing))
     return dataset.map(lambda pixels, label: pixels).batch(batch_size).prefetch(tf.data.AUTOTUNE)
 
 
@@ -207,20 +236,50 @@ def _own_part(input_context, batch):
     return own, size
 
 
-def _load(indices, images, preprocessing, augmentation=None):
-    """Dataset of `(preprocessed image, label)` for a dataset of positions, or of `(position, seed)` to augment."""
+def _drawing(sampler, labels, steps, seed):
+    """The function from an epoch to itself and its positions, int64 `(steps, batch)`; with a storage, to the epoch that
+    was last refreshed.
+    """
+
+    def draw(epoch):
+        if sampler.storage is None:
+            return epoch, sampler.epoch(labels, steps, seed, epoch)
+        # So that the epoch's number and the embeddings are of the same refresh.
+        with sampler.storage.lock:
+            epoch = sampler.storage.epoch
+            return epoch, sampler.epoch(labels, steps, seed, epoch)
+
+    return draw
+
+
+def _rows(epoch, chosen, own, first_step=0):
+    """The images' positions, their places in the epoch, and the epoch, each int64 `(batches, size)`."""
+    places = np.arange(chosen.size).reshape(chosen.shape)
+    chosen, places = own(chosen[first_step:]), own(places[first_step:])
+    return chosen, places, np.full_like(places, epoch)
+
+
+def _loader(images, preprocessing, augmentation=None, seed=0):
+    """The function from a position to `(preprocessed image, label)`; to augment, from `(position, place, epoch)`."""
     source = _source(images)
     labels = tf.constant(images.labels)
     convert = "from_pixels" if images.kind == "pixels" else "from_bytes"
 
-    def load(index, *seed):
+    def load(index, *where):
         image = _READ[images.kind](source, index)
-        if seed:
-            image = getattr(augmentation, convert)(image, preprocessing, *seed)
+        if augmentation is not None:
+            own_seed = [tf.constant(seed, tf.int64), 0]
+            for number in reversed(where):
+                own_seed = tf.random.experimental.stateless_fold_in(own_seed, number)
+            image = getattr(augmentation, convert)(image, preprocessing, own_seed)
         else:
             image = getattr(preprocessing, convert)(image)
         return tf.ensure_shape(image, preprocessing.output_shape), labels[index]
 
+    return load
+
+
+def _map(indices, load):
     return indices.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
 

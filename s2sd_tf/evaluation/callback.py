@@ -49,18 +49,25 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         self.gallery_labels = gallery_labels
         self.latest = None
 
-    def on_epoch_end(self, epoch, logs=None):
-        if (epoch + 1) % self.every and epoch + 1 != self.params.get("epochs"):
-            return
-        gallery = None if self.gallery_images is None else self.embed(self.gallery_images)
-        embeddings = self.embed(self.images)
+    def is_due(self, epoch, epochs):
+        """Whether epoch `epoch` (from 0) of so many `epochs` is evaluated."""
+        return (epoch + 1) % self.every == 0 or epoch + 1 == epochs
+
+    def evaluate(self, embed):
+        """The metrics by their names in the logs, for loops without `fit`.
+
+        Args:
+            embed: function from `images`, and `gallery_images`, to embeddings `(n, dim)`.
+        """
+        gallery = None if self.gallery_images is None else embed(self.gallery_images)
         metrics = retrieval_metrics(
-            embeddings, self.labels, gallery, self.gallery_labels, ks=self.ks, method=self.method
+            embed(self.images), self.labels, gallery, self.gallery_labels, ks=self.ks, method=self.method
         )
         self.latest = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        if logs is not None:
-            logs.update({self.prefix + name: value for name, value in self.latest.items()})
+        return {self.prefix + name: value for name, value in self.latest.items()}
 
-    def embed(self, images):
-        """The model's embeddings `(n, dim)` of `images`."""
-        return self.model.predict(images, verbose=0)
+    def on_epoch_end(self, epoch, logs=None):
+        if self.is_due(epoch, self.params.get("epochs")):
+            found = self.evaluate(lambda images: self.model.predict(images, verbose=0))
+            if logs is not None:
+                logs.update(found)

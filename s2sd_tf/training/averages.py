@@ -4,8 +4,6 @@ import contextlib
 
 import tensorflow as tf
 
-from s2sd_tf.keras_compat import keras
-
 
 @contextlib.contextmanager
 def averaged_weights(model):
@@ -37,23 +35,6 @@ def averaged_weights(model):
     finally:
         with model.distribute_strategy.scope():
             for variable, value in zip(variables, own):
-                variable.assign(value)
-
-
-class OwnWeights(keras.callbacks.Callback):
-    """Leaves the model its own weights at the end of `fit`, where Keras would leave the averages in their place: what
-    is trained on with, or saved to be, are the own ones.
-    """
-
-    def on_epoch_end(self, epoch, logs=None):
-        # Keras has overwritten them by the end of training.
-        if epoch + 1 == self.params.get("epochs") and _keeps_averages(self.model.optimizer):
-            self._own = [tf.identity(tf.convert_to_tensor(variable)) for variable in self.model.trainable_variables]
-
-    def on_train_end(self, logs=None):
-        own, self._own = getattr(self, "_own", None), None
-        with self.model.distribute_strategy.scope():
-            for variable, value in zip(self.model.trainable_variables, own or ()):
                 variable.assign(value)
 
 

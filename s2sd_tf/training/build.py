@@ -1,11 +1,12 @@
-"""What a run is made of, from its resolved config: model, optimizer, sampler, batches."""
+"""What a run is made of, from its resolved config: model, optimizer, sampler, batches, evaluations."""
 
 import contextlib
 
 import tensorflow as tf
 
 from s2sd_tf import mining, objectives, registry
-from s2sd_tf.data import samplers, training_batches
+from s2sd_tf.data import EpochBatches, evaluation_batches, samplers
+from s2sd_tf.evaluation import RetrievalEvaluation
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models import S2SDModel, backbones
@@ -92,17 +93,44 @@ def build_sampler(config):
     return samplers.get(name, **config.sampler[name], **{key: given[key] for key in given if key in known})
 
 
-def build_batches(config, run_data, sampler, position=None, input_context=None):
-    """The training batches of a resolved config; `position` and `input_context` are those of `training_batches`."""
-    return training_batches(
+def build_batches(config, run_data, sampler):
+    """The `data.EpochBatches` of a resolved config."""
+    return EpochBatches(
         run_data.train,
         run_data.preprocessing,
         sampler,
         steps_per_epoch=config.train.steps_per_epoch or None,
         seed=config.seed,
-        position=position,
         augmentation=run_data.augmentation,
-        input_context=input_context,
+    )
+
+
+def build_evaluations(config, run_data):
+    """`RetrievalEvaluation` of the held-out part, where there is one, and of the test classes."""
+    return [
+        _evaluation(config, run_data, images, prefix, gallery)
+        for images, prefix, gallery in (
+            (run_data.validation, "val_", None),
+            (run_data.test, "test_", run_data.gallery),
+        )
+        if images is not None
+    ]
+
+
+def _evaluation(config, run_data, images, prefix, gallery):
+    searched = {}
+    if gallery is not None:
+        searched = {
+            "gallery_images": evaluation_batches(gallery, run_data.preprocessing, cache=None),
+            "gallery_labels": gallery.labels,
+        }
+    return RetrievalEvaluation(
+        evaluation_batches(images, run_data.preprocessing, cache=None),
+        images.labels,
+        every=config.eval.every or config.train.epochs,
+        prefix=prefix,
+        ks=config.eval.ks,
+        **searched,
     )
 
 

@@ -51,6 +51,20 @@ class RunState:
         """`(epoch, step)` from 0 of the batch that comes next."""
         return self.epoch, self.step_in_epoch
 
+    def end_step(self):
+        """Counts a step of the present epoch."""
+        self.step_in_epoch += 1
+
+    def end_epoch(self, logs, metric):
+        """Counts the present epoch, which has logged `logs`; whether it is the best by `metric`, a name in them."""
+        self.epoch, self.step_in_epoch, self.metrics = self.epoch + 1, 0, {}
+        self.history.append({"epoch": self.epoch, **logs})
+        value = logs.get(metric)
+        if value is None or (self.best_value is not None and value <= self.best_value):
+            return False
+        self.best_value, self.best_epoch = value, self.epoch
+        return True
+
     def keep_metrics(self, model):
         """Takes the running means of the logged terms from a model."""
         # In the scope of a strategy they are those of all its devices.

@@ -30,8 +30,11 @@ class CollapseAlarm(keras.callbacks.Callback):
         self._collapsed = set()
 
     def on_epoch_end(self, epoch, logs=None):
-        logs = logs or {}
-        dims = {"": (self.model.embedding_dim,), "target_": self.model.s2sd_loss.target_dims}
+        self.check(self.model, epoch, logs or {})
+
+    def check(self, model, epoch, logs):
+        """Looks at what an epoch has logged, for loops without `fit`."""
+        dims = {"": (model.embedding_dim,), "target_": model.s2sd_loss.target_dims}
         for prefix, whose in (("", "the embeddings"), ("target_", "the targets' embeddings")):
             similarity, rank = logs.get(f"{prefix}mean_similarity"), logs.get(f"{prefix}embedding_rank")
             whole, signs = dims[prefix], []

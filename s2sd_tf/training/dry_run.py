@@ -1,5 +1,6 @@
 """A look at a run before it is begun: everything is built, two steps are taken, a sample is evaluated."""
 
+import itertools
 import time
 
 import numpy as np
@@ -7,12 +8,11 @@ import tensorflow as tf
 
 from s2sd_tf.data import samplers
 from s2sd_tf.evaluation import retrieval_metrics
-from s2sd_tf.keras_compat import keras
 from s2sd_tf.training.build import build_batches, build_model, build_sampler, build_schedule, precision, set_up
 from s2sd_tf.training.config import resolve
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.embedding import embed
-from s2sd_tf.training.step_timer import StepTimer
+from s2sd_tf.training.steps import make_train_step
 
 STEPS = 2
 SAMPLE = 64
@@ -49,7 +49,7 @@ def _dry_run(config):
         sampler = samplers.ClassBalanced(config.data.classes_per_batch, config.data.samples_per_class)
         drawn_by += " (class_balanced for these steps)"
     batches = build_batches(config, run_data, sampler)
-    steps_per_epoch = int(batches.cardinality())
+    steps_per_epoch = batches.steps
     batch = sampler.batch_size
     steps, losses = _steps(model, batches, batch)
     evaluation = _evaluation(model, run_data)
@@ -95,35 +95,25 @@ def _parts(run_data):
     return [(name, getattr(run_data, name)) for name in names if getattr(run_data, name) is not None]
 
 
-class _Clock(keras.callbacks.Callback):
-    def __init__(self):
-        super().__init__()
-        self.times = [time.monotonic()]
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.times.append(time.monotonic())
-
-
-def _steps(model, batches, batch):
-    """Two steps through `fit`, and how fast the images come without them."""
+def _steps(model, batches, batch_size):
+    """Two steps, and how fast the images come without them."""
     begin = time.monotonic()
     # An epoch may be shorter.
-    batches = batches.repeat(STEPS + 1)
-    count = sum(1 for _ in batches.take(STEPS + 1))
-    input_rate = count * batch / (time.monotonic() - begin)
-    timer, clock = StepTimer(), _Clock()
-    history = model.fit(
-        timer.timed(batches.take(STEPS), batch), epochs=1, shuffle=False, verbose=0, callbacks=[timer, clock]
-    )
-    first, second = np.diff(clock.times)[:2]
-    losses = {name: values[-1] for name, values in history.history.items()}
+    taken = list(itertools.islice(itertools.chain.from_iterable(map(batches, range(STEPS + 1))), STEPS + 1))
+    input_rate = len(taken) * batch_size / (time.monotonic() - begin)
+    train_step = make_train_step(model, tf.distribute.get_strategy())
+    times = [time.monotonic()]
+    for batch in taken[:STEPS]:
+        losses = {name: float(value) for name, value in train_step(batch).items()}
+        times.append(time.monotonic())
+    first, second = np.diff(times)
     if not np.isfinite(losses["loss"]):
         raise ValueError(f"loss: expected a finite number. Received: {losses}")
-    limit = "images" if input_rate < 0.9 * batch / second else "computing"
+    limit = "images" if input_rate < 0.9 * batch_size / second else "computing"
     return [
         ("images alone", f"{input_rate:,.0f} images/s, the first batches with all that must be started"),
         ("first step", f"{first:.2f} s, with tracing"),
-        ("next step", f"{second:.2f} s, {batch / second:,.0f} images/s; the limit: {limit}"),
+        ("next step", f"{second:.2f} s, {batch_size / second:,.0f} images/s; the limit: {limit}"),
     ], [("loss", ", ".join(f"{name} {value:.4g}" for name, value in losses.items()))]
 
 

@@ -17,31 +17,28 @@ from s2sd_tf.training.embedding import embed
 from s2sd_tf.training.history import write_history
 
 
-def finish(config, run_data, workdir, checkpoints, state, model):
+def finish(run):
     """Writes what a run leaves, `results.json` as the last; returns the content of it.
 
     Args:
-        config: the resolved config.
-        run_data: `RunData`.
-        workdir: folder of the run.
-        checkpoints: `Checkpoints`.
-        state: `RunState` after the last epoch.
-        model: the model after the last epoch; of one under a strategy its checkpoint is taken.
+        run: `loop.Run` after the last epoch. Of a model under a strategy the checkpoint is taken.
     """
+    model, state = run.model, run.state
     steps = int(tf.convert_to_tensor(model.s2sd_loss.step))
-    if run_data.validation is None:
+    if run.data.validation is None:
         state.best_epoch = state.epoch
     else:
-        model = checkpoints.load_best(state)
+        model = run.checkpoints.load_best(state)
     if model.distribute_strategy.num_replicas_in_sync > 1:
-        model = checkpoints.load_latest()
+        model = run.checkpoints.load_latest()
     with averaged_weights(model):
-        results = _evaluate_and_export(config, run_data, workdir, state, model, steps)
-    write_json(os.path.join(workdir, "results.json"), results)
+        results = _evaluate_and_export(run, model, steps)
+    write_json(os.path.join(run.workdir, "results.json"), results)
     return results
 
 
-def _evaluate_and_export(config, run_data, workdir, state, model, steps):
+def _evaluate_and_export(run, model, steps):
+    config, run_data, workdir, state = run.config, run.data, run.workdir, run.state
     with replacing(os.path.join(workdir, "best.keras")) as temporary:
         model.save(temporary)
     embeddings = embed(model, run_data.test, run_data.preprocessing)

@@ -5,8 +5,8 @@ import collections
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.keras_compat import keras
-
+# Steps between two looks.
+CHECK_EVERY = 50
 _SHOWN = 8
 
 
@@ -30,45 +30,30 @@ class NonFiniteLoss(FloatingPointError):
         self.images = images
 
 
-class FiniteLoss(keras.callbacks.Callback):
-    """Raises `NonFiniteLoss` some steps after the first loss that is not finite, and before a checkpoint is saved.
+class FiniteLoss:
+    """Raises `NonFiniteLoss` where a loss is not finite.
 
     The model notes the step by itself, on the device; it is asked now and then only, as each time is a copy to the
-    host.
+    host: every `CHECK_EVERY` steps, and before a checkpoint is saved.
 
     Args:
+        model: `S2SDModel`.
         images: `ImageSet` that is trained on.
-        sampler, steps, seed: as of `training_batches`; `steps` are those of an epoch.
+        sampler, steps, seed: as of `EpochBatches`; `steps` are those of an epoch.
         last_checkpoint: function of no arguments to str, from where the run can go on.
-        every: int >= 1, steps between two looks.
     """
 
-    def __init__(self, images, sampler, steps, seed, last_checkpoint, every=50):
-        super().__init__()
+    def __init__(self, model, images, sampler, steps, seed, last_checkpoint):
+        self.model = model
         self.images = images
         self.sampler = sampler
         self.steps = steps
         self.seed = seed
         self.last_checkpoint = last_checkpoint
-        self.every = every
-        self._since = 0
-
-    def on_train_batch_end(self, batch, logs=None):
-        self._since += 1
-        if self._since >= self.every:
-            self.check()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.check()
-        # Of a model that does not note it.
-        if not np.isfinite((logs or {}).get("loss", 0.0)):
-            raise NonFiniteLoss(self._message(f"epoch {epoch + 1}", ""), None, epoch, None)
 
     def check(self):
         """Raises `NonFiniteLoss` where a loss since the run began was not finite."""
-        self._since = 0
-        noted = self.model.s2sd_loss.first_nonfinite_step
-        step = int(tf.convert_to_tensor(noted))
+        step = int(tf.convert_to_tensor(self.model.s2sd_loss.first_nonfinite_step))
         if step < 0:
             return
         epoch, step_in_epoch = divmod(step, self.steps)
@@ -84,6 +69,11 @@ class FiniteLoss(keras.callbacks.Callback):
             )
         where = f"step {step} (from 0; epoch {epoch + 1}, its step {step_in_epoch})"
         raise NonFiniteLoss(self._message(where, told), step, epoch, step_in_epoch, labels, images)
+
+    def check_mean(self, epoch, loss):
+        """Raises `NonFiniteLoss` where the mean of an epoch's losses overflows, as it may where none of them does."""
+        if not np.isfinite(loss):
+            raise NonFiniteLoss(self._message(f"epoch {epoch + 1}", ""), None, epoch, None)
 
     def _message(self, where, told):
         return (

@@ -29,8 +29,10 @@ class Interrupted(SystemExit):
 
 
 class Interruption:
-    """Within `with Interruption() as interruption:` SIGTERM and the first Ctrl-C raise `Interrupted`: at once within
-    `prompt()`, at the next `check()` elsewhere. A second Ctrl-C raises KeyboardInterrupt at once, wherever it is.
+    """Within `with Interruption() as interruption:` SIGTERM and the first Ctrl-C raise `Interrupted`.
+
+    At once within `interruptible()`, at the next `check()` elsewhere. A second Ctrl-C raises KeyboardInterrupt at once,
+    wherever it is.
 
     Signals that are ignored remain so, and the handlers are put back at the end. In another thread than the main one,
     where Python hands no signals over, nothing is installed.
@@ -41,7 +43,7 @@ class Interruption:
 
     def __init__(self):
         self.requested = None
-        self._prompt = False
+        self._interruptible = False
         self._previous = {}
 
     def __enter__(self):
@@ -62,12 +64,12 @@ class Interruption:
             raise Interrupted(self.requested)
 
     @contextlib.contextmanager
-    def prompt(self):
+    def interruptible(self):
         """Within the block a signal raises `Interrupted` wherever it is: the block changes nothing that is to stay, but
         for files that are whole or not there.
         """
         self.check()
-        self._prompt = True
+        self._interruptible = True
         try:
             yield
         except Exception as error:
@@ -76,7 +78,7 @@ class Interruption:
                 raise Interrupted(self.requested) from error
             raise
         finally:
-            self._prompt = False
+            self._interruptible = False
         # What was raised where Python swallows it, as in a destructor.
         self.check()
 
@@ -86,5 +88,5 @@ class Interruption:
                 raise KeyboardInterrupt
             return
         self.requested = signal.Signals(number).name
-        if self._prompt:
+        if self._interruptible:
             raise Interrupted(self.requested)

@@ -3,25 +3,21 @@
 import contextlib
 import os
 import shutil
-import sys
 import tempfile
 
+import tensorflow as tf
 from absl import logging
 
 from s2sd_tf.files import OutOfSpace, read_json, remove_leftovers, write_json
 from s2sd_tf.training import strategies
-from s2sd_tf.training.build import build_batches, build_model, build_sampler, precision, set_up, steps_per_epoch
-from s2sd_tf.training.callbacks import Refresh, TensorBoard, evaluation_callbacks
+from s2sd_tf.training.build import build_model, build_sampler, precision, set_up
 from s2sd_tf.training.checkpoints import Checkpoints
-from s2sd_tf.training.collapse_alarm import CollapseAlarm
 from s2sd_tf.training.config import resolve
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.finishing import finish
-from s2sd_tf.training.finite_loss import FiniteLoss
 from s2sd_tf.training.interruption import Interrupted, Interruption
-from s2sd_tf.training.progress import Progress, fit
+from s2sd_tf.training.loop import Loop, Run
 from s2sd_tf.training.record import check_data, record_session
-from s2sd_tf.training.step_timer import StepTimer
 from s2sd_tf.training.workdir import check_workdir
 
 
@@ -46,7 +42,7 @@ def train(config, workdir, strategy=None):
         config: `ConfigDict` with the keys of `default_config`.
         workdir: folder; made if it is missing.
         strategy: `tf.distribute.MirroredStrategy` or `MultiWorkerMirroredStrategy` to train under, whose replicas share
-            out every batch; see `strategies.get`. None: on one device.
+            out every batch; see `strategies.get`. Default: on one device.
 
     Returns:
         The content of `results.json`.
@@ -66,12 +62,35 @@ def train(config, workdir, strategy=None):
         logging.info("%s is finished; its results are in %s", workdir, results_path)
         return read_json(results_path)
 
-    checkpoints = Checkpoints(workdir, config.train.checkpoints_kept, _selects_by(config))
+    if strategy is None:
+        strategy = tf.distribute.get_strategy()
+    with _own_folder(workdir, strategy) as own:
+        checkpoints = Checkpoints(own, config.train.checkpoints_kept, _selects_by(config))
+        with _what_to_do(checkpoints, strategy), Interruption() as interruption, precision(config):
+            with interruption.interruptible():
+                run = _begin(config, workdir, checkpoints, strategy, interruption)
+            Loop(run).train()
+            with interruption.interruptible():
+                results = finish(run)
+                _wait_for_all(strategy)
+            return results
+
+
+@contextlib.contextmanager
+def _own_folder(workdir, strategy):
+    """The folder that this process writes to: the chief's is the work directory, the others' are removed at the end."""
+    if strategies.is_chief(strategy):
+        yield workdir
+        return
+    with tempfile.TemporaryDirectory(prefix="s2sd_tf-worker-") as own:
+        yield own
+
+
+@contextlib.contextmanager
+def _what_to_do(checkpoints, strategy):
+    """Has what ends the block say from where the run goes on."""
     try:
-        with Interruption() as interruption, precision(config):
-            if strategies.is_chief(strategy):
-                return _train(config, workdir, checkpoints, interruption, strategy)
-            return _follow(config, workdir, interruption, strategy)
+        yield
     except Interrupted as error:
         raise Interrupted(
             f"{error}: stopped at {checkpoints.latest}; the same command goes on from there"
@@ -86,123 +105,66 @@ def train(config, workdir, strategy=None):
         raise OutOfSpace(error.path, error.reason, advice) from error
 
 
-def _follow(config, workdir, interruption, strategy):
-    """What a worker does that is not the chief: the same, in a folder of its own that is removed at the end."""
-    with tempfile.TemporaryDirectory(prefix="s2sd_tf-worker-") as own:
-        checkpoints = Checkpoints(own, config.train.checkpoints_kept, _selects_by(config))
-        return _train(config, own, checkpoints, interruption, strategy, workdir)
-
-
-def _train(config, workdir, checkpoints, interruption, strategy=None, of_chief=None):
-    """`of_chief`: the chief's work directory, in a worker that is not the chief."""
-    workers = strategies.has_workers(strategy)
-    with interruption.prompt():
-        set_up(config)
-        run_data = load_data(config)
-        fingerprints = check_data(of_chief or workdir, run_data)
-        if workers:
-            _share_checkpoints(strategy, checkpoints, of_chief)
-        with contextlib.nullcontext() if strategy is None else strategy.scope():
-            model, state = checkpoints.restore()
-            if model is None:
-                model = build_model(config, run_data)
-            else:
-                logging.info("Resuming after %s", state)
-        if workers and len({tuple(place) for place in strategies.of_all(strategy, state.position())}) > 1:
-            raise ValueError(
-                f"workdir: expected a folder that all workers see. Received: {of_chief or workdir!r}, in which they "
-                "find checkpoints that differ"
-            )
-        sampler = build_sampler(config)
-        sampler.check(run_data.train.labels)
-        steps = steps_per_epoch(config, run_data)
-        timer = StepTimer()
-
-        def batches(input_context=None):
-            replicas = 1 if input_context is None else input_context.num_replicas_in_sync
-            dataset = build_batches(config, run_data, sampler, state.position, input_context)
-            return timer.timed(dataset, sampler.batch_size // replicas)
-
-        if os.path.isdir(workdir):
-            remove_leftovers(workdir)
-        # Only now, as a config that cannot be trained should leave nothing behind.
-        write_json(os.path.join(workdir, "config.json"), config.to_dict())
-        record_session(workdir, config, fingerprints, model, state, strategies.described(strategy))
-
-    callbacks = _callbacks(config, run_data, sampler, steps, workdir, state, checkpoints, interruption, timer, strategy)
-    verbose = 0 if of_chief else 1 if sys.stdout.isatty() else 2
-    try:
-        fit(
-            model,
-            batches() if strategy is None else batches,
-            steps,
-            config.train.epochs,
-            state,
-            callbacks,
-            verbose,
-            strategy,
-        )
-    except Interrupted:
-        trained = state.position() != checkpoints.latest.position()
-        # What a storage chooses takes the model as it was at the epoch's begin; and one worker cannot save alone.
-        if trained and not workers and (sampler.storage is None or state.step_in_epoch in (0, steps)):
-            callbacks[-1].save_place()
-        raise
-    with interruption.prompt():
-        results = finish(config, run_data, workdir, checkpoints, state, model)
-        if workers:
-            # Whoever left before the others would count as lost.
-            strategies.of_all(strategy, [0])
-        return results
-
-
-def _share_checkpoints(strategy, checkpoints, of_chief):
-    """Gives a worker that is not the chief a copy of the chief's checkpoints, once that has looked them over."""
-    if of_chief is None:
-        checkpoints.sweep()
-    strategies.of_all(strategy, [0])
-    if of_chief is not None:
-        there = Checkpoints(of_chief).folder
-        if os.path.isdir(there):
-            shutil.copytree(there, checkpoints.folder)
-    strategies.of_all(strategy, [0])
-
-
-def _callbacks(config, run_data, sampler, steps, workdir, state, checkpoints, interruption, timer, strategy):
-    """The callbacks of a run in their order, `Progress` being the last."""
-    finite_loss = FiniteLoss(run_data.train, sampler, steps, config.seed, lambda: str(checkpoints.latest))
-    callbacks = [finite_loss]
-    if sampler.storage is not None:
-        callbacks.append(
-            Refresh(
-                sampler,
-                run_data.train,
-                run_data.preprocessing,
-                seed=config.seed,
-                start_epoch=state.epoch,
-                interruption=interruption,
-                timer=timer,
-            )
-        )
-    progress = Progress(
-        state,
-        checkpoints,
-        workdir,
-        config.train.checkpoint_every,
-        config.train.epochs,
-        interruption,
-        timer,
-        finite_loss,
-        strategy,
+def _begin(config, workdir, checkpoints, strategy, interruption):
+    """The `Run`, begun or as its last checkpoint has it; written down in the folder of `checkpoints`."""
+    set_up(config)
+    run_data = load_data(config)
+    fingerprints = check_data(workdir, run_data)
+    if strategies.has_workers(strategy):
+        _share_checkpoints(strategy, checkpoints, workdir)
+    with strategy.scope():
+        model, state = checkpoints.restore()
+        if model is None:
+            model = build_model(config, run_data)
+        else:
+            logging.info("Resuming after %s", state)
+    if strategies.has_workers(strategy):
+        _check_all_stand_alike(strategy, state, workdir)
+    sampler = build_sampler(config)
+    sampler.check(run_data.train.labels)
+    own = os.path.dirname(checkpoints.folder)
+    if os.path.isdir(own):
+        remove_leftovers(own)
+    # Only now, as a config that cannot be trained should leave nothing behind.
+    write_json(os.path.join(own, "config.json"), config.to_dict())
+    record_session(own, config, fingerprints, model, state, strategies.describe(strategy))
+    return Run(
+        config=config,
+        data=run_data,
+        sampler=sampler,
+        model=model,
+        state=state,
+        checkpoints=checkpoints,
+        workdir=own,
+        strategy=strategy,
+        interruption=interruption,
     )
-    return [
-        *callbacks,
-        *evaluation_callbacks(config, run_data, interruption, timer),
-        timer,
-        CollapseAlarm(),
-        TensorBoard(workdir, config.train.profile),
-        progress,
-    ]
+
+
+def _share_checkpoints(strategy, checkpoints, workdir):
+    """Gives a worker that is not the chief a copy of the chief's checkpoints, once that has looked them over."""
+    if strategies.is_chief(strategy):
+        checkpoints.sweep()
+    _wait_for_all(strategy)
+    there = Checkpoints(workdir).folder
+    if not strategies.is_chief(strategy) and os.path.isdir(there):
+        shutil.copytree(there, checkpoints.folder)
+    _wait_for_all(strategy)
+
+
+def _check_all_stand_alike(strategy, state, workdir):
+    """Refuses a work directory in which the workers have found different checkpoints."""
+    if len({tuple(place) for place in strategies.all_gather(strategy, state.position())}) > 1:
+        raise ValueError(
+            f"workdir: expected a folder that all workers see. Received: {workdir!r}, in which they find checkpoints "
+            "that differ"
+        )
+
+
+def _wait_for_all(strategy):
+    """Waits for all workers; whoever leaves before the others counts as lost."""
+    if strategies.has_workers(strategy):
+        strategies.all_gather(strategy, [0])
 
 
 def _selects_by(config):

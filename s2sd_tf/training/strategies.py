@@ -1,11 +1,9 @@
-"""Distribution strategies by name, and the steps of a run under one."""
+"""Distribution strategies by name, and what the workers of one tell each other."""
 
 import functools
 import os
 
 import tensorflow as tf
-
-from s2sd_tf.keras_compat import build_optimizer, keras
 
 STRATEGIES = ("none", "mirrored", "multiworker")
 # What the other workers' TensorFlow raises where one is lost.
@@ -13,7 +11,7 @@ LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.InternalEr
 
 
 def get(name, devices=()):
-    """A strategy for `train`, or None for "none"; before anything else of TensorFlow has run.
+    """A strategy for `train`, the default one for "none"; before anything else of TensorFlow has run.
 
     Args:
         name: one of `STRATEGIES`: "mirrored" for the devices of this machine, "multiworker" for those of several
@@ -30,7 +28,7 @@ def get(name, devices=()):
     if name == "none" and devices:
         raise ValueError(f"devices: expected none without a strategy. Received: {list(devices)}")
     if name == "none":
-        return None
+        return tf.distribute.get_strategy()
     kinds = _checked_devices(devices)
     if name == "mirrored":
         count = 1 + max(kinds.get("CPU", [0]))
@@ -54,7 +52,7 @@ def get(name, devices=()):
 
 def has_workers(strategy):
     """Whether the strategy spreads over several processes."""
-    resolver = getattr(strategy, "cluster_resolver", None)
+    resolver = strategy.cluster_resolver
     return resolver is not None and len(resolver.cluster_spec().as_dict().get("worker", ())) > 1
 
 
@@ -68,9 +66,9 @@ def is_chief(strategy):
     return (resolver.task_type, resolver.task_id) == ("worker", 0)
 
 
-def described(strategy):
-    """A JSON-able dict of what the strategy is, or None."""
-    if strategy is None:
+def describe(strategy):
+    """A JSON-able dict of what the strategy is; None for the default one, of one device."""
+    if strategy is tf.distribute.get_strategy():
         return None
     found = {"name": type(strategy).__name__, "replicas": strategy.num_replicas_in_sync}
     if has_workers(strategy):
@@ -78,79 +76,18 @@ def described(strategy):
     return found
 
 
-def of_all(strategy, values):
+def all_gather(strategy, values):
     """Waits for all workers; the ints `(n,)` that each replica's worker has handed over, `(replicas, n)`."""
     found = _collector(strategy)(tf.constant([values], tf.int64))
     return strategy.experimental_local_results(found)[0].numpy()
 
 
-def of_chief(strategy, value):
+def broadcast_from_chief(strategy, value):
     """The bool that the chief has handed over; all workers have to ask."""
     if not has_workers(strategy):
         return value
-    marked = of_all(strategy, [is_chief(strategy), bool(value)])
+    marked = all_gather(strategy, [is_chief(strategy), bool(value)])
     return bool(marked[marked[:, 0] == 1][0, 1])
-
-
-def fit(model, strategy, batches, steps, initial_epoch, epochs, callbacks, verbose=0):
-    """What `model.fit` does, under a strategy, where Keras 3 cannot (MultiWorkerMirroredStrategy), or takes a batch
-    before it calls any callback.
-
-    Callbacks are called outside of the strategy's scope. The logs of an epoch are those of all replicas.
-
-    Args:
-        model: compiled `S2SDModel`, made in the strategy's scope.
-        strategy: `tf.distribute.Strategy`.
-        batches: function from a `tf.distribute.InputContext` to the batches of the replicas of one process, one after
-            the other; a pass is an epoch, and has not begun before `on_epoch_begin`.
-        steps: int, batches of an epoch.
-        initial_epoch, epochs: see Keras.
-        callbacks: list of Keras callbacks.
-        verbose: see Keras.
-    """
-    with strategy.scope():
-        distributed = strategy.distribute_datasets_from_function(batches)
-        # As a graph of several replicas cannot make Keras 3's variables.
-        build_optimizer(model)
-
-    @tf.function(reduce_retracing=True)
-    def step(data):
-        return strategy.run(model.train_step, args=(data,))
-
-    read = metrics_reader(model)
-    callbacks = keras.callbacks.CallbackList(
-        callbacks, add_history=True, add_progbar=bool(verbose), model=model, verbose=verbose, epochs=epochs, steps=steps
-    )
-    model.stop_training = False
-    callbacks.on_train_begin()
-    logs = {}
-    for epoch in range(initial_epoch, epochs):
-        model.reset_metrics()
-        callbacks.on_epoch_begin(epoch)
-        iterator = iter(distributed)
-        for number in range(steps):
-            callbacks.on_train_batch_begin(number)
-            found = step(next(iterator))
-            # Those of one replica: all of them would take a copy from one to the other at every step.
-            logs = {name: strategy.experimental_local_results(value)[0] for name, value in found.items()}
-            callbacks.on_train_batch_end(number, logs)
-        logs = read()
-        callbacks.on_epoch_end(epoch, logs)
-        if model.stop_training:
-            break
-    callbacks.on_train_end(logs)
-
-
-def metrics_reader(model):
-    """A function to the running means of the logged terms over all replicas, by name; all workers have to ask."""
-
-    results = tf.function(lambda: {metric.name: metric.result() for metric in model.metrics})
-
-    def read():
-        with model.distribute_strategy.scope():
-            return {name: float(value) for name, value in results().items()}
-
-    return read
 
 
 @functools.lru_cache(maxsize=1)
