@@ -1,4 +1,4 @@
-"""Writes docs/objectives.md, the tables of objectives, miners and samplers, from their registries.
+"""Writes docs/objectives.md, and the lists of names in README.md, from the registries of objectives, miners and samplers.
 
 python docs/make_objectives.py
 """
@@ -6,11 +6,13 @@ python docs/make_objectives.py
 import inspect
 import pathlib
 import re
+import textwrap
 
 from s2sd_tf import mining, objectives
 from s2sd_tf.data import samplers
 
 PATH = pathlib.Path(__file__).with_name("objectives.md")
+README = PATH.parent.parent / "README.md"
 # Settings that many objectives share, told once above the table.
 SHARED = ("num_classes", "seed", "name", "dtype", "miner", "memory_size", "memory_weight", "memory_start", "normalize")
 
@@ -63,6 +65,7 @@ What is in a batch: `config.sampler.name`, or `data.training_batches(images, pre
 
 def main():
     PATH.write_text(text())
+    README.write_text(with_names(README.read_text()))
 
 
 def text():
@@ -112,6 +115,19 @@ def text():
             ],
         ),
     )
+
+
+def with_names(readme):
+    """The README with the names of today in its paragraphs of objectives and miners."""
+    ours = [name for kind in ("pair", "tuple", "proxy") for name in objectives.names(kind)]
+    for title, found in (("Objectives", ours), ("Miners", mining.names())):
+        opening = rf"\*\*{title}\*\*[^:]*: "
+        start = re.search(rf"^{opening}", readme, re.MULTILINE)
+        listed = ", ".join(f"`{name}`" for name in found)
+        paragraph = textwrap.fill(f"{start.group()}{listed}.", 120, break_on_hyphens=False)
+        end = readme.index("\n\n", start.start())
+        readme = readme[: start.start()] + paragraph + readme[end:]
+    return readme
 
 
 def table(head, rows):

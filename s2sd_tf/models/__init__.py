@@ -1,9 +1,19 @@
-"""The S2SD model, its heads and poolings, its presets, and backbones by name."""
+"""The S2SD model, its heads and poolings, its presets, a regulariser, and backbones by name."""
 
 from s2sd_tf.models import backbones
+from s2sd_tf.models.adversarial_separation import AdversarialSeparation
 from s2sd_tf.models.heads import AuxiliaryHead, EmbeddingHead
 from s2sd_tf.models.pooling import GeM
 from s2sd_tf.models.presets import PRESETS, preset
 from s2sd_tf.models.s2sd_model import S2SDModel
 
-__all__ = ["PRESETS", "AuxiliaryHead", "EmbeddingHead", "GeM", "S2SDModel", "backbones", "preset"]
+__all__ = [
+    "PRESETS",
+    "AdversarialSeparation",
+    "AuxiliaryHead",
+    "EmbeddingHead",
+    "GeM",
+    "S2SDModel",
+    "backbones",
+    "preset",
+]

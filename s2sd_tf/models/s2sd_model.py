@@ -395,8 +395,7 @@ class S2SDModel(keras.Model):
 
     def _make_objective(self, identifier):
         if not isinstance(identifier, str):
-            return _check_is_objective(objectives.get(identifier))
-        _check_is_objective(objectives.lookup(identifier))
+            return objectives.get(identifier)
         settings = {"dtype": loss_dtype(self), "name": identifier.replace("/", "_")}
         if objectives.lookup(identifier).uses_classes:
             settings["num_classes"] = self.num_classes
@@ -656,15 +655,6 @@ def _unpack(data):
     if sample_weight is not None:
         raise ValueError("data: expected batches (images, labels); sample weights are not supported")
     return inputs, labels
-
-
-def _check_is_objective(found):
-    """`found`, an objective or its class; refused where it is a term between two embeddings."""
-    if found.kind == "regularizer":
-        raise ValueError(
-            f"objective: expected an objective of embeddings and labels. Received: {found.registered_name!r}"
-        )
-    return found
 
 
 def _check_choice(argument, value, choices):

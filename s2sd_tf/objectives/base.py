@@ -24,8 +24,7 @@ class Objective(keras.layers.Layer):
         dtype: "float32" (default) or "float64".
 
     Attributes:
-        kind: "pair", "tuple" or "proxy"; "addons" for losses of tensorflow-addons, "regularizer" for what is no
-            objective by itself.
+        kind: "pair", "tuple" or "proxy"; "addons" for losses of tensorflow-addons.
         formula, paper, cost: one line each, for the table of all objectives in the documentation.
     """
 
@@ -384,7 +383,7 @@ settings = _registry.settings
 
 
 def names(kind=None):
-    """Names of the objectives, sorted; with `kind` ("pair", "tuple", "proxy", "addons", "regularizer") those of it."""
+    """Names of the objectives, sorted; with `kind` ("pair", "tuple", "proxy", "addons") those of it."""
     return [name for name in _registry.names() if kind in (None, _registry.lookup(name).kind)]
 
 
