@@ -1,4 +1,4 @@
-"""Writes docs/objectives.md, and the lists of names in README.md, from the registries of objectives, miners and samplers.
+"""Writes docs/objectives.md, and the lists of names in README.md, from the registries.
 
 python docs/make_objectives.py
 """
