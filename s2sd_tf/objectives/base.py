@@ -347,7 +347,13 @@ def squared_distances(embeddings, references=None):
     squares = tf.reduce_sum(tf.square(embeddings), axis=1)
     others = squares if itself else tf.reduce_sum(tf.square(references), axis=1)
     distances = tf.nn.relu(squares[:, None] + others[None, :] - 2.0 * products)
-    return tf.linalg.set_diag(distances, tf.zeros_like(squares)) if itself else distances
+    return zero_diagonal(distances) if itself else distances
+
+
+def zero_diagonal(matrix):
+    """A square matrix with zeros in its diagonal, which have no gradient."""
+    # Not `tf.linalg.set_diag`, whose gradient XLA refuses for batches of a size not known before.
+    return tf.where(tf.eye(tf.shape(matrix)[0], dtype=tf.bool), 0.0, matrix)
 
 
 def euclidean_distances(embeddings, references=None):
