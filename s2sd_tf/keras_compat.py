@@ -61,8 +61,8 @@ def scale_loss(optimizer, loss):
 
 
 def share_of_loss(loss):
-    """What a `keras.losses.Loss` returns for the `loss` of one replica's part of a batch: its share of the mean over the
-    replicas. Keras 2 divides by their number after the loss, Keras 3 in it.
+    """What a `keras.losses.Loss` returns on one of several replicas, so that `fit` has the mean of their losses: Keras 3
+    divides by their number inside the loss, Keras 2 after it.
     """
     return loss / tf.distribute.get_strategy().num_replicas_in_sync if IS_KERAS_3 else loss
 

@@ -13,6 +13,7 @@ from s2sd_tf.objectives.base import (
     register,
     settings,
 )
+from s2sd_tf.objectives.keras_loss import ObjectiveHolder, as_keras_loss
 from s2sd_tf.registry import import_modules
 
 # The modules of this package register their objectives; the class of each is public here by its name.
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Objective",
+    "ObjectiveHolder",
     "PairObjective",
     "ProxyObjective",
     "TupleObjective",
+    "as_keras_loss",
     "get",
     "lookup",
     "names",

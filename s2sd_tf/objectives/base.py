@@ -350,10 +350,12 @@ def squared_distances(embeddings, references=None):
     return zero_diagonal(distances) if itself else distances
 
 
+@tf.custom_gradient
 def zero_diagonal(matrix):
     """A square matrix with zeros in its diagonal, which have no gradient."""
-    # Not `tf.linalg.set_diag`, whose gradient XLA refuses for batches of a size not known before.
-    return tf.where(tf.eye(tf.shape(matrix)[0], dtype=tf.bool), 0.0, matrix)
+    # XLA refuses the gradient of `tf.linalg.set_diag` for a batch whose size is not known beforehand.
+    zeros = tf.zeros_like(matrix[0])
+    return tf.linalg.set_diag(matrix, zeros), lambda upstream: tf.linalg.set_diag(upstream, zeros)
 
 
 def euclidean_distances(embeddings, references=None):

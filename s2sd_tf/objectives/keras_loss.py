@@ -15,8 +15,8 @@ _held = weakref.WeakValueDictionary()
 def as_keras_loss(objective, **settings):
     """An objective as a `keras.losses.Loss`, which `compile` of any Keras model takes.
 
-    Its `y_true` are integer labels `(batch,)` or `(batch, 1)`, its `y_pred` embeddings `(batch, dim)`. The value is that
-    of the objective in training. Batches need several images of each class: `data.training_batches` makes such.
+    Its `y_true` are integer labels `(batch,)` or `(batch, 1)`, its `y_pred` embeddings `(batch, dim)`. The value is the
+    objective's in training. Batches need several images of each class: `data.training_batches` makes such batches.
 
     - On several replicas each compares the embeddings of its own part of the batch, and the loss is the mean of theirs.
       `S2SDModel` compares those of all.
