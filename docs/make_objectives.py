@@ -39,6 +39,43 @@ length, with a penalty of `l2_weight` times their mean square.
 An objective of your own is a subclass of `objectives.Objective`, `PairObjective`, `TupleObjective` or
 `ProxyObjective` with `@s2sd_tf.objectives.register("my_objective")`.
 
+### As a Keras loss
+
+`objectives.as_keras_loss(name, **settings)` is a loss for `compile` of any Keras model whose outputs are embeddings:
+
+```python
+import tensorflow as tf
+
+import s2sd_tf
+
+keras = tf.keras
+train, test, preprocessing = s2sd_tf.data.load_digits()
+batches = s2sd_tf.data.class_balanced_batches(train, preprocessing, 5, 16)
+layers = [keras.layers.Flatten(), keras.layers.Dense(64, activation="relu"), keras.layers.Dense(16)]
+model = keras.Sequential([keras.Input((8, 8, 1)), *layers])
+model.compile("adam", loss=s2sd_tf.objectives.as_keras_loss("multi_similarity"))
+model.fit(batches, epochs=5)
+```
+
+An objective with weights (the proxy objectives, and `margin`) needs a place in the model, which trains and saves them:
+
+```python
+objective = s2sd_tf.objectives.get("proxy_anchor", num_classes=train.num_classes)
+model = keras.Sequential([keras.Input((8, 8, 1)), *layers, s2sd_tf.objectives.ObjectiveHolder(objective)])
+model.compile("adam", loss=s2sd_tf.objectives.as_keras_loss(objective))
+model.fit(batches, epochs=5)
+model.save("digits.keras")
+keras.models.load_model("digits.keras").fit(batches, epochs=5)
+```
+
+- Several replicas: each compares the images of its own part of the batch; the loss is the mean over the replicas.
+  `S2SDModel` compares those of the whole batch.
+- Labels are integers. In floating point they have to be whole and below 2^24. There are no sample or class weights.
+- Every call draws anew from a stochastic miner, in evaluation too. Without an `ObjectiveHolder` the draws of a loaded
+  model start again from the seed.
+- A cross-batch memory is refused, since a Keras loss cannot tell training from evaluation; `learning_rate_multiplier`
+  has no effect. Both work in `S2SDModel`.
+
 ### Of tensorflow-addons
 
 On the classic stack, by name; on the default stack the name says what to install and which of the above does the same.

@@ -61,7 +61,7 @@ def scale_loss(optimizer, loss):
 
 
 def share_of_loss(loss):
-    """What a `keras.losses.Loss` returns on one of several replicas, so that `fit` has the mean of their losses: Keras 3
+    """What a `keras.losses.Loss` returns on each of several replicas, so that `fit` has the mean of them: Keras 3
     divides by their number inside the loss, Keras 2 after it.
     """
     return loss / tf.distribute.get_strategy().num_replicas_in_sync if IS_KERAS_3 else loss

@@ -1,8 +1,11 @@
 """Objectives as losses of plain Keras models: training, values, precisions, replicas, saving, and what is refused."""
 
+import re
+
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import REPOSITORY
 
 from s2sd_tf import objectives
 from s2sd_tf.evaluation import retrieval_metrics
@@ -16,8 +19,8 @@ def images(seed=0, count=8 * BATCH):
     """Rows of 16 numbers in batches of all classes; what tells the classes apart is small beside what does not."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % CLASSES
-    rows = rng.normal(size=(count, 16)) * np.repeat([0.5, 4.0], 8)
-    rows[:, :8] += 2.0 * np.eye(CLASSES)[labels]
+    rows = rng.normal(size=(count, 16)) * np.repeat([0.5, 3.0], 8)
+    rows[:, :8] += 3.0 * np.eye(CLASSES)[labels]
     return rows.astype(np.float32), labels
 
 
@@ -66,6 +69,17 @@ def test_a_plain_model_trains(name):
     assert recall() > before + 0.15
     if objective is not None:
         assert np.abs(objective.get_weights()[0] - start).max() > 0.01
+
+
+def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (REPOSITORY / "docs" / "objectives.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    for example in examples:
+        exec(example.replace("epochs=5", "epochs=1, verbose=0"), names)
+    assert len(examples) == 2
+    assert (tmp_path / "digits.keras").exists()
 
 
 @pytest.mark.parametrize("how", [{"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}], ids=str)
@@ -144,8 +158,9 @@ from test_keras_loss import BATCH, CLASSES, held, images, make_model
 
 rows, labels = (part[:BATCH] for part in images())
 dataset = tf.data.Dataset.from_tensor_slices((rows, labels)).batch(BATCH)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 for name in ("multi_similarity", "triplet", "proxy_nca"):
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with strategy.scope():
         if name == "proxy_nca":
             model, loss, objective = held(name, num_classes=CLASSES)
         else:
