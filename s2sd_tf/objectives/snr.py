@@ -61,4 +61,6 @@ def noise_to_signal(embeddings):
     noise = tf.nn.relu(variances[:, None] + variances[None, :] - 2.0 * covariances)
     noise = zero_diagonal(noise)
     constant = variances[:, None] < 1e-12
-    return tf.where(constant, 0.0, noise / tf.where(constant, 1.0, variances[:, None]))
+    # Tensors, as a graph takes a number beside float64 for float32.
+    signal = tf.where(constant, tf.ones_like(variances[:, None]), variances[:, None])
+    return tf.where(constant, tf.zeros_like(noise), noise / signal)
