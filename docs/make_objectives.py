@@ -1,4 +1,4 @@
-"""Writes docs/objectives.md, the tables of objectives, miners and samplers, from their registries.
+"""Writes docs/objectives.md, and the lists of names in README.md, from the registries.
 
 python docs/make_objectives.py
 """
@@ -6,11 +6,13 @@ python docs/make_objectives.py
 import inspect
 import pathlib
 import re
+import textwrap
 
 from s2sd_tf import mining, objectives
 from s2sd_tf.data import samplers
 
 PATH = pathlib.Path(__file__).with_name("objectives.md")
+README = PATH.parent.parent / "README.md"
 # Settings that many objectives share, told once above the table.
 SHARED = ("num_classes", "seed", "name", "dtype", "miner", "memory_size", "memory_weight", "memory_start", "normalize")
 
@@ -36,6 +38,43 @@ length, with a penalty of `l2_weight` times their mean square.
 
 An objective of your own is a subclass of `objectives.Objective`, `PairObjective`, `TupleObjective` or
 `ProxyObjective` with `@s2sd_tf.objectives.register("my_objective")`.
+
+### As a Keras loss
+
+`objectives.as_keras_loss(name, **settings)` is a loss for `compile` of any Keras model whose outputs are embeddings:
+
+```python
+import tensorflow as tf
+
+import s2sd_tf
+
+keras = tf.keras
+train, test, preprocessing = s2sd_tf.data.load_digits()
+batches = s2sd_tf.data.class_balanced_batches(train, preprocessing, 5, 16)
+layers = [keras.layers.Flatten(), keras.layers.Dense(64, activation="relu"), keras.layers.Dense(16)]
+model = keras.Sequential([keras.Input((8, 8, 1)), *layers])
+model.compile("adam", loss=s2sd_tf.objectives.as_keras_loss("multi_similarity"))
+model.fit(batches, epochs=5)
+```
+
+An objective with weights (the proxy objectives, and `margin`) needs a place in the model, which trains and saves them:
+
+```python
+objective = s2sd_tf.objectives.get("proxy_anchor", num_classes=train.num_classes)
+model = keras.Sequential([keras.Input((8, 8, 1)), *layers, s2sd_tf.objectives.ObjectiveHolder(objective)])
+model.compile("adam", loss=s2sd_tf.objectives.as_keras_loss(objective))
+model.fit(batches, epochs=5)
+model.save("digits.keras")
+keras.models.load_model("digits.keras").fit(batches, epochs=5)
+```
+
+- Several replicas: each compares the images of its own part of the batch; the loss is the mean over the replicas.
+  `S2SDModel` compares those of the whole batch.
+- Labels are integers. In floating point they have to be whole and below 2^24. There are no sample or class weights.
+- Every call draws anew from a stochastic miner, in evaluation too. Without an `ObjectiveHolder` the draws of a loaded
+  model start again from the seed.
+- A cross-batch memory is refused, since a Keras loss cannot tell training from evaluation; `learning_rate_multiplier`
+  has no effect. Both work in `S2SDModel`.
 
 ### Of tensorflow-addons
 
@@ -63,6 +102,7 @@ What is in a batch: `config.sampler.name`, or `data.training_batches(images, pre
 
 def main():
     PATH.write_text(text())
+    README.write_text(with_names(README.read_text()))
 
 
 def text():
@@ -112,6 +152,19 @@ def text():
             ],
         ),
     )
+
+
+def with_names(readme):
+    """The README with the names of today in its paragraphs of objectives and miners."""
+    ours = [name for kind in ("pair", "tuple", "proxy") for name in objectives.names(kind)]
+    for title, found in (("Objectives", ours), ("Miners", mining.names())):
+        opening = rf"\*\*{title}\*\*[^:]*: "
+        start = re.search(rf"^{opening}", readme, re.MULTILINE)
+        listed = ", ".join(f"`{name}`" for name in found)
+        paragraph = textwrap.fill(f"{start.group()}{listed}.", 120, break_on_hyphens=False)
+        end = readme.index("\n\n", start.start())
+        readme = readme[: start.start()] + paragraph + readme[end:]
+    return readme
 
 
 def table(head, rows):

@@ -60,6 +60,13 @@ def scale_loss(optimizer, loss):
     return loss
 
 
+def share_of_loss(loss):
+    """What a `keras.losses.Loss` returns on each of several replicas, so that `fit` has the mean of them: Keras 3
+    divides by their number inside the loss, Keras 2 after it.
+    """
+    return loss / tf.distribute.get_strategy().num_replicas_in_sync if IS_KERAS_3 else loss
+
+
 def apply_gradients(optimizer, gradients, variables):
     """Applies gradients of `scale_loss(...)`. Keras 3 unscales in the optimizer, Keras 2 leaves that to the step."""
     if not IS_KERAS_3 and isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):

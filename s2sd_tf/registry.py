@@ -1,6 +1,8 @@
 """Names for classes: what the objective and miner registries share."""
 
+import importlib
 import inspect
+import pkgutil
 
 
 class Registry:
@@ -58,6 +60,17 @@ class Registry:
                 f"{self._kind} {identifier!r}: expected settings out of {sorted(known)}. Received: {unknown}"
             )
         return cls(**settings)
+
+
+def import_modules(package, path):
+    """Imports every module of a package, so that the classes they register are known.
+
+    Args:
+        package: `__name__` of the package.
+        path: `__path__` of the package.
+    """
+    for name in sorted(module.name for module in pkgutil.iter_modules(path)):
+        importlib.import_module(f"{package}.{name}")
 
 
 def constructor_arguments(classes):

@@ -357,13 +357,6 @@ class TestImageSet:
     def test_super_classes(self, images):
         chosen = images.select_classes([3, 0])
         assert chosen.super_classes == ("p", "q")
-        labelled = images.with_super_classes()
-        assert labelled.class_names == ("p", "q", "r")
-        assert labelled.super_classes == ()
-        for label, super_label in zip(images.labels, labelled.labels):
-            assert images.super_classes[label] == labelled.class_names[super_label]
-        with pytest.raises(ValueError, match="super_classes: expected a data set"):
-            labelled.with_super_classes()
         with pytest.raises(ValueError, match=r"one for each of 5 classes\. Received: 2"):
             data.ImageSet(images.images, images.labels, images.class_names, ("p", "q"))
 

@@ -161,7 +161,6 @@ class TestErrors:
             (("--config=missing.py", "--workdir=never"), "missing.py"),
             ((DIGITS,), "workdir"),
             ((DIGITS, "--config.objective.name=nonsense", "--workdir=never"), "config.objective.name: expected one of"),
-            ((DIGITS, "--config.objective.name=adversarial_separation", "--workdir=never"), "config.objective.name"),
             ((DIGITS, "--config.sampler.name=nonsense", "--workdir=never"), "config.sampler.name: expected one of"),
         ],
     )

@@ -293,8 +293,17 @@ def _rand_augment_operations(magnitude, deviation=0.15):
 
     The operations and what their strengths are drawn from are those of keras-cv's `RandAugment`.
     """
-    layers = _keras_cv_layers().RandAugment.get_standard_policy((0, 255), magnitude, deviation)
-    (contrast_of, equalized, solarized, colors, contrast, brightness, shear_x, shear_y, move_x, move_y) = layers
+    layers = _keras_cv_layers()
+    pixels = (0, 255)
+    auto_contrast = layers.AutoContrast(pixels)
+    equalization = layers.Equalization(pixels)
+    solarization = layers.Solarization(pixels)
+    # Their factors are not used: `augment_images` is handed the strength.
+    colors = layers.RandomColorDegeneration(0.5)
+    contrast = layers.RandomContrast(pixels, 0.5)
+    brightness = layers.RandomBrightness(0.5, pixels)
+    shearing = layers.RandomShear(0.5, 0.5)
+    translation = layers.RandomTranslation(0.5, 0.5)
 
     def strength(draws):
         return tf.clip_by_value(magnitude + deviation * draws[0], 0.0, 1.0)
@@ -307,36 +316,36 @@ def _rand_augment_operations(magnitude, deviation=0.15):
             images, transformations=tf.nest.map_structure(lambda v: tf.reshape(v, [1, 1, 1, 1]), transformations(draws))
         )
 
-    def shear(layer, axis):
+    def shear(axis):
         def apply(images, draws):
             amount = tf.reshape(strength(draws) * tf.sign(signed(draws)), [1, 1])
-            return layer.augment_images(images, transformations={"shear_x": None, "shear_y": None, axis: amount})
+            return shearing.augment_images(images, transformations={"shear_x": None, "shear_y": None, axis: amount})
 
         return apply
 
-    def move(layer, axis):
+    def move(axis):
         def apply(images, draws):
             zero = tf.zeros([1, 1])
             amounts = {"height_translations": zero, "width_translations": zero}
             amounts[axis] = tf.reshape(magnitude * signed(draws), [1, 1])
-            return layer.augment_images(images, transformations=amounts)
+            return translation.augment_images(images, transformations=amounts)
 
         return apply
 
     return [
-        lambda images, draws: contrast_of.augment_images(images, transformations=None),
-        lambda images, draws: equalized.augment_images(images, transformations=None),
+        lambda images, draws: auto_contrast.augment_images(images, transformations=None),
+        lambda images, draws: equalization.augment_images(images, transformations=None),
         pixelwise(
-            solarized,
+            solarization,
             lambda draws: {"additions": 110.0 * strength(draws), "thresholds": 255.0 * (1.0 - strength(draws))},
         ),
         pixelwise(colors, strength),
         pixelwise(contrast, lambda draws: 1.0 + magnitude * signed(draws)),
         pixelwise(brightness, lambda draws: 255.0 * magnitude * signed(draws)),
-        shear(shear_x, "shear_x"),
-        shear(shear_y, "shear_y"),
-        move(move_x, "width_translations"),
-        move(move_y, "height_translations"),
+        shear("shear_x"),
+        shear("shear_y"),
+        move("width_translations"),
+        move("height_translations"),
     ]
 
 

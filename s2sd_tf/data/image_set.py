@@ -95,17 +95,6 @@ class ImageSet:
         positions = np.asarray(positions, np.int64)
         return dataclasses.replace(self, images=self.images[positions], labels=self.labels[positions])
 
-    def with_super_classes(self):
-        """The same images, labelled by their super-classes in sorted order.
-
-        Raises:
-            ValueError: there are none.
-        """
-        if not self.super_classes:
-            raise ValueError("super_classes: expected a data set that has some. Received: none")
-        names, of_class = np.unique(self.super_classes, return_inverse=True)
-        return ImageSet(self.images, of_class.astype(np.int32)[self.labels], tuple(names.tolist()))
-
     def select_by_name(self, patterns):
         """The classes whose name equals one of `patterns` or matches it as a shell pattern (`Sanskrit/*`).
 

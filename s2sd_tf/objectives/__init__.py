@@ -1,14 +1,7 @@
 """Metric-learning objectives: Keras layers from `(embeddings, labels)` to a scalar loss."""
 
-from s2sd_tf.objectives.addons import (
-    AddonsContrastive,
-    AddonsLiftedStruct,
-    AddonsNpairs,
-    AddonsTripletHard,
-    AddonsTripletSemiHard,
-)
-from s2sd_tf.objectives.adversarial_separation import AdversarialSeparation
-from s2sd_tf.objectives.angular import Angular
+from typing import TYPE_CHECKING
+
 from s2sd_tf.objectives.base import (
     Objective,
     PairObjective,
@@ -20,60 +13,30 @@ from s2sd_tf.objectives.base import (
     register,
     settings,
 )
-from s2sd_tf.objectives.circle import Circle
-from s2sd_tf.objectives.contrastive import Contrastive
-from s2sd_tf.objectives.fast_ap import FastAP
-from s2sd_tf.objectives.histogram import Histogram
-from s2sd_tf.objectives.lifted_structure import GeneralizedLifted, LiftedStructure
-from s2sd_tf.objectives.margin import Margin
-from s2sd_tf.objectives.multi_similarity import MultiSimilarity
-from s2sd_tf.objectives.n_pair import NPair, NTXent
-from s2sd_tf.objectives.proxy_anchor import ProxyAnchor
-from s2sd_tf.objectives.proxy_nca import ProxyNCA
-from s2sd_tf.objectives.proxy_softmax import ArcFace, CosFace, NormalizedSoftmax
-from s2sd_tf.objectives.quadruplet import Quadruplet
-from s2sd_tf.objectives.recall_at_k import RecallAtKSurrogate
-from s2sd_tf.objectives.signal_to_noise import SignalToNoise
-from s2sd_tf.objectives.soft_triple import SoftTriple
-from s2sd_tf.objectives.supcon import SupCon
-from s2sd_tf.objectives.triplet import Triplet
+from s2sd_tf.objectives.keras_loss import ObjectiveHolder, as_keras_loss
+from s2sd_tf.registry import import_modules
+
+# The modules of this package register their objectives; the class of each is public here by its name.
+import_modules(__name__, __path__)
+_classes = {cls.__name__: cls for cls in map(lookup, names())}
+globals().update(_classes)
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> type[Objective]: ...
+
 
 __all__ = [
-    "AddonsContrastive",
-    "AddonsLiftedStruct",
-    "AddonsNpairs",
-    "AddonsTripletHard",
-    "AddonsTripletSemiHard",
-    "AdversarialSeparation",
-    "Angular",
-    "ArcFace",
-    "Circle",
-    "Contrastive",
-    "CosFace",
-    "FastAP",
-    "GeneralizedLifted",
-    "Histogram",
-    "LiftedStructure",
-    "Margin",
-    "MultiSimilarity",
-    "NPair",
-    "NTXent",
-    "NormalizedSoftmax",
     "Objective",
+    "ObjectiveHolder",
     "PairObjective",
-    "ProxyAnchor",
-    "ProxyNCA",
     "ProxyObjective",
-    "Quadruplet",
-    "RecallAtKSurrogate",
-    "SignalToNoise",
-    "SoftTriple",
-    "SupCon",
-    "Triplet",
     "TupleObjective",
+    "as_keras_loss",
     "get",
     "lookup",
     "names",
     "register",
     "settings",
+    *_classes,
 ]

@@ -24,8 +24,7 @@ class Objective(keras.layers.Layer):
         dtype: "float32" (default) or "float64".
 
     Attributes:
-        kind: "pair", "tuple" or "proxy"; "addons" for losses of tensorflow-addons, "regularizer" for what is no
-            objective by itself.
+        kind: "pair", "tuple" or "proxy"; "addons" for losses of tensorflow-addons.
         formula, paper, cost: one line each, for the table of all objectives in the documentation.
     """
 
@@ -348,7 +347,15 @@ def squared_distances(embeddings, references=None):
     squares = tf.reduce_sum(tf.square(embeddings), axis=1)
     others = squares if itself else tf.reduce_sum(tf.square(references), axis=1)
     distances = tf.nn.relu(squares[:, None] + others[None, :] - 2.0 * products)
-    return tf.linalg.set_diag(distances, tf.zeros_like(squares)) if itself else distances
+    return zero_diagonal(distances) if itself else distances
+
+
+@tf.custom_gradient
+def zero_diagonal(matrix):
+    """A square matrix with zeros in its diagonal, which have no gradient."""
+    # XLA refuses the gradient of `tf.linalg.set_diag` for a batch whose size is not known beforehand.
+    zeros = tf.zeros_like(matrix[0])
+    return tf.linalg.set_diag(matrix, zeros), lambda upstream: tf.linalg.set_diag(upstream, zeros)
 
 
 def euclidean_distances(embeddings, references=None):
@@ -384,7 +391,7 @@ settings = _registry.settings
 
 
 def names(kind=None):
-    """Names of the objectives, sorted; with `kind` ("pair", "tuple", "proxy", "addons", "regularizer") those of it."""
+    """Names of the objectives, sorted; with `kind` ("pair", "tuple", "proxy", "addons") those of it."""
     return [name for name in _registry.names() if kind in (None, _registry.lookup(name).kind)]
 
 

@@ -1,4 +1,4 @@
-"""Lifted structured loss, in the form of its paper and in the generalised one."""
+"""Lifted structured loss, in the form of its paper."""
 
 import tensorflow as tf
 
@@ -45,39 +45,6 @@ class LiftedStructure(LengthPenalizedObjective):
         both = tf.maximum(of_anchor, of_positive)
         both += tf.math.log1p(tf.exp(-tf.abs(of_anchor - of_positive)))
         return mean_where(tf.square(tf.nn.relu(both + distances)) / 2.0, pairs.positive & has_negative)
-
-    def get_config(self):
-        return {**super().get_config(), "margin": self.margin}
-
-
-@register("generalized_lifted")
-class GeneralizedLifted(LengthPenalizedObjective):
-    """Generalised lifted structured loss (Hermans et al., "In Defense of the Triplet Loss for Person
-    Re-Identification", 2017), on Euclidean distances d, mean over the anchors that have both:
-
-        max(0, log sum_p exp(d_ap) + log sum_n exp(margin - d_an))
-
-    Args:
-        margin: float.
-        normalize, l2_weight: see `LengthPenalizedObjective`; the paper does not normalise.
-        **kwargs: arguments of `PairObjective`.
-    """
-
-    formula = "mean_a [log sum_p e^(d_ap) + log sum_n e^(m - d_an)]+"
-    paper = "Hermans et al., 2017"
-    cost = "B^2"
-
-    def __init__(self, margin=1.0, **kwargs):
-        super().__init__(**kwargs)
-        check_number("margin", margin)
-        self.margin = margin
-
-    def compute_pairs(self, anchors, references, pairs):
-        distances = euclidean_distances(anchors, references)
-        pull = masked_logsumexp(distances, pairs.positive, axis=1)
-        push = masked_logsumexp(self.margin - distances, pairs.negative, axis=1)
-        has_both = pairs.complete()
-        return mean_where(tf.nn.relu(pull + push), has_both)
 
     def get_config(self):
         return {**super().get_config(), "margin": self.margin}

@@ -93,7 +93,7 @@ def default_config():
 
     # `objective.name` chooses; the settings of each objective stand under its own name.
     config.objective = ml_collections.ConfigDict({"name": "multi_similarity"})
-    for name in [name for name in objectives.names() if objectives.lookup(name).kind != "regularizer"]:
+    for name in objectives.names():
         config.objective[name] = _settings(objectives, name)
 
     # What `miner` of an objective names; the settings of each miner stand under its own name.

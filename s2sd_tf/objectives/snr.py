@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from s2sd_tf.checks import check_at_least
-from s2sd_tf.objectives.base import TupleObjective, register
+from s2sd_tf.objectives.base import TupleObjective, register, zero_diagonal
 from s2sd_tf.objectives.triplet import all_triplet_hinges, triplet_hinges
 
 
@@ -59,6 +59,8 @@ def noise_to_signal(embeddings):
     variances = tf.reduce_mean(tf.square(centered), axis=1)
     covariances = tf.matmul(centered, centered, transpose_b=True) / tf.cast(tf.shape(embeddings)[1], embeddings.dtype)
     noise = tf.nn.relu(variances[:, None] + variances[None, :] - 2.0 * covariances)
-    noise = tf.linalg.set_diag(noise, tf.zeros_like(variances))
+    noise = zero_diagonal(noise)
     constant = variances[:, None] < 1e-12
-    return tf.where(constant, 0.0, noise / tf.where(constant, 1.0, variances[:, None]))
+    # Tensors, as a graph takes a number beside float64 for float32.
+    signal = tf.where(constant, tf.ones_like(variances[:, None]), variances[:, None])
+    return tf.where(constant, tf.zeros_like(noise), noise / signal)

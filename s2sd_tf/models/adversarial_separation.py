@@ -4,11 +4,11 @@ import tensorflow as tf
 
 from s2sd_tf.checks import check_at_least, checked_int
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.objectives.base import Objective, register
+from s2sd_tf.objectives.base import unit_rows
 
 
-@register("adversarial_separation")
-class AdversarialSeparation(Objective):
+@keras.utils.register_keras_serializable("s2sd_tf")
+class AdversarialSeparation(keras.layers.Layer):
     """Adversarial separation of two embeddings (Roth et al., "MIC: Mining Interclass Characteristics for Improved
     Metric Learning", ICCV 2019). A two-layer network R maps the other embedding y into the space of x and learns
     to agree with it, while both embeddings get the reversed gradient and learn to be unlike:
@@ -22,28 +22,22 @@ class AdversarialSeparation(Objective):
         other_dim: int >= 1, dimension of y.
         hidden_dim: int >= 1, width of R.
         weight: float >= 0.
-        learning_rate_multiplier, name, dtype: see `Objective`.
+        name: name of the layer.
+        dtype: "float32" (default) or "float64".
 
     Example:
-        >>> separate = s2sd_tf.objectives.get("adversarial_separation", embedding_dim=128, other_dim=128)
+        >>> separate = s2sd_tf.models.AdversarialSeparation(embedding_dim=128, other_dim=128)
         >>> loss = objective(x, labels) + other_objective(y, other_labels) + separate(x, y)
     """
 
-    kind = "regularizer"
-    formula = "-w mean |x * R(y)|^2, gradients of x and y reversed"
-    paper = "Roth et al., ICCV 2019"
-    cost = "B D H"
-
-    def __init__(self, embedding_dim=None, other_dim=None, hidden_dim=512, weight=1.0, **kwargs):
-        super().__init__(**kwargs)
-        for argument, value in (("embedding_dim", embedding_dim), ("other_dim", other_dim), ("hidden_dim", hidden_dim)):
-            if value is None:
-                raise ValueError(f"{argument}: expected an int >= 1. Received: None")
-            checked_int(argument, value, 1)
+    def __init__(self, embedding_dim, other_dim, hidden_dim=512, weight=1.0, name=None, dtype="float32", **kwargs):
+        super().__init__(name=name, dtype=dtype, **kwargs)
+        if self.compute_dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype: expected 'float32' or 'float64'. Received: {dtype!r}")
+        self.embedding_dim = checked_int("embedding_dim", embedding_dim, 1)
+        self.other_dim = checked_int("other_dim", other_dim, 1)
+        self.hidden_dim = checked_int("hidden_dim", hidden_dim, 1)
         check_at_least("weight", weight, 0)
-        self.embedding_dim = embedding_dim
-        self.other_dim = other_dim
-        self.hidden_dim = hidden_dim
         self.weight = weight
         self.hidden = keras.layers.Dense(hidden_dim, activation="relu", dtype=self.dtype_policy, name="hidden")
         self.projection = keras.layers.Dense(embedding_dim, dtype=self.dtype_policy, name="projection")
@@ -53,21 +47,19 @@ class AdversarialSeparation(Objective):
         self.projection.build((None, self.hidden_dim))
         super().build(input_shape)
 
-    def call(self, embeddings, others, training=False):
+    def call(self, embeddings, others):
         """The regulariser of a batch.
 
         Args:
             embeddings: float tensor `(batch, embedding_dim)`.
             others: float tensor `(batch, other_dim)`.
-            training: bool; nothing depends on it.
 
         Returns:
             Scalar tensor in `[-weight, 0]`.
         """
-        del training
-        embeddings = reverse_gradient(self.prepare(tf.cast(embeddings, self.compute_dtype)))
-        others = reverse_gradient(self.prepare(tf.cast(others, self.compute_dtype)))
-        predicted = self.prepare(self.projection(self.hidden(others)))
+        embeddings = reverse_gradient(unit_rows(tf.cast(embeddings, self.compute_dtype)))
+        others = reverse_gradient(unit_rows(tf.cast(others, self.compute_dtype)))
+        predicted = unit_rows(self.projection(self.hidden(others)))
         agreement = tf.reduce_sum(tf.square(embeddings * predicted), axis=1)
         return -self.weight * tf.reduce_mean(agreement)
 
