@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from s2sd_tf import evaluation
-from s2sd_tf.evaluation.projector import save_projector
-from s2sd_tf.evaluation.report import save_report, thumbnail
+from s2sd_tf.reporting.projector import save_projector
+from s2sd_tf.reporting.report import save_report, thumbnail
 
 EVIL = "</script><script>alert('x')</script> & \"quotes\" <b>"
 # Elements that have no end.

@@ -27,11 +27,11 @@ from dataset_layouts import write_annotations, write_image
 from s2sd_tf import data, evaluation, export, serving
 from s2sd_tf.data import annotations
 from s2sd_tf.evaluation.embeddings import write_shard
-from s2sd_tf.evaluation.pictures import save_curves, save_matches
-from s2sd_tf.evaluation.projector import save_projector
-from s2sd_tf.evaluation.report import save_report
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models.backbones.state_dict import read_state_dict
+from s2sd_tf.reporting.pictures import save_curves, save_matches
+from s2sd_tf.reporting.projector import save_projector
+from s2sd_tf.reporting.report import save_report
 from s2sd_tf.serving.encoder import read_image, read_image_under
 from s2sd_tf.untrusted import MAX_PIXELS, image_excess
 

@@ -17,10 +17,10 @@ from s2sd_tf.cli import app
 from s2sd_tf.cli.tables import metrics_table
 from s2sd_tf.data import Preprocessing, load_image_folder
 from s2sd_tf.evaluation import exact
-from s2sd_tf.evaluation.projector import save_projector
-from s2sd_tf.evaluation.report import save_report
 from s2sd_tf.export import load_model
 from s2sd_tf.files import check_replaceable, write_json
+from s2sd_tf.reporting.projector import save_projector
+from s2sd_tf.reporting.report import save_report
 from s2sd_tf.serving import Encoder
 from s2sd_tf.serving.encoder import decode_image, read_image, read_image_under
 from s2sd_tf.training import load_run

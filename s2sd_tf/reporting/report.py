@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from s2sd_tf.checks import check_file_to_write
-from s2sd_tf.evaluation.exact import normalized, take
-from s2sd_tf.evaluation.pictures import RIGHT, WRONG, as_picture
+from s2sd_tf.evaluation.rows import normalized, take
 from s2sd_tf.files import replacing
+from s2sd_tf.reporting.pictures import RIGHT, WRONG, as_picture
 
 _THUMBNAIL = 112
 _LINES = ("#1f5fa8", "#d1701f", "#2e8b57", "#8e44ad")
