@@ -108,13 +108,7 @@ def _main(_):
     print("\n" + "\n".join(lines))
     output = _OUTPUT.value or (_WORKDIR.value and os.path.join(_WORKDIR.value, "evaluation.json"))
     if output:
-        intervals = first.confidence_intervals(seed=_SEED.value)
-        classes, counts, means = first.per_class()
-        per_class = {
-            queries.names[label]: {"queries": int(count), **{name: float(means[name][i]) for name in means}}
-            for i, (label, count) in enumerate(zip(classes.tolist(), counts))
-        }
-        write_json(output, _finite({**results, "space": more, "intervals": intervals, "per_class": per_class}))
+        write_json(output, _finite({**results, "space": more, **_details(first, queries)}))
     if _REPORT.value:
         _report(queries, gallery, ids, first, results, more, metrics[0])
         print(f"\nReport: {_REPORT.value}")
@@ -122,6 +116,16 @@ def _main(_):
         labels = [queries.names[label] for label in queries.labels.tolist()]
         save_projector(_PROJECTOR.value, queries.rows, labels, queries.ids, queries.image)
         print(f"\ntensorboard --logdir={_PROJECTOR.value} shows the projector.")
+
+
+def _details(result, queries):
+    """Intervals of the metrics, and the metrics of every class, for JSON."""
+    classes, counts, means = result.per_class()
+    per_class = {
+        queries.names[label]: {"queries": int(count), **{name: float(means[name][i]) for name in means}}
+        for i, (label, count) in enumerate(zip(classes.tolist(), counts))
+    }
+    return {"intervals": result.confidence_intervals(seed=_SEED.value), "per_class": per_class}
 
 
 def _shared_ids(queries, gallery):

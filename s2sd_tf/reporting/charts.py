@@ -10,6 +10,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from threadpoolctl import threadpool_limits
 
 from s2sd_tf.evaluation.rows import normalized, take
 
@@ -116,7 +117,9 @@ def _flat(rows):
     # t-SNE has no answer where all are equal.
     if len(rows) >= 10 and rows.shape[1] > 2 and rows.std(axis=0).max() > 1e-6:
         perplexity = min(30.0, (len(rows) - 1) / 3)
-        flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine").fit_transform(rows)
+        # Its threads wait for each other a thousand times: on a busy machine many times longer than they compute.
+        with threadpool_limits(1):
+            flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine").fit_transform(rows)
         return np.nan_to_num(flat), "t-SNE"
     flat = PCA(min(2, *rows.shape)).fit_transform(rows)
     return np.nan_to_num(np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))), "principal components"
