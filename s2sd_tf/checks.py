@@ -41,6 +41,12 @@ def check_bool(argument, value):
         raise ValueError(f"{argument}: expected a bool. Received: {value!r}")
 
 
+def check_choice(argument, value, choices):
+    """Raises ValueError where `value` is none of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{argument}: expected one of {choices}. Received: {value!r}")
+
+
 def checked_int(argument, value, least):
     """`value` as an int.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -98,6 +99,16 @@ def read_json(path):
             return json.load(file)
         except ValueError as error:
             raise ValueError(f"{path}: expected JSON. Received: {error}") from error
+
+
+def sha256(*paths):
+    """SHA-256 of the content of files, one after another, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _move(temporary, path, aside):

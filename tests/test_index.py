@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from s2sd_tf import evaluation
 from s2sd_tf.evaluation import embeddings as embeddings_module
-from s2sd_tf.evaluation import index as index_module
+from s2sd_tf.evaluation import scann_index, scann_searcher
 
 KINDS = {"brute_force": (10**6, 10**6), "hashing": (10, 10**6), "tree": (5, 10)}
 
@@ -23,8 +23,8 @@ def clustered(size, dim=16, classes=60, seed=0):
 
 def of_kind(kind, monkeypatch):
     brute_force, tree = KINDS[kind]
-    monkeypatch.setattr(index_module, "BRUTE_FORCE_SIZE", brute_force)
-    monkeypatch.setattr(index_module, "TREE_SIZE", tree)
+    monkeypatch.setattr(scann_searcher, "BRUTE_FORCE_SIZE", brute_force)
+    monkeypatch.setattr(scann_searcher, "TREE_SIZE", tree)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
@@ -52,15 +52,15 @@ def test_scann_is_tuned_to_the_recall(kind, metric, monkeypatch):
 
 
 def test_small_galleries_are_searched_by_brute_force_and_larger_ones_not():
-    assert index_module.settings_for(19_999, True)["kind"] == "brute_force"
-    assert index_module.settings_for(20_000, True)["kind"] == "hashing"
-    assert index_module.settings_for(99_999, True)["kind"] == "hashing"
-    assert index_module.settings_for(1_000_000, True)["leaves"] == 2000
+    assert scann_searcher.settings_for(19_999, True)["kind"] == "brute_force"
+    assert scann_searcher.settings_for(20_000, True)["kind"] == "hashing"
+    assert scann_searcher.settings_for(99_999, True)["kind"] == "hashing"
+    assert scann_searcher.settings_for(1_000_000, True)["leaves"] == 2000
 
 
 def test_a_recall_that_quantisation_cannot_reach_is_left_to_brute_force(monkeypatch):
     of_kind("hashing", monkeypatch)
-    monkeypatch.setattr(index_module.ScannIndex, "_found", _only_exact(index_module.ScannIndex._found))
+    monkeypatch.setattr(scann_index.ScannIndex, "_found", _only_exact(scann_index.ScannIndex._found))
     rows = clustered(600)
     index = evaluation.build_index(rows, recall=1.0)
     assert index.settings == {"kind": "brute_force"}

@@ -1,25 +1,66 @@
 """The package as a whole: what it exports, how its parts may depend on each other, its version."""
 
 import ast
+import graphlib
 import importlib.metadata
 import pathlib
+
+import pytest
 
 import s2sd_tf
 
 PACKAGE = pathlib.Path(s2sd_tf.__file__).parent
-# What each part may import from, beside itself and the single modules of the package.
-ALLOWED = {
+# What each part may import from, beside itself and the single modules of the package, which import none of them.
+LAYERS = {
     "distillation": set(),
     "mining": set(),
     "objectives": {"mining"},
+    "losses": {"objectives", "distillation"},
     "data": set(),
     "evaluation": set(),
+    "reporting": {"evaluation"},
     "export": {"evaluation"},
     "serving": {"data", "evaluation", "export"},
-    "models": {"objectives", "distillation"},
-    "training": {"mining", "models", "data", "evaluation", "export", "objectives", "distillation"},
-    "cli": {"training", "evaluation", "export", "serving", "data", "models"},
-}
+    "models": {"losses", "objectives", "distillation"},
+    "training": {
+        "models", "data", "evaluation", "reporting", "export", "losses", "objectives", "mining", "distillation"
+    },
+    "cli": {"training", "evaluation", "reporting", "export", "serving", "data", "models"},
+}  # fmt: skip
+
+
+def imports(package):
+    """The modules of a package, by their dotted names, to the set of those that each imports, in functions too.
+
+    `from package.part import name` is an import of `package.part.name` where that is a module, else of `package.part`.
+    That importing a module runs the `__init__` of the packages around it is left out: these import their modules, and a
+    module whose import of a sibling was read as one of `__init__` would be in a circle always.
+    """
+    modules = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found = {}
+    for name, path in modules.items():
+        imported = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: expected absolute imports"
+                whole = [f"{node.module}.{alias.name}" for alias in node.names]
+                imported.update(module if module in modules else node.module for module in whole)
+            elif isinstance(node, ast.Import):
+                imported.update(alias.name for alias in node.names)
+        found[name] = imported & set(modules)
+    return found
+
+
+def circle(graph):
+    """The modules of a circle of imports, each of which is imported by the next; None where there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return None
 
 
 def test_public_names():
@@ -29,20 +70,39 @@ def test_public_names():
 
 
 def test_dependencies_point_one_way():
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).parts
-        if len(parts) == 1:
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
-            elif isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            for name in names:
-                pieces = name.split(".")
-                if pieces[0] == "s2sd_tf" and len(pieces) > 1 and pieces[1] in ALLOWED:
-                    assert pieces[1] == parts[0] or pieces[1] in ALLOWED[parts[0]], f"{path}: {name}"
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} <= set(LAYERS), "a part has no place in LAYERS"
+    graph = imports(PACKAGE)
+    del graph["s2sd_tf"]
+    for module, imported in graph.items():
+        part = module.split(".")[1]
+        allowed = {part, *LAYERS.get(part, ())}
+        for other in imported:
+            assert set(other.split(".")[1:2]) & set(LAYERS) <= allowed, f"{module} imports {other}"
+
+
+def test_no_modules_import_each_other():
+    assert circle(imports(PACKAGE)) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"a.py": "import package.b", "b.py": "def f():\n    from package import a"}, {"package.a", "package.b"}),
+        ({"a.py": "from package.b import x", "b.py": "from package.c.d import y", "c/d.py": "from package.a import z"},
+         {"package.a", "package.b", "package.c.d"}),
+        ({"a.py": "from package import c", "c/__init__.py": "from package.c.d import y", "c/d.py": "import package.a"},
+         {"package.a", "package.c", "package.c.d"}),
+        ({"a.py": "from package.c.e import x", "c/__init__.py": "from package.c.d import y",
+          "c/d.py": "from package.c.e import x", "c/e.py": "import os"}, None),
+    ],
+)  # fmt: skip
+def test_circles_are_found(content, expected, tmp_path):
+    for name, text in {"__init__.py": "from package import a", **content}.items():
+        path = tmp_path / "package" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    found = circle(imports(tmp_path / "package"))
+    assert (found and set(found)) == expected
 
 
 def test_keras_is_tf_keras_everywhere():

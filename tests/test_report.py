@@ -1,28 +1,29 @@
 """The HTML page and the projector's files."""
 
 import html.parser
-import json
 import re
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from s2sd_tf import evaluation
-from s2sd_tf.evaluation.projector import save_projector
-from s2sd_tf.evaluation.report import save_report, thumbnail
+from s2sd_tf.reporting import EmbeddedImages, save_projector, save_report
+from s2sd_tf.reporting.charts import embedding_map
+from s2sd_tf.reporting.pictures import data_uri
 
 EVIL = "</script><script>alert('x')</script> & \"quotes\" <b>"
 # Elements that have no end.
-VOID = {"meta", "link", "img", "br", "line", "polyline", "polygon"}
+VOID = {"meta", "link", "img", "br"}
 
 
 class Page(html.parser.HTMLParser):
-    """The elements of a page, which have to be closed in order, and the data of its scripts."""
+    """The elements of a page, which have to be closed in order, its text, and what its points say."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.elements, self.scripts, self.text = [], [], [], ""
+        self.open, self.elements, self.points, self.text = [], [], [], ""
         self.feed(text)
         self.close()
         assert self.open == []
@@ -39,8 +40,8 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] == "script":
-            self.scripts.append(data)
+        if self.open[-2:] in (["use", "title"], ["path", "title"]):
+            self.points.append(data)
         elif not self.open or self.open[-1] != "style":
             self.text += data
 
@@ -53,10 +54,11 @@ def queries():
     return generator.normal(size=(7, 5))[labels] + 0.4 * generator.normal(size=(49, 5)), labels
 
 
-def report(path, rows, labels, **settings):
-    ids = np.arange(len(labels))
-    found = evaluation.find_neighbors(rows, rows, 4, ids, ids)
-    save_report(str(path), evaluation.evaluate_retrieval(rows, labels), found, rows, **settings)
+def report(path, rows, labels, names=None, ids=None, image=None, **settings):
+    positions = np.arange(len(labels))
+    found = evaluation.find_neighbors(rows, rows, 4, positions, positions)
+    queries = EmbeddedImages(rows, labels, names, ids, image)
+    save_report(str(path), evaluation.evaluate_retrieval(rows, labels), found, queries, **settings)
     return path.read_text(encoding="utf-8")
 
 
@@ -65,24 +67,27 @@ def test_the_page_is_whole_and_needs_nothing_else(queries, tmp_path):
     pictures = np.random.default_rng(0).random((49, 6, 5, 3))
     names = {label: f"{EVIL} {label}" for label in range(7)}
     text = report(
-        tmp_path / "report.html", rows, labels, class_names=names, ids=[EVIL] * 49, image=lambda i: pictures[i],
+        tmp_path / "report.html", rows, labels, names=names, ids=[EVIL] * 49, image=lambda i: pictures[i],
         title=EVIL, about=EVIL, table={"exact": {"recall@1": 0.25, EVIL: 0.5, "ratio": float("nan")}},
     )  # fmt: skip
     page = Page(text)
     kinds = [tag for tag, _ in page.elements]
-    assert kinds.count("script") == 2
+    assert kinds.count("svg") == 3
     assert kinds.count("h2") == 8
-    assert not set(kinds) & {"iframe", "object", "embed", "base", "b"}
+    assert not set(kinds) & {"script", "iframe", "object", "embed", "base", "b"}
+    policies = [attributes["content"] for _, attributes in page.elements if "http-equiv" in attributes]
+    assert policies == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
     for _, attributes in page.elements:
         for name in ("src", "href"):
-            assert attributes.get(name, "data:").startswith("data:")
+            assert attributes.get(name, "data:").startswith(("data:", "#"))
     assert "url(" not in text
     assert "@import" not in text
-    assert "http" not in re.sub(r"data:[^\"]*", "", text)
-    points = json.loads(page.scripts[0])
-    assert len(points) == 49
-    assert all(0 <= x <= 1 and 0 <= y <= 1 for x, y, _, _ in points)
-    assert points[0][3] == f"{EVIL} 0 · {EVIL}"
+    assert "http" not in re.sub(r"data:[^\"]*|http-equiv", "", text)
+    assert page.points == [f"{EVIL} {label} · {EVIL}" for label in labels]
+    # What is referred to is there, once.
+    names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert {attributes["href"][1:] for tag, attributes in page.elements if tag == "use"} <= set(names)
+    assert len(set(names)) == len(names)
     assert "25.0" in page.text
     assert "1 of them without a positive" in page.text
     # Five queries of each kind with four neighbours.
@@ -95,25 +100,48 @@ def test_without_images_names_or_ids_and_with_a_gallery(queries, tmp_path):
     assert "position " in report(tmp_path / "a.html", rows, labels)
     result = evaluation.evaluate_retrieval(rows[:9], labels[:9], rows, labels)
     found = evaluation.find_neighbors(rows[:9], rows, 3)
-    save_report(str(tmp_path / "b.html"), result, found, rows[:9], gallery=rows, gallery_labels=labels)
-    Page((tmp_path / "b.html").read_text(encoding="utf-8"))
+    gallery = EmbeddedImages(rows, labels, ids=[f"item {i}" for i in range(49)])
+    save_report(str(tmp_path / "b.html"), result, found, EmbeddedImages(rows[:9], labels[:9]), gallery)
+    text = (tmp_path / "b.html").read_text(encoding="utf-8")
+    assert len(Page(text).points) == 9
+    assert 'title="item 3"' in text
+    assert 'title="position 3"' in text
 
 
 def test_a_collapsed_embedding(tmp_path):
-    page = Page(report(tmp_path / "report.html", np.ones((40, 5)), np.arange(40) // 4))
-    assert np.isfinite(np.array([point[:2] for point in json.loads(page.scripts[0])])).all()
+    text = report(tmp_path / "report.html", np.ones((40, 5)), np.arange(40) // 4)
+    assert Page(text).points == [str(i // 4) for i in range(40)]
+    assert "nan" not in text
 
 
 @pytest.mark.parametrize(("size", "dim"), [(2, 1), (3, 2), (12, 3)])
 def test_tiny_sets(size, dim, tmp_path):
     rows = np.random.default_rng(0).normal(size=(size, dim))
-    Page(report(tmp_path / "report.html", rows, np.zeros(size, int)))
+    assert len(Page(report(tmp_path / "report.html", rows, np.zeros(size, int))).points) == size
+
+
+def test_the_same_page_is_written_again(queries, tmp_path):
+    assert report(tmp_path / "a.html", *queries) == report(tmp_path / "b.html", *queries)
+
+
+def test_points_of_a_map_are_those_of_their_titles():
+    angles = np.radians([0, 150, 50, 100])
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    svg, _ = embedding_map(rows, np.array([0, 1, 0, 1]), str, np.random.default_rng(0))
+    found = {}
+    for element in xml.etree.ElementTree.fromstring(svg).iter():
+        if element.find("title") is not None:
+            found[element.find("title").text] = element.attrib
+    assert sorted(found) == ["0", "1", "2", "3"]
+    colors = [found[str(i)]["style"].split(";")[0] for i in range(4)]
+    assert colors[0] == colors[2] != colors[1] == colors[3]
+    across = np.argsort([float(found[name]["x"]) for name in "0123"]).tolist()
+    assert across in ([0, 2, 3, 1], [1, 3, 2, 0])
 
 
 def test_thumbnails():
     for pixels in (np.zeros((300, 20), np.uint8), np.ones((5, 9, 1)), np.ones((4, 4, 3), np.float32)):
-        assert thumbnail(pixels).startswith("data:image/")
-    assert thumbnail(None) is None
+        assert data_uri(pixels).startswith("data:image/")
 
 
 def test_projector(queries, tmp_path):

@@ -2,6 +2,8 @@
 
 import ast
 import contextlib
+import html
+import html.parser
 import http.server
 import io
 import json
@@ -27,11 +29,9 @@ from dataset_layouts import write_annotations, write_image
 from s2sd_tf import data, evaluation, export, serving
 from s2sd_tf.data import annotations
 from s2sd_tf.evaluation.embeddings import write_shard
-from s2sd_tf.evaluation.pictures import save_curves, save_matches
-from s2sd_tf.evaluation.projector import save_projector
-from s2sd_tf.evaluation.report import save_report
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models.backbones.state_dict import read_state_dict
+from s2sd_tf.reporting import EmbeddedImages, save_curves, save_matches, save_projector, save_report
 from s2sd_tf.serving.encoder import read_image, read_image_under
 from s2sd_tf.untrusted import MAX_PIXELS, image_excess
 
@@ -370,16 +370,20 @@ class TestPages:
         found = evaluation.find_neighbors(rows, rows, 3)
         ids = [f"{self.EVIL[i % 4]}{i}" for i in range(16)]
         save_report(
-            tmp_path / "report.html", result, found, rows, class_names=self.EVIL, ids=ids,
+            tmp_path / "report.html", result, found, EmbeddedImages(rows, labels, self.EVIL, ids),
             title=self.EVIL[0], about=self.EVIL[1], table={self.EVIL[0]: result.means()},
         )  # fmt: skip
         page = (tmp_path / "report.html").read_text(encoding="utf-8")
-        scripts = re.findall(r"<script[^>]*>", page)
-        assert scripts == ['<script type="application/json" id="points">', "<script>"]
-        assert page.count("</script>") == 2
-        assert not re.findall(r"<img[^>]*onerror|onload=\"x", page)
-        points = json.loads(page.split('id="points">')[1].split("</script>")[0])
-        assert {point[3] for point in points} == {f"{self.EVIL[i // 4]} · {name}" for i, name in enumerate(ids)}
+        found = []
+        parser = html.parser.HTMLParser()
+        parser.handle_starttag = lambda tag, attributes: found.extend([tag, *(name for name, _ in attributes)])
+        parser.feed(page)
+        assert not [name for name in found if name == "script" or name.startswith("on")]
+        # What the browser is told: no rule for scripts lets any run.
+        assert "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in page
+        points = [html.unescape(title) for title in re.findall(r"<title>([^<]*)</title></(?:use|path)>", page)]
+        expected = [f"{self.EVIL[i // 4]} · {name}" for i, name in enumerate(ids)]
+        assert points == [text.encode(errors="backslashreplace").decode() for text in expected]
 
     def test_names_are_text_in_pictures_and_the_projector(self, tmp_path):
         save_matches(tmp_path / "found.png", [[(np.zeros((4, 4)), name) for name in self.EVIL]])
@@ -464,7 +468,7 @@ class TestOutputs:
             lambda: data.write_shards(data.RetrievalSplit(images, images), str(mine)),
             lambda: evaluation.build_index(rows, method="exact").save(mine),
             lambda: save_projector(mine, rows),
-            lambda: save_report(mine, result, found, rows),
+            lambda: save_report(mine, result, found, EmbeddedImages(rows, [0, 0, 1, 1])),
             lambda: save_curves(mine, {"a": {"b": ([1], [2])}}),
             lambda: save_matches(mine, [[(np.zeros((2, 2)), "a")]]),
         ):

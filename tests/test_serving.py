@@ -241,8 +241,8 @@ def test_a_retrieval_saved_model_in_another_process(
     kind, metric, encoder_path, images, tmp_path, run_python, monkeypatch
 ):
     sizes = {"hashing": (10, 10**6), "tree": (5, 10)}.get(kind, (10**6, 10**6))
-    monkeypatch.setattr("s2sd_tf.evaluation.index.BRUTE_FORCE_SIZE", sizes[0])
-    monkeypatch.setattr("s2sd_tf.evaluation.index.TREE_SIZE", sizes[1])
+    monkeypatch.setattr("s2sd_tf.evaluation.scann_searcher.BRUTE_FORCE_SIZE", sizes[0])
+    monkeypatch.setattr("s2sd_tf.evaluation.scann_searcher.TREE_SIZE", sizes[1])
     items = [item for item in list_images(images) if item.id not in BROKEN]
     rows = Encoder(encoder_path)([content_of(item) for item in items])
     labels = [item.label for item in items]

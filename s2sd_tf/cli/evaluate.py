@@ -6,7 +6,6 @@ s2sd-evaluate --embeddings=embeddings.npz
 """
 
 import os
-from typing import NamedTuple
 
 import numpy as np
 from absl import flags
@@ -16,11 +15,9 @@ from s2sd_tf.checks import check_file_to_write
 from s2sd_tf.cli import app
 from s2sd_tf.cli.tables import metrics_table
 from s2sd_tf.data import Preprocessing, load_image_folder
-from s2sd_tf.evaluation import exact
-from s2sd_tf.evaluation.projector import save_projector
-from s2sd_tf.evaluation.report import save_report
 from s2sd_tf.export import load_model
 from s2sd_tf.files import check_replaceable, write_json
+from s2sd_tf.reporting import EmbeddedImages, save_projector, save_report
 from s2sd_tf.serving import Encoder
 from s2sd_tf.serving.encoder import decode_image, read_image, read_image_under
 from s2sd_tf.training import load_run
@@ -54,16 +51,6 @@ _MEMORY = flags.DEFINE_integer("memory_mib", 512, "MiB that exact search may tak
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write; with --workdir: evaluation.json in it.")
 _REPORT = flags.DEFINE_string("report", None, "HTML page to write, which needs no other file.")
 _PROJECTOR = flags.DEFINE_string("projector", None, "Folder to write for TensorBoard's embedding projector.")
-
-
-class Part(NamedTuple):
-    """Embeddings to evaluate: float rows, int labels, their names, ids or None, function to an image or None."""
-
-    rows: np.ndarray
-    labels: np.ndarray
-    names: dict
-    ids: list
-    image: object
 
 
 def main():
@@ -121,13 +108,7 @@ def _main(_):
     print("\n" + "\n".join(lines))
     output = _OUTPUT.value or (_WORKDIR.value and os.path.join(_WORKDIR.value, "evaluation.json"))
     if output:
-        intervals = first.confidence_intervals(seed=_SEED.value)
-        classes, counts, means = first.per_class()
-        per_class = {
-            queries.names[label]: {"queries": int(count), **{name: float(means[name][i]) for name in means}}
-            for i, (label, count) in enumerate(zip(classes.tolist(), counts))
-        }
-        write_json(output, _finite({**results, "space": more, "intervals": intervals, "per_class": per_class}))
+        write_json(output, _finite({**results, "space": more, **_details(first, queries)}))
     if _REPORT.value:
         _report(queries, gallery, ids, first, results, more, metrics[0])
         print(f"\nReport: {_REPORT.value}")
@@ -135,6 +116,16 @@ def _main(_):
         labels = [queries.names[label] for label in queries.labels.tolist()]
         save_projector(_PROJECTOR.value, queries.rows, labels, queries.ids, queries.image)
         print(f"\ntensorboard --logdir={_PROJECTOR.value} shows the projector.")
+
+
+def _details(result, queries):
+    """Intervals of the metrics, and the metrics of every class, for JSON."""
+    classes, counts, means = result.per_class()
+    per_class = {
+        queries.names[label]: {"queries": int(count), **{name: float(means[name][i]) for name in means}}
+        for i, (label, count) in enumerate(zip(classes.tolist(), counts))
+    }
+    return {"intervals": result.confidence_intervals(seed=_SEED.value), "per_class": per_class}
 
 
 def _shared_ids(queries, gallery):
@@ -158,19 +149,13 @@ def _report(queries, gallery, ids, result, results, more, metric):
         _REPORT.value,
         result,
         found,
-        queries.rows,
-        **({} if gallery is None else {
-            "gallery": gallery.rows, "gallery_labels": gallery.labels, "gallery_ids": gallery.ids,
-            "gallery_image": gallery.image,
-        }),
-        class_names={**searched.names, **queries.names},
-        ids=queries.ids,
-        image=queries.image,
+        queries,
+        gallery,
         title="Retrieval evaluation",
         about=f"{os.path.basename(os.path.normpath(about))}, {queries.rows.shape[1]} dimensions",
         table=rows,
         seed=_SEED.value,
-    )  # fmt: skip
+    )
 
 
 def _of_workdir():
@@ -210,13 +195,13 @@ def _embed_files(encoder, images, batch=64):
 
 
 def _part(rows, images, names=None):
-    """`Part` of an `ImageSet`, whose classes get their positions in `names`."""
+    """`EmbeddedImages` of an `ImageSet`, whose classes get their positions in `names`."""
     names = list(names or images.class_names)
     position = np.array([names.index(name) for name in images.class_names])
     shown = {"pixels": lambda i: images.images[i], "paths": lambda i: read_image(str(images.images[i]))}
     image = shown.get(images.kind, lambda i: decode_image(images.encoded(i)))
     ids = [os.path.realpath(path) for path in images.images] if images.kind == "paths" else None
-    return Part(rows, position[images.labels], dict(enumerate(names)), ids, image)
+    return EmbeddedImages(rows, position[images.labels], dict(enumerate(names)), ids, image)
 
 
 def _of_embeddings():
@@ -244,7 +229,9 @@ def _of_embeddings():
     parts, start = [], 0
     for rows, labels, ids, root in read:
         image = _under(root, ids) if root and ids else None
-        parts.append(Part(rows, codes[start : start + len(labels)], dict(enumerate(names.tolist())), ids, image))
+        parts.append(
+            EmbeddedImages(rows, codes[start : start + len(labels)], dict(enumerate(names.tolist())), ids, image)
+        )
         start += len(labels)
     return parts[0], parts[1] if len(parts) > 1 else None
 
@@ -277,7 +264,6 @@ def _ints(flag):
 
 def _is_unit(rows):
     some = np.asarray(rows[:10_000], np.float64)
-    exact.check_finite("embeddings", some)
     return bool(np.all(np.abs(np.linalg.norm(some, axis=1) - 1.0) < 1e-3))
 
 

@@ -1,12 +1,13 @@
-"""Nearest neighbours, indexes, metrics, a Keras callback, reports and pictures; all on plain arrays."""
+"""Nearest neighbours, indexes, metrics, a Keras callback; all on plain arrays."""
 
 from s2sd_tf.evaluation.callback import RetrievalEvaluation
 from s2sd_tf.evaluation.clustering import clustering_metrics
 from s2sd_tf.evaluation.embeddings import EmbeddingShards, read_embeddings
 from s2sd_tf.evaluation.geometry import embedding_geometry
-from s2sd_tf.evaluation.index import ScannIndex, build_index, load_index
 from s2sd_tf.evaluation.metrics import RetrievalResult, evaluate_retrieval, retrieval_metrics
-from s2sd_tf.evaluation.neighbors import Neighbors, find_neighbors
+from s2sd_tf.evaluation.neighbors import Neighbors
+from s2sd_tf.evaluation.scann_index import ScannIndex
+from s2sd_tf.evaluation.search import build_index, find_neighbors, load_index
 
 __all__ = [
     "EmbeddingShards",

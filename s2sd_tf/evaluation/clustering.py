@@ -4,9 +4,9 @@ import logging
 
 import numpy as np
 
-from s2sd_tf.checks import checked_int
-from s2sd_tf.evaluation.exact import METRICS, check_finite, normalized
-from s2sd_tf.evaluation.neighbors import check_choice, checked_labels, checked_rows
+from s2sd_tf.checks import check_choice, checked_int
+from s2sd_tf.evaluation.neighbors import METRICS
+from s2sd_tf.evaluation.rows import checked_labels, checked_rows, normalized
 
 
 def clustering_metrics(embeddings, labels, num_clusters=None, metric="cosine", iterations=20, restarts=1, seed=0):
@@ -32,12 +32,16 @@ def clustering_metrics(embeddings, labels, num_clusters=None, metric="cosine", i
         ValueError: a bad argument, or fewer items than clusters.
         ImportError: faiss is missing.
     """
-    labels, embeddings = checked_labels("labels", labels), checked_rows("embeddings", embeddings)
-    if len(labels) != embeddings.shape[0]:
-        raise ValueError(f"labels: expected one for each of {embeddings.shape[0]}. Received: {len(labels)}")
+    check_choice("metric", metric, METRICS)
+    rows = np.asarray(checked_rows("embeddings", embeddings)[:])
+    labels = checked_labels("labels", labels, rows)
     if num_clusters is None:
         num_clusters = max(1, len(np.unique(labels)))
-    clusters = kmeans(embeddings, num_clusters, metric, iterations, restarts, seed)
+    num_clusters = checked_int("num_clusters", num_clusters, 1)
+    if num_clusters > len(rows):
+        raise ValueError(f"num_clusters: expected at most the number of rows, {len(rows)}. Received: {num_clusters}")
+    iterations, restarts = checked_int("iterations", iterations, 1), checked_int("restarts", restarts, 1)
+    clusters = _kmeans(rows, num_clusters, metric, iterations, restarts, checked_int("seed", seed, 0))
     return cluster_agreement(labels, clusters)
 
 
@@ -60,14 +64,8 @@ def cluster_agreement(labels, clusters):
     }
 
 
-def kmeans(embeddings, num_clusters, metric="cosine", iterations=20, restarts=1, seed=0):
+def _kmeans(rows, num_clusters, metric, iterations, restarts, seed):
     """The cluster of every row, int64 `(n,)`, by faiss's k-means; see `clustering_metrics`."""
-    rows = np.asarray(checked_rows("embeddings", embeddings)[:])
-    check_finite("embeddings", rows)
-    check_choice("metric", metric, METRICS)
-    num_clusters = checked_int("num_clusters", num_clusters, 1)
-    if num_clusters > len(rows):
-        raise ValueError(f"num_clusters: expected at most the number of rows, {len(rows)}. Received: {num_clusters}")
     # It tells which of its libraries it loads.
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     try:
@@ -78,9 +76,9 @@ def kmeans(embeddings, num_clusters, metric="cosine", iterations=20, restarts=1,
     search = faiss.Kmeans(
         rows.shape[1],
         num_clusters,
-        niter=checked_int("iterations", iterations, 1),
-        nredo=checked_int("restarts", restarts, 1),
-        seed=checked_int("seed", seed, 0),
+        niter=iterations,
+        nredo=restarts,
+        seed=seed,
         spherical=metric == "cosine",
         # All rows, however few there are for a cluster.
         min_points_per_centroid=1,

@@ -1,4 +1,7 @@
-"""Exact search: blocked matrix products in float32, in bounded memory, over galleries that may be on disk."""
+"""Exact search: blocked matrix products in float32, in bounded memory, over galleries that may be on disk.
+
+What is handed in was checked before.
+"""
 
 import concurrent.futures
 import contextlib
@@ -8,29 +11,127 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-METRICS = ("cosine", "euclidean")
+from s2sd_tf.evaluation.neighbors import Neighbors, padded
+from s2sd_tf.evaluation.rows import mean_row, normalized, take
+
+# Neighbours that are looked at beyond the k nearest, before distances are computed one by one.
+_MARGIN = 8
 # Columns that are looked at together: only where their maximum is among the best so far are they looked at singly.
 _GROUP = 32
 # Columns of a block of similarities at most, and how many times fewer rows it has: it should stay in the cache.
 _WIDTH, _FLATTER = 16_384, 8
 
 
-class Factor:
+def exact_neighbors(queries, gallery, k, metric="cosine", keys=None, memory_mib=512, progress=False):
+    """The k nearest gallery items of every query, as `Neighbors`.
+
+    Args:
+        queries, gallery: float rows `(queries, dim)` and `(gallery, dim)`, finite: an array, a memory-mapped file,
+            `EmbeddingShards`. The same object where the queries are the gallery: half of the work is saved.
+        k: int >= 1.
+        metric: "cosine" or "euclidean".
+        keys: `(query_keys, gallery_keys)`, int64 arrays; equal ones are no neighbours. Or None.
+        memory_mib: what blocks may take, beside the results and what is handed in.
+        progress: bool, show a progress bar.
+
+    Among equal similarities the lower position goes first. Euclidean distances are computed one by one in float64.
+    """
+    left, right = _factors(queries, gallery, metric)
+    if metric == "cosine":
+        return Neighbors(*_search(left, right, k, keys, memory_mib, progress))
+    # Some more, as those at the end may change places.
+    indices, _ = _search(left, right, min(k + _MARGIN, gallery.shape[0]), keys, memory_mib, progress)
+    indices, similarities = _exact_distances(queries, gallery, indices)
+    return padded(indices[:, :k], similarities[:, :k], k)
+
+
+def positive_ranks(
+    queries, gallery, query_labels, gallery_labels, metric="cosine", keys=None, memory_mib=512, progress=False
+):
+    """The ranks of every query's positives in the whole ranking of the gallery.
+
+    Args:
+        queries, gallery, metric, keys, memory_mib, progress: see `exact_neighbors`.
+        query_labels, gallery_labels: int64 arrays `(queries,)` and `(gallery,)`. A positive is an item of the query's
+            label with another key.
+
+    Ranks are those of float32 products: what is nearer to each other than these are exact, about 1e-7 for cosine and
+    1e-7 times the squared distances from the mean row for Euclidean, may change places.
+
+    Yields:
+        `(queries, ranks)`, for a block of queries at a time: int64 `(n,)`, their positions, and a list of n int64
+        arrays, the ranks of their positives from 1 on, ascending. Among equal similarities the lower position ranks
+        first, as in `exact_neighbors`.
+    """
+    left, right = _factors(queries, gallery, metric)
+    order = np.argsort(gallery_labels, kind="stable")
+    ordered = gallery_labels[order]
+    begin, end = np.searchsorted(ordered, query_labels, "left"), np.searchsorted(ordered, query_labels, "right")
+    wanted = np.flatnonzero(end > begin)
+    size = len(right)
+    # A product as wide as the gallery, twice where it is put together from parts.
+    height = max(1, min(1024, memory_mib * 2**20 // (8 * max(size, 1))))
+    width = _block_width(memory_mib, right.width)
+    whole = None
+    if 4 * size * right.width <= memory_mib * 2**18:
+        whole = np.empty((right.width, size), np.float32)
+        for first in range(0, size, width):
+            whole[:, first : first + width] = right.right(slice(first, min(first + width, size)))
+
+    def one(query, row):
+        positives = order[begin[query] : end[query]]
+        if keys is not None:
+            positives = positives[keys[1][positives] != keys[0][query]]
+        if not len(positives):
+            return np.empty(0, np.int64)
+        found = row[positives]
+        above = np.flatnonzero(row >= found.min())
+        if keys is not None:
+            above = above[keys[1][above] != keys[0][query]]
+        values = row[above]
+        ascending = np.sort(values)
+        after = np.searchsorted(ascending, found, "right")
+        ranks = len(ascending) - after + 1
+        equal = after - np.searchsorted(ascending, found, "left")
+        if (equal > 1).any():
+            place = np.empty(len(above), np.int64)
+            place[np.argsort(-values, kind="stable")] = np.arange(1, len(above) + 1)
+            ranks = place[np.searchsorted(above, positives)]
+        return np.sort(ranks)
+
+    bar = tqdm(total=len(wanted), desc="Ranking", unit="query", disable=not progress)
+    with bar, _workers() as pool, _full_precision(bool(tf.config.get_visible_devices("GPU"))):
+        for start in range(0, len(wanted), height):
+            chosen = wanted[start : start + height]
+            # A slice where possible, as nearly all are wanted, and in order.
+            begin_row, end_row = int(chosen[0]), int(chosen[-1]) + 1
+            near = end_row - begin_row <= 2 * height
+            rows = left.left(slice(begin_row, end_row))[chosen - begin_row] if near else left.left(chosen)
+            if whole is not None:
+                scores = np.asarray(tf.matmul(rows, whole))
+            else:
+                scores = np.empty((len(rows), size), np.float32)
+                for first in range(0, size, width):
+                    columns = right.right(slice(first, min(first + width, size)))
+                    scores[:, first : first + width] = np.asarray(tf.matmul(rows, columns))
+            yield chosen, list(pool.map(one, chosen, scores, chunksize=16))
+            bar.update(len(chosen))
+
+
+class _Factor:
     """One side of the product `left @ right.T` that gives the similarities of a metric.
 
     Cosine: the product of unit rows. Euclidean: minus the squared distance, as (2x, -|x|^2, 1) times (y, 1, -|y|^2);
     both sides are moved to the gallery's mean before, so that a distance is not the small rest of large numbers.
 
     Args:
-        rows: what gives float rows `(n, dim)` when sliced: an array, a memory-mapped file, `EmbeddingShards`.
-        name: str, what the rows are, for errors.
+        rows: what gives float rows `(n, dim)` when sliced.
         metric: "cosine" or "euclidean".
         center: float64 `(dim,)` for "euclidean".
     """
 
-    def __init__(self, rows, name, metric, center=None):
+    def __init__(self, rows, metric, center=None):
         self.rows = rows
-        self.name = name
         self.metric = metric
         self.center = center
 
@@ -42,29 +143,22 @@ class Factor:
         """int, length of the factors' rows."""
         return self.rows.shape[1] + (2 if self.metric == "euclidean" else 0)
 
-    def left(self, start, stop):
-        """float32 `(stop - start, width)`."""
-        return self._left(np.asarray(self.rows[start:stop]), start)
-
-    def left_at(self, positions):
-        """float32 `(len(positions), width)`, of some rows."""
-        return self._left(take(self.rows, positions), 0)
-
-    def _left(self, rows, start):
-        rows, squares = self._prepared(rows, start)
+    def left(self, chosen):
+        """float32 `(n, width)` of the rows that `chosen` names: a slice, or positions."""
+        rows, squares = self._prepared(chosen)
         if self.metric == "cosine":
             return rows
         return np.concatenate([2.0 * rows, -squares, np.ones_like(squares)], axis=1)
 
-    def right(self, start, stop):
-        """float32 `(width, stop - start)`."""
-        rows, squares = self._prepared(np.asarray(self.rows[start:stop]), start)
+    def right(self, chosen):
+        """float32 `(width, n)`."""
+        rows, squares = self._prepared(chosen)
         if self.metric == "euclidean":
             rows = np.concatenate([rows, np.ones_like(squares), -squares], axis=1)
         return np.ascontiguousarray(rows.T)
 
-    def _prepared(self, rows, start):
-        check_finite(self.name, rows, start)
+    def _prepared(self, chosen):
+        rows = np.asarray(self.rows[chosen])
         if self.metric == "cosine":
             return normalized(rows), None
         moved = rows.astype(np.float64) - self.center
@@ -72,24 +166,17 @@ class Factor:
         return moved.astype(np.float32), squares.astype(np.float32)
 
 
-def factors(queries, gallery, metric):
+def _factors(queries, gallery, metric):
     """`(left, right)` of a search; the same object twice where the queries are the gallery."""
     center = mean_row(gallery) if metric == "euclidean" else None
-    right = Factor(gallery, "gallery", metric, center)
-    return (right if queries is gallery else Factor(queries, "queries", metric, center)), right
+    right = _Factor(gallery, metric, center)
+    return (right if queries is gallery else _Factor(queries, metric, center)), right
 
 
-def search(left, right, k, keys=None, memory_mib=512, progress=False):
+def _search(left, right, k, keys=None, memory_mib=512, progress=False):
     """The k nearest of every query: `(indices, similarities)`, int64 and float32 `(queries, k)`.
 
-    Args:
-        left, right: from `factors`.
-        k: int >= 1.
-        keys: `(query_keys, gallery_keys)`, int64 arrays; equal ones are no neighbours. Or None.
-        memory_mib: what blocks may take, beside the results and what is handed in.
-        progress: bool, show a progress bar.
-
-    Where fewer than k are left, the rest is -1 and -inf. Among equal similarities the lower position goes first.
+    Where fewer than k are left, the rest is -1 and -inf. For the arguments see `exact_neighbors`.
     """
     best = _Best(len(left), k)
     width = _block_width(memory_mib, right.width)
@@ -102,9 +189,9 @@ def search(left, right, k, keys=None, memory_mib=512, progress=False):
     with bar, _workers() as pool, _full_precision(on_gpu):
         for first in range(0, len(right), width):
             last = min(first + width, len(right))
-            columns = right.right(first, last)
+            columns = right.right(slice(first, last))
             for begin in range(first if symmetric else 0, len(left), height):
-                rows = left.left(begin, min(begin + height, len(left)))
+                rows = left.left(slice(begin, min(begin + height, len(left))))
                 if on_gpu:
                     best.update_on_device(begin, rows, columns, first, keys)
                     bar.update(rows.shape[0] * columns.shape[1])
@@ -248,108 +335,23 @@ def _most_own(keys, start, stop, offset, width):
     return int(np.max(counts[found] * (there[found] == wanted)))
 
 
-def positive_ranks(left, right, query_labels, gallery_labels, keys=None, memory_mib=512, progress=False):
-    """The ranks of every query's positives in the whole ranking of the gallery.
-
-    Args:
-        left, right, keys, memory_mib, progress: see `search`.
-        query_labels, gallery_labels: int64 arrays `(queries,)` and `(gallery,)`. A positive is an item of the query's
-            label with another key.
-
-    Ranks are those of float32 products: what is nearer to each other than these are exact, about 1e-7 for cosine and
-    1e-7 times the squared distances from the mean row for Euclidean, may change places.
-
-    Yields:
-        `(queries, ranks)`, for a block of queries at a time: int64 `(n,)`, their positions, and a list of n int64
-        arrays, the ranks of their positives from 1 on, ascending. Among equal similarities the lower position ranks
-        first, as in `search`.
-    """
-    order = np.argsort(gallery_labels, kind="stable")
-    ordered = gallery_labels[order]
-    begin, end = np.searchsorted(ordered, query_labels, "left"), np.searchsorted(ordered, query_labels, "right")
-    wanted = np.flatnonzero(end > begin)
-    size = len(right)
-    # A product as wide as the gallery, twice where it is put together from parts.
-    height = max(1, min(1024, memory_mib * 2**20 // (8 * max(size, 1))))
-    width = _block_width(memory_mib, right.width)
-    whole = None
-    if 4 * size * right.width <= memory_mib * 2**18:
-        whole = np.empty((right.width, size), np.float32)
-        for first in range(0, size, width):
-            whole[:, first : first + width] = right.right(first, min(first + width, size))
-
-    def one(query, row):
-        positives = order[begin[query] : end[query]]
-        if keys is not None:
-            positives = positives[keys[1][positives] != keys[0][query]]
-        if not len(positives):
-            return np.empty(0, np.int64)
-        found = row[positives]
-        above = np.flatnonzero(row >= found.min())
-        if keys is not None:
-            above = above[keys[1][above] != keys[0][query]]
-        values = row[above]
-        ascending = np.sort(values)
-        after = np.searchsorted(ascending, found, "right")
-        ranks = len(ascending) - after + 1
-        equal = after - np.searchsorted(ascending, found, "left")
-        if (equal > 1).any():
-            place = np.empty(len(above), np.int64)
-            place[np.argsort(-values, kind="stable")] = np.arange(1, len(above) + 1)
-            ranks = place[np.searchsorted(above, positives)]
-        return np.sort(ranks)
-
-    bar = tqdm(total=len(wanted), desc="Ranking", unit="query", disable=not progress)
-    with bar, _workers() as pool, _full_precision(bool(tf.config.get_visible_devices("GPU"))):
-        for start in range(0, len(wanted), height):
-            chosen = wanted[start : start + height]
-            # A slice where possible, as nearly all are wanted, and in order.
-            begin_row, end_row = int(chosen[0]), int(chosen[-1]) + 1
-            near = end_row - begin_row <= 2 * height
-            rows = left.left(begin_row, end_row)[chosen - begin_row] if near else left.left_at(chosen)
-            if whole is not None:
-                scores = np.asarray(tf.matmul(rows, whole))
-            else:
-                scores = np.empty((len(rows), size), np.float32)
-                for first in range(0, size, width):
-                    columns = right.right(first, min(first + width, size))
-                    scores[:, first : first + width] = np.asarray(tf.matmul(rows, columns))
-            yield chosen, list(pool.map(one, chosen, scores, chunksize=16))
-            bar.update(len(chosen))
-
-
-def normalized(rows):
-    """float32 rows of unit length; a row of zeros stays as it is."""
-    rows = np.asarray(rows)
-    wide = rows.astype(np.float64)
-    norms = np.sqrt(np.einsum("ij,ij->i", wide, wide))[:, None]
-    return (wide / np.maximum(norms, 1e-12)).astype(np.float32)
-
-
-def mean_row(rows, block=65_536):
-    """Mean of the rows, float64 `(dim,)`, a block at a time."""
-    total = np.zeros(rows.shape[1], np.float64)
-    for start in range(0, rows.shape[0], block):
-        total += np.sum(np.asarray(rows[start : start + block]), axis=0, dtype=np.float64)
-    return total / max(rows.shape[0], 1)
-
-
-def check_finite(name, rows, start=0):
-    """Raises ValueError where a row has a NaN or an infinity; `start` is the position of the first row."""
-    # A sum is finite where all are, or nearly always; only else is each looked at.
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(np.sum(rows, dtype=np.float64)):
-            return
-    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
-    if len(bad):
-        raise ValueError(
-            f"{name}: expected finite values. Received: NaN or infinity in {len(bad)} rows, first row {start + bad[0]}"
-        )
-
-
-def take(rows, positions):
-    """Rows at some positions, `(len(positions), dim)`."""
-    return np.asarray(rows[np.asarray(positions)])
+def _exact_distances(queries, gallery, indices, block=1024):
+    """Neighbours in the order of distances that were computed one by one in float64."""
+    ordered = np.empty_like(indices)
+    similarities = np.empty(indices.shape, np.float32)
+    for start in range(0, len(indices), block):
+        found = indices[start : start + block]
+        rows = np.asarray(queries[start : start + block]).astype(np.float64)
+        distances = np.full(found.shape, np.inf)
+        for column in range(found.shape[1]):
+            there = np.flatnonzero(found[:, column] >= 0)
+            others = take(gallery, found[there, column]).astype(np.float64)
+            distances[there, column] = np.linalg.norm(rows[there] - others, axis=1)
+        # Equal distances: the lower position first, and what is missing last.
+        order = np.lexsort((np.where(found < 0, np.iinfo(np.int64).max, found), distances), axis=1)
+        ordered[start : start + block] = np.take_along_axis(found, order, axis=1)
+        similarities[start : start + block] = -np.take_along_axis(distances, order, axis=1)
+    return ordered, similarities
 
 
 def _block_width(memory_mib, dim):

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from s2sd_tf.evaluation.exact import METRICS, check_finite
-from s2sd_tf.evaluation.neighbors import check_choice, checked_labels, checked_rows
+from s2sd_tf.checks import check_choice
+from s2sd_tf.evaluation.neighbors import METRICS
+from s2sd_tf.evaluation.rows import checked_labels, checked_rows
 
 _BLOCK = 2048
 
@@ -32,12 +33,11 @@ def embedding_geometry(embeddings, labels, metric="cosine"):
     Raises:
         ValueError: a bad argument.
     """
-    rows = np.asarray(checked_rows("embeddings", embeddings)[:])
-    labels = checked_labels("labels", labels)
     check_choice("metric", metric, METRICS)
-    check_finite("embeddings", rows)
-    if not len(rows) or len(labels) != len(rows):
-        raise ValueError(f"labels: expected one for each of at least one row. Received: {len(labels)} of {len(rows)}")
+    rows = np.asarray(checked_rows("embeddings", embeddings)[:])
+    labels = checked_labels("labels", labels, rows)
+    if not len(rows):
+        raise ValueError("embeddings: expected at least one row. Received: none")
     rows = rows.astype(np.float64)
     if metric == "cosine":
         rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)

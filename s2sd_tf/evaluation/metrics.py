@@ -5,10 +5,11 @@ import dataclasses
 
 import numpy as np
 
-from s2sd_tf.checks import checked_int
-from s2sd_tf.evaluation import exact
-from s2sd_tf.evaluation.exact import METRICS
-from s2sd_tf.evaluation.neighbors import METHODS, check_choice, checked_labels, checked_sets, find_neighbors
+from s2sd_tf.checks import check_choice, checked_int
+from s2sd_tf.evaluation.exact import positive_ranks
+from s2sd_tf.evaluation.neighbors import check_search
+from s2sd_tf.evaluation.rows import checked_keys, checked_labels, checked_sets
+from s2sd_tf.evaluation.scann_index import scann_neighbors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,7 @@ def evaluate_retrieval(
     query_labels,
     gallery=None,
     gallery_labels=None,
+    *,
     ks=(1, 2, 4, 8),
     precision_ks=(1,),
     map_ks=(),
@@ -160,21 +162,14 @@ def evaluate_retrieval(
         if query_ids is None:
             query_ids = np.arange(len(query_labels))
         gallery, gallery_labels, gallery_ids = queries, query_labels, query_ids
-    check_choice("method", method, METHODS)
-    check_choice("metric", metric, METRICS)
+    check_search(method, metric, recall)
     memory_mib = checked_int("memory_mib", memory_mib, 1)
-    query_labels = checked_labels("query_labels", query_labels)
-    gallery_labels = checked_labels("gallery_labels", gallery_labels)
-    count = getattr(queries, "shape", [len(queries)])[0]
-    for name, labels, size in (
-        ("query", query_labels, count),
-        ("gallery", gallery_labels, getattr(gallery, "shape", [len(gallery)])[0]),
-    ):
-        if len(labels) != size:
-            raise ValueError(f"{name}_labels: expected one for each of {size}. Received: {len(labels)}")
-    if not count:
+    queries, gallery = checked_sets(queries, gallery)
+    query_labels = checked_labels("query_labels", query_labels, queries)
+    gallery_labels = checked_labels("gallery_labels", gallery_labels, gallery)
+    if not len(query_labels):
         raise ValueError("queries: expected at least one. Received: none")
-    queries, gallery, keys = checked_sets(queries, gallery, query_ids, gallery_ids)
+    keys = checked_keys(query_ids, gallery_ids, queries, gallery)
 
     positives, candidates = _counts(query_labels, gallery_labels, keys)
     if not positives.any():
@@ -182,13 +177,11 @@ def evaluate_retrieval(
             "gallery_labels: expected at least one query to have a positive in the gallery. Received: none"
         )
     if method == "exact":
-        left, right = exact.factors(queries, gallery, metric)
-        blocks = exact.positive_ranks(left, right, query_labels, gallery_labels, keys, memory_mib, progress)
+        blocks = positive_ranks(queries, gallery, query_labels, gallery_labels, metric, keys, memory_mib, progress)
     else:
         depth = min(len(gallery_labels), max(*ks, *precision_ks, *map_ks, int(positives.max()), mrr_depth or 1))
-        ids = {} if keys is None else {"query_ids": keys[0], "gallery_ids": keys[1]}
-        found = find_neighbors(queries, gallery, depth, **ids, method=method, metric=metric, recall=recall).indices
-        blocks = _ranks_in(found, query_labels, gallery_labels)
+        found = scann_neighbors(queries, gallery, depth, metric, keys, recall)
+        blocks = _ranks_in(found.indices, query_labels, gallery_labels)
 
     values, first_ranks = {}, np.zeros(len(query_labels), np.int64)
     for chosen, ranks in blocks:
@@ -232,7 +225,7 @@ def _counts(query_labels, gallery_labels, keys):
 
 
 def _ranks_in(neighbors, query_labels, gallery_labels, block=4096):
-    """Blocks as `exact.positive_ranks` gives them, of neighbours that were found."""
+    """Blocks as `positive_ranks` gives them, of neighbours that were found."""
     for start in range(0, len(neighbors), block):
         chosen = np.arange(start, min(start + block, len(neighbors)))
         found = neighbors[chosen]

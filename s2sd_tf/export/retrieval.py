@@ -5,7 +5,8 @@ import os
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
-from s2sd_tf.evaluation.index import import_scann, index_for_graphs
+from s2sd_tf.evaluation.scann_index import index_for_graphs
+from s2sd_tf.evaluation.scann_searcher import import_scann
 from s2sd_tf.export.saved_model import load_saved_model
 from s2sd_tf.files import check_replaceable, replacing
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from s2sd_tf.checks import checked_int
 from s2sd_tf.data.image_folder import EXTENSIONS, walk_folders
 from s2sd_tf.evaluation.embeddings import read_items, shard_name, write_shard
-from s2sd_tf.evaluation.index import build_index
+from s2sd_tf.evaluation.search import build_index
 from s2sd_tf.files import LEFTOVER, read_json, remove_leftovers, replacing, write_json
 from s2sd_tf.serving.encoder import first_line
 from s2sd_tf.untrusted import image_excess, read_json_object

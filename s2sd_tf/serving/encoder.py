@@ -1,6 +1,6 @@
 """An exported encoder, from encoded images to embeddings."""
 
-import hashlib
+import glob
 import os
 
 import numpy as np
@@ -9,6 +9,7 @@ import tensorflow as tf
 from s2sd_tf.data.annotations import path_under
 from s2sd_tf.data.preprocessing import decode_rgb
 from s2sd_tf.export.saved_model import load_saved_model
+from s2sd_tf.files import sha256
 from s2sd_tf.untrusted import image_excess
 
 _SIGNATURE = "encoded_images"
@@ -79,12 +80,8 @@ class Encoder:
 
     def fingerprint(self):
         """SHA-256 of the SavedModel's graph and weights, str."""
-        digest = hashlib.sha256()
-        for pattern in ("saved_model.pb", "variables/*"):
-            for path in sorted(tf.io.gfile.glob(os.path.join(self.path, pattern))):
-                with tf.io.gfile.GFile(path, "rb") as file:
-                    digest.update(file.read())
-        return digest.hexdigest()
+        variables = sorted(glob.glob(os.path.join(glob.escape(self.path), "variables", "*")))
+        return sha256(os.path.join(self.path, "saved_model.pb"), *variables)
 
 
 def read_image(path):

@@ -1,7 +1,6 @@
 """Where a run stands, on disk: checkpoints that are found out where they are damaged."""
 
 import dataclasses
-import hashlib
 import os
 import re
 import shutil
@@ -10,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from s2sd_tf.files import read_json, remove_leftovers, replacing, write_json
+from s2sd_tf.files import read_json, remove_leftovers, replacing, sha256, write_json
 from s2sd_tf.training.embedding import load_model
 
 # How the names begin of checkpoints that could not be read and were moved aside.
@@ -163,7 +162,7 @@ class Checkpoints:
                 os.makedirs(folder)
                 model.save(os.path.join(folder, _MODEL))
                 write_json(os.path.join(folder, _STATE), dataclasses.asdict(state))
-                digests = {file: _digest(os.path.join(folder, file)) for file in (_MODEL, _STATE)}
+                digests = {file: sha256(os.path.join(folder, file)) for file in (_MODEL, _STATE)}
                 write_json(os.path.join(folder, _DIGESTS), digests)
             self._latest_name, self.latest = name, dataclasses.replace(state)
         for other in self._names()[: -self.kept]:
@@ -255,18 +254,10 @@ def _verify(folder):
             return False
         digests = read_json(os.path.join(folder, _DIGESTS))
         for file in (_MODEL, _STATE):
-            if digests.get(file) != _digest(os.path.join(folder, file)):
+            if digests.get(file) != sha256(os.path.join(folder, file)):
                 raise _UnreadableError(f"{file} is not what was written, by its sha256")
     except PermissionError:
         raise
     except (OSError, ValueError, AttributeError) as error:
         raise _UnreadableError(" ".join(str(error).split())) from error
     return True
-
-
-def _digest(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

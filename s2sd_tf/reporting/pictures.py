@@ -1,5 +1,8 @@
 """What people would rather look at: curves over epochs, and queries with their neighbours."""
 
+import base64
+import io
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -127,6 +130,18 @@ def as_picture(pixels):
     if pixels.dtype != np.uint8:
         pixels = np.round(255 * np.clip(pixels, 0.0, 1.0)).astype(np.uint8)
     return Image.fromarray(np.squeeze(pixels))
+
+
+def data_uri(pixels, side=112):
+    """An image `(h, w)` or `(h, w, c)`, uint8 or float up to 1, as a `data:` URI; its longer side becomes `side`."""
+    picture = as_picture(pixels)
+    small = max(picture.size) < side
+    size = [max(1, round(length * side / max(picture.size))) for length in picture.size]
+    picture = picture.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    kind = "PNG" if small else "JPEG"
+    (picture if small else picture.convert("RGB")).save(buffer, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def save_figure(path, figure):

@@ -5,9 +5,9 @@ import os
 import numpy as np
 from PIL import Image
 
-from s2sd_tf.evaluation.neighbors import checked_rows
-from s2sd_tf.evaluation.pictures import as_picture
+from s2sd_tf.evaluation.rows import checked_rows
 from s2sd_tf.files import check_replaceable, replacing
+from s2sd_tf.reporting.pictures import as_picture
 
 # The largest side of a sprite that the projector shows, and of one of its images.
 _SPRITE, _CELL = 8192, 64

@@ -1,0 +1,16 @@
+"""What people look at: an evaluation as an HTML page, pictures, and files for TensorBoard's projector."""
+
+from s2sd_tf.reporting.pictures import choose_queries, save_curves, save_figure, save_gallery, save_matches
+from s2sd_tf.reporting.projector import save_projector
+from s2sd_tf.reporting.report import EmbeddedImages, save_report
+
+__all__ = [
+    "EmbeddedImages",
+    "choose_queries",
+    "save_curves",
+    "save_figure",
+    "save_gallery",
+    "save_matches",
+    "save_projector",
+    "save_report",
+]

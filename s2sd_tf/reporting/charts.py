@@ -1,0 +1,180 @@
+"""The charts of a report: matplotlib's SVG, made fit to stand inside an HTML page."""
+
+import io
+import math
+import xml.etree.ElementTree
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import hsv_to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
+from threadpoolctl import threadpool_limits
+
+from s2sd_tf.evaluation.rows import normalized, take
+
+_COLORS = ("#1f5fa8", "#d1701f")
+_FAINT, _LINE = "#666677", "#dde2e9"
+# Pairs whose similarities are counted, and points of a map at most.
+_PAIRS, _POINTS = 200_000, 2000
+# The name of the group that holds the points of a map.
+_MARKS = "marks"
+
+
+def recall_curve(result):
+    """SVG of recall@k over k, of a `RetrievalResult`."""
+    ranks = result.first_ranks[result.answerable]
+    top = 2 ** math.ceil(math.log2(max(2, min(ranks.max(initial=1), 10_000))))
+    ks = np.unique(np.round(np.geomspace(1, top, 60)).astype(int))
+    figure, axes = _figure()
+    axes.plot(ks, [np.mean((ranks > 0) & (ranks <= k)) for k in ks], color=_COLORS[0])
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+    axes.set(xlabel="k", xlim=(1, top), ylim=(0, 1.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return _svg(figure, "recall over k")
+
+
+def similarity_histogram(rows, labels, generator):
+    """SVG of how often which cosine similarity is found, for pairs of one class and of different ones.
+
+    Args:
+        rows: float rows `(n, dim)`.
+        labels: int64 `(n,)`.
+        generator: `np.random.Generator`, which draws the pairs.
+    """
+    found = {name: _similarities(rows, *pairs) for name, pairs in _pairs(labels, generator).items() if len(pairs[0])}
+    low = min((values.min() for values in found.values()), default=-1.0)
+    edges = np.linspace(max(-1.0, math.floor(10 * low) / 10), 1.0, 51)
+    figure, axes = _figure()
+    for color, (name, values) in zip(_COLORS, found.items()):
+        shares = np.histogram(np.clip(values, edges[0], 1.0), edges)[0] / len(values)
+        axes.stairs(shares, edges, fill=True, color=color, alpha=0.25)
+        axes.stairs(shares, edges, color=color, label=name)
+    axes.set(xlabel="cosine similarity", xlim=(edges[0], edges[-1]), ylim=(0, None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    if found:
+        axes.legend(frameon=False, fontsize=8, labelcolor=_FAINT)
+    return _svg(figure, "similarities of pairs")
+
+
+def embedding_map(rows, labels, describe, generator):
+    """`(svg, text)`: a picture of embeddings in two dimensions, and what it shows.
+
+    Args:
+        rows: float rows `(n, dim)`.
+        labels: int64 `(n,)`.
+        describe: function from a position to a str, which the point shows to who points at it.
+        generator: `np.random.Generator`, which chooses the points where there are more than 2,000.
+    """
+    chosen = np.sort(generator.choice(len(labels), min(len(labels), _POINTS), replace=False))
+    flat, kind = _flat(normalized(take(rows, chosen)))
+    codes = np.unique(labels[chosen], return_inverse=True)[1]
+    # Hues a golden angle apart, so that those of any number of classes differ.
+    colors = hsv_to_rgb(np.stack([codes * 0.381966 % 1.0, np.full(len(codes), 0.7), 0.85 - codes % 3 * 0.15], axis=1))
+    figure = Figure(figsize=(8, 6))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.axis("off")
+    axes.scatter(*flat.T, s=14, c=colors, alpha=0.75, linewidths=0, gid=_MARKS)
+    shown = f"{len(chosen):,} of {len(labels):,} embeddings by {kind}"
+    text = f"{shown}; the color is the class. Point at one to see what it is."
+    return _svg(figure, "map of embeddings", [describe(position) for position in chosen]), text
+
+
+def _pairs(labels, generator):
+    """Positions of random pairs, `(one, other)`, by their kind."""
+    size = len(labels)
+    order = np.argsort(labels, kind="stable")
+    # Neighbours in the order of labels are the pairs of one class; any two are nearly all of different ones.
+    starts = np.searchsorted(labels[order], labels[order], "left")
+    ends = np.searchsorted(labels[order], labels[order], "right")
+    picks = generator.integers(0, size, _PAIRS)
+    partner = starts[picks] + (generator.random(_PAIRS) * (ends - starts)[picks]).astype(int)
+    same = partner != picks
+    one, other = generator.integers(0, size, (2, _PAIRS))
+    different = labels[one] != labels[other]
+    return {
+        "same class": (order[picks[same]], order[partner[same]]),
+        "different classes": (one[different], other[different]),
+    }
+
+
+def _similarities(rows, one, other, block=4096):
+    """Cosine similarities of pairs of positions."""
+    found = []
+    for start in range(0, len(one), block):
+        a, b = (normalized(take(rows, side[start : start + block])) for side in (one, other))
+        found.append(np.einsum("ij,ij->i", a.astype(np.float64), b))
+    return np.concatenate(found)
+
+
+def _flat(rows):
+    """`(points, kind)`: unit rows in two dimensions `(n, 2)`, and by what."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    # t-SNE has no answer where all are equal.
+    if len(rows) >= 10 and rows.shape[1] > 2 and rows.std(axis=0).max() > 1e-6:
+        perplexity = min(30.0, (len(rows) - 1) / 3)
+        # Its threads wait for each other a thousand times: on a busy machine many times longer than they compute.
+        with threadpool_limits(1):
+            flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine").fit_transform(rows)
+        return np.nan_to_num(flat), "t-SNE"
+    flat = PCA(min(2, *rows.shape)).fit_transform(rows)
+    return np.nan_to_num(np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))), "principal components"
+
+
+def _figure():
+    figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(color=_LINE)
+    axes.set_axisbelow(True)
+    axes.patch.set_visible(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(colors=_FAINT, labelsize=8, length=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(color=_FAINT, fontsize=8)
+    return figure, axes
+
+
+def _svg(figure, name, titles=()):
+    """An SVG element as text, the same for the same figure, with nothing that reaches into the page around it.
+
+    Args:
+        figure: matplotlib's `Figure`.
+        name: str that says what it shows.
+        titles: a str for every point of `_MARKS`, which browsers show where one points at it.
+    """
+    figure.patch.set_visible(False)
+    for artist in figure.findobj():
+        artist.set_clip_on(False)
+    FigureCanvasSVG(figure)
+    written = io.BytesIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(written, format="svg", metadata=nothing)
+    root = xml.etree.ElementTree.fromstring(written.getvalue())
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        element.attrib = {_local(key): value for key, value in element.attrib.items()}
+    for element in root.findall(".//style/.."):
+        # It is for the whole of a document.
+        element.remove(element.find("style"))
+    marks = root.find(f".//*[@id='{_MARKS}']")
+    if titles:
+        points = [element for element in marks.iter() if "style" in element.attrib and element.tag in ("path", "use")]
+        points = [point for point in points if point.tag == points[-1].tag]
+        for point, title in zip(points, titles, strict=True):
+            xml.etree.ElementTree.SubElement(point, "title").text = title
+    # Names that nothing refers to are the same in every figure; the others are digests.
+    used = {value for element in root.iter() for key, value in element.attrib.items() if key == "href"}
+    for element in root.iter():
+        if "#" + element.attrib.get("id", "") not in used:
+            element.attrib.pop("id", None)
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": name}
+    return xml.etree.ElementTree.tostring(root, encoding="unicode")
+
+
+def _local(name):
+    return name.split("}")[-1]

@@ -1,0 +1,196 @@
+"""An evaluation as one HTML page that needs nothing else: no server, no network, no script, no other file."""
+
+import functools
+import html
+import importlib.resources
+import math
+import re
+import string
+from typing import NamedTuple
+
+import numpy as np
+
+from s2sd_tf.checks import check_file_to_write
+from s2sd_tf.files import replacing
+from s2sd_tf.reporting.charts import embedding_map, recall_curve, similarity_histogram
+from s2sd_tf.reporting.pictures import RIGHT, WRONG, data_uri
+
+_QUERY = "#1c2430"
+# Metrics that are no shares of something.
+_NOT_PERCENT = ("intra", "inter", "ratio", "rho")
+# Queries of a kind, and classes, that are shown at most.
+_QUERIES, _CLASSES = 5, 40
+
+
+class EmbeddedImages(NamedTuple):
+    """Embeddings of images, with what people are shown of them.
+
+    Attributes:
+        rows: what gives float rows `(n, dim)` when sliced.
+        labels: int64 `(n,)`.
+        names: dict or sequence from label to str, or None for the numbers.
+        ids: n str, or None.
+        image: function from a position to an array `(h, w)` or `(h, w, c)`, uint8 or float up to 1, or to None where
+            there is none to show; or None.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    names: dict = None
+    ids: list = None
+    image: object = None
+
+    def name(self, label):
+        """The name of a class, str."""
+        return str(int(label) if self.names is None else self.names[int(label)])
+
+
+def save_report(path, result, neighbors, queries, gallery=None, *, title="Retrieval", about="", table=None, seed=0):
+    """Writes the page: metrics with their intervals, recall over k, similarities of positives and negatives, the best,
+    typical and worst queries with their neighbours, recall of every class, and a 2-D projection.
+
+    Args:
+        path: file to write, whole or not at all.
+        result: `RetrievalResult` of the queries.
+        neighbors: `Neighbors` of the queries.
+        queries: `EmbeddedImages`.
+        gallery: `EmbeddedImages` that the neighbours are out of; None where the queries search among themselves.
+        title, about: str, heading and the line below it.
+        table: dict from a column's name to a dict of metrics. Default: the result's.
+        seed: int, of what is sampled.
+
+    Raises:
+        ValueError: a folder at `path`.
+    """
+    check_file_to_write("path", path)
+    gallery = gallery or queries
+    generator = np.random.default_rng(seed)
+    sections = [
+        _section("Metrics", "In percent, with the 95% interval over classes (bootstrap).", _metrics(result, table)),
+        _part(
+            "pair",
+            sections=_joined(
+                [
+                    _section(
+                        "Recall over k", "Share of queries with a positive among the k nearest.", recall_curve(result)
+                    ),
+                    _section(
+                        "Similarities",
+                        "Cosine similarity of pairs of one class and of different classes.",
+                        similarity_histogram(queries.rows, queries.labels, generator),
+                    ),
+                ]
+            ),
+        ),
+    ]
+    for heading, text, chosen in _choose(result):
+        sections.append(_section(heading, text, _joined(_query(i, neighbors, queries, gallery) for i in chosen)))
+    sections.append(_section("Classes", *_classes(result, queries)))
+    chart, text = embedding_map(queries.rows, queries.labels, lambda i: _described(queries, i), generator)
+    sections.append(_section("Map", text, chart))
+    page = _part("page", title=title, about=about, sections=_joined(sections))
+    # Ids may be file names that are not UTF-8.
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(page)
+
+
+class _Markup(str):
+    """Text that is HTML already."""
+
+
+@functools.cache
+def _template():
+    """The parts of `report.html` by name."""
+    text = importlib.resources.files(__package__).joinpath("report.html").read_text(encoding="utf-8")
+    pieces = re.split(r"^<!-- part: (\w+) -->\n", text, flags=re.MULTILINE)[1:]
+    return {name: string.Template(part) for name, part in zip(pieces[::2], pieces[1::2])}
+
+
+def _part(part, /, **values):
+    """A part of the template with values in it, escaped where they are no markup."""
+    values = {key: value if isinstance(value, _Markup) else html.escape(str(value)) for key, value in values.items()}
+    return _Markup(_template()[part].substitute(values))
+
+
+def _joined(parts):
+    return _Markup("".join(parts))
+
+
+def _section(heading, text, content):
+    return _part("section", heading=heading, text=text, content=_Markup(content))
+
+
+def _metrics(result, table):
+    intervals = result.confidence_intervals()
+    table = table or {"": result.means()}
+    lines = []
+    for name, value in next(iter(table.values())).items():
+        if not isinstance(value, float):
+            continue
+        cells = _joined(_part("cell", value=_number(name, row.get(name))) for row in table.values())
+        interval = " to ".join(_number(name, limit) for limit in intervals.get(name, ()))
+        lines.append(_part("line", metric=name, cells=cells, interval=interval))
+    columns = _joined(_part("column", name=name) for name in table)
+    count = f"{len(result.labels):,} queries, {int(np.sum(~result.answerable)):,} of them without a positive."
+    return _part("metrics", columns=columns, lines=_joined(lines), count=count)
+
+
+def _number(name, value):
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    return f"{value:.3f}" if name.split(" ")[-1] in _NOT_PERCENT else f"{100 * value:.1f}"
+
+
+def _choose(result):
+    """`(heading, text, positions)` of the queries to show."""
+    there = np.flatnonzero(result.answerable)
+    # Among equally good ones those with more positives tell more.
+    quality = result.values["map@r"][there]
+    order = there[np.lexsort((there, result.positives[there], quality))]
+    middle = order[np.searchsorted(np.sort(quality), np.median(quality)) :]
+    return [
+        ("Best queries", "Highest MAP@R. Green: same class; red: another.", order[::-1][:_QUERIES]),
+        ("Typical queries", "MAP@R at the median.", middle[:_QUERIES]),
+        ("Worst queries", "Lowest MAP@R.", order[:_QUERIES]),
+    ]
+
+
+def _query(query, neighbors, queries, gallery):
+    label = queries.labels[query]
+    figures = [_figure(queries, query, _QUERY, f"query: {queries.name(label)}")]
+    for item, similarity in zip(neighbors.indices[query], neighbors.similarities[query]):
+        if item >= 0:
+            color = RIGHT if gallery.labels[item] == label else WRONG
+            caption = f"{similarity:.3f} {gallery.name(gallery.labels[item])}"
+            figures.append(_figure(gallery, int(item), color, caption))
+    return _part("query", figures=_joined(figures))
+
+
+def _figure(images, position, color, caption):
+    name = images.ids[position] if images.ids is not None else f"position {position}"
+    pixels = images.image(position) if images.image is not None else None
+    if pixels is None:
+        return _part("no_image", id=name, color=color, position=position, caption=caption)
+    return _part("image", id=name, color=color, source=data_uri(pixels), caption=caption)
+
+
+def _classes(result, queries):
+    """`(text, bars)` of every class. They are HTML, as there is no foreseeing how long names are and in what script."""
+    classes, counts, means = result.per_class()
+    metric = next(iter(means))
+    values = means[metric]
+    order = np.lexsort((classes, values))
+    text = f"{metric} of every class, the worst first, with the number of queries."
+    if len(order) > _CLASSES:
+        half = _CLASSES // 2
+        order = np.concatenate([order[:half], order[-half:]])
+        text = f"{metric} of the {half} worst and the {half} best of {len(classes):,} classes."
+    bars = [
+        _part("bar", name=f"{queries.name(classes[i])} ({counts[i]})", percent=f"{100 * values[i]:.1f}") for i in order
+    ]
+    return text, _part("bars", bars=_joined(bars))
+
+
+def _described(images, position):
+    name = images.name(images.labels[position])
+    return name if images.ids is None else f"{name} · {images.ids[position]}"
