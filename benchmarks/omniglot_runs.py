@@ -16,11 +16,10 @@ RESULTS = os.path.join(_HERE, "results")
 def arguments(data_dir, dim, kind, seed):
     """Flags of `s2sd-train` for one run of configs/omniglot.py, plain or with S2SD."""
     return [
-        f"--config={os.path.join(_HERE, '..', 'configs', 'omniglot.py')}",
+        f"--config={os.path.join(_HERE, '..', 'configs', 'omniglot.py')}:{'plain' if kind == 'plain' else 'msdfa'}",
         f"--config.data.root={data_dir}",
         f"--config.model.embedding_dim={dim}",
         f"--config.seed={seed}",
-        f"--config.s2sd.enabled={kind == 's2sd'}",
         "--config.train.threads=1",
     ]
 

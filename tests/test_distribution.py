@@ -174,7 +174,7 @@ images = np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype(np.float32)
 with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
     backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4, 6), pools=1)
     objective = s2sd_tf.objectives.get("contrastive", memory_size=10, memory_start=0)
-    model = s2sd_tf.S2SDModel(backbone, 4, objective=objective, target_dims=(8,), similarities="replica")
+    model = s2sd_tf.S2SDModel(backbone, 4, objective=objective, target_dims=(8,), gather_replicas=False)
     model.compile(optimizer=keras.optimizers.SGD(0.01))
 dataset = tf.data.Dataset.from_tensors((images, np.arange(16) // 2))
 model.fit(dataset, epochs=3, verbose=0)
@@ -204,7 +204,7 @@ labels = np.arange(16) % 8 // 3
 with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
     inputs = keras.Input((8, 8, 1))
     backbone = keras.Model(inputs, keras.layers.Conv2D(6, 3, activation="relu")(inputs))
-    model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(8,), feature_distill_delay=0, similarities="replica")
+    model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(8,), feature_distill_delay=0, gather_replicas=False)
     model.compile(optimizer=keras.optimizers.SGD(1.0))
 before = [tf.convert_to_tensor(v).numpy() for v in model.trainable_variables]
 # By hand: the mean over the parts of what each has for itself.

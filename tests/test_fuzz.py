@@ -156,10 +156,7 @@ class TestConfigs:
         "validation_classes": ("hold_out_classes",),
         "validation_fraction": ("fraction",),
         "augmentation": ("resize_size",),
-        "backbone_multiplier": ("learning_rate_multipliers",),
-        "heads_multiplier": ("learning_rate_multipliers",),
-        "objectives_multiplier": ("learning_rate_multipliers",),
-        "layers": ("learning_rate_multipliers",),
+        **dict.fromkeys(("backbone", "heads", "objectives"), ("learning_rate_multipliers",)),
         "target_objective": ("objective",),
         "feature_distill": ("target_dims",),
     }

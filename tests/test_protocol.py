@@ -32,10 +32,10 @@ SHARED = {
     "s2sd.feature_distill_warmup_steps": 0,
     "optimizer.name": "adam",
     "optimizer.learning_rate": 1e-5,
-    "optimizer.l2": 4e-4,
-    "optimizer.backbone_multiplier": 1.0,
-    "optimizer.heads_multiplier": 1.0,
-    "optimizer.objectives_multiplier": 1.0,
+    "model.l2": 4e-4,
+    "model.learning_rate_multipliers.backbone": 1.0,
+    "model.learning_rate_multipliers.heads": 1.0,
+    "model.learning_rate_multipliers.objectives": 1.0,
     "optimizer.schedule.name": "constant",
     "optimizer.schedule.warmup_epochs": 0.0,
     "train.epochs": 150,
@@ -48,15 +48,15 @@ PUBLISHED = {
     "sop": ("margin", "msdf", 5.0, (1, 10, 100, 1000)),
     "inshop": ("margin", "msdf", 5.0, (1, 10, 20, 30, 40, 50)),
 }
-# By variant: enabled, dimensions of the targets, their pooling, feature distillation.
+# By variant: dimensions of the targets, their pooling, feature distillation.
 ALL_TARGETS = (512, 1024, 1536, 2048)
 VARIANTS = {
-    "plain": (False, ALL_TARGETS, "avg", False),
-    "dsd": (True, (2048,), "avg", False),
-    "msd": (True, ALL_TARGETS, "avg", False),
-    "msda": (True, ALL_TARGETS, "avg+max", False),
-    "msdf": (True, ALL_TARGETS, "avg", True),
-    "msdfa": (True, ALL_TARGETS, "avg+max", True),
+    "plain": ((), "avg", False),
+    "dsd": ((2048,), "avg", False),
+    "msd": (ALL_TARGETS, "avg", False),
+    "msda": (ALL_TARGETS, "avg+max", False),
+    "msdf": (ALL_TARGETS, "avg", True),
+    "msdfa": (ALL_TARGETS, "avg+max", True),
 }
 OBJECTIVES = {
     "multi_similarity": ("multi_similarity", {"alpha": 2.0, "beta": 40.0, "lambda_": 0.5, "epsilon": 0.1}),
@@ -83,10 +83,9 @@ def assert_is(config, data, backbone, dim, objective, variant, feature_weight, k
     assert config.data.name == data
     assert (config.model.backbone, config.model.embedding_dim) == (backbone, dim)
     assert tuple(config.eval.ks) == ks
-    enabled, targets, pooling, features = VARIANTS[variant]
-    assert config.s2sd.enabled == enabled
+    targets, pooling, features = VARIANTS[variant]
     assert tuple(config.s2sd.target_dims) == targets
-    assert config.s2sd.target_pooling == pooling
+    assert config.model.target_pooling == pooling
     assert config.s2sd.feature_distill == features
     assert config.s2sd.feature_distill_weight == feature_weight
     name, settings = OBJECTIVES[objective]

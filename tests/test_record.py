@@ -23,7 +23,8 @@ NAMES = ("a", "b")
 
 def small_config():
     return conftest.small_config(**{
-        "model.filters": (6,), "model.pools": 1, "s2sd.enabled": False, "train.epochs": 1, "train.steps_per_epoch": 2
+        "model.filters": (6,), "model.pools": 1, "s2sd.target_dims": (), "s2sd.feature_distill": False,
+        "train.epochs": 1, "train.steps_per_epoch": 2,
     })  # fmt: skip
 
 

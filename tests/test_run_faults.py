@@ -30,7 +30,7 @@ def small_config(**changes):
     """Whatever has a state is in it: a miner that draws, augmentation, a schedule, averages, a best checkpoint."""
     config = conftest.small_config(**{
         "model.filters": (6,), "model.pools": 1, "s2sd.target_dims": (12,), "s2sd.feature_distill": False,
-        "train.diagnostics": False, "objective.name": "margin", "data.augmentation": "base",
+        "s2sd.diagnostics": False, "objective.name": "margin", "data.augmentation": "base",
         "data.validation_classes": 2, "optimizer.schedule.name": "cosine", "train.epochs": EPOCHS,
         "train.steps_per_epoch": STEPS, "train.checkpoint_every": 2, "eval.every": 2,
     })  # fmt: skip

@@ -865,7 +865,7 @@ class TestConfig:
         config.train.update(deterministic=False, epochs=2, steps_per_epoch=2)
         config.sampler.name = "greedy_coreset"
         config.model.filters = (4, 4)
-        config.s2sd.enabled = False
+        config = training.preset_config(config, "plain")
         config.eval.every = 0
         training.train(config, str(tmp_path / "run"))
         written = json.loads((tmp_path / "run" / "config.json").read_text())

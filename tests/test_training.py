@@ -193,8 +193,8 @@ class TestErrors:
             ),
             ({"data.name": "folder", "data.folder.check": "twice"}, "check: expected one of"),
             ({"model.frozen_bn": "half"}, "config.model.frozen_bn: expected one of"),
-            ({"optimizer.layers": ("conv9*=0.5",)}, "learning_rate_multipliers: expected patterns"),
-            ({"optimizer.layers": ("conv0",)}, "config.optimizer.layers: expected"),
+            ({"model.learning_rate_multipliers.backbone/conv9*": 0.5}, "learning_rate_multipliers: expected patterns"),
+            ({"model.learning_rate_multipliers.conv0": 0.5}, "learning_rate_multipliers: expected 'backbone'"),
             ({"optimizer.schedule.name": "steps"}, "config.optimizer.schedule.name: expected one of"),
             ({"optimizer.schedule.name": "multi_step"}, "config.optimizer.schedule.milestones"),
             ({"optimizer.schedule.warmup_epochs": 99.0}, "config.optimizer.schedule.warmup_epochs"),
@@ -202,9 +202,9 @@ class TestErrors:
             ({"optimizer.name": "nonsense"}, "config.optimizer.name"),
             ({"train.epochs": 0}, "config.train.epochs"),
             ({"train.checkpoints_kept": 0}, "config.train.checkpoints_kept: expected an int >= 1. Received: 0"),
-            ({"train.micro_batch_size": -1}, "config.train.micro_batch_size: expected an int >= 0"),
+            ({"model.micro_batch_size": -1}, "micro_batch_size: expected an int >= 0"),
             ({"train.precision": "half"}, "config.train.precision: expected one of"),
-            ({"train.similarities": "all"}, "config.train.similarities: expected one of"),
+            ({"s2sd.temperature": 0.0}, "temperature: expected a number > 0"),
             ({"train.profile": (3,)}, r"config.train.profile: expected \(first, last\).* Received: \(3,\)"),
             ({"train.profile": (3, 2)}, "config.train.profile: expected"),
             ({"train.profile": (0, 2)}, "config.train.profile: expected"),
@@ -331,12 +331,11 @@ def test_variants_of_a_config():
         ("msdf", 4, True, "avg"),
         ("msdfa", 4, True, "avg+max"),
         ("DSD", 1, False, "avg"),
+        ("Plain", 0, False, "avg"),
     ]:
         config = preset_config(default_config(), name)
         assert len(config.s2sd.target_dims) == targets
         assert config.s2sd.feature_distill == features
-        assert config.s2sd.target_pooling == pooling
-        assert config.s2sd.enabled
-    assert not preset_config(default_config(), "Plain").s2sd.enabled
+        assert config.model.target_pooling == pooling
     with pytest.raises(ValueError, match="preset"):
         preset_config(default_config(), "xyz")

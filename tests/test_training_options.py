@@ -229,8 +229,8 @@ class TestDryRun:
         monkeypatch.chdir(tmp_path)
         config = small_config(**{
             "data.name": "inshop", "data.root": str(tmp_path / "data"), "data.image_size": 16,
-            "data.augmentation": "rand", "optimizer.layers": ("conv0=0.1",), "optimizer.schedule.name": "cosine",
-            "sampler.name": "greedy_coreset",
+            "data.augmentation": "rand", "model.learning_rate_multipliers.backbone/conv0": 0.1,
+            "optimizer.schedule.name": "cosine", "sampler.name": "greedy_coreset",
         })  # fmt: skip
         sections = dry_run(config)
         assert sorted(tmp_path.rglob("*")) == before
@@ -353,7 +353,7 @@ class TestCollapseAlarm:
 
 class TestWhatARunLogs:
     def test_diagnostics_profile_and_micro_batches(self, tmp_path):
-        changes = {"train.profile": (2, 3), "train.micro_batch_size": 2, "train.checkpoints_kept": 1, "eval.every": 2}
+        changes = {"train.profile": (2, 3), "model.micro_batch_size": 2, "train.checkpoints_kept": 1, "eval.every": 2}
         train(small_config(**changes), str(tmp_path))
         rows = read_history(str(tmp_path))
         for row in rows:
@@ -370,7 +370,7 @@ class TestWhatARunLogs:
     @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
     def test_precision_is_put_back(self, tmp_path, precision):
         before = keras.mixed_precision.global_policy().name
-        changes = {"train.precision": precision, "train.epochs": 1, "eval.every": 0, "train.diagnostics": False}
+        changes = {"train.precision": precision, "train.epochs": 1, "eval.every": 0, "s2sd.diagnostics": False}
         results = train(small_config(**changes), str(tmp_path))
         assert keras.mixed_precision.global_policy().name == before
         model = load_run(str(tmp_path))[0]
