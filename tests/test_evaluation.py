@@ -9,7 +9,7 @@ from s2sd_tf.evaluation import exact
 from s2sd_tf.evaluation import metrics as metrics_module
 from s2sd_tf.evaluation.clustering import cluster_agreement
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.reporting.pictures import choose_queries, save_curves, save_gallery
+from s2sd_tf.reporting import choose_queries, save_curves, save_gallery
 
 
 def similarities_of(queries, gallery, metric):
