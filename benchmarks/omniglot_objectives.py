@@ -18,7 +18,7 @@ from absl import app, flags
 from matplotlib.figure import Figure
 from omniglot_runs import COLORS, KINDS, RESULTS, arguments, table, write
 
-from s2sd_tf.reporting.pictures import save_figure
+from s2sd_tf.reporting import save_figure
 from s2sd_tf.training.compare import run_all, summarize
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with Omniglot's two small archives.", required=True)

@@ -9,7 +9,7 @@ from s2sd_tf.evaluation import exact
 from s2sd_tf.evaluation import metrics as metrics_module
 from s2sd_tf.evaluation.clustering import cluster_agreement
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.reporting.pictures import choose_queries, save_curves, save_gallery
+from s2sd_tf.reporting import choose_queries, save_curves, save_gallery
 
 
 def similarities_of(queries, gallery, metric):
@@ -283,6 +283,25 @@ def test_galleries_on_disk_are_read_in_parts(tmp_path, metric, monkeypatch):
     np.testing.assert_array_equal(np.asarray(shards), rows)
     with pytest.raises(IndexError):
         shards[[1000]]
+
+
+@pytest.mark.parametrize("method", ["exact", "scann"])
+def test_rows_are_checked_once(method, monkeypatch):
+    read = []
+    original = evaluation.EmbeddingShards.__getitem__
+    monkeypatch.setattr(
+        evaluation.EmbeddingShards,
+        "__getitem__",
+        lambda self, part: read.append((self, len(original(self, part)))) or original(self, part),
+    )
+    generator = np.random.default_rng(0)
+    queries, gallery = (evaluation.EmbeddingShards([generator.normal(size=(size, 4))]) for size in (20, 300))
+    evaluation.find_neighbors(queries, gallery, 3, method=method)
+    # To check them, and to search.
+    assert [sum(count for rows, count in read if rows is one) for one in (queries, gallery)] == [2 * 20, 2 * 300]
+    read.clear()
+    evaluation.build_index(gallery, method=method).search(queries, 3)
+    assert [sum(count for rows, count in read if rows is one) for one in (queries, gallery)] == [2 * 20, 2 * 300]
 
 
 def test_memory_stays_within_the_budget(tmp_path, run_python):

@@ -12,7 +12,7 @@ from absl import flags
 from s2sd_tf.cli import app, configs
 from s2sd_tf.cli.tables import metrics_table
 from s2sd_tf.files import check_replaceable, replacing, write_json
-from s2sd_tf.reporting.pictures import save_curves
+from s2sd_tf.reporting import save_curves
 from s2sd_tf.training import resolve
 from s2sd_tf.training.compare import mean_and_deviation, run_all, summarize
 from s2sd_tf.training.history import read_history

@@ -11,7 +11,7 @@ from absl import flags
 from s2sd_tf.checks import check_file_to_write
 from s2sd_tf.cli import app
 from s2sd_tf.evaluation import load_index
-from s2sd_tf.reporting.pictures import save_matches
+from s2sd_tf.reporting import save_matches
 from s2sd_tf.serving import Encoder
 from s2sd_tf.serving.encoder import read_image, read_image_under
 from s2sd_tf.untrusted import image_excess

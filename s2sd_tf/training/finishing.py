@@ -11,7 +11,7 @@ from s2sd_tf.evaluation import find_neighbors, retrieval_metrics
 from s2sd_tf.export import export_encoder
 from s2sd_tf.files import replacing, write_json
 from s2sd_tf.keras_compat import keras_version
-from s2sd_tf.reporting.pictures import choose_queries, save_curves, save_gallery
+from s2sd_tf.reporting import choose_queries, save_curves, save_gallery
 from s2sd_tf.training.averages import averaged_weights
 from s2sd_tf.training.embedding import embed
 from s2sd_tf.training.history import write_history
