@@ -1,17 +1,14 @@
 """Shared by all tests: quiet TensorFlow, seeds, processes, and small fixtures."""
 
-import json
 import os
 import pathlib
 import platform
-import select
-import signal
 import subprocess
-import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
+import processes
 import pytest
 import tensorflow as tf
 
@@ -70,86 +67,10 @@ def golden():
     return lambda name: np.load(DATA / f"{name}.npz")
 
 
-# Forks what it is asked to run: importing TensorFlow takes longer than most of that. It has done nothing with it yet.
-FORKS = """
-import gc, importlib, json, os, runpy, sys, types
-
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-gc.freeze()
-for line in sys.stdin:
-    request = json.loads(line)
-    child = os.fork()
-    if not child:
-        break
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-else:
-    sys.exit()
-os.setsid()
-for descriptor, path in enumerate((os.devnull, *request["streams"])):
-    os.dup2(os.open(path, os.O_WRONLY if descriptor else os.O_RDONLY), descriptor)
-os.environ.clear()
-os.environ.update(request["environment"])
-os.chdir(request["folder"])
-what, *rest = request["arguments"]
-if what == "-m":
-    sys.path[0], sys.argv = os.getcwd(), rest
-    runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-elif what == "-c":
-    sys.path[0], sys.argv = "", [what, *rest[1:]]
-    sys.modules["__main__"] = main = types.ModuleType("__main__")
-    exec(rest[0], main.__dict__)
-else:
-    sys.path[0], sys.argv = os.path.dirname(os.path.abspath(what)), request["arguments"]
-    runpy.run_path(what, run_name="__main__")
-"""
-PACKAGE = [*(f"s2sd_tf.{part}" for part in ("evaluation", "export", "serving", "training")), "sklearn.cluster"]
-
-
 @pytest.fixture(scope="session")
-def run_python(tmp_path_factory):
-    """Runs Python code, a script or a module in a process of its own and returns the finished process.
-
-    `imported` are modules that the process has imported already, "tensorflow" first of all.
-    """
-    quiet = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    streams = [tmp_path_factory.mktemp("streams") / name for name in ("stdout", "stderr")]
-    started = {}
-
-    def run(*arguments, cwd=None, check=True, timeout=300, imported=("tensorflow", *PACKAGE)):
-        if imported not in started:
-            started[imported] = subprocess.Popen(
-                [sys.executable, "-c", FORKS, *imported],
-                env={**os.environ, **quiet},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-            )
-        forks = started[imported]
-        for path in streams:
-            path.write_bytes(b"")
-        arguments = [str(argument) for argument in arguments]
-        request = {
-            "arguments": arguments,
-            "folder": str(cwd or os.getcwd()),
-            "streams": [str(path) for path in streams],
-            "environment": {**os.environ, **quiet},
-        }
-        forks.stdin.write(json.dumps(request).encode() + b"\n")
-        child = int(forks.stdout.readline())
-        late = not select.select([forks.stdout], [], [], timeout)[0]
-        if late:
-            os.killpg(child, signal.SIGKILL)
-        status = int(forks.stdout.readline())
-        stdout, stderr = (path.read_text() for path in streams)
-        assert not late, f"{arguments}: not done in {timeout} seconds\n{stdout}{stderr}"
-        assert not check or status == 0, stdout + stderr
-        return subprocess.CompletedProcess(arguments, status, stdout, stderr)
-
-    yield run
-    for forks in started.values():
-        forks.communicate()
+def run_python():
+    """Runs Python code, a script or a module in a process of its own and returns the finished process."""
+    return processes.run_python
 
 
 @pytest.fixture(scope="session")

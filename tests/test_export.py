@@ -58,7 +58,7 @@ def test_float_images_and_bytes_give_the_models_embeddings(small_model, tmp_path
     np.save(tmp_path / "inputs.npy", inputs, allow_pickle=True)
     (tmp_path / "loader.py").write_text(LOADER)
     arguments = (tmp_path / "loader.py", tmp_path / "encoder", tmp_path / "inputs.npy")
-    found = json.loads(run_python(*arguments, cwd=tmp_path, imported=("tensorflow",)).stdout)
+    found = json.loads(run_python(*arguments, cwd=tmp_path).stdout)
 
     expected = model(preprocessing(grays), training=False).numpy()
     np.testing.assert_allclose(found["floats"], expected, atol=1e-5)

@@ -70,6 +70,15 @@ def without_compiler(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
 
 
+@pytest.fixture
+def quick_compiler(tmp_path_factory, monkeypatch):
+    """A compiler that leaves out optimization: building takes half the time, and these tests compute next to nothing."""
+    script = tmp_path_factory.mktemp("compiler") / "c++"
+    script.write_text(f'#!/bin/sh\nexec {libraries.compiler()} "$@" -O0\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+
+
 def test_a_fitting_library_is_loaded_without_a_word(run, built, tmp_path, monkeypatch):
     without_compiler(monkeypatch)
     fill(tmp_path / "prebuilt", built)
@@ -99,7 +108,7 @@ def test_no_word_where_composed_is_asked_for(run, monkeypatch):
     assert lines == []
 
 
-def test_a_library_of_another_tensorflow_is_not_loaded(run, built, tmp_path, monkeypatch):
+def test_a_library_of_another_tensorflow_is_not_loaded(run, built, tmp_path, monkeypatch, quick_compiler):
     """Its name says so; the op is then built in the cache, or, without a compiler, composed."""
     minor = ".".join(tf.__version__.split(".")[:2])
     for path in built.values():
@@ -141,7 +150,7 @@ def test_without_the_library_for_xla(run, built, tmp_path, monkeypatch):
     assert done.stdout.strip() == "FUSED"
 
 
-def test_killed_while_building(tmp_path, monkeypatch, run_python):
+def test_killed_while_building(tmp_path, monkeypatch, run_python, quick_compiler):
     monkeypatch.setenv(libraries.CACHE_VARIABLE, str(tmp_path))
     code = "from s2sd_tf.distillation import libraries; libraries.build(libraries.OP)"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)

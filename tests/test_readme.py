@@ -27,7 +27,7 @@ def test_the_script_runs_and_what_it_leaves_can_be_loaded(tmp_path, run_python):
     _, test, preprocessing = data.load_digits()
     Image.fromarray(test.images[3, :, :, 0]).save(tmp_path / "query.png")
     (tmp_path / "load.py").write_text(load + "\nprint(*embedding.numpy()[0])\n")
-    output = run_python("load.py", cwd=tmp_path, imported=("tensorflow",)).stdout
+    output = run_python("load.py", cwd=tmp_path).stdout
     found = np.array(output.split(), float)
     expected = model.predict(preprocessing.from_pixels(test.images[3:4]), verbose=0)[0]
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -257,7 +257,7 @@ def test_a_retrieval_saved_model_in_another_process(
     }
     (tmp_path / "loader.py").write_text(LOADER)
     arguments = (tmp_path / "loader.py", path, items[7].path, tmp_path / "rows.npy")
-    output = run_python(*arguments, cwd=tmp_path, imported=("tensorflow",)).stdout
+    output = run_python(*arguments, cwd=tmp_path).stdout
     there = json.loads(output.splitlines()[-1])
     # Identical, to the last bit.
     assert there["embeddings"]["scores"] == here["scores"].tolist()
@@ -280,7 +280,7 @@ def test_a_retrieval_saved_model_without_scann(encoder_path, tmp_path, run_pytho
     path = tmp_path / "retrieval"
     export.export_retrieval(encoder_path, index, str(path), k=9)
     code = "import sys, tensorflow as tf; tf.saved_model.load(sys.argv[1])"
-    done = run_python("-c", code, path, check=False, imported=("tensorflow",))
+    done = run_python("-c", code, path, check=False)
     assert done.returncode
     assert "Scann>" in done.stderr
     assert "Scann>" in (path / "assets.extra" / "README.txt").read_text()

@@ -61,19 +61,23 @@ def test_value_against_loops(unit_rows, implementation, batch, temperature, dtyp
     assert total.dtype == per_teacher.dtype == (tf.float64 if dtype == "float64" else tf.float32)
 
 
+# Of one row there is one kind, of two there are two.
+ROWS = [(1, "random"), (2, "random"), (2, "equal")]
+ROWS += [(batch, rows) for batch in (41, 112, 401) for rows in ("random", "duplicates", "equal")]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("rows", ["random", "duplicates", "equal"])
-@pytest.mark.parametrize("batch", [1, 2, 41, 112, 401])
+@pytest.mark.parametrize(("batch", "rows"), ROWS)
 def test_fused_is_as_accurate_as_composed(unit_rows, batch, rows, dtype):
     """Distances from float64, root mean square over dims, temperatures and numbers of teachers: at most twice."""
     like = {"random": np.arange(batch), "duplicates": np.arange(batch) // 2, "equal": np.zeros(batch, int)}[rows]
     distances = {"composed": [], "fused": []}
     for case, (dim, teacher_dim) in enumerate([(1, 7), (7, 1), (7, 128), (128, 2048), (2048, 128)]):
+        count = (1, 5, 8)[case % 3]
+        weights = np.linspace(0.5, 1.5, count).astype(np.float32) / count
+        student = tf.cast(unit_rows(batch, dim, case)[like], dtype)
+        teachers = [tf.cast(unit_rows(batch, teacher_dim, 10 + k)[like], dtype) for k in range(count)]
         for temperature in (0.05, 0.2, 1.0, 4.0):
-            count = (1, 5, 8)[case % 3]
-            weights = np.linspace(0.5, 1.5, count).astype(np.float32) / count
-            student = tf.cast(unit_rows(batch, dim, case)[like], dtype)
-            teachers = [tf.cast(unit_rows(batch, teacher_dim, 10 + k)[like], dtype) for k in range(count)]
             arguments = (student, teachers, temperature, weights)
             exact = value_and_gradient(*arguments, "composed", dtype="float64")
             for implementation, found in distances.items():
