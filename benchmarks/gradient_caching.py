@@ -41,7 +41,7 @@ def main(_):
     for batch, micro in tqdm(cases, desc="Measuring", unit="case"):
         command = [sys.executable, __file__, f"--size={FLAGS.size}", f"--one={batch},{micro}"]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        rows.append({"batch": batch, "micro_batch_size": micro or None, **json.loads(output.splitlines()[-1])})
+        rows.append({"batch": batch, "micro_batch_size": micro, **json.loads(output.splitlines()[-1])})
     machine = describe(os.cpu_count())
     lines = [
         f"ResNet-50, {FLAGS.size} x {FLAGS.size}, one S2SD step; TensorFlow {machine['tensorflow']}, {machine['cpu']}",
@@ -69,7 +69,7 @@ def _measure(batch, micro):
 
     shape = (FLAGS.size, FLAGS.size, 3)
     backbone = s2sd_tf.models.backbones.get("resnet50_v1_5", shape, frozen_bn="statistics")
-    model = s2sd_tf.S2SDModel(backbone, 128, feature_distill_delay=0, micro_batch_size=micro or None)
+    model = s2sd_tf.S2SDModel(backbone, 128, feature_distill_delay=0, micro_batch_size=micro)
     model.compile(optimizer="adam")
     images = tf.random.stateless_normal((batch, *shape), [0, 0])
     labels = tf.range(batch) // 4
