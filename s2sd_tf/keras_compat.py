@@ -1,6 +1,7 @@
-"""Every place where Keras 2 (classic stack) and Keras 3 (default stack) differ for this package, and why.
+"""Every branch between Keras 2 (classic stack) and Keras 3 (default stack), and why it is there.
 
-Everything else is written once, against the part of `tf.keras` that both share.
+All other code is the same for both. Where it goes around something that one of them cannot do, a comment there names
+that Keras; `models/backbones/applications.py` has layers in place of those of Keras 2's ConvNeXt that cannot be loaded.
 """
 
 import warnings
@@ -115,6 +116,12 @@ def build_optimizer(model):
     """Makes the optimizer's variables; Keras 2's legacy optimizers make theirs at the first step."""
     if hasattr(model.optimizer, "build"):
         model.optimizer.build(model.trainable_variables)
+
+
+def optimizer_variables(optimizer):
+    """List of the optimizer's variables; a method in Keras 2's legacy optimizers."""
+    variables = optimizer.variables
+    return variables() if callable(variables) else variables
 
 
 def restores_random_layers():

@@ -108,7 +108,7 @@ GLOBAL = {
 
 
 TILED = {
-    "objective": OBJECTIVES["proxy_anchor"], "model": {"similarities": "replica"}, "tile": True, **SGD
+    "objective": OBJECTIVES["proxy_anchor"], "model": {"gather_replicas": False}, "tile": True, **SGD
 }  # fmt: skip
 
 

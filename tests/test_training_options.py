@@ -384,9 +384,13 @@ class TestWhatARunLogs:
 
     def test_a_run_of_before_goes_on(self, tmp_path):
         config, results = small_config().to_dict(), {"steps": 6}
-        for key in ("checkpoints_kept", "profile", "diagnostics", "precision", "jit_compile", "micro_batch_size"):
-            del config["train"][key]
-        del config["train"]["similarities"]
+        for section, keys in (
+            ("train", ("checkpoints_kept", "profile", "precision", "jit_compile")),
+            ("s2sd", ("gather_replicas", "diagnostics")),
+            ("model", ("micro_batch_size",)),
+        ):
+            for key in keys:
+                del config[section][key]
         write_json(tmp_path / "config.json", config)
         write_json(tmp_path / "results.json", results)
         assert train(small_config(), str(tmp_path)) == results

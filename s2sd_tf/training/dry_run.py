@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from s2sd_tf.data import samplers
 from s2sd_tf.evaluation import retrieval_metrics
+from s2sd_tf.keras_compat import optimizer_variables
 from s2sd_tf.training.build import build_batches, build_model, build_sampler, build_schedule, precision, set_up
 from s2sd_tf.training.config import resolve
 from s2sd_tf.training.datasets import load_data
@@ -76,7 +77,7 @@ def _dry_run(config):
             *(("target", f"{head.dim} dimensions, {_parameters(head)}") for head in model.target_heads),
             ("objective", f"{config.objective.name}, {_parameters(model.s2sd_loss.objective)}"),
             ("weights in memory", _mib(model.variables)),
-            ("optimizer's state", _mib(_optimizer_variables(model.optimizer))),
+            ("optimizer's state", _mib(optimizer_variables(model.optimizer))),
             ("built in", f"{built - loaded:.1f} s"),
         ],
         "learning rates": [
@@ -172,11 +173,6 @@ def _parameters(layer):
 def _mib(variables):
     size = sum(int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables)
     return f"{size / 2**20:,.1f} MiB"
-
-
-def _optimizer_variables(optimizer):
-    variables = optimizer.variables
-    return variables() if callable(variables) else variables
 
 
 def _peak_memory():
