@@ -11,7 +11,7 @@ weights on the same images, and must have the same loss.
 
 One process times everything, turn by turn, in an order that is reversed every time, with the same number of threads;
 ratios are of times of one turn. So are timed: the variants of the step; the parts of a step, each alone; a dense
-product and a pass over memory, whose speeds give a floor for the cost of the auxiliary heads; and for ResNet-50 the
+product and a pass over memory, whose speeds give a floor for the cost of the target heads; and for ResNet-50 the
 input pipeline alone, on generated JPEGs. Writes the JSON and a table (.md) of the same name; with ResNet-50 and PyTorch
 it needs 13 GiB of memory.
 """
@@ -156,7 +156,7 @@ def measure(name, network):
         "input_images": network.batch * network.input_batches,
         "parameters": {
             "backbone": count(models[FUSED].backbone.trainable_variables),
-            "auxiliary heads": count(head_variables(models[FUSED])),
+            "target heads": count(head_variables(models[FUSED])),
         },
         "gflop": gflop(network, models[FUSED]),
         "losses": losses,
@@ -427,7 +427,7 @@ def make_parts(model, images, labels):
     def base(maps):
         return model.s2sd_loss.objective(model.embedding_head(pool(maps, "avg")), labels, training=True)
 
-    def auxiliary(maps):
+    def targets_of(maps):
         pooled = pool(maps, "avg+max")
         return [head(pooled) for head in model.target_heads]
 
@@ -444,12 +444,12 @@ def make_parts(model, images, labels):
         "backbone, forward": forward,
         "backbone, forward and backward": _gradients(backbone, [images], model.backbone.trainable_variables, 0),
         "base embedding and its objective": _gradients(base, [maps], model.embedding_head.trainable_variables),
-        "auxiliary heads": _gradients(auxiliary, [maps], heads),
+        "target heads": _gradients(targets_of, [maps], heads),
         "objectives of the targets": _gradients(target_objectives, targets, []),
         "similarity-KL, fused": _gradients(kl("fused"), [embedding, *targets, features], [], 1),
         "similarity-KL, composed": _gradients(kl("composed"), [embedding, *targets, features], [], 1),
         "Adam, backbone and base head": _adam(others),
-        "Adam, auxiliary heads": _adam(heads),
+        "Adam, target heads": _adam(heads),
     }
 
 
@@ -573,20 +573,20 @@ def gflop(network, model):
     similarities = sum(dims) + 3 * network.embedding_dim
     return {
         "backbone": 6e-9 * network.batch * float(backbone),
-        "auxiliary heads": 6e-9 * network.batch * count(head_variables(model)),
+        "target heads": 6e-9 * network.batch * count(head_variables(model)),
         "similarities": 2e-9 * network.batch**2 * similarities,
     }
 
 
 def floor_ms(found):
-    """The least that the auxiliary heads cost: `(products, Adam)` in ms, at the speeds of the same turns.
+    """The least that the target heads cost: `(products, Adam)` in ms, at the speeds of the same turns.
 
     The products take their arithmetic, or the weights' way through memory: read forward and backward, the gradient
     written. Adam reads the gradient, the weight and both moments, and writes the latter three.
     """
     gflops, gigabytes = speeds(found)
-    gigabyte = 4e-9 * found["parameters"]["auxiliary heads"]
-    products = max(found["gflop"]["auxiliary heads"] / gflops, 3 * gigabyte / gigabytes)
+    gigabyte = 4e-9 * found["parameters"]["target heads"]
+    products = max(found["gflop"]["target heads"] / gflops, 3 * gigabyte / gigabytes)
     return 1000 * products, 1000 * 7 * gigabyte / gigabytes
 
 
@@ -645,10 +645,10 @@ def _floor_lines(found):
     gflops, gigabytes = speeds(found)
     plain = np.median(found["step_ms"][PLAIN])
     arithmetic, parameters = found["gflop"], found["parameters"]
-    share = 100 * arithmetic["auxiliary heads"] / arithmetic["backbone"]
+    share = 100 * arithmetic["target heads"] / arithmetic["backbone"]
     return [
-        f"The auxiliary heads have {parameters['auxiliary heads']:,} parameters, the backbone "
-        f"{parameters['backbone']:,}. Their products are {arithmetic['auxiliary heads']:.3g} GFLOP a step, "
+        f"The target heads have {parameters['target heads']:,} parameters, the backbone "
+        f"{parameters['backbone']:,}. Their products are {arithmetic['target heads']:.3g} GFLOP a step, "
         f"{share:.2g}% of the backbone's {arithmetic['backbone']:.3g}; those of the similarities are "
         f"{arithmetic['similarities']:.2g}. At {gflops:.0f} GFLOP/s and {gigabytes:.1f} GB/s, measured in the same "
         f"turns, the heads' products take {products:.3g} ms at least and their Adam {adam:.3g} ms: together "

@@ -32,7 +32,7 @@ def export_encoder(model, preprocessing, path):
 
 
 class _Encoder(tf.Module):
-    """The base embedding path of a model only: auxiliary heads and objectives stay behind."""
+    """The base embedding path of a model only: target heads and objectives stay behind."""
 
     def __init__(self, model, preprocessing):
         super().__init__()
