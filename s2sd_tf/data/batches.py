@@ -71,7 +71,7 @@ class EpochBatches:
         else:
             self._load = _loader(images, preprocessing, augmentation, seed)
         # A graph, so that what reads the images is not traced anew for every epoch.
-        self._read_slices = tf.function(self._read_slices, reduce_retracing=True, autograph=False)
+        self._dataset_of = tf.function(self._read_slices, reduce_retracing=True, autograph=False)
 
     def __call__(self, epoch, first_step=0, input_context=None):
         """A `tf.data.Dataset` of one epoch's batches.
@@ -95,7 +95,7 @@ class EpochBatches:
         if drawn != epoch:
             raise ValueError(f"epoch: expected that of the stored embeddings, {drawn}. Received: {epoch}")
         with tf.device("CPU"):
-            return self._read_slices(*map(tf.constant, _rows(epoch, chosen, own, first_step)))
+            return self._dataset_of(*map(tf.constant, _rows(epoch, chosen, own, first_step)))
 
     def _read_slices(self, *rows):
         count, size = tf.shape(rows[0], tf.int64)[0], rows[0].shape[1]
