@@ -69,8 +69,9 @@ class EpochBatches:
             with tf.device("CPU"):
                 self._cached = tf.constant(_preprocess_all(images, preprocessing)), tf.constant(images.labels)
         else:
-            # Traced here, and not for every epoch.
-            self._load = tf.function(_loader(images, preprocessing, augmentation, seed))
+            self._load = _loader(images, preprocessing, augmentation, seed)
+        # A graph, so that what reads the images is not traced anew for every epoch.
+        self._dataset_of = tf.function(self._read_slices, reduce_retracing=True, autograph=False)
 
     def __call__(self, epoch, first_step=0, input_context=None):
         """A `tf.data.Dataset` of one epoch's batches.
@@ -89,13 +90,16 @@ class EpochBatches:
         Raises:
             ValueError: the stored embeddings are of another epoch, or the replicas cannot share a batch.
         """
-        own, size = _own_part(input_context, self._batch_size)
+        own, _ = _own_part(input_context, self._batch_size)
         drawn, chosen = self._draw(epoch)
         if drawn != epoch:
             raise ValueError(f"epoch: expected that of the stored embeddings, {drawn}. Received: {epoch}")
-        rows = _rows(epoch, chosen, own, first_step)
         with tf.device("CPU"):
-            return self._read(tf.data.Dataset.from_tensor_slices(rows), size, len(rows[0]))
+            return self._dataset_of(*map(tf.constant, _rows(epoch, chosen, own, first_step)))
+
+    def _read_slices(self, *rows):
+        count, size = tf.shape(rows[0], tf.int64)[0], rows[0].shape[1]
+        return self._read(tf.data.Dataset.from_tensor_slices(rows), size, count)
 
     def _read(self, rows, size, count):
         """The `count` batches of a dataset of what `_rows` returns."""
