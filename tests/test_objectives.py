@@ -216,7 +216,7 @@ def test_gradient_by_finite_differences(unit_rows, name, pattern):
     if name == "circle":
         pytest.skip("its weights have no gradient; see test_circle_gradient")
     rows = tf.constant(unit_rows(len(labels), 6))
-    theoretical, numerical = tf.test.compute_gradient(lambda x: objective(x, labels), [rows], delta=1e-6)
+    theoretical, numerical = tf.test.compute_gradient(tf.function(lambda x: objective(x, labels)), [rows], delta=1e-6)
     np.testing.assert_allclose(theoretical[0], numerical[0], atol=1e-5)
     for variable in objective.trainable_variables:
         start = tf.convert_to_tensor(variable)
