@@ -387,7 +387,7 @@ class TestCheckpoints:
             flipped(folder / "epoch_000002" / "model.keras")
         best = checkpoints.load_best(state)
         assert (state.epoch, state.best_epoch, state.best_value) == (4, 3, 0.3)
-        assert int(tf.convert_to_tensor(best.step)) == 30
+        assert int(tf.convert_to_tensor(best.s2sd_loss.step)) == 30
         assert any("the best checkpoint is now that of epoch 3" in message for message in log())
 
     def test_keeps_the_last_and_the_best(self, saved):

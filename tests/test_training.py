@@ -78,7 +78,7 @@ class TestARun:
             values = {int(row["epoch"]): float(row["val_map@r"]) for row in csv.DictReader(file) if row["val_map@r"]}
         assert results["best_epoch"] == max(values, key=values.get)
         best = keras.models.load_model(workdir / "best.keras")
-        assert int(tf.convert_to_tensor(best.step)) == 5 * results["best_epoch"]
+        assert int(tf.convert_to_tensor(best.s2sd_loss.step)) == 5 * results["best_epoch"]
 
     def test_the_same_command_again_reads_the_results(self, call, finished):
         workdir, arguments, output = finished
