@@ -138,7 +138,7 @@ def test_compare_prints_a_table_and_leaves_the_pictures(call, tmp_path):
     names = {path.name for path in (tmp_path / "both").iterdir()}
     assert {"results.json", "curves.png", "gallery.png", "saved_model", "runs"} <= names
     plain = read_json(tmp_path / "both" / "runs" / "plain_seed0" / "config.json")
-    assert plain["s2sd"]["enabled"] is False
+    assert (plain["s2sd"]["target_dims"], plain["s2sd"]["feature_distill"]) == ([], False)
     assert read_json(tmp_path / "both" / "runs" / "plain_seed0" / "results.json")["steps"] == 6
     # Finished runs of another config are not taken for this one's.
     other = call("compare", *arguments, "--config.model.embedding_dim", "5", status=2)
@@ -176,7 +176,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"model.embedding_dim": 0}, "embedding_dim: expected a number >= 1. Received: 0"),
+            ({"model.embedding_dim": 0}, "embedding_dim: expected an int >= 1. Received: 0"),
             ({"s2sd.temperature": 0.0}, "temperature"),
             ({"objective.name": "nonsense"}, "config.objective.name: expected one of"),
             ({"s2sd.target_objective": "nonsense"}, "config.s2sd.target_objective: expected one of"),
