@@ -17,7 +17,7 @@ FORKS.set_forkserver_preload(["tensorflow", "sklearn.cluster"])
 
 
 def run_python(*arguments, cwd=None, check=True, timeout=300):
-    """Runs what `python` runs by these arguments (`-c` code, `-m` module, or a script) and returns the finished process."""
+    """Runs what `python` would (`-c` code, `-m` module or script), in its own session; returns the finished process."""
     arguments = [str(argument) for argument in arguments]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2"}
     with tempfile.TemporaryDirectory() as folder:

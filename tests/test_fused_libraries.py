@@ -72,7 +72,7 @@ def without_compiler(monkeypatch):
 
 @pytest.fixture
 def quick_compiler(tmp_path_factory, monkeypatch):
-    """A compiler that leaves out optimization: building takes half the time, and these tests compute next to nothing."""
+    """A compiler that does not optimize: building takes half the time, and these tests compute next to nothing."""
     script = tmp_path_factory.mktemp("compiler") / "c++"
     script.write_text(f'#!/bin/sh\nexec {libraries.compiler()} "$@" -O0\n')
     script.chmod(0o755)

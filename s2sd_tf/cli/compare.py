@@ -27,10 +27,6 @@ _CONFIG = configs.define()
 PLAIN, S2SD = "plain objective", "with S2SD"
 
 
-# What makes any config that of the plain objective.
-_PLAIN_FLAGS = ("--config.s2sd.target_dims=()", "--config.s2sd.feature_distill=False")
-
-
 def main():
     app.run(_main)
 
@@ -49,9 +45,9 @@ def _main(_):
         passed_on.append("--config.train.threads=1")
     runs, groups = {}, {PLAIN: [], S2SD: []}
     for seed in _SEEDS.value:
-        for name, folder, flags_of in ((PLAIN, "plain", _PLAIN_FLAGS), (S2SD, "s2sd", ())):
+        for name, folder, given in ((PLAIN, "plain", _without_teachers(passed_on)), (S2SD, "s2sd", passed_on)):
             workdir = os.path.join(_WORKDIR.value, "runs", f"{folder}_seed{seed}")
-            runs[workdir] = [*passed_on, f"--config.seed={seed}", *flags_of]
+            runs[workdir] = [*given, f"--config.seed={seed}"]
             groups[name].append(workdir)
     results = run_all(runs, _JOBS.value)
     rows = {name: summarize([results[workdir] for workdir in workdirs]) for name, workdirs in groups.items()}
@@ -106,6 +102,13 @@ def _config_flags(arguments):
         if argument.startswith("-") and (name == "config" or name.startswith(("config=", "config."))):
             found.append(argument if "=" in argument else f"{argument}={arguments[position + 1]}")
     return found
+
+
+def _without_teachers(given):
+    """The flags of the plain objective for those of a run with S2SD."""
+    # A tuple that is given twice is the values of both.
+    kept = [flag for flag in given if not flag.lstrip("-").startswith("config.s2sd.target_dims=")]
+    return [*kept, "--config.s2sd.target_dims=()", "--config.s2sd.feature_distill=False"]
 
 
 if __name__ == "__main__":
