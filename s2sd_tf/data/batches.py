@@ -71,7 +71,7 @@ class EpochBatches:
         else:
             self._load = _loader(images, preprocessing, augmentation, seed)
         # A graph, so that what reads the images is not traced anew for every epoch.
-        self._dataset_of = tf.function(self._read_slices, reduce_retracing=True, autograph=False)
+        self._dataset_of = tf.function(self._read_slices, reduce_retracing=True)
 
     def __call__(self, epoch, first_step=0, input_context=None):
         """A `tf.data.Dataset` of one epoch's batches.
