@@ -20,7 +20,7 @@ def make_train_step(model, strategy):
         # As a graph of several replicas cannot make Keras 3's variables.
         build_optimizer(model)
 
-    @tf.function(jit_compile=model.jit_compile, reduce_retracing=True, autograph=False)
+    @tf.function(jit_compile=model.jit_compile, reduce_retracing=True)
     def step_of_all(batch):
         return strategy.run(model.train_step, args=(batch,))
 
