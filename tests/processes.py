@@ -13,7 +13,7 @@ import sys
 import tempfile
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tensorflow", "sklearn.cluster"])
+FORKS.set_forkserver_preload(["tensorflow", "sklearn.cluster", "sklearn.manifold"])
 
 
 def run_python(*arguments, cwd=None, check=True, timeout=300):
