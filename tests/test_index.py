@@ -94,7 +94,8 @@ def test_save_load_move_add_remove(kind, metric, tmp_path, monkeypatch):
     index = evaluation.load_index(tmp_path / "other")
     after = index.search(queries, 5)
     np.testing.assert_array_equal(before.indices, after.indices)
-    np.testing.assert_array_equal(before.similarities, after.similarities)
+    # ScaNN adds up in an order that depends on where in memory the rows are.
+    np.testing.assert_allclose(after.similarities, before.similarities, rtol=0 if kind == "exact" else 1e-6)
     assert index.ids == names
 
     # An image far from the others, and a new one in the place of one that is there.
