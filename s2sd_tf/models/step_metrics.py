@@ -1,5 +1,6 @@
 """The running means that a model's steps report."""
 
+import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.keras_compat import keras
@@ -27,7 +28,7 @@ class StepMetrics:
         if loss.diagnostics:
             names += ["gradient_norm", "mean_similarity", "embedding_rank"]
             names += ["target_mean_similarity", "target_embedding_rank"] if loss.target_dims else []
-        self.metrics = [keras.metrics.Mean(name=name) for name in names]
+        self.metrics = [_RunningMean(name=name) for name in names]
 
     def update(self, terms):
         """Takes a step's `terms`, a dict of tensors; the running means of those that it holds."""
@@ -42,3 +43,12 @@ class StepMetrics:
         for metric in logged:
             metric.update_state(values[metric.name])
         return {metric.name: metric.result() for metric in logged}
+
+
+class _RunningMean(keras.metrics.Mean):
+    """A mean that can be loaded in the scope of a strategy: Keras 2 would share out the file's array over replicas."""
+
+    def load_own_variables(self, store):
+        # Keras 3 stores none.
+        for key in list(store.keys()):
+            self.variables[int(key)].assign(np.array(store[key]))
