@@ -23,6 +23,27 @@ def objective_names():
     return [name for kind in ("pair", "tuple", "proxy") for name in objectives.names(kind)]
 
 
+# Of the published implementation, by variant.
+GOLDENS = ("s2sd_dsd", "s2sd_msd", "s2sd_msda", "s2sd_msdf_before_delay", "s2sd_msdf_at_delay", "s2sd_msdfa")
+
+
+def golden_loss(values, dtype):
+    """The `S2SDLoss` of a golden file of the published implementation."""
+    import s2sd_tf
+
+    loss = s2sd_tf.S2SDLoss(
+        target_dims=values["dims"].tolist(),
+        temperature=float(values["temperature"]),
+        distill_weight=float(values["distill_weight"]),
+        feature_distill=bool(values["feature_distill"]),
+        feature_distill_weight=float(values["feature_distill_weight"]),
+        feature_distill_delay=int(values["feature_distill_delay"]),
+        dtype=dtype,
+    )
+    loss.step.assign(int(values["step"]))
+    return loss
+
+
 def small_config(**changes):
     """The config of a small run on digits in this process; `changes` are by flattened keys."""
     from s2sd_tf.training import default_config

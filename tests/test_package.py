@@ -21,7 +21,7 @@ LAYERS = {
     "reporting": {"evaluation"},
     "export": {"evaluation"},
     "serving": {"data", "evaluation", "export"},
-    "models": {"losses", "objectives", "distillation"},
+    "models": {"losses", "objectives"},
     "training": {
         "models", "data", "evaluation", "reporting", "export", "losses", "objectives", "mining", "distillation"
     },

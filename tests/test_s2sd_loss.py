@@ -6,12 +6,12 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import GOLDENS, golden_loss
 
 import s2sd_tf
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models.pooling import pool
 
-VARIANTS = ("s2sd_dsd", "s2sd_msd", "s2sd_msda", "s2sd_msdf_before_delay", "s2sd_msdf_at_delay", "s2sd_msdfa")
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 
@@ -35,22 +35,7 @@ def golden_heads(values, dtype):
     return weights, heads
 
 
-def golden_loss(values, dtype, **settings):
-    loss = s2sd_tf.S2SDLoss(
-        target_dims=values["dims"].tolist(),
-        temperature=float(values["temperature"]),
-        distill_weight=float(values["distill_weight"]),
-        feature_distill=bool(values["feature_distill"]),
-        feature_distill_weight=float(values["feature_distill_weight"]),
-        feature_distill_delay=int(values["feature_distill_delay"]),
-        dtype=dtype,
-        **settings,
-    )
-    loss.step.assign(int(values["step"]))
-    return loss
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", GOLDENS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-6), ("float32", 1e-4)])
 def test_golden_loss_and_every_gradient(golden, variant, dtype, tolerance):
     values = golden(variant)
