@@ -60,7 +60,7 @@ class EpochBatches:
         if augmentation is not None and cache:
             raise ValueError("cache: expected none, as augmented images are made anew every time. Received: True")
         labels = checked_labels(images.labels)
-        # Here, so that what cannot be drawn is told at once and not by the first training step.
+        # Here, so that what cannot be drawn is refused at once and not by the first training step.
         sampler.check(labels)
         self._batch_size = sampler.batch_size
         self._draw = _drawing(sampler, labels, self.steps, seed)
@@ -70,7 +70,7 @@ class EpochBatches:
                 self._cached = tf.constant(_preprocess_all(images, preprocessing)), tf.constant(images.labels)
         else:
             self._load = _loader(images, preprocessing, augmentation, seed)
-        # A graph, so that what reads the images is not traced anew for every epoch.
+        # A graph, so that what reads the images is traced once and not for every epoch.
         self._dataset_of = tf.function(self._read_slices, reduce_retracing=True)
 
     def __call__(self, epoch, first_step=0, input_context=None):
