@@ -115,7 +115,8 @@ def _clipping(optimizer):
 def build_optimizer(model):
     """Makes the optimizer's variables; Keras 2's legacy optimizers make theirs at the first step."""
     if hasattr(model.optimizer, "build"):
-        model.optimizer.build(model.trainable_variables)
+        with model.distribute_strategy.scope():
+            model.optimizer.build(model.trainable_variables)
 
 
 def optimizer_variables(optimizer):

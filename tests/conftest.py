@@ -3,6 +3,7 @@
 import os
 import pathlib
 import platform
+import random
 import subprocess
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -77,9 +78,16 @@ def compile_cpu_kernel(folder, flags, more):
     return sorted(folder.glob("*.o"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _tensorflow_seeded():
+    """Once a file: setting TensorFlow's seed drops all its kernels, which costs more than many a test."""
+    tf.keras.utils.set_random_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
-    tf.keras.utils.set_random_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture

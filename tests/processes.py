@@ -3,6 +3,7 @@
 Importing it takes longer than most of what the tests run. That process has done nothing with it yet.
 """
 
+import contextlib
 import multiprocessing
 import os
 import pathlib
@@ -16,25 +17,58 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tensorflow", "sklearn.cluster", "sklearn.manifold"])
 
 
+class Started:
+    """A running process, in its own session; its output is in files of `folder`."""
+
+    def __init__(self, arguments, folder, cwd=None, environment=None):
+        arguments = [str(argument) for argument in arguments]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2", **(environment or {})}
+        self.arguments = arguments
+        self._streams = [pathlib.Path(folder, name) for name in ("stdout", "stderr")]
+        self._process = FORKS.Process(
+            target=_child, args=(arguments, environment, str(cwd or os.getcwd()), self._streams)
+        )
+        self._process.start()
+
+    def is_alive(self):
+        return self._process.is_alive()
+
+    def send_signal(self, number):
+        """To the process and all that it has started."""
+        os.killpg(self._process.pid, number)
+
+    def wait(self, timeout=300):
+        """The finished process; one that takes longer is killed."""
+        try:
+            self._process.join(timeout)
+        finally:
+            late = self._process.is_alive()
+            if late:
+                self.send_signal(signal.SIGKILL)
+                self._process.join()
+        stdout, stderr = (path.read_text() for path in self._streams)
+        assert not late, f"{self.arguments}: not done in {timeout} seconds\n{stdout}{stderr}"
+        return subprocess.CompletedProcess(self.arguments, self._process.exitcode, stdout, stderr)
+
+
+@contextlib.contextmanager
+def start_python(*arguments, cwd=None, environment=None):
+    """Starts what `python` would (`-c` code, `-m` module or script); kills what still runs at the end of the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = Started(arguments, folder, cwd, environment)
+        try:
+            yield started
+        finally:
+            if started.is_alive():
+                started.send_signal(signal.SIGKILL)
+
+
 def run_python(*arguments, cwd=None, check=True, timeout=300):
     """Runs what `python` would (`-c` code, `-m` module or script), in its own session; returns the finished process."""
-    arguments = [str(argument) for argument in arguments]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    with tempfile.TemporaryDirectory() as folder:
-        streams = [pathlib.Path(folder, name) for name in ("stdout", "stderr")]
-        child = FORKS.Process(target=_child, args=(arguments, environment, str(cwd or os.getcwd()), streams))
-        child.start()
-        try:
-            child.join(timeout)
-        finally:
-            late = child.is_alive()
-            if late:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.join()
-        stdout, stderr = (path.read_text() for path in streams)
-    assert not late, f"{arguments}: not done in {timeout} seconds\n{stdout}{stderr}"
-    assert not check or child.exitcode == 0, stdout + stderr
-    return subprocess.CompletedProcess(arguments, child.exitcode, stdout, stderr)
+    with start_python(*arguments, cwd=cwd) as started:
+        done = started.wait(timeout)
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
 def _child(arguments, environment, folder, streams):

@@ -72,14 +72,7 @@ OBJECTIVES = {
     "proxy_anchor": {"identifier": "proxy_anchor", "num_classes": 4},
 }
 GLOBAL = {
-    **{
-        f"{name}, {implementation}": {
-            "objective": OBJECTIVES[name], "model": {"similarity_kl_implementation": implementation}, **SGD,
-        }
-        for name, implementation in (
-            ("multi_similarity", "fused"), ("margin", "fused"), ("proxy_anchor", "fused"), ("margin", "composed"),
-        )
-    },
+    "margin": {"objective": OBJECTIVES["margin"], "model": {"similarity_kl_implementation": "fused"}, **SGD},
     "adam, multipliers, l2, gem": {
         "objective": OBJECTIVES["proxy_anchor"],
         "model": {
@@ -89,7 +82,8 @@ GLOBAL = {
         "optimizer": "Adam", "settings": {"learning_rate": 0.001, "epsilon": 1e-2},
     },
     "clipped by the norm of all": {
-        "objective": OBJECTIVES["multi_similarity"], "model": {"diagnostics": True},
+        "objective": OBJECTIVES["multi_similarity"],
+        "model": {"diagnostics": True, "similarity_kl_implementation": "composed"},
         "settings": {"learning_rate": 0.1, "global_clipnorm": 0.05},
     },
     "clipped one by one": {
@@ -112,8 +106,8 @@ TILED = {
 }  # fmt: skip
 
 
-# What tells four devices from two.
-ON_FOUR = [*(name for name in GLOBAL if name.endswith("fused")), "a batch that does not divide", "tiled"]
+# Four devices take twice the time of two, and repeat what these two cases show: the order of what is gathered, means.
+ON_FOUR = ["margin", "tiled"]
 
 
 @pytest.fixture(scope="module")

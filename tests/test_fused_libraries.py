@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import types
@@ -11,6 +10,7 @@ import types
 import pytest
 import tensorflow as tf
 from conftest import REPOSITORY
+from processes import start_python
 
 from s2sd_tf.distillation import fused, libraries
 
@@ -153,13 +153,13 @@ def test_without_the_library_for_xla(run, built, tmp_path, monkeypatch):
 def test_killed_while_building(tmp_path, monkeypatch, run_python, quick_compiler):
     monkeypatch.setenv(libraries.CACHE_VARIABLE, str(tmp_path))
     code = "from s2sd_tf.distillation import libraries; libraries.build(libraries.OP)"
-    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    while not list(tmp_path.glob(".writing-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.5)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with start_python("-c", code) as process:
+        while not list(tmp_path.glob(".writing-*")):
+            assert process.is_alive()
+            time.sleep(0.01)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert libraries.find(libraries.OP) is None or libraries.find(libraries.OP).parent != tmp_path
     path = libraries.build(libraries.OP)
     assert path.parent == tmp_path

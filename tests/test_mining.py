@@ -31,11 +31,6 @@ def is_stochastic(name, settings):
     return name not in DETERMINISTIC and (name != "easy_positive" or settings.get("negatives") == "distance_weighted")
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    """Leaves TensorFlow's seed alone. Setting it drops all kernels, which costs more than most of these tests."""
-
-
 def chooser(name, **settings):
     """A function of distances, labels and seed: the miner's triplets, or the pairs of one that only chooses pairs."""
     miner = mining.get(name, **settings)

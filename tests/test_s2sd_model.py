@@ -66,6 +66,23 @@ def test_prediction_is_the_normalised_base_embedding(small_model):
 
 
 @pytest.mark.parametrize("objective", objective_names())
+def test_every_objective_has_its_terms_and_gradients(small_model, objective):
+    model = small_model(objective=objective, num_classes=3, feature_distill_delay=0)
+    images, labels = images_and_labels()
+    weights = model.trainable_variables
+    with tf.GradientTape() as tape:
+        terms = model.compute_losses(images, labels, training=False)
+    gradients = tape.gradient(terms["loss"], weights)
+    assert all(np.isfinite(tf.convert_to_tensor(gradient)).all() for gradient in gradients)
+    expected = model.s2sd_loss.objective(model(images), labels, training=False)
+    np.testing.assert_allclose(terms["objective"], expected, rtol=1e-5)
+    loss = (terms["objective"] + tf.reduce_mean(terms["target_objectives"])) / 2
+    loss += 50 * (tf.reduce_mean(terms["distill_kls"]) + terms["feature_kl"])
+    np.testing.assert_allclose(terms["loss"], loss, rtol=1e-5)
+
+
+# One of each kind.
+@pytest.mark.parametrize("objective", ["multi_similarity", "margin", "proxy_anchor"])
 def test_fit_lowers_the_loss_and_logs_every_term(small_model, objective):
     model = small_model(objective=objective, num_classes=3, log_per_target=True, feature_distill_delay=0)
     model.compile(optimizer=keras.optimizers.Adam(1e-2))
@@ -85,6 +102,16 @@ def test_fit_lowers_the_loss_and_logs_every_term(small_model, objective):
     )
     loss = (logs["objective"] + logs["target_objective"]) / 2 + 50 * (logs["distill_kl"] + logs["feature_kl"])
     assert logs["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_step_is_traced_once(small_model, monkeypatch):
+    model = small_model()
+    model.compile(optimizer="adam")
+    step, traced = model.train_step, []
+    monkeypatch.setattr(model, "train_step", lambda data: traced.append(data) or step(data))
+    images, labels = images_and_labels()
+    model.fit(images, labels, batch_size=12, epochs=3, verbose=0)
+    assert len(traced) == 1
 
 
 def test_without_teachers_it_is_the_plain_objective(small_model):

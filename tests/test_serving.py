@@ -5,7 +5,6 @@ import os
 import pathlib
 import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -16,6 +15,7 @@ import pytest
 import tensorflow as tf
 from conftest import REPOSITORY
 from PIL import Image
+from processes import start_python
 
 import s2sd_tf
 from s2sd_tf import data, evaluation, export
@@ -107,16 +107,15 @@ def test_killed_it_goes_on_and_neither_loses_nor_repeats_a_shard(call, encoder_p
     folder = tmp_path / "out"
     arguments = [f"--encoder={encoder_path}", f"--images={images}", f"--output={folder}", "--shard_size=3"]
     arguments += ["--batch_size=1"]
-    command = [sys.executable, "-m", "s2sd_tf.cli.embed", *arguments]
     seen = {}
     for _ in range(2):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while len(shard_folders(folder)) < len(seen) + 4 and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with start_python("-m", "s2sd_tf.cli.embed", *arguments) as process:
+            deadline = time.monotonic() + 120
+            while len(shard_folders(folder)) < len(seen) + 4 and time.monotonic() < deadline:
+                assert process.is_alive()
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
         now = {path: os.stat(path).st_mtime_ns for path in shard_folders(folder)}
         assert seen.items() <= now.items()
         seen = now
@@ -308,9 +307,7 @@ def test_the_example_serves_it(encoder_path, images, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(example), str(tmp_path / "retrieval"), str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+    with start_python(example, tmp_path / "retrieval", port) as server:
         content = content_of(items[4])
         for _ in range(600):
             try:
@@ -318,7 +315,7 @@ def test_the_example_serves_it(encoder_path, images, tmp_path):
                     found = json.load(answer)["matches"]
                 break
             except (urllib.error.URLError, ConnectionError):
-                assert server.poll() is None
+                assert server.is_alive()
                 time.sleep(0.1)
         assert len(found) == 3
         assert (found[0]["id"], found[0]["label"]) == (items[4].id, items[4].label)
@@ -327,6 +324,3 @@ def test_the_example_serves_it(encoder_path, images, tmp_path):
             urllib.request.urlopen(f"http://localhost:{port}/", b"no image", timeout=30)
         assert refused.value.code == 400
         assert "error" in json.load(refused.value)
-    finally:
-        server.kill()
-        server.wait()

@@ -10,11 +10,6 @@ from s2sd_tf import similarity_kl
 from s2sd_tf.losses import distillation_weight
 
 
-@pytest.fixture(autouse=True)
-def _seeded():
-    """Leaves TensorFlow's seed alone. Setting it drops all kernels, which costs more than most of these tests."""
-
-
 def naive(student, teachers, temperature):
     """The divergences by Python loops in float64."""
     batch = len(student)

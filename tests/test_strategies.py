@@ -1,17 +1,16 @@
 """Runs on several devices and in several processes: the training program under strategies."""
 
+import contextlib
 import json
-import os
 import pathlib
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from processes import start_python
 
 from s2sd_tf import data
 from s2sd_tf.export import load_model
@@ -39,30 +38,30 @@ RUN = (
 
 
 def start(workdir, *arguments, tf_config=None):
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", "CUDA_VISIBLE_DEVICES": "-1"}
-    if tf_config is not None:
-        environment["TF_CONFIG"] = json.dumps(tf_config)
-    command = [sys.executable, "-m", "s2sd_tf.cli.train", *RUN, f"--workdir={workdir}", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {} if tf_config is None else {"TF_CONFIG": json.dumps(tf_config)}
+    return start_python("-m", "s2sd_tf.cli.train", *RUN, f"--workdir={workdir}", *arguments, environment=environment)
 
 
+@contextlib.contextmanager
 def start_workers(workdir, count=2):
     sockets = [socket.create_server(("localhost", 0)) for _ in range(count)]
     cluster = {"worker": [f"localhost:{s.getsockname()[1]}" for s in sockets]}
     for free in sockets:
         free.close()
-    return [
-        start(workdir, "--strategy=multiworker", tf_config={"cluster": cluster, "task": {"type": "worker", "index": k}})
-        for k in range(count)
-    ]
+    with contextlib.ExitStack() as workers:
+        tasks = [{"type": "worker", "index": k} for k in range(count)]
+        yield [
+            workers.enter_context(
+                start(workdir, "--strategy=multiworker", tf_config={"cluster": cluster, "task": task})
+            )
+            for task in tasks
+        ]
 
 
-def end(process, status=0, timeout=240):
-    try:
-        output = process.communicate(timeout=timeout)[0]
-    finally:
-        process.kill()
-    assert process.returncode == status, output
+def end(process, status=0):
+    done = process.wait(240)
+    output = done.stdout + done.stderr
+    assert done.returncode == status, output
     return output
 
 
@@ -86,12 +85,12 @@ def on_one_device(tmp_path_factory, call):
 
 def test_two_devices_train_what_one_does(on_one_device, tmp_path, call):
     devices = ("--strategy=mirrored", "--devices=CPU:0,CPU:1")
-    process = start(tmp_path / "two", *devices)
-    while not (tmp_path / "two" / "checkpoints" / "epoch_000001").exists() and process.poll() is None:
-        time.sleep(0.01)
-    # In the middle of an epoch, from where it goes on.
-    process.send_signal(signal.SIGTERM)
-    assert "the same command goes on from there" in end(process, 75)
+    with start(tmp_path / "two", *devices) as process:
+        while not (tmp_path / "two" / "checkpoints" / "epoch_000001").exists() and process.is_alive():
+            time.sleep(0.01)
+        # In the middle of an epoch, from where it resumes.
+        process.send_signal(signal.SIGTERM)
+        assert "the same command goes on from there" in end(process, 75)
     call("train", *RUN, *devices, f"--workdir={tmp_path / 'two'}")
     assert_same_run(on_one_device, tmp_path / "two")
     assert read_json(tmp_path / "two" / "run.json")["strategy"] == {"name": "MirroredStrategy", "replicas": 2}
@@ -105,17 +104,17 @@ def test_two_devices_train_what_one_does(on_one_device, tmp_path, call):
 
 def test_workers_train_what_one_process_does_though_one_is_killed(on_one_device, tmp_path):
     workdir = tmp_path / "workers"
-    chief, other = start_workers(workdir)
-    while not (workdir / "checkpoints" / "epoch_000001").exists() and chief.poll() is None:
-        time.sleep(0.01)
-    other.kill()
-    assert "lost a worker" in end(chief, 75)
-    end(other, -signal.SIGKILL)
+    with start_workers(workdir) as (chief, other):
+        while not (workdir / "checkpoints" / "epoch_000001").exists() and chief.is_alive():
+            time.sleep(0.01)
+        other.send_signal(signal.SIGKILL)
+        assert "lost a worker" in end(chief, 75)
+        end(other, -signal.SIGKILL)
     assert not (workdir / "results.json").exists()
-    # All of them are called again.
-    chief, other = start_workers(workdir)
-    end(chief)
-    end(other)
+    # All workers are started again.
+    with start_workers(workdir) as workers:
+        for worker in workers:
+            end(worker)
     assert_same_run(on_one_device, workdir)
     assert read_json(workdir / "run.json")["strategy"]["replicas"] == 2
     assert not list(workdir.rglob(".writing-*"))

@@ -193,6 +193,12 @@ class S2SDModel(keras.Model):
         if self.built:
             build_optimizer(self)
 
+    def make_train_function(self, force=False):
+        """Keras's hook before training. Creates the optimizer's variables, so that a step is traced only once."""
+        if self.built:
+            build_optimizer(self)
+        return super().make_train_function(force)
+
     def save_own_variables(self, store):
         """Keras's hook for saving: the model's own variables, and what Keras does not save of a legacy optimizer."""
         super().save_own_variables(store)

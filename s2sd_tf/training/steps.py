@@ -16,9 +16,8 @@ def make_train_step(model, strategy):
         Function from a batch, an element of a dataset that the strategy distributes, to the running means of the logged
         terms: a dict of scalar tensors, those of this process's first replica.
     """
-    with strategy.scope():
-        # As a graph of several replicas cannot make Keras 3's variables.
-        build_optimizer(model)
+    # A graph of several replicas cannot create Keras 3's variables.
+    build_optimizer(model)
 
     @tf.function(jit_compile=model.jit_compile, reduce_retracing=True)
     def step_of_all(batch):
