@@ -16,7 +16,7 @@ from s2sd_tf.data import matlab_reader
 from s2sd_tf.data.image_set import ImageSet
 from s2sd_tf.untrusted import reading
 
-# The most that a MATLAB file may inflate to. The one of CARS196 has 2 MB.
+# The most that a MATLAB file may inflate to. The CARS196 file has 2 MB.
 _INFLATED_BYTES = 2**26
 # The type number of a compressed element.
 _COMPRESSED = 15
@@ -122,7 +122,7 @@ def image_set(rows: Sequence[Row], class_names: Sequence[str], super_classes: Se
 
 
 def read_matlab(path: str | os.PathLike, *names: str) -> list[list[Any]]:
-    """Reads variables of a MATLAB file, each as a list of strings or, for structures, of dicts.
+    """Reads variables of a MATLAB file, each as a list. Structures become dicts.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -181,7 +181,7 @@ def _variables(path):
 
 
 def _check_inflated(path):
-    """Raises ValueError if the compressed elements of a version 5 MATLAB file are too large to let scipy read them."""
+    """Raises ValueError if the compressed elements of a version 5 MATLAB file inflate too far for scipy to read."""
     with open(path, "rb") as file:
         content = file.read(_INFLATED_BYTES + 1)
     left = _INFLATED_BYTES - len(content)

@@ -34,7 +34,7 @@ class Augmentation:
     Args:
         crop: "resized" draws a share of the area from `scale` and an aspect ratio from `ratio`, as for Inception
             (Szegedy et al., CVPR 2015). "random" scales the shorter side to the `resize_size` of the `Preprocessing`
-            and crops its size anywhere. "center" crops as in evaluation.
+            and crops its `(height, width)` at a random place. "center" crops as in evaluation.
         scale: two floats in (0, 1], smallest and largest share of the image's area.
         ratio: two floats > 0, smallest and largest width / height; its logarithm is drawn uniformly.
         flip: probability of a horizontal flip, in [0, 1].
@@ -227,7 +227,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "rand": {"rand_augment": 2, "magnitude": 0.5},
     "flip": {"crop": "center"},
 }
-# The input size of presets that do not use the one of the config.
+# The input size of the presets that override `config.data.image_size`.
 PRESET_SIZES = {"big": 256}
 
 

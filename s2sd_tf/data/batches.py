@@ -110,7 +110,7 @@ class EpochBatches:
         own, _ = _own_part(input_context, self._batch_size)
         drawn, chosen = self._draw(epoch)
         if drawn != epoch:
-            raise ValueError(f"epoch: expected the one of the stored embeddings, {drawn}. Received: {epoch}")
+            raise ValueError(f"epoch: expected the epoch of the stored embeddings, {drawn}. Received: {epoch}")
         with tf.device("CPU"):
             return self._dataset_of(*map(tf.constant, _rows(epoch, chosen, own, first_step)))
 

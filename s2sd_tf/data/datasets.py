@@ -1,4 +1,4 @@
-"""Registry of the data sets, which `config.data.name` and `s2sd-shards` name."""
+"""Registry of the data sets that `config.data.name` and `s2sd-shards` choose from."""
 
 import inspect
 import os

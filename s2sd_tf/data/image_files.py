@@ -73,7 +73,7 @@ def unreadable(paths: Sequence[str], check: str) -> list[tuple[str, str]]:
         check: "none" opens no file. "files" reads the first bytes and the last 4 KiB of each file: it has to exist,
             begin as PNG, JPEG, BMP or GIF, and if it is PNG or JPEG have the end marker, which a truncated file lacks.
             "decode" decodes each file, as training does. Both also refuse files that are not regular files, have more
-            than 64 MiB, or have more than 89 million pixels by their header.
+            than 64 MiB, or have more than 89 million pixels according to their header.
 
     Returns:
         `(path, reason)` of each unreadable file.

@@ -193,7 +193,7 @@ def split_classes(
 
 
 def hold_out_classes(images: ImageSet, count: int, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-    """Holds out `count` random classes, to select a model on, and returns `(rest, held_out)`.
+    """Holds out `count` classes drawn with `seed`, to select a model on, and returns `(rest, held_out)`.
 
     Raises:
         ValueError: fewer than 2 classes held out (retrieval within one class is always right), or fewer than 2 left.

@@ -168,7 +168,7 @@ class Preprocessing:
         return tf.reshape((rows - mean) / std, _sizes(images))
 
     def crop_size(self, height: tf.Tensor, width: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Size of the part of a `height` x `width` image that becomes the crop: `(height, width)`, int32."""
+        """The part of a `height` x `width` image that becomes the crop, as int32 `(height, width)` in its pixels."""
         if self.resize_size is None:
             return height, width
         scale = tf.cast(tf.minimum(height, width), tf.float32) / self.resize_size
@@ -178,7 +178,7 @@ class Preprocessing:
         )
 
     def without_normalization(self) -> "Preprocessing":
-        """The same resizing and crop without the other steps, for images to look at. The result is in [0, 1]."""
+        """The same resizing and crop without the other steps, so images are in [0, 1], for people to look at."""
         return Preprocessing(self.height, self.width, self.channels, self.resize_size)
 
     def decode(self, encoded: tf.Tensor | bytes) -> tf.Tensor:

@@ -24,7 +24,7 @@ _RECORD_HEAD, _RECORD_TAIL = 12, 4
 def write_shards(
     split: RetrievalSplit, folder: str | os.PathLike, shard_mib: float = 128, name: str = ""
 ) -> dict[str, int]:
-    """Writes a `RetrievalSplit` as TFRecord shards. After an error the folder is unchanged.
+    """Writes a `RetrievalSplit` as TFRecord shards, either completely or not at all.
 
     `<part>-00000-of-00007.tfrecord` are uncompressed records of `tf.train.Example`, in the order of the images:
 

@@ -169,7 +169,7 @@ def register(name: str) -> Callable[[_SamplerClass], _SamplerClass]:
 
 
 def get(identifier: str | Sampler, **settings: Any) -> Sampler:
-    """Makes a sampler from its registered name and settings. A sampler is returned as it is.
+    """Makes a sampler from its registered name and settings; an instance is returned as it is.
 
     Example:
         >>> s2sd_tf.data.samplers.get("class_balanced", classes_per_batch=56, samples_per_class=2, class_power=0.5)

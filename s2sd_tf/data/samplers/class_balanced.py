@@ -127,7 +127,10 @@ def inclusion_probabilities(weights: np.ndarray, count: int) -> np.ndarray:
 
 
 def systematic_sample(probabilities: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Draws distinct positions, each i with probability `probabilities[i]`; their number is the sum of these `(n,)`."""
+    """Draws distinct positions, position i with probability `probabilities[i]`.
+
+    The number of positions is the sum of `probabilities` `(n,)`.
+    """
     certain = probabilities >= _CERTAIN
     order = generator.permutation(np.flatnonzero(~certain))
     ends = np.cumsum(probabilities[order])

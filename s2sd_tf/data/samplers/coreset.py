@@ -71,7 +71,7 @@ class CoresetSampler(StorageSampler):
         return np.reshape(fill, (steps, self.batch_size))
 
     def _pools(self, stored_labels, steps, generator):
-        """Yields pools of positions in the storage. Each class has the same number, up to 1 and to its size."""
+        """Yields pools of positions in the storage, evenly over the classes as far as their sizes allow."""
         members = images_by_class(stored_labels)
         classes = self.usable_classes(stored_labels)
         every, some = divmod(self.pool_factor * self.classes_per_batch, len(classes))

@@ -96,7 +96,7 @@ class DistanceMatching(MatchingSampler):
 
 @register("fid_matching")
 class FidMatching(MatchingSampler):
-    """Takes the batch with the smallest Fréchet distance to the storage, as Gaussians by mean and covariance.
+    """Takes the batch whose Gaussian (mean and covariance) has the smallest Fréchet distance to the storage's.
 
     The distance is that of Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash
     equilibrium", NeurIPS 2017, in the embedding space of the trained model. Based on the batch-matching samplers of
