@@ -1,15 +1,12 @@
 """Base classes and registry of the samplers, argument checks, and draws without repeats."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from s2sd_tf.checks import checked_int
 from s2sd_tf.registry import Registry
-
-if TYPE_CHECKING:
-    from s2sd_tf.data.samplers.storage import EmbeddingStorage
 
 SHORT_CLASSES = ("raise", "repeat", "skip")
 
@@ -37,11 +34,11 @@ class Sampler:
 
     Attributes:
         batch_size: the number of images in a batch.
-        storage: embeddings to keep up to date (see `s2sd_tf.data.RefreshStorage`), or None.
+        storage: `EmbeddingStorage` to keep up to date (see `s2sd_tf.data.RefreshStorage`), or None.
     """
 
     batch_size: int
-    storage: "EmbeddingStorage | None" = None
+    storage: Any = None
 
     def epoch(self, labels: np.ndarray, steps: int, seed: int, epoch: int) -> np.ndarray:
         """Draws the batches of one epoch.
