@@ -176,7 +176,7 @@ class TestAnnotations:
             ("sop", "Stanford_Online_Products/Ebay_test.txt", 2, "1 1 1 C:\\a.jpg", "expected a path under"),
             ("sop", "Stanford_Online_Products/Ebay_test.txt", 2, "1 1 1 a/..\\..\\b.jpg", "expected a path under"),
             ("inshop", "Eval/list_eval_partition.txt", 1, "seven", "expected an int as the number of images"),
-            ("inshop", "Eval/list_eval_partition.txt", 1, "7", "expected the number of images that the file has, 24"),
+            ("inshop", "Eval/list_eval_partition.txt", 1, "7", "expected the number of images listed in the file, 24"),
             ("inshop", "Eval/list_eval_partition.txt", 5, "img/M/D/i/a.jpg i probe", "expected one of .*'probe'"),
             ("inshop", "Eval/list_eval_partition.txt", 5, "img/a.jpg i train", "expected img/<gender>"),
             ("inshop", "Eval/list_eval_partition.txt", 5, "img/../../../a.jpg i train", "expected a path under"),
@@ -230,7 +230,7 @@ class TestAnnotations:
         path.write_text("\n".join([str(len(kept) - 2), *kept[1:]]))
         with caplog.at_level("WARNING", logger="absl"):
             split = data.load_inshop(str(tmp_path))
-        assert "1 items without, ['id_00000008']" in caplog.text
+        assert "1 items that are missing from it, ['id_00000008']" in caplog.text
         assert split.counts() == {"train": (12, 4), "test": (4, 4), "gallery": (6, 3)}
         assert split.test.class_names == split.gallery.class_names
 
@@ -336,7 +336,7 @@ class TestImageLists:
             ("a/b.jpg\n\nb.jpg\n", "line 3: expected <folder of a class>/<file>"),
             ("a/b.jpg 1\na/c.jpg\n", "line 2: expected <path> <class>"),
             ("a/b.jpg\n../c/d.jpg\n", "line 2: expected a path under"),
-            ("", "image_list: expected a path a line"),
+            ("", "image_list: expected one path per line"),
         ],
     )
     def test_malformed_lists(self, tmp_path, text, words):

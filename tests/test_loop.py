@@ -89,7 +89,7 @@ class TestEpochBatches:
         refresh = data.RefreshStorage(sampler, run_data.train, run_data.preprocessing)
         refresh.refresh(lambda images, training: tf.reshape(images, [-1, 64]), 3)
         assert len(list(batches(3, 1))) == STEPS - 1
-        with pytest.raises(ValueError, match=r"epoch: expected that of the stored embeddings, 3. Received: 2"):
+        with pytest.raises(ValueError, match=r"epoch: expected the epoch of the stored embeddings, 3. Received: 2"):
             batches(2)
 
     def test_none_are_left_after_the_last(self):

@@ -175,8 +175,8 @@ class TestEverySampler:
     def test_labels_that_do_not_suit(self):
         labels = np.arange(12) % 4
         for sampler, words in [
-            (make("random", 13, 1), "batch_size: expected at most 12, all images. Received: 13"),
-            (make("greedy_coreset", 13, 1), "classes_per_batch: expected at most 12, all images"),
+            (make("random", 13, 1), "batch_size: expected at most 12, the number of images. Received: 13"),
+            (make("greedy_coreset", 13, 1), "classes_per_batch: expected at most 12, the number of images"),
             (make("class_balanced", 5, 1), "classes_per_batch: expected at most 4"),
             (make("class_balanced", 2, 1, class_weights=[1, 1]), "class_weights: expected at least 4, .* Received: 2"),
             (make("class_balanced", 2, 1, class_weights=[0, 0, 0, 1]), "at least 2 classes with a weight > 0"),
@@ -661,7 +661,7 @@ class TestStorage:
         for batch in sampler.epoch(labels, 10, 0, 0):
             assert len(np.unique(batch)) == 20
             assert len(np.unique(labels[batch])) == 5
-        with pytest.raises(ValueError, match="labels: expected those of the images"):
+        with pytest.raises(ValueError, match="labels: expected the labels of the images"):
             sampler.epoch(np.arange(100) % 20, 1, 0, 0)
         with pytest.raises(ValueError, match="classes_per_batch: expected at most 1 classes"):
             filled(sampler, embeddings, np.flatnonzero(labels == 0)).epoch(labels, 1, 0, 0)

@@ -1,4 +1,4 @@
-"""Labelled images, benchmarks of retrieval, class-disjoint splits, shards, samplers of batches, and preprocessing."""
+"""Labelled images, retrieval data sets, class-disjoint splits, shards, batch samplers and preprocessing."""
 
 from s2sd_tf.data import datasets, samplers
 from s2sd_tf.data.augmentation import Augmentation

@@ -1,4 +1,4 @@
-"""Reading of annotation files, text and MATLAB; what is malformed is refused by file and line."""
+"""Readers of annotation files, text and MATLAB. Errors name the file and line."""
 
 import json
 import ntpath
@@ -7,7 +7,8 @@ import posixpath
 import subprocess
 import sys
 import zlib
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -15,19 +16,19 @@ from s2sd_tf.data import matlab_reader
 from s2sd_tf.data.image_set import ImageSet
 from s2sd_tf.untrusted import reading
 
-# What a MATLAB file may inflate to: that of CARS196 has 2 MB.
+# The most that a MATLAB file may inflate to. The CARS196 file has 2 MB.
 _INFLATED_BYTES = 2**26
-# The type of compressed elements in it.
+# The type number of a compressed element.
 _COMPRESSED = 15
 
 
 class Row(NamedTuple):
-    """An image as an annotation file has it.
+    """An image that an annotation file lists.
 
     Attributes:
         path: path of the image file.
         class_name: name of its class.
-        where: file and line that say so, for messages.
+        where: the annotation file and line, for messages.
     """
 
     path: str
@@ -35,17 +36,19 @@ class Row(NamedTuple):
     where: str
 
 
-def read_columns(path, columns, header=0, path_first=False):
-    """Yields `(where, values)` for each line of a text file of columns between white space, empty lines apart.
+def read_columns(
+    path: str | os.PathLike, columns: int, header: int = 0, path_first: bool = False
+) -> Iterator[tuple[str, list[str]]]:
+    """Yields `(where, values)` for each non-empty line of a text file with columns separated by white space.
 
     Args:
         path: file, UTF-8.
-        columns: int, number of columns.
-        header: int, lines to pass over.
-        path_first: bool; the column that may hold blanks is the first one, not the last one.
+        columns: the number of columns.
+        header: the number of lines to skip.
+        path_first: the first column may contain blanks. By default the last one may.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the file does not exist.
         ValueError: a line with fewer columns, or not in UTF-8.
     """
     _check_there(path)
@@ -64,11 +67,11 @@ def read_columns(path, columns, header=0, path_first=False):
             yield where, values
 
 
-def path_under(root, relative, where):
-    """The file `relative` under the folder `root`.
+def path_under(root: str | os.PathLike, relative: str, where: str | os.PathLike) -> str:
+    """Joins the folder `root` and the path `relative`; `where` is for the message.
 
     Raises:
-        ValueError: it is absolute, leads out of `root`, or can be none.
+        ValueError: `relative` is absolute, leads out of `root`, or is not a valid path.
     """
     outside = posixpath.isabs(relative) or ntpath.isabs(relative) or ntpath.splitdrive(relative)[0]
     if outside or "\0" in relative or ".." in relative.replace("\\", "/").split("/"):
@@ -76,11 +79,11 @@ def path_under(root, relative, where):
     return os.path.join(root, posixpath.normpath(relative))
 
 
-def as_int(text, column, where):
-    """The int that a column has.
+def as_int(text: str, column: str, where: str) -> int:
+    """Parses the int in a column; `column` and `where` are for the message.
 
     Raises:
-        ValueError: it has none.
+        ValueError: `text` is not an int.
     """
     try:
         return int(text)
@@ -88,25 +91,27 @@ def as_int(text, column, where):
         raise ValueError(f"{where}: expected an int as {column}. Received: {text!r}") from None
 
 
-def image_set(rows, class_names, super_classes=()):
-    """An `ImageSet` of paths.
+def image_set(rows: Sequence[Row], class_names: Sequence[str], super_classes: Sequence[str] = ()) -> ImageSet:
+    """Makes an `ImageSet` of paths.
 
     Args:
-        rows: list of `Row`, in the order of the images.
+        rows: the images, in order.
         class_names: names of the classes, in the order of the labels.
-        super_classes: the super-class of each, or empty.
+        super_classes: the super-class of each class, or empty.
 
     Raises:
-        ValueError: an image that is there twice, or two classes of one name.
+        ValueError: an image that is listed twice, or two classes with the same name.
     """
     labels = {name: label for label, name in enumerate(class_names)}
     if len(labels) < len(class_names):
         twice = sorted({name for at, name in enumerate(class_names) if labels[name] != at})
-        raise ValueError(f"class_names: expected classes of different names. Received: {twice[:5]} more than once")
-    seen = {}
+        raise ValueError(f"class_names: expected different names. Received: {twice[:5]} more than once")
+    seen: dict[str, str] = {}
     for row in rows:
         if row.path in seen:
-            raise ValueError(f"{row.where}: expected every image once. Received: {row.path!r} as in {seen[row.path]}")
+            raise ValueError(
+                f"{row.where}: expected every image once. Received: {row.path!r} again, after {seen[row.path]}"
+            )
         seen[row.path] = row.where
     return ImageSet(
         np.array([row.path for row in rows], np.str_),
@@ -116,12 +121,12 @@ def image_set(rows, class_names, super_classes=()):
     )
 
 
-def read_matlab(path, *names):
-    """The variables of a MATLAB file: structures as dicts, arrays of them and of str as lists.
+def read_matlab(path: str | os.PathLike, *names: str) -> list[list[Any]]:
+    """Reads variables of a MATLAB file, each as a list. Structures become dicts.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: another kind of file, one that inflates to more than 64 MiB, or without a variable of those names.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a MATLAB file, inflates to more than 64 MiB, or lacks one of the variables.
     """
     _check_there(path)
     with reading(path, "a MATLAB file up to version 7"):
@@ -130,17 +135,22 @@ def read_matlab(path, *names):
     missing = [name for name in names if name not in content]
     if missing:
         raise ValueError(f"{path}: expected the variables {list(names)}. Received: none named {missing}")
-    # One that is alone is no array.
+    # scipy does not wrap a single element in an array.
     return [content[name] if isinstance(content[name], list) else [content[name]] for name in names]
 
 
-def find_root(root, folders, files):
-    """`(folder, file)`: the first of `folders` under `root` that has one of `files`, and which; None without any.
+def find_root(
+    root: str | os.PathLike, folders: Sequence[str], files: Sequence[str]
+) -> tuple[str | os.PathLike, str] | None:
+    """Finds the first of `folders` under `root` that has one of `files`.
 
     Args:
         root: folder.
         folders: relative paths that the data may be unpacked to; "" is `root`.
         files: relative paths of files or folders.
+
+    Returns:
+        `(folder, file)`, or None if no folder has any of the files.
     """
     for folder in folders:
         for file in files:
@@ -155,7 +165,7 @@ def _check_there(path):
 
 
 def _variables(path):
-    """The variables of a MATLAB file by name, read in another process, as some broken files crash scipy."""
+    """The variables of a MATLAB file by name. Another process reads them, because some broken files crash scipy."""
     done = subprocess.run(
         [sys.executable, "-I", matlab_reader.__file__, os.path.abspath(path)],
         env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
@@ -171,13 +181,11 @@ def _variables(path):
 
 
 def _check_inflated(path):
-    """Raises ValueError where the compressed elements of a MATLAB file of version 5 are too large, before scipy makes
-    an array of them.
-    """
+    """Raises ValueError if the compressed elements of a version 5 MATLAB file inflate too far for scipy to read."""
     with open(path, "rb") as file:
         content = file.read(_INFLATED_BYTES + 1)
     left = _INFLATED_BYTES - len(content)
-    order = "little" if content[126:128] == b"IM" else "big"
+    order: Literal["little", "big"] = "little" if content[126:128] == b"IM" else "big"
     start = 128
     while left >= 0 and start + 8 <= len(content):
         kind, length = (int.from_bytes(content[at : at + 4], order) for at in (start, start + 4))

@@ -1,47 +1,50 @@
-"""Random crops, flips and colours of training images.
+"""Random crops, flips and colour changes of training images.
 
-What does what, on both stacks: the crop is TensorFlow's decode-and-crop, as only that leaves undecoded what is cropped
-away; colours and RandAugment are the operations of keras-cv's layers, as Keras 2 has no layers for hue, saturation,
-grayscale or RandAugment, and Keras 3's own are other ones. The draws are ours: those of the layers come from
-a generator with a state, so that an image would get another augmentation in every order of threads, and a resumed run
-others than one that was not interrupted.
+The operations are the same with Keras 2 and Keras 3. TensorFlow crops, because only its decode-and-crop skips decoding
+the rest of the image. keras-cv's layers change colours and apply RandAugment: Keras 2 has no layers for hue,
+saturation, grayscale or RandAugment, and those of Keras 3 differ. The random numbers are drawn here, not in the layers.
+The layers use a generator with a state, so an image's augmentation would depend on the order of threads, and a resumed
+run would differ from an uninterrupted one.
 """
 
 import copy
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
-from s2sd_tf.data.preprocessing import resize_antialiased, to_grayscale, with_channels
+from s2sd_tf.data.preprocessing import Preprocessing, resize_antialiased, to_grayscale, with_channels
 
-# Draws of a crop before the centre one is taken, as torchvision has it.
+# Random crops to try before falling back to the centre crop, as in torchvision.
 _ATTEMPTS = 10
 CROPS = ("resized", "random", "center")
 
 
 class Augmentation:
-    """Random crop, flip and colours of a training image; a function of the image and a seed.
+    """Random crop, flip and colour changes of a training image. The result depends only on the image and a seed.
 
-    The steps: a crop, scaled to the size of the `Preprocessing`; a horizontal flip; brightness, contrast, saturation
-    and hue, in this order, as in keras-cv's `RandomColorJitter`; grayscale; RandAugment (Cubuk et al., CVPR Workshops
-    2020) with the operations of keras-cv's `RandAugment`, one after the other. Inversion, channel order and
-    normalisation of the `Preprocessing` follow.
+    The steps are a crop, scaled to the size of the `Preprocessing`; a horizontal flip; brightness, contrast, saturation
+    and hue, in the order of keras-cv's `RandomColorJitter`; grayscale; RandAugment (Cubuk et al., CVPR Workshops 2020)
+    with the operations of keras-cv's `RandAugment`, in sequence. The `Preprocessing` then applies inversion, channel
+    order and normalisation.
 
     Args:
-        crop: "resized": a share of the area within `scale` and an aspect ratio within `ratio` are drawn, as Inception
-            was trained (Szegedy et al., CVPR 2015); "random": a crop of the size of the `Preprocessing`, anywhere in
-            the image whose shorter side is scaled to its `resize_size`; "center": as in evaluation.
-        scale: two floats in (0, 1], least and greatest share of the image's area.
-        ratio: two floats > 0, least and greatest width / height; its logarithm is uniform.
+        crop: "resized" draws a share of the area from `scale` and an aspect ratio from `ratio`, as for Inception
+            (Szegedy et al., CVPR 2015). "random" scales the shorter side to the `resize_size` of the `Preprocessing`
+            and crops its `(height, width)` at a random place. "center" crops as in evaluation.
+        scale: two floats in (0, 1], smallest and largest share of the image's area.
+        ratio: two floats > 0, smallest and largest width / height; its logarithm is drawn uniformly.
         flip: probability of a horizontal flip, in [0, 1].
-        brightness: float in [0, 1]; up to this share of white is added or taken away.
-        contrast: float in [0, 1]; distances from the mean of each channel times 1 +- so much.
-        saturation: float in [0, 1]; saturation times 1 +- so much.
-        hue: float in [0, 0.5]; the hue turns by up to this share of the circle.
-        grayscale: probability of grayscale, in [0, 1].
-        rand_augment: int >= 0, operations of RandAugment an image.
-        magnitude: float in [0, 1], strength of these.
+        brightness: float in [0, 1]; up to this share of white is added or subtracted.
+        contrast: float c in [0, 1]; distances from the mean of each channel are multiplied by a factor in 1 +- c.
+        saturation: float s in [0, 1]; the saturation is multiplied by a factor in 1 +- s.
+        hue: float in [0, 0.5]; the hue is rotated by up to this share of the circle.
+        grayscale: probability of conversion to grayscale, in [0, 1].
+        rand_augment: int >= 0, the number of RandAugment operations per image.
+        magnitude: float in [0, 1], strength of the RandAugment operations.
 
     Raises:
         ValueError: an argument out of its range; the message names it.
@@ -49,18 +52,18 @@ class Augmentation:
 
     def __init__(
         self,
-        crop="resized",
-        scale=(0.08, 1.0),
-        ratio=(3 / 4, 4 / 3),
-        flip=0.5,
-        brightness=0.0,
-        contrast=0.0,
-        saturation=0.0,
-        hue=0.0,
-        grayscale=0.0,
-        rand_augment=0,
-        magnitude=0.5,
-    ):
+        crop: str = "resized",
+        scale: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        brightness: float = 0.0,
+        contrast: float = 0.0,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+        grayscale: float = 0.0,
+        rand_augment: int = 0,
+        magnitude: float = 0.5,
+    ) -> None:
         if crop not in CROPS:
             raise ValueError(f"crop: expected one of {list(CROPS)}. Received: {crop!r}")
         _check_range("scale", scale, 1.0)
@@ -87,24 +90,25 @@ class Augmentation:
         self.grayscale = grayscale
         self.rand_augment = checked_int("rand_augment", rand_augment, 0)
         self.magnitude = magnitude
-        # Once, and not at every tracing: keras-cv's layers are Keras layers.
+        # Made once, not at every tracing, because keras-cv's layers are Keras layers.
         self._jitter = _color_layers() if brightness or contrast or saturation or hue else None
         self._operations = _rand_augment_operations(magnitude) if rand_augment else []
 
     @property
-    def changes_colors(self):
-        """Whether it does more than crop and flip; grayscale images go through RGB then."""
+    def changes_colors(self) -> bool:
+        """Whether the augmentation does more than crop and flip. Grayscale images then become RGB in between."""
         return bool(self._jitter or self.grayscale or self._operations)
 
-    def from_bytes(self, encoded, preprocessing, seed):
-        """An encoded image, a scalar string, to the model's input `(height, width, channels)`.
-
-        Of a JPEG only the crop is decoded.
+    def from_bytes(self, encoded: tf.Tensor, preprocessing: Preprocessing, seed: tf.Tensor) -> tf.Tensor:
+        """Decodes and augments an image. Only the crop of a JPEG is decoded.
 
         Args:
             encoded: string scalar, PNG, JPEG, BMP or GIF.
-            preprocessing: `Preprocessing`.
-            seed: int32 or int64 `(2,)`, from which everything is drawn.
+            preprocessing: size of the result, and the steps after the augmentation.
+            seed: int32 or int64 `(2,)`, seed of all random numbers.
+
+        Returns:
+            float32 `(height, width, channels)`, the model's input.
         """
         if self.crop == "center":
             return self._finish(preprocessing.decode(encoded), preprocessing, seed)
@@ -120,19 +124,24 @@ class Augmentation:
             seed,
         )
 
-    def from_pixels(self, pixels, preprocessing, seed):
-        """A uint8 image `(h, w, channels)` to the model's input; see `from_bytes`."""
+    def from_pixels(self, pixels: tf.Tensor | np.ndarray, preprocessing: Preprocessing, seed: tf.Tensor) -> tf.Tensor:
+        """Augments a uint8 image `(h, w, channels)`, see `from_bytes`."""
         if self.crop != "center":
             return self._finish(self._cropped(pixels, preprocessing, seed), preprocessing, seed)
         return self._finish(tf.cast(pixels, tf.float32) / 255.0, preprocessing, seed)
 
-    def crop_window(self, height, width, preprocessing, seed):
-        """Crop of an image of `height` x `width` pixels: int32 `[top, left, height, width]`.
+    def crop_window(
+        self, height: tf.Tensor, width: tf.Tensor, preprocessing: Preprocessing, seed: tf.Tensor
+    ) -> tf.Tensor:
+        """Draws the crop of an image of `height` x `width` pixels.
 
         Args:
             height, width: int32 scalars.
-            preprocessing: `Preprocessing`, whose size and `resize_size` a "random" crop is made for.
-            seed: as for `from_bytes`.
+            preprocessing: its size and `resize_size` set the size of a "random" crop.
+            seed: see `from_bytes`.
+
+        Returns:
+            int32 `[top, left, height, width]`.
         """
         draws = tf.random.stateless_uniform([_ATTEMPTS, 4], _sub_seed(seed, 0))
         if self.crop == "random":
@@ -146,7 +155,7 @@ class Augmentation:
         widths = tf.cast(tf.round(tf.sqrt(area * ratio)), tf.int32)
         fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
         first = tf.argmax(tf.cast(fits, tf.int32))
-        # Where none fits: the largest centre crop whose ratio is allowed.
+        # If no crop fits: the largest centre crop with an allowed ratio.
         middle_height = tf.where(w / h < self.ratio[0], tf.cast(tf.round(w / self.ratio[0]), tf.int32), height)
         middle_width = tf.where(w / h > self.ratio[1], tf.cast(tf.round(h * self.ratio[1]), tf.int32), width)
         middle_height, middle_width = tf.minimum(middle_height, height), tf.minimum(middle_width, width)
@@ -166,12 +175,12 @@ class Augmentation:
         return _resized(image[window[0] : end[0], window[1] : end[1]], preprocessing)
 
     def _finish(self, image, preprocessing, seed):
-        """Flip, colours and normalisation of a crop, float `(height, width, c)` up to 1."""
+        """Flips, colours and normalises a crop, float `(height, width, c)` in [0, 1]."""
         if self.crop == "center":
             image = preprocessing.resize(with_channels(image, preprocessing.channels))
         draws = tf.unstack(tf.random.stateless_uniform([6], _sub_seed(seed, 1)))
         if self.flip:
-            # Not tf.where, which takes twenty times as long.
+            # tf.where takes twenty times as long.
             image = tf.cond(draws[0] < self.flip, lambda image=image: tf.reverse(image, [1]), lambda image=image: image)
         if self.changes_colors:
             image = self._colored(with_channels(image, 3), draws, seed)
@@ -209,8 +218,8 @@ class Augmentation:
         return images[0]
 
 
-# The published code's, and what RandAugment adds to the first. "big" is for inputs of 256 x 256 pixels.
-PRESETS = {
+# The augmentations of the published code, and "rand" and "flip".
+PRESETS: dict[str, dict[str, Any]] = {
     "base": {},
     "adv": {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2, "grayscale": 0.2},
     "big": {},
@@ -218,17 +227,17 @@ PRESETS = {
     "rand": {"rand_augment": 2, "magnitude": 0.5},
     "flip": {"crop": "center"},
 }
-# Size of the model's input that a preset is made for, where it is not that of the config.
+# The input size of the presets that override `config.data.image_size`.
 PRESET_SIZES = {"big": 256}
 
 
-def preset(name):
-    """Settings of `Augmentation` by name.
+def preset(name: str) -> dict[str, Any]:
+    """Returns the settings of an `Augmentation` by name.
 
     Args:
-        name: one of the published code's "base" (random resized crop and flip), "adv" (and grayscale and colours),
-            "big" (base, for inputs of 256 x 256) and "red" (random crop of the image scaled to `resize_size`, and
-            flip); or "rand" (base and two operations of RandAugment), or "flip" (the flip alone).
+        name: "base" (random resized crop and flip), "adv" (base, grayscale and colours), "big" (base for inputs of
+            256 x 256) or "red" (random crop of the image scaled to `resize_size`, and flip), all from the published
+            code; or "rand" (base and two RandAugment operations) or "flip" (flip only).
 
     Raises:
         ValueError: an unknown name.
@@ -253,7 +262,7 @@ def _sub_seed(seed, stream):
 
 
 def _placed(height, width, window_height, window_width, draws):
-    """Window of that size at a uniform position."""
+    """A window of that size at a uniformly drawn position."""
     room = tf.stack([height - window_height, width - window_width])
     corner = tf.minimum(tf.cast(tf.floor(draws * tf.cast(room + 1, tf.float32)), tf.int32), room)
     return tf.concat([tf.maximum(corner, 0), [window_height, window_width]], axis=0)
@@ -266,11 +275,11 @@ def _resized(image, preprocessing):
 
 
 def _keras_cv_layers():
-    # Its import takes seconds.
+    # Imported late, because it takes seconds.
     import keras_cv
 
-    # The layers ask for the global generator, though nothing is drawn from it here; where runs are deterministic there
-    # is none before it is set.
+    # The layers request the global generator, although nothing is drawn from it here. In deterministic runs it does not
+    # exist until it is set.
     try:
         tf.random.get_global_generator()
     except RuntimeError:
@@ -289,16 +298,18 @@ def _color_layers():
 
 
 def _rand_augment_operations(magnitude, deviation=0.15):
-    """Functions of `(images, draws)`: images `(1, h, w, 3)` up to 255 and draws `(normal, uniform)`, one each.
+    """The operations of keras-cv's `RandAugment`, with the same distributions of their strengths.
 
-    The operations and what their strengths are drawn from are those of keras-cv's `RandAugment`.
+    Returns:
+        Functions of `(images, draws)`: images `(1, h, w, 3)` in [0, 255], and draws `(normal, uniform)`, one number
+        each.
     """
     layers = _keras_cv_layers()
     pixels = (0, 255)
     auto_contrast = layers.AutoContrast(pixels)
     equalization = layers.Equalization(pixels)
     solarization = layers.Solarization(pixels)
-    # Their factors are not used: `augment_images` is handed the strength.
+    # The factors are not used: `augment_images` gets the strength.
     colors = layers.RandomColorDegeneration(0.5)
     contrast = layers.RandomContrast(pixels, 0.5)
     brightness = layers.RandomBrightness(0.5, pixels)
@@ -350,7 +361,7 @@ def _rand_augment_operations(magnitude, deviation=0.15):
 
 
 def _rand_augmented(images, operations, count, seed):
-    """`count` operations one after the other, each drawn anew; one of eleven times it is the identity."""
+    """Applies `count` random operations in sequence. Each is the identity with probability 1 / 11."""
     shape = images.shape
     for position in range(count):
         own = _sub_seed(seed, position)

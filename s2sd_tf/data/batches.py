@@ -1,46 +1,49 @@
-"""Batches: what a sampler chooses to train on, and images in order to evaluate on."""
+"""Batches of images: drawn by a sampler for training, in order for evaluation."""
 
 import itertools
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
-from s2sd_tf.data.image_set import read_slice
+from s2sd_tf.data.augmentation import Augmentation
+from s2sd_tf.data.image_set import ImageSet, read_slice
+from s2sd_tf.data.preprocessing import Preprocessing
 from s2sd_tf.data.samplers import ClassBalanced, Sampler
 from s2sd_tf.data.samplers.base import checked_labels
 
 CACHE_BYTES = 512 * 2**20
 
-# The tensors that datasets read images from, by `ImageSet`, while there is a dataset that does.
-_sources = weakref.WeakValueDictionary()
+# The tensors that datasets read images from, by `ImageSet`, as long as a dataset uses them.
+_sources: weakref.WeakValueDictionary[ImageSet, tf.Tensor] = weakref.WeakValueDictionary()
 
 
 class EpochBatches:
-    """The batches that a sampler chooses, for a loop that knows which epoch it is in.
+    """Training batches drawn by a sampler, for a loop that passes the number of the epoch.
 
-    An epoch is a function of `(seed, epoch)`, and of the stored embeddings where the sampler has any. So it can be
-    resumed at any step: the batches from there on are what they would have been.
+    An epoch depends only on `(seed, epoch)` and, if the sampler uses them, on the stored embeddings. So a resumed epoch
+    gets the same batches from any step on.
 
     Args:
-        images: `ImageSet`; labels go out as they are in it.
-        preprocessing: `Preprocessing`.
-        sampler: `samplers.Sampler`.
-        steps_per_epoch: int >= 1, batches an epoch. Default: `len(images) // sampler.batch_size`, about one look at
-            every image.
+        images: the training images. The batches have the labels of this set.
+        preprocessing: makes the model's input.
+        sampler: draws the batches.
+        steps_per_epoch: int >= 1, the number of batches per epoch. Default: `len(images) // sampler.batch_size`, about
+            one look at every image.
         seed: int >= 0.
-        cache: bool, keep all preprocessed images in memory. Default: where they take at most 512 MiB. Augmented images
-            are made anew every time.
-        augmentation: `Augmentation`, or None. Every image of an epoch gets its own, a function of `seed`, the epoch and
-            the image's place in the epoch.
+        cache: whether to keep all preprocessed images in memory. Default: if they take at most 512 MiB. Augmented
+            images are never cached.
+        augmentation: None, or the augmentation of the images. Its random numbers depend on `seed`, the epoch and the
+            image's place in the epoch.
 
     Attributes:
-        steps: int, batches an epoch.
+        steps: the number of batches per epoch.
 
     Raises:
-        ValueError: a bad argument, labels that the sampler cannot draw a batch from, or a cache asked for together with
-            an augmentation.
+        ValueError: a bad argument, labels that the sampler cannot draw a batch from, or `cache` together with an
+            augmentation.
 
     Example:
         >>> batches = data.EpochBatches(train, preprocessing, sampler)
@@ -49,7 +52,16 @@ class EpochBatches:
         ...         model.train_on_batch(images, labels)
     """
 
-    def __init__(self, images, preprocessing, sampler, steps_per_epoch=None, seed=0, cache=None, augmentation=None):
+    def __init__(
+        self,
+        images: ImageSet,
+        preprocessing: Preprocessing,
+        sampler: Sampler,
+        steps_per_epoch: int | None = None,
+        seed: int = 0,
+        cache: bool | None = None,
+        augmentation: Augmentation | None = None,
+    ) -> None:
         if not isinstance(sampler, Sampler):
             raise ValueError(f"sampler: expected a samplers.Sampler. Received: {sampler!r}")
         if steps_per_epoch is None:
@@ -58,9 +70,11 @@ class EpochBatches:
             self.steps = checked_int("steps_per_epoch", steps_per_epoch, 1)
         seed = checked_int("seed", seed, 0)
         if augmentation is not None and cache:
-            raise ValueError("cache: expected none, as augmented images are made anew every time. Received: True")
+            raise ValueError(
+                "cache: expected False or None, because augmented images differ every time. Received: True"
+            )
         labels = checked_labels(images.labels)
-        # Here, so that what cannot be drawn is refused at once and not by the first training step.
+        # Here, so that unsuitable labels are refused at once and not by the first training step.
         sampler.check(labels)
         self._batch_size = sampler.batch_size
         self._draw = _drawing(sampler, labels, self.steps, seed)
@@ -70,30 +84,33 @@ class EpochBatches:
                 self._cached = tf.constant(_preprocess_all(images, preprocessing)), tf.constant(images.labels)
         else:
             self._load = _loader(images, preprocessing, augmentation, seed)
-        # A graph, so that what reads the images is traced once and not for every epoch.
+        # A graph, so that the reading of images is traced once and not for every epoch.
         self._dataset_of = tf.function(self._read_slices, reduce_retracing=True)
 
-    def __call__(self, epoch, first_step=0, input_context=None):
-        """A `tf.data.Dataset` of one epoch's batches.
+    def __call__(
+        self, epoch: int, first_step: int = 0, input_context: tf.distribute.InputContext | None = None
+    ) -> tf.data.Dataset:
+        """Makes the dataset of one epoch's batches.
 
         Args:
-            epoch: int >= 0; where the sampler stores embeddings, the epoch that these were refreshed for.
-            first_step: int >= 0, batches of the epoch that are left out.
-            input_context: `tf.distribute.InputContext` that `strategy.distribute_datasets_from_function` hands over:
-                the dataset is then of the parts of every batch that are the pipeline's replicas', one replica after the
-                other, and reads no other images. Replica k of n has the k-th of n equal parts of a batch.
+            epoch: int >= 0. If the sampler stores embeddings, they must have been refreshed for this epoch.
+            first_step: int >= 0, the number of batches to skip.
+            input_context: passed by `strategy.distribute_datasets_from_function`. Replica k of n gets the k-th of n
+                equal parts of a batch. The dataset then has only the parts of this pipeline's replicas, one replica
+                after the other, and reads only their images.
 
         Returns:
             Dataset of float32 images `(sampler.batch_size, height, width, channels)` and int32 labels
             `(sampler.batch_size,)`.
 
         Raises:
-            ValueError: the stored embeddings are of another epoch, or the replicas cannot share a batch.
+            ValueError: the stored embeddings are for another epoch, or the batch size is not a multiple of the number
+                of replicas.
         """
         own, _ = _own_part(input_context, self._batch_size)
         drawn, chosen = self._draw(epoch)
         if drawn != epoch:
-            raise ValueError(f"epoch: expected that of the stored embeddings, {drawn}. Received: {epoch}")
+            raise ValueError(f"epoch: expected the epoch of the stored embeddings, {drawn}. Received: {epoch}")
         with tf.device("CPU"):
             return self._dataset_of(*map(tf.constant, _rows(epoch, chosen, own, first_step)))
 
@@ -102,7 +119,7 @@ class EpochBatches:
         return self._read(tf.data.Dataset.from_tensor_slices(rows), size, count)
 
     def _read(self, rows, size, count):
-        """The `count` batches of a dataset of what `_rows` returns."""
+        """Turns a dataset of the rows of `_rows` into `count` batches."""
         if self._cached is not None:
             dataset = rows.map(lambda chosen, *_: tuple(tf.gather(values, chosen) for values in self._cached))
         else:
@@ -111,31 +128,30 @@ class EpochBatches:
 
 
 def training_batches(
-    images,
-    preprocessing,
-    sampler,
-    steps_per_epoch=None,
-    seed=0,
-    start_epoch=0,
-    cache=None,
-    augmentation=None,
-    input_context=None,
-):
-    """`EpochBatches` for `model.fit`: one `tf.data.Dataset`, every pass over which is the next epoch.
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    sampler: Sampler,
+    steps_per_epoch: int | None = None,
+    seed: int = 0,
+    start_epoch: int = 0,
+    cache: bool | None = None,
+    augmentation: Augmentation | None = None,
+    input_context: tf.distribute.InputContext | None = None,
+) -> tf.data.Dataset:
+    """Makes a dataset of training batches for `model.fit`, in which every pass is the next epoch.
 
-    The first pass is epoch `start_epoch`, the next one the epoch after, so that a run that is resumed at `start_epoch`
-    gets the batches it would have got. Under a distribution strategy the replicas share out each batch; Keras 3 then
-    takes one batch to build the model at every `fit`, which is a pass: all epochs after it get the batches of the next
-    one.
+    The first pass is epoch `start_epoch`, so a run that is resumed at `start_epoch` gets the same batches. Under a
+    distribution strategy the replicas share each batch. Keras 3 then takes one batch at every `fit` to build the model.
+    That counts as a pass, so each epoch gets the batches of the next one.
 
-    Where the sampler stores embeddings, a pass is of the epoch that they were last refreshed for, whatever passes there
-    were (see `RefreshStorage`), and an epoch is a function of them too. An epoch's batches are drawn when its first one
-    is asked for. So batches must not be read ahead across epochs, as by `.repeat().prefetch(...)`, or by `fit` with
-    other `steps_per_epoch` than these: the next epoch would be drawn from the embeddings of the one before.
+    If the sampler stores embeddings, a pass is the epoch that they were last refreshed for, however many passes came
+    before (see `RefreshStorage`), and its batches depend on them too. The batches of an epoch are drawn when the first
+    one is requested. So batches must not be read ahead across epochs, as with `.repeat().prefetch(...)`, or in `fit`
+    with another `steps_per_epoch` than here: the next epoch would be drawn from the embeddings of the one before.
 
     Args:
-        start_epoch: int >= 0, the epoch of the first pass. For a sampler with a storage it is `RefreshStorage` that
-            has to know it.
+        start_epoch: int >= 0, the epoch of the first pass. For a sampler that stores embeddings, `RefreshStorage` needs
+            it instead.
         input_context: see `EpochBatches.__call__`.
         Others: see `EpochBatches`.
 
@@ -144,7 +160,7 @@ def training_batches(
         `(sampler.batch_size,)`.
 
     Raises:
-        ValueError: what `EpochBatches` raises.
+        ValueError: see `EpochBatches`.
 
     Example:
         >>> sampler = data.samplers.get("greedy_coreset", classes_per_batch=28, samples_per_class=4)
@@ -153,11 +169,12 @@ def training_batches(
     """
     batches = EpochBatches(images, preprocessing, sampler, steps_per_epoch, seed, cache, augmentation)
     own, size = _own_part(input_context, sampler.batch_size)
-    # TensorFlow never lets go of `next_epoch`: it holds what it draws from, and not the images.
+    # TensorFlow never frees `next_epoch`. So it holds what it draws from, but not the images.
     epochs, draw = itertools.count(checked_int("start_epoch", start_epoch, 0)), batches._draw
 
     def next_epoch():
-        return _rows(*draw(next(epochs)), own)
+        epoch, chosen = draw(next(epochs))
+        return _rows(epoch, chosen, own)
 
     def one_pass(_):
         rows = tf.numpy_function(next_epoch, [], [tf.int64] * 3)
@@ -168,17 +185,17 @@ def training_batches(
 
 
 def class_balanced_batches(
-    images,
-    preprocessing,
-    classes_per_batch,
-    samples_per_class,
-    steps_per_epoch=None,
-    seed=0,
-    start_epoch=0,
-    cache=None,
-    augmentation=None,
-):
-    """`training_batches` of the sampler "class_balanced": P classes x M samples a batch.
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    classes_per_batch: int,
+    samples_per_class: int,
+    steps_per_epoch: int | None = None,
+    seed: int = 0,
+    start_epoch: int = 0,
+    cache: bool | None = None,
+    augmentation: Augmentation | None = None,
+) -> tf.data.Dataset:
+    """Makes `training_batches` with the sampler "class_balanced": P classes x M images per batch.
 
     Args:
         classes_per_batch, samples_per_class: P and M, int >= 1.
@@ -191,15 +208,17 @@ def class_balanced_batches(
     return training_batches(images, preprocessing, sampler, steps_per_epoch, seed, start_epoch, cache, augmentation)
 
 
-def evaluation_batches(images, preprocessing, batch_size=256, cache=False):
-    """A `tf.data.Dataset` of preprocessed images `(batch, height, width, channels)` in the order of the `ImageSet`.
+def evaluation_batches(
+    images: ImageSet, preprocessing: Preprocessing, batch_size: int = 256, cache: bool | None = False
+) -> tf.data.Dataset:
+    """Makes a dataset of preprocessed images `(batch, height, width, channels)`, in the order of `images`.
 
     Args:
-        images: `ImageSet`.
-        preprocessing: `Preprocessing`.
+        images: the images.
+        preprocessing: makes the model's input.
         batch_size: int >= 1; the last batch may be smaller.
-        cache: bool, keep the preprocessed images in memory after the first pass, for what is passed over again
-            and again. None: where they take at most 512 MiB.
+        cache: whether to keep the preprocessed images in memory after the first pass, for repeated passes. None: if
+            they take at most 512 MiB.
     """
     batch_size = checked_int("batch_size", batch_size, 1)
     indices = tf.data.Dataset.range(len(images))
@@ -209,11 +228,13 @@ def evaluation_batches(images, preprocessing, batch_size=256, cache=False):
     return dataset.prefetch(tf.data.AUTOTUNE)
 
 
-def batches_at(positions, images, preprocessing, batch_size=256):
-    """A `tf.data.Dataset` of preprocessed images `(batch, height, width, channels)` at some positions.
+def batches_at(
+    positions: Callable[[], np.ndarray], images: ImageSet, preprocessing: Preprocessing, batch_size: int = 256
+) -> tf.data.Dataset:
+    """Makes a dataset of preprocessed images `(batch, height, width, channels)` at some positions.
 
     Args:
-        positions: function of no arguments that returns int64 `(n,)`, positions in the `ImageSet`; asked at every pass.
+        positions: returns int64 `(n,)`, positions in `images`. Called at every pass.
         images, preprocessing, batch_size: see `evaluation_batches`.
     """
 
@@ -225,12 +246,16 @@ def batches_at(positions, images, preprocessing, batch_size=256):
 
 
 def _own_part(input_context, batch):
-    """The function from `(steps, batch)` to `(steps * replicas, size)`, the parts of own replicas; and size."""
+    """`(own, size)`: a function that takes the parts of this pipeline's replicas out of batches `(steps, batch)`, as
+    `(steps * replicas, size)`; and the size of a part.
+    """
     if input_context is None:
         return lambda rows: rows, batch
     replicas, pipelines = input_context.num_replicas_in_sync, input_context.num_input_pipelines
     if batch % replicas:
-        raise ValueError(f"sampler: expected a batch that {replicas} replicas can share. Received: {batch} images")
+        raise ValueError(
+            f"sampler: expected a batch size that is a multiple of the {replicas} replicas. Received: {batch}"
+        )
     size, count = batch // replicas, replicas // pipelines
     first = input_context.input_pipeline_id * count
 
@@ -241,14 +266,14 @@ def _own_part(input_context, batch):
 
 
 def _drawing(sampler, labels, steps, seed):
-    """The function from an epoch to itself and its positions, int64 `(steps, batch)`; with a storage, to the epoch that
-    was last refreshed.
+    """A function from an epoch to `(epoch, positions)`, where positions are int64 `(steps, batch)`. With a storage, the
+    epoch is the one that the storage was last refreshed for.
     """
 
     def draw(epoch):
         if sampler.storage is None:
             return epoch, sampler.epoch(labels, steps, seed, epoch)
-        # So that the epoch's number and the embeddings are of the same refresh.
+        # Locked, so that the epoch's number and the embeddings are from the same refresh.
         with sampler.storage.lock:
             epoch = sampler.storage.epoch
             return epoch, sampler.epoch(labels, steps, seed, epoch)
@@ -257,14 +282,14 @@ def _drawing(sampler, labels, steps, seed):
 
 
 def _rows(epoch, chosen, own, first_step=0):
-    """The images' positions, their places in the epoch, and the epoch, each int64 `(batches, size)`."""
+    """The positions of the images, their places in the epoch, and the epoch: each int64 `(batches, size)`."""
     places = np.arange(chosen.size).reshape(chosen.shape)
     chosen, places = own(chosen[first_step:]), own(places[first_step:])
     return chosen, places, np.full_like(places, epoch)
 
 
 def _loader(images, preprocessing, augmentation=None, seed=0):
-    """The function from a position to `(preprocessed image, label)`; to augment, from `(position, place, epoch)`."""
+    """A function from a position, or with an augmentation from `(position, place, epoch)`, to `(image, label)`."""
     source = _source(images)
     labels = tf.constant(images.labels)
     convert = "from_pixels" if images.kind == "pixels" else "from_bytes"
@@ -288,12 +313,12 @@ def _map(indices, load):
 
 
 def _read_slice(source, index):
-    # TensorFlow's own reading of records out of their order takes milliseconds each.
+    # TensorFlow's own reading of records in random order takes milliseconds per record.
     arguments = [source[name][index] for name in ("path", "offset", "length")]
     return tf.ensure_shape(tf.numpy_function(read_slice, arguments, tf.string, stateful=False), [])
 
 
-# An image, pixels or a string scalar, from the source and a position.
+# Functions from the source and a position to an image: pixels, or a string scalar.
 _READ = {
     "pixels": lambda source, index: source[index],
     "bytes": lambda source, index: source[index],
@@ -303,11 +328,11 @@ _READ = {
 
 
 def _source(images):
-    """The images as a tensor, in which pixels and bytes are copied: the same one for all datasets of an `ImageSet`.
+    """The images as a tensor, or for slices as a dict of tensors.
 
-    Of slices, a dict of tensors.
+    Pixels and bytes are copied into the tensor. All datasets of an `ImageSet` share it.
     """
-    # `tf.data` reads it there: a tensor on a GPU would be copied back.
+    # On the CPU, where `tf.data` reads it: a tensor on a GPU would be copied back.
     with tf.device("CPU"):
         if images.kind == "slices":
             return {name: tf.constant(images.images[name]) for name in images.images.dtype.names}

@@ -1,4 +1,4 @@
-"""CARS196: 196 models of cars, of which 98 train."""
+"""CARS196: 196 models of cars, 98 to train on and 98 to test on."""
 
 import os
 
@@ -20,30 +20,32 @@ _COUNTS = {"train": (8_054, 98), "test": (8_131, 98)}
 
 
 @register("cars196", _COUNTS)
-def load_cars196(root, on_corrupt="raise", check="files", source="auto"):
-    """`RetrievalSplit` of CARS196 (Krause et al., 3dRR 2013): the first 98 classes train, the last 98 test.
+def load_cars196(
+    root: str | os.PathLike, on_corrupt: str = "raise", check: str = "files", source: str = "auto"
+) -> RetrievalSplit:
+    """Loads CARS196 (Krause et al., 3dRR 2013): the first 98 classes train, the last 98 test.
 
-    That is 8,054 and 8,131 images; other counts are told. Of a copy with fewer classes the first half trains. The
-    archive's own parts for classification do not matter. Three layouts are known, in `root` or in its folder `cars196`
-    or `stanford_cars`:
+    These are 8,054 and 8,131 images; other counts are logged. In a copy with fewer classes the first half trains. The
+    archive's own train and test parts, which are for classification, are ignored. Three layouts are supported, in
+    `root` or in its folder `cars196` or `stanford_cars`:
 
     - one archive: `cars_annos.mat` and `car_ims/*`;
     - the development kit: `devkit/cars_train_annos.mat`, `devkit/cars_meta.mat`, `cars_train/*`, `cars_test/*` and, in
-      `devkit` or beside it, `cars_test_annos_withlabels.mat`, as the kit's own file of the test images has no labels;
-    - the published code's: `images/<class>/*` alone, in sorted order.
+      `devkit` or beside it, `cars_test_annos_withlabels.mat`, because the kit's own file of test images has no labels;
+    - the published code: `images/<class>/*` only, in sorted order.
 
-    With folders named as the classes are, the last differs in the order of the classes, not in which of them train.
+    If the folders have the names of the classes, the last layout changes the order of the classes, but the same ones
+    train.
 
     Args:
         root, on_corrupt, check, source: see `load_cub200`.
 
     Returns:
-        `RetrievalSplit` without a gallery; classes are named as in the annotations ("Acura RL Sedan 2012").
+        `RetrievalSplit` without a gallery. Classes are named as in the annotations ("Acura RL Sedan 2012").
 
     Raises:
-        FileNotFoundError: no layout is under `root`, or one of its annotation files is missing, as that of the test
-            images' labels.
-        ValueError: see `load_cub200`; a MATLAB file that is malformed, by file and annotation.
+        FileNotFoundError: `root` has none of the layouts, or an annotation file is missing, such as the test labels.
+        ValueError: see `load_cub200`; a malformed MATLAB file (the message has the file and the annotation's number).
     """
     check_options(on_corrupt, check)
     return load_source("cars196", root, source, lambda: _read_files(root, on_corrupt, check))
@@ -53,11 +55,11 @@ def _read_files(root, on_corrupt, check):
     found = find_root(root, _FOLDERS, [_ANNOTATIONS, _TRAIN_LABELS]) or find_root(root, _FOLDERS, ["images"])
     if not found:
         raise FileNotFoundError(
-            f"root: expected CARS196, one of {_ANNOTATIONS}, {_TRAIN_LABELS} and images/<class>/* in one of "
+            f"root: expected CARS196, with {_ANNOTATIONS}, {_TRAIN_LABELS} or images/<class>/* in one of "
             f"{list(_FOLDERS)} under it. Received: {root!r}"
         )
     folder, file = found
-    bad = []
+    bad: list[tuple[str, str]] = []
     if file == _ANNOTATIONS:
         images = _one_archive(folder)
     elif file == _TRAIN_LABELS:
@@ -78,8 +80,8 @@ def _development_kit(folder):
     labelled = find_root(folder, [""], _TEST_LABELS)
     if not labelled:
         raise FileNotFoundError(
-            f"root: expected the labels of the test images, {_TEST_LABELS[0]}, which are published apart from the "
-            f"development kit. Received: {folder!r} without them"
+            f"root: expected the labels of the test images, {_TEST_LABELS[0]}, which are published separately from "
+            f"the development kit. Received: {folder!r} without them"
         )
     (class_names,) = read_matlab(os.path.join(folder, _META), "class_names")
     rows = []

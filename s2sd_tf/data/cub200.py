@@ -1,4 +1,4 @@
-"""CUB200-2011: 200 species of birds, of which 100 train."""
+"""CUB200-2011: 200 species of birds, 100 to train on and 100 to test on."""
 
 import os
 import re
@@ -19,34 +19,36 @@ _COUNTS = {"train": (5_864, 100), "test": (5_924, 100)}
 
 
 @register("cub200", _COUNTS)
-def load_cub200(root, on_corrupt="raise", check="files", source="auto"):
-    """`RetrievalSplit` of CUB200-2011 (Wah et al., Caltech 2011): the first 100 classes train, the last 100 test.
+def load_cub200(
+    root: str | os.PathLike, on_corrupt: str = "raise", check: str = "files", source: str = "auto"
+) -> RetrievalSplit:
+    """Loads CUB200-2011 (Wah et al., Caltech 2011): the first 100 classes train, the last 100 test.
 
-    That is 5,864 and 5,924 images; other counts are told. Of a copy with fewer classes the first half trains. Two
-    layouts are known, in `root` or in its folder `CUB_200_2011` or `cub200`:
+    These are 5,864 and 5,924 images; other counts are logged. In a copy with fewer classes the first half trains. Two
+    layouts are supported, in `root` or in its folder `CUB_200_2011` or `cub200`:
 
-    - the archive's: `images.txt`, `image_class_labels.txt`, `classes.txt` and `images/<class>/*`;
-    - the published code's: `images/<class>/*` alone, where the number that a folder's name begins with is the order.
+    - the archive: `images.txt`, `image_class_labels.txt`, `classes.txt` and `images/<class>/*`;
+    - the published code: `images/<class>/*` only, in the order of the numbers that the folder names begin with.
 
     Args:
         root: folder.
-        on_corrupt: what becomes of files that are missing or no images: "raise" refuses them, "skip" leaves them out;
-            either way their paths are told.
-        check: which files those are. "files": missing, empty, of an unknown format, or truncated JPEG or PNG files, by
-            their first and last bytes. "decode": all that cannot be decoded; takes as long as a pass over the data.
-            "none": no file is looked at.
-        source: what is in `root`. "files": one of the layouts. "shards": what `write_shards` wrote. "tfds": data that
-            TensorFlow Datasets prepared, see `load_tfds`. "auto": shards where there is a `s2sd_shards.json`, else
-            files. Images of shards and of TensorFlow Datasets are not checked.
+        on_corrupt: what to do with files that are missing or not images: "raise" refuses them, "skip" leaves them out.
+            Both report their paths.
+        check: how to find these files. "files" reads the first and last bytes, which finds missing and empty files,
+            unknown formats, and truncated JPEG and PNG files. "decode" decodes every file, which takes as long as a
+            pass over the data. "none" opens no file.
+        source: what is in `root`. "files": one of the layouts. "shards": the output of `write_shards`. "tfds": data
+            that TensorFlow Datasets prepared, see `load_tfds`. "auto": shards if there is a `s2sd_shards.json`, else
+            files. Images in shards or from TensorFlow Datasets are not checked.
 
     Returns:
-        `RetrievalSplit` without a gallery; its images are paths, but slices of shards, and bytes of TensorFlow
-        Datasets. Classes are named as in `classes.txt`.
+        `RetrievalSplit` without a gallery. Images are paths, or slices for shards, or bytes for TensorFlow Datasets.
+        Classes are named as in `classes.txt`.
 
     Raises:
-        FileNotFoundError: what `source` says is not in `root`, or one of its annotation files is missing.
-        ValueError: a bad argument; an annotation file that is malformed, by file and line, or that names a file outside
-            of `root`; with "raise", files that are not images.
+        FileNotFoundError: `root` does not have what `source` says, or one of its annotation files is missing.
+        ValueError: a bad argument; a malformed annotation file, or one that names a file outside of `root` (the message
+            has the file and line); with "raise", files that are not images.
     """
     check_options(on_corrupt, check)
     return load_source("cub200", root, source, lambda: _read_files(root, on_corrupt, check))
@@ -70,10 +72,10 @@ def _annotated(folder):
     for where, (number, name) in read_columns(os.path.join(folder, "classes.txt"), 2):
         classes[as_int(number, "class_id", where)] = name
     for where, (image, number) in read_columns(os.path.join(folder, "image_class_labels.txt"), 2):
-        name = classes.get(as_int(number, "class_id", where))
-        if name is None:
+        class_name = classes.get(as_int(number, "class_id", where))
+        if class_name is None:
             raise ValueError(f"{where}: expected a class of classes.txt. Received: {number}")
-        class_of[image] = name
+        class_of[image] = class_name
     rows = []
     for where, (image, relative) in read_columns(os.path.join(folder, "images.txt"), 2):
         if image not in class_of:
@@ -84,7 +86,7 @@ def _annotated(folder):
 
 def _folders(folder):
     images, bad = scan_image_folder(folder)
-    numbers = [re.match(r"\d+", name) for name in images.class_names]
-    if all(numbers):
+    numbers = [number for name in images.class_names if (number := re.match(r"\d+", name))]
+    if len(numbers) == images.num_classes:
         images = images.select_classes(np.argsort([int(number[0]) for number in numbers], kind="stable"))
     return images, bad

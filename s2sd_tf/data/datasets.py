@@ -1,33 +1,42 @@
-"""The data sets by name: what `config.data.name` and `s2sd-shards` choose among."""
+"""Registry of the data sets that `config.data.name` and `s2sd-shards` choose from."""
 
 import inspect
+import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from s2sd_tf.data.preprocessing import Preprocessing
+from s2sd_tf.data.retrieval_split import RetrievalSplit
 
 
 class _DataSet(NamedTuple):
-    load: Callable
-    counts: dict | None
-    preprocessing: Callable | None
+    load: Callable[..., RetrievalSplit]
+    counts: dict[str, tuple[int, int]] | None
+    preprocessing: Callable[[int], Preprocessing] | None
 
 
-_data_sets = {}
+_Load = TypeVar("_Load", bound=Callable[..., RetrievalSplit])
+_data_sets: dict[str, _DataSet] = {}
 
 
-def register(name, counts=None, preprocessing=None):
-    """Decorator of a loading function: makes a data set known by `name`.
+def register(
+    name: str,
+    counts: dict[str, tuple[int, int]] | None = None,
+    preprocessing: Callable[[int], Preprocessing] | None = None,
+) -> Callable[[_Load], _Load]:
+    """Decorator that registers a loading function as the data set `name`.
 
-    The function returns a `RetrievalSplit`. Its arguments, `root` apart, are the settings of the data set: they and
-    their defaults make up the section `config.data.<name>`.
+    The function's parameters, except `root`, are the settings of the data set. With their defaults they make up the
+    config section `config.data.<name>`.
 
     Args:
-        name: str; a name of Python's, as it becomes a key of the config.
-        counts: dict from part to `(images, classes)` of the published split, or None.
-        preprocessing: function of `config.data.image_size` to the `Preprocessing` of a data set that has its own. None:
-            the keys of `config.data` describe it.
+        name: a Python identifier, because it becomes a config key.
+        counts: dict from a part's name to `(images, classes)` of the published split, or None.
+        preprocessing: function from `config.data.image_size` to the data set's own preprocessing. None: the keys of
+            `config.data` describe it.
     """
 
-    def add(load):
+    def add(load: _Load) -> _Load:
         if name in _data_sets:
             raise ValueError(f"data set: the name {name!r} is taken by {_data_sets[name].load.__name__}")
         _data_sets[name] = _DataSet(load, counts, preprocessing)
@@ -36,13 +45,13 @@ def register(name, counts=None, preprocessing=None):
     return add
 
 
-def names():
-    """Names of the data sets, sorted."""
+def names() -> list[str]:
+    """Names of the registered data sets, sorted."""
     return sorted(_data_sets)
 
 
-def settings(name):
-    """Settings of a data set, as a dict to their defaults; "" where there is none."""
+def settings(name: str) -> dict[str, Any]:
+    """The settings of a data set with their defaults; "" for a setting without one."""
     parameters = inspect.signature(_lookup(name).load).parameters
     return {
         key: "" if parameter.default is parameter.empty else parameter.default
@@ -51,31 +60,31 @@ def settings(name):
     }
 
 
-def counts(name):
-    """Published `(images, classes)` of a data set, as a dict from part; None where no split is published."""
+def counts(name: str) -> dict[str, tuple[int, int]] | None:
+    """`(images, classes)` of each part of the published split, or None if none is published."""
     return _lookup(name).counts
 
 
-def preprocessing(name, image_size):
-    """The `Preprocessing` of a data set that has its own, for images of `image_size` if it takes any; else None."""
+def preprocessing(name: str, image_size: int) -> Preprocessing | None:
+    """The data set's own preprocessing, or None. A data set with a fixed image size ignores `image_size`."""
     make = _lookup(name).preprocessing
     return None if make is None else make(image_size)
 
 
-def load(name, root="", **chosen):
-    """The `RetrievalSplit` of a data set.
+def load(name: str, root: str | os.PathLike = "", **chosen: Any) -> RetrievalSplit:
+    """Loads a data set by name.
 
     Example:
         >>> s2sd_tf.data.datasets.load("cub200", "CUB_200_2011", check="decode")
 
     Args:
         name: one of `names()`.
-        root: folder of the data; one that is embedded needs none.
-        **chosen: settings, see the data set's own function (`load_cub200`).
+        root: folder of the data; embedded data sets need none.
+        **chosen: settings, see the data set's own function, such as `load_cub200`.
 
     Raises:
         ValueError: an unknown name or setting.
-        FileNotFoundError, ValueError, ImportError: what the data set's own function raises.
+        FileNotFoundError, ValueError, ImportError: see the data set's own function.
     """
     function, known = _lookup(name).load, settings(name)
     unknown = sorted(set(chosen) - set(known))
@@ -84,7 +93,7 @@ def load(name, root="", **chosen):
     return function(root, **chosen) if "root" in inspect.signature(function).parameters else function(**chosen)
 
 
-def _lookup(name):
+def _lookup(name: str) -> _DataSet:
     if name not in _data_sets:
         raise ValueError(f"name: expected one of {names()}. Received: {name!r}")
     return _data_sets[name]

@@ -1,4 +1,4 @@
-"""The embedded data set: scikit-learn's handwritten digits."""
+"""Scikit-learn's handwritten digits, the embedded data set."""
 
 import numpy as np
 
@@ -8,15 +8,15 @@ from s2sd_tf.data.preprocessing import Preprocessing
 from s2sd_tf.data.retrieval_split import RetrievalSplit
 
 
-def load_digits():
-    """`(train, test, preprocessing)` of the 1,797 handwritten digits that scikit-learn carries.
+def load_digits() -> tuple[ImageSet, ImageSet, Preprocessing]:
+    """Loads the 1,797 handwritten digits of scikit-learn and returns `(train, test, preprocessing)`.
 
-    8 x 8 pixels, grayscale; digits 0-4 train, 5-9 test, so that no class is seen in both (zero-shot retrieval).
+    The images are 8 x 8 pixels, grayscale. Digits 0-4 train and 5-9 test, so no class is in both (zero-shot retrieval).
     """
     from sklearn.datasets import load_digits as load
 
     digits = load()
-    # scikit-learn counts from 0 to 16; as bytes they survive a round trip through PNG.
+    # scikit-learn has values from 0 to 16. As bytes they survive a round trip through PNG.
     pixels = np.round(digits.images * (255.0 / 16.0)).astype(np.uint8)[..., None]
     images = ImageSet(pixels, digits.target.astype(np.int32), tuple(str(digit) for digit in range(10)))
     return images.select_classes(range(5)), images.select_classes(range(5, 10)), _preprocessing()

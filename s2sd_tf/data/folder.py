@@ -1,4 +1,6 @@
-"""Your own images: a folder for every class, divided into classes to train on and classes to retrieve."""
+"""Your own images, one folder per class, divided into classes to train on and classes to test on."""
+
+import os
 
 from s2sd_tf.data.datasets import register
 from s2sd_tf.data.image_files import check_options
@@ -10,22 +12,28 @@ from s2sd_tf.data.sources import load_source
 
 @register("folder")
 def load_folder(
-    root, test_root="", test_classes="", test_fraction=0.5, on_corrupt="raise", check="decode", source="auto"
-):
-    """`RetrievalSplit` of class folders, as `load_image_folder` finds them.
+    root: str | os.PathLike,
+    test_root: str | os.PathLike = "",
+    test_classes: str = "",
+    test_fraction: float = 0.5,
+    on_corrupt: str = "raise",
+    check: str = "decode",
+    source: str = "auto",
+) -> RetrievalSplit:
+    """Loads a tree of class folders (see `load_image_folder`) and divides its classes into train and test.
 
     Args:
-        root: folder of class folders, or of shards that were written of them.
-        test_root: a second folder of class folders, to test on; "" tests on classes of `root`.
-        test_classes: classes to test on, by name or shell pattern (`birds/*`), separated by commas; "" for all of
-            `test_root`, or for the last ones of `root`.
-        test_fraction: float in (0, 1), the share of the classes of `root` that is tested on, the last ones, where
-            neither `test_root` nor `test_classes` says which.
+        root: folder of class folders, or of shards written from them.
+        test_root: a second folder of class folders, to test on. "" tests on classes of `root`.
+        test_classes: names or shell patterns (`birds/*`) of the classes to test on, separated by commas. "" tests on
+            all classes of `test_root`, or without `test_root` on the last classes of `root`.
+        test_fraction: float in (0, 1), the share of the classes of `root` to test on if neither `test_root` nor
+            `test_classes` is given. The last classes test.
         on_corrupt, check: see `load_cub200`.
-        source: "files", "shards" (which are divided already), or "auto", see `load_cub200`.
+        source: "files", "shards" (already divided), or "auto", see `load_cub200`.
 
     Raises:
-        FileNotFoundError: a root is no folder.
+        FileNotFoundError: a root is not a folder.
         ValueError: a bad argument; a class that is in both roots; see `load_image_folder` and `split_classes`.
     """
     check_options(on_corrupt, check)
@@ -36,7 +44,7 @@ def load_folder(
     split = load_source("folder", root, source, lambda: _split(read, root, test_root, test_classes, test_fraction))
     if split.train.kind == "slices" and (test_root or test_classes):
         raise ValueError(
-            "test_root, test_classes: expected none for shards, which were divided when they were written. "
+            "test_root, test_classes: expected none for shards, which are divided already. "
             f"Received: {test_root!r}, {test_classes!r}"
         )
     return split
@@ -54,7 +62,7 @@ def _split(read, root, test_root, test_classes, test_fraction):
     both = sorted(set(images.class_names) & set(test.class_names))
     if both:
         raise ValueError(
-            "test_root: expected classes that are not trained on; choose with test_classes. "
-            f"Received: {len(both)} classes that are in both roots, {both[:5]}"
+            "test_root: expected classes that are not in root; choose others with test_classes. "
+            f"Received: {len(both)} classes that are in both, {both[:5]}"
         )
     return RetrievalSplit(images, test)

@@ -1,42 +1,50 @@
-"""Image files that cannot be read: found before the training that would meet them, then refused or left out."""
+"""Finds image files that cannot be read before training does, and refuses them or leaves them out."""
 
 import concurrent.futures
 import os
+from collections.abc import Sequence
 
 import tensorflow as tf
 from absl import logging
 from tqdm import tqdm
 
+from s2sd_tf.data.image_set import ImageSet
 from s2sd_tf.data.preprocessing import decode_rgb
 from s2sd_tf.untrusted import image_excess
 
 CHECKS = ("none", "files", "decode")
 ON_CORRUPT = ("raise", "skip")
 
-# How files of the formats that are decoded begin, and what is near their end where they are whole.
+# The first bytes of the supported formats, and the marker near the end of a complete file.
 _FORMATS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"", b"BM": b""}
-# Cameras and editors append to a JPEG after its end marker.
+# Cameras and editors append data to a JPEG after its end marker.
 _TAIL_BYTES = 4096
 _CHUNK = 64
 
 
-def check_options(on_corrupt, check):
-    """Raises ValueError where `on_corrupt` or `check` is none of `ON_CORRUPT` and `CHECKS`."""
+def check_options(on_corrupt: str, check: str) -> None:
+    """Raises ValueError if `on_corrupt` is not in `ON_CORRUPT` or `check` is not in `CHECKS`."""
     if on_corrupt not in ON_CORRUPT:
         raise ValueError(f"on_corrupt: expected 'raise' or 'skip'. Received: {on_corrupt!r}")
     if check not in CHECKS:
         raise ValueError(f"check: expected one of {list(CHECKS)}. Received: {check!r}")
 
 
-def select_readable(parts, root, on_corrupt, check, bad=()):
-    """`ImageSet`s without the files that cannot be read; their classes stay.
+def select_readable(
+    parts: list[ImageSet],
+    root: str | os.PathLike,
+    on_corrupt: str,
+    check: str,
+    bad: Sequence[tuple[str, str]] = (),
+) -> list[ImageSet]:
+    """Leaves out the files that cannot be read. All classes are kept.
 
     Args:
-        parts: list of `ImageSet` of paths.
-        root: folder that the files are under, for the message.
-        on_corrupt: "raise" refuses such files, "skip" leaves them out; either way their paths are told.
+        parts: image sets of paths.
+        root: folder of the files, for the message.
+        on_corrupt: "raise" refuses such files, "skip" leaves them out. Both report their paths.
         check: "none", "files" or "decode", see `unreadable`.
-        bad: `(path, reason)` of files that are known to be unreadable.
+        bad: `(path, reason)` of files already known to be unreadable.
 
     Raises:
         ValueError: with "raise", files that cannot be read.
@@ -57,21 +65,24 @@ def select_readable(parts, root, on_corrupt, check, bad=()):
     ]
 
 
-def unreadable(paths, check):
-    """`(path, reason)` of the files that are no images, with a progress bar for more than 1,000.
+def unreadable(paths: Sequence[str], check: str) -> list[tuple[str, str]]:
+    """Finds the files that are not readable images, with a progress bar for more than 1,000 files.
 
     Args:
-        paths: list of str.
-        check: "none" looks at no file. "files" reads the first bytes and the last 4 KiB of each: it is there, not
-            empty, begins as PNG, JPEG, BMP or GIF, and has the end marker if it is PNG or JPEG, which a truncated one
-            lacks. "decode" decodes each whole file, as training does. Either refuses what is no regular file, has more
-            than 64 MiB, or more than 89 million pixels by its header.
+        paths: the files.
+        check: "none" opens no file. "files" reads the first bytes and the last 4 KiB of each file: it has to exist,
+            begin as PNG, JPEG, BMP or GIF, and if it is PNG or JPEG have the end marker, which a truncated file lacks.
+            "decode" decodes each file, as training does. Both also refuse files that are not regular files, have more
+            than 64 MiB, or have more than 89 million pixels according to their header.
+
+    Returns:
+        `(path, reason)` of each unreadable file.
     """
     if check == "none":
         return []
     find = _decode_error if check == "decode" else _file_error
     chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
-    bad = []
+    bad: list[tuple[str, str]] = []
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
         tqdm(total=len(paths), desc="Checking images", unit="file", disable=len(paths) <= 1000) as bar,
@@ -112,12 +123,12 @@ def _file_error(path):
         return "empty file"
     ends = [end for begin, end in _FORMATS.items() if head.startswith(begin)]
     if not ends:
-        return "no PNG, JPEG, BMP or GIF by its first bytes"
+        return "not a PNG, JPEG, BMP or GIF by its first bytes"
     return _name_error(path) if ends[0] in tail else "truncated: its end marker is missing"
 
 
 def _name_error(path):
-    # TensorFlow takes no other names.
+    # TensorFlow accepts no other names.
     try:
         path.encode("utf-8")
     except UnicodeEncodeError:

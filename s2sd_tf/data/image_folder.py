@@ -1,6 +1,7 @@
 """Images in a tree of class folders."""
 
 import os
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -10,20 +11,20 @@ from s2sd_tf.data.image_set import ImageSet
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif")
 
 
-def load_image_folder(root, on_corrupt="raise", check="decode"):
-    """An `ImageSet` of the image files under `root`, one class for every folder that holds images itself.
+def load_image_folder(root: str | os.PathLike, on_corrupt: str = "raise", check: str = "decode") -> ImageSet:
+    """Loads the image files under `root`. Every folder that directly holds images is a class.
 
-    A class is named by its path under `root`, so class folders may be nested (`Greek/character01`). Where all of them
-    are, the first folder (`Greek`) is the super-class. Classes and files are in sorted order. Files and folders whose
-    name begins with a dot are passed over. Links are followed, but for one to a folder that it is in.
+    A class is named by its path under `root`, so class folders may be nested (`Greek/character01`). If all classes are
+    nested, the first folder (`Greek`) is the super-class. Classes and files are sorted. Files and folders whose name
+    begins with a dot are ignored. Links are followed, except a link to a folder that contains it.
 
     Args:
-        root: folder; `root/<class>/*.{png,jpg,jpeg,bmp,gif}`, whatever the case of the extension.
-        on_corrupt: what becomes of files that are no image or cannot be decoded: "raise" refuses them, "skip" leaves
-            them out; either way their paths are told.
-        check: "decode" decodes every file once, with a progress bar for more than 1,000. "files" looks at their first
-            and last bytes, see `load_cub200`. "none" looks at the extension only, and a file that cannot be decoded
-            ends the training that meets it.
+        root: folder; `root/<class>/*.{png,jpg,jpeg,bmp,gif}`, in upper or lower case.
+        on_corrupt: what to do with files that are not images or cannot be decoded: "raise" refuses them, "skip" leaves
+            them out. Both report their paths.
+        check: "decode" decodes every file once, with a progress bar for more than 1,000 files. "files" reads their
+            first and last bytes, see `load_cub200`. "none" checks the extension only; a file that cannot be decoded
+            then stops the training.
 
     Raises:
         FileNotFoundError: `root` is not a folder.
@@ -37,9 +38,11 @@ def load_image_folder(root, on_corrupt="raise", check="decode"):
     return images.select_classes(np.flatnonzero(images.class_counts()))
 
 
-def scan_image_folder(root):
-    """`(images, bad)`: an `ImageSet` of what `load_image_folder` finds by names alone, and `(path, reason)` of files
-    that are out of place.
+def scan_image_folder(root: str | os.PathLike) -> tuple[ImageSet, list[tuple[str, str]]]:
+    """Finds the images of `load_image_folder` by their names, without opening them.
+
+    Returns:
+        `(images, bad)`, where `bad` has the `(path, reason)` of each file that is not an image in a class folder.
 
     Raises:
         FileNotFoundError: `root` is not a folder.
@@ -47,21 +50,21 @@ def scan_image_folder(root):
     if not os.path.isdir(root):
         raise FileNotFoundError(f"root: expected a folder of class folders. Received: {root!r}")
     files, bad = _scan(root)
-    class_names, labels = np.unique([name for _, name in files], return_inverse=True)
-    class_names = tuple(class_names.tolist())
+    names, labels = np.unique([name for _, name in files], return_inverse=True)
+    class_names = tuple(names.tolist())
     nested = all("/" in name for name in class_names)
     super_classes = tuple(name.split("/")[0] for name in class_names) if nested else ()
     paths = np.array([path for path, _ in files], dtype=np.str_)
     return ImageSet(paths, labels.astype(np.int32), class_names, super_classes), bad
 
 
-def walk_folders(root):
-    """Yields `(folder, names of its files)` of `root` and of all folders under it, sorted.
+def walk_folders(root: str | os.PathLike) -> Iterator[tuple[str, list[str]]]:
+    """Yields `(folder, names of its files)` for `root` and all folders under it, sorted.
 
-    Names that begin with a dot are passed over. Links are followed, but for one to a folder that it is in.
+    Names that begin with a dot are ignored. Links are followed, except a link to a folder that contains it.
     """
     root = os.fspath(root)
-    # What every folder that is to be visited is itself in, links resolved.
+    # For each folder still to visit: the identities of itself and of the folders that contain it, links resolved.
     inside = {root: {_identity(root)}}
     for folder, subfolders, names in os.walk(root, followlinks=True):
         around = inside.pop(folder)
@@ -77,7 +80,7 @@ def _identity(folder):
 
 
 def _scan(root):
-    """`(files, bad)`: `(path, class name)` of the image files, `(path, reason)` of the others."""
+    """`(files, bad)`: `(path, class name)` of each image file, `(path, reason)` of each other file."""
     files, bad = [], []
     for folder, names in walk_folders(root):
         class_name = os.path.relpath(folder, root).replace(os.sep, "/")

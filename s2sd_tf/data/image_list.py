@@ -1,4 +1,4 @@
-"""Images listed in a text file, as iNaturalist's retrieval split is published."""
+"""Images listed in a text file, the format of iNaturalist's retrieval split."""
 
 import os
 
@@ -8,44 +8,53 @@ from s2sd_tf.data import datasets
 from s2sd_tf.data.annotations import Row, image_set, path_under, read_columns
 from s2sd_tf.data.image_files import check_options, select_readable
 from s2sd_tf.data.image_folder import EXTENSIONS
+from s2sd_tf.data.image_set import ImageSet
 from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split, tell_unpublished_counts
 
 # Brown et al., ECCV 2020, "Smooth-AP".
 _INATURALIST = {"train": (325_846, 5_690), "test": (136_093, 2_452)}
 
 
-def load_image_list(root, image_list, on_corrupt="raise", check="files"):
-    """An `ImageSet` of the files that a text file lists, a path under `root` a line.
+def load_image_list(
+    root: str | os.PathLike, image_list: str | os.PathLike, on_corrupt: str = "raise", check: str = "files"
+) -> ImageSet:
+    """Loads the image files that a text file lists, one path per line.
 
-    Without more the class is the folder that a file is in, named with the folder above it (`Aves/2997`), which is the
-    super-class. What follows a path after white space is its class instead; then there are no super-classes. Classes
-    are sorted, as numbers where all of them are; images keep the order of the list.
+    A line may name the class after the path, separated by white space; there are no super-classes then. Without it the
+    class is the file's folder, named with the folder above it (`Aves/2997`), which is the super-class. Classes are
+    sorted, as numbers if all of them are numbers. Images keep the order of the list.
 
     Args:
-        root: folder that the paths are under.
-        image_list: text file, UTF-8. Paths end in .png, .jpg, .jpeg, .bmp or .gif and may hold blanks.
+        root: folder that the paths are relative to.
+        image_list: text file, UTF-8. Paths end in .png, .jpg, .jpeg, .bmp or .gif and may contain blanks.
         on_corrupt, check: see `load_cub200`.
 
     Raises:
-        FileNotFoundError: the list is not there.
+        FileNotFoundError: the list does not exist.
         ValueError: see `load_cub200`.
     """
     check_options(on_corrupt, check)
     (images,) = select_readable([_read(root, image_list, "image_list")], root, on_corrupt, check)
     if not len(images):
-        raise ValueError(f"image_list: expected images that can be read. Received: none of {image_list!r}")
+        raise ValueError(f"image_list: expected images that can be read. Received: none in {image_list!r}")
     return images.select_classes(np.flatnonzero(images.class_counts()))
 
 
 @datasets.register("lists", _INATURALIST)
-def load_lists(root, train_list, test_list, on_corrupt="raise", check="files"):
-    """`RetrievalSplit` by two lists of files, as iNaturalist's is published.
+def load_lists(
+    root: str | os.PathLike,
+    train_list: str | os.PathLike,
+    test_list: str | os.PathLike,
+    on_corrupt: str = "raise",
+    check: str = "files",
+) -> RetrievalSplit:
+    """Loads a train and a test set from two lists of files, the format of iNaturalist's retrieval split.
 
-    That is iNaturalist 2018 (Van Horn et al., CVPR 2018) by the lists of Brown et al., ECCV 2020 ("Smooth-AP"): 325,846
-    images of 5,690 species train, 136,093 of 2,452 others test; other counts are told.
+    For iNaturalist 2018 (Van Horn et al., CVPR 2018) with the lists of Brown et al., ECCV 2020 ("Smooth-AP"), 325,846
+    images of 5,690 species train and 136,093 of 2,452 other species test. Other counts are logged.
 
     Args:
-        root: folder that the lists' paths (`train_val2018/<super-class>/<class>/<file>.jpg`) are under.
+        root: folder that the listed paths (`train_val2018/<super-class>/<class>/<file>.jpg`) are relative to.
         train_list, test_list: text files, see `load_image_list`.
         on_corrupt, check: see `load_cub200`.
 
@@ -53,23 +62,26 @@ def load_lists(root, train_list, test_list, on_corrupt="raise", check="files"):
         `RetrievalSplit` of paths without a gallery.
 
     Raises:
-        FileNotFoundError: a list is not there.
+        FileNotFoundError: a list does not exist.
         ValueError: see `load_cub200`; a class that is in both lists.
     """
     check_options(on_corrupt, check)
     split = RetrievalSplit(_read(root, train_list, "train_list"), _read(root, test_list, "test_list"))
     split = readable_split(split, root, on_corrupt, check)
-    tell_unpublished_counts("inaturalist", datasets.counts("lists"), split)
+    tell_unpublished_counts("inaturalist", _INATURALIST, split)
     return split
 
 
 def _read(root, image_list, argument):
     if not os.path.isfile(image_list):
         raise FileNotFoundError(f"{argument}: expected a text file of paths. Received: {image_list!r}")
-    rows, super_class_of, labelled = [], {}, None
+    rows = []
+    super_class_of: dict[str, str | None] = {}
+    labelled = None
     for where, (line,) in read_columns(image_list, 1):
-        has_label = not line.lower().endswith(EXTENSIONS)
-        relative, label = line.rsplit(None, 1) if has_label and len(line.split()) > 1 else (line, None)
+        relative, label = line, None
+        if not line.lower().endswith(EXTENSIONS) and len(line.split()) > 1:
+            relative, label = line.rsplit(None, 1)
         if labelled is None:
             labelled = label is not None
         folders = relative.split("/")[:-1]
@@ -82,15 +94,16 @@ def _read(root, image_list, argument):
             raise ValueError(
                 f"{where}: expected {wanted}, a path ending in {', '.join(EXTENSIONS)}. Received: {line!r}"
             )
-        class_name = label if labelled else "/".join(folders[-2:])
+        class_name = "/".join(folders[-2:]) if label is None else label
         super_class_of.setdefault(class_name, folders[-2] if len(folders) > 1 else None)
         rows.append(Row(path_under(root, relative, where), class_name, where))
     if not rows:
-        raise ValueError(f"image_list: expected a path a line. Received: {image_list!r}, which is empty")
+        raise ValueError(f"{argument}: expected one path per line. Received: {image_list!r}, which is empty")
     numbered = all(name.isdecimal() for name in super_class_of)
-    # By length first, as Python refuses to read numbers of thousands of digits.
+    # By length first, because Python refuses to parse integers of thousands of digits.
     class_names = sorted(
         super_class_of, key=(lambda name: (len(name.lstrip("0")), name.lstrip("0"), name)) if numbered else None
     )
-    super_classes = [super_class_of[name] for name in class_names]
-    return image_set(rows, class_names, () if labelled or None in super_classes else super_classes)
+    super_classes = [name for name in map(super_class_of.get, class_names) if name is not None]
+    has_super_classes = not labelled and len(super_classes) == len(class_names)
+    return image_set(rows, class_names, super_classes if has_super_classes else ())

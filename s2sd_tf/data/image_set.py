@@ -1,9 +1,10 @@
-"""A labelled set of images, wherever the pixels are, and its division by class or by image."""
+"""A labelled set of images, in memory or in files, and ways to split it by class or by image."""
 
 import dataclasses
 import fnmatch
 import math
 import os
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,20 +16,20 @@ class ImageSet:
     """Images with integer labels.
 
     Attributes:
-        images: uint8 `(n, height, width, channels)` pixels; or `(n,)` object array of `bytes`, encoded images; or
-            `(n,)` array of `str`, paths of image files; or `(n,)` structured array as `image_slices` makes it, encoded
-            images that are byte ranges of files.
+        images: uint8 `(n, height, width, channels)`, pixels; or object array `(n,)` of `bytes`, encoded images; or
+            array `(n,)` of `str`, paths of image files; or structured array `(n,)` from `image_slices`, encoded images
+            that are byte ranges of files.
         labels: int32 `(n,)`, positions in `class_names`.
         class_names: names of the classes.
-        super_classes: the name of each class's super-class; empty where there are none.
+        super_classes: the super-class of each class; empty if there are none.
     """
 
     images: np.ndarray
     labels: np.ndarray
-    class_names: tuple
-    super_classes: tuple = ()
+    class_names: tuple[str, ...]
+    super_classes: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.images) != len(self.labels):
             raise ValueError(
                 f"labels: expected one for each of {len(self.images)} images. Received: {len(self.labels)} labels"
@@ -44,28 +45,28 @@ class ImageSet:
                 f"Received: {len(self.super_classes)}"
             )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
     @property
-    def num_classes(self):
-        """Number of classes."""
+    def num_classes(self) -> int:
+        """The number of classes, including classes without images."""
         return len(self.class_names)
 
     @property
-    def kind(self):
-        """Where the pixels are: "pixels", "bytes", "paths" or "slices"."""
+    def kind(self) -> str:
+        """What `images` holds: "pixels", "bytes", "paths" or "slices"."""
         if self.images.dtype == np.uint8:
             return "pixels"
         if self.images.dtype.names:
             return "slices"
         return "bytes" if self.images.dtype == object else "paths"
 
-    def encoded(self, position):
-        """The encoded image at a position, as bytes; of any kind but "pixels".
+    def encoded(self, position: int) -> bytes:
+        """The encoded image at a position, for every kind except "pixels".
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the image cannot be read.
         """
         image = self.images[position]
         if self.kind == "paths":
@@ -73,12 +74,12 @@ class ImageSet:
                 return file.read()
         return read_slice(*image.item()) if self.kind == "slices" else image
 
-    def class_counts(self):
-        """Images of each class, int `(num_classes,)`."""
+    def class_counts(self) -> np.ndarray:
+        """The number of images of each class, int `(num_classes,)`."""
         return np.bincount(self.labels, minlength=self.num_classes)
 
-    def select_classes(self, classes):
-        """The images of some classes (positions in `class_names`), relabelled from 0 in the order given."""
+    def select_classes(self, classes: Sequence[int] | np.ndarray) -> "ImageSet":
+        """The images of some classes (positions in `class_names`), relabelled from 0 in the given order."""
         classes = np.asarray(classes, np.int64)
         new_labels = np.full(self.num_classes, -1, np.int32)
         new_labels[classes] = np.arange(len(classes))
@@ -90,20 +91,20 @@ class ImageSet:
             tuple(self.super_classes[c] for c in classes) if self.super_classes else (),
         )
 
-    def select_images(self, positions):
-        """The images at some positions, in the order given; the classes stay, also those left without images."""
+    def select_images(self, positions: Sequence[int] | np.ndarray) -> "ImageSet":
+        """The images at some positions, in the given order. Classes without images left are kept."""
         positions = np.asarray(positions, np.int64)
         return dataclasses.replace(self, images=self.images[positions], labels=self.labels[positions])
 
-    def select_by_name(self, patterns):
-        """The classes whose name equals one of `patterns` or matches it as a shell pattern (`Sanskrit/*`).
+    def select_by_name(self, patterns: Iterable[str]) -> "ImageSet":
+        """The images of the classes that one of `patterns` names or matches as a shell pattern (`Sanskrit/*`).
 
         Raises:
-            ValueError: a pattern without a match; the message lists some of the names there are.
+            ValueError: a pattern without a match; the message lists some class names.
         """
         chosen = []
         for pattern in patterns:
-            # An exact name goes first, as names may hold brackets.
+            # An exact name comes first, because names may contain brackets.
             found = [c for c, name in enumerate(self.class_names) if name == pattern] or [
                 c for c, name in enumerate(self.class_names) if fnmatch.fnmatchcase(name, pattern)
             ]
@@ -114,16 +115,18 @@ class ImageSet:
         return self.select_classes(sorted(chosen))
 
 
-def image_slices(paths, offsets, lengths):
-    """`images` of an `ImageSet` that are byte ranges of files, as a structured array `(n,)`.
+def image_slices(
+    paths: Sequence[str] | np.ndarray, offsets: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """Makes `ImageSet.images` out of encoded images that are byte ranges of files.
 
     Args:
-        paths: n str, files; the same one may hold many images.
-        offsets: n int >= 0, the position of each encoded image's first byte in its file.
-        lengths: n int >= 1, bytes of each.
+        paths: n file paths; one file may hold many images.
+        offsets: n int >= 0, position of the first byte of each image in its file.
+        lengths: n int >= 1, size of each image in bytes.
 
     Returns:
-        Array of the fields "path" (str), "offset" and "length" (int64).
+        Structured array `(n,)` with the fields "path" (str), "offset" and "length" (int64).
     """
     paths = np.asarray(paths, np.str_)
     slices = np.empty(len(paths), [("path", paths.dtype), ("offset", "<i8"), ("length", "<i8")])
@@ -131,34 +134,38 @@ def image_slices(paths, offsets, lengths):
     return slices
 
 
-def read_slice(path, offset, length):
-    """The bytes of a file from `offset` on.
+def read_slice(path: str | bytes | os.PathLike, offset: int, length: int) -> bytes:
+    """Reads `length` bytes of a file, starting at `offset`.
 
     Raises:
-        OSError: it cannot be read, or ends before.
+        OSError: the file cannot be read or is too short.
     """
-    # Neither a file object nor its buffer: it is called for every image of a batch.
+    # No file object and no buffer, to be fast: this is called for every image of a batch.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         content = os.pread(descriptor, length, offset)
     finally:
         os.close(descriptor)
     if len(content) < length:
-        raise OSError(f"{os.fsdecode(path)}: expected {length} bytes from {offset} on. Received: {len(content)}")
+        raise OSError(f"{os.fsdecode(path)}: expected {length} bytes at offset {offset}. Received: {len(content)}")
     return content
 
 
-def split_classes(images, test_classes=None, test_fraction=None):
-    """`(train, test)`: class-disjoint parts of an `ImageSet`.
+def split_classes(
+    images: ImageSet, test_classes: Iterable[str] | None = None, test_fraction: float | None = None
+) -> tuple[ImageSet, ImageSet]:
+    """Splits an `ImageSet` into `(train, test)` without common classes.
+
+    Exactly one of `test_classes` and `test_fraction` is given.
 
     Args:
-        images: `ImageSet`.
+        images: the images to split.
         test_classes: names or shell patterns of the classes to test on; the others train.
-        test_fraction: float in (0, 1), the share of the classes to test on: the last ones, as the class order of the
-            published retrieval protocols has it. Exactly one of the two is given.
+        test_fraction: float in (0, 1), the share of the classes to test on. The last classes test, as in the published
+            retrieval protocols.
 
     Raises:
-        ValueError: both or none given, no class left for one part, or a name that no class has.
+        ValueError: both or neither given, a part without classes, or a name that no class has.
     """
     if (test_classes is None) == (test_fraction is None):
         raise ValueError(
@@ -170,6 +177,7 @@ def split_classes(images, test_classes=None, test_fraction=None):
         names = set(test.class_names)
         train = images.select_classes([c for c, name in enumerate(images.class_names) if name not in names])
     else:
+        assert test_fraction is not None
         check_number("test_fraction", test_fraction, "a number in (0, 1)")
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction: expected a number in (0, 1). Received: {test_fraction}")
@@ -178,17 +186,17 @@ def split_classes(images, test_classes=None, test_fraction=None):
         test = images.select_classes(range(first, images.num_classes))
     if not train.num_classes or not test.num_classes:
         raise ValueError(
-            "split_classes: expected at least one class to train and one to test on. "
+            "split_classes: expected at least one class to train on and one to test on. "
             f"Received: {train.num_classes} and {test.num_classes} of {images.num_classes}"
         )
     return train, test
 
 
-def hold_out_classes(images, count, seed=0):
-    """`(rest, held_out)`: holds out `count` classes drawn by `seed`, to choose a model on.
+def hold_out_classes(images: ImageSet, count: int, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Holds out `count` classes drawn with `seed`, to select a model on, and returns `(rest, held_out)`.
 
     Raises:
-        ValueError: fewer than 2 held out (retrieval among one class is always right), or fewer than 2 left.
+        ValueError: fewer than 2 classes held out (retrieval within one class is always right), or fewer than 2 left.
     """
     if checked_int("hold_out_classes", count, 0) < 2 or images.num_classes - count < 2:
         raise ValueError(
@@ -200,18 +208,20 @@ def hold_out_classes(images, count, seed=0):
     return images.select_classes(rest), images.select_classes(held_out)
 
 
-def split_samples(images, fraction, seed=0):
-    """`(train, rest)`: divides the images of every class by chance, for data with too few classes, or too few images in
-    them, to hold out classes. Both parts have all classes of `images`, under the same labels.
+def split_samples(images: ImageSet, fraction: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Splits the images of every class at random and returns `(train, rest)`.
+
+    This is for data with too few classes, or too few images per class, to hold out classes. Both parts keep all classes
+    and labels of `images`.
 
     Args:
-        images: `ImageSet`.
-        fraction: float in (0, 1), the share of each class's images that goes to `rest`, rounded. A class of at least 2
-            images has at least 1 in both parts; a single image goes to `train`.
+        images: the images to split.
+        fraction: float in (0, 1), the share of each class's images that goes to `rest`, rounded. A class with at least
+            2 images has at least 1 in both parts; a single image goes to `train`.
         seed: int >= 0.
 
     Raises:
-        ValueError: a bad argument, or no class with 2 images.
+        ValueError: a bad argument, or no class with at least 2 images.
     """
     check_number("fraction", fraction, "a number in (0, 1)")
     if not 0 < fraction < 1:
@@ -219,8 +229,8 @@ def split_samples(images, fraction, seed=0):
     rng = np.random.default_rng(checked_int("seed", seed, 0))
     counts = images.class_counts()
     if not (counts >= 2).any():
-        raise ValueError("images: expected a class of at least 2 images. Received: none")
-    # By class, and within a class in an order by chance.
+        raise ValueError("images: expected a class with at least 2 images. Received: none")
+    # Sorted by class, in random order within a class.
     shuffled = np.lexsort((rng.random(len(images)), images.labels))
     rank = np.arange(len(images)) - np.repeat(np.cumsum(counts) - counts, counts)
     held_out = np.where(counts < 2, 0, np.clip(np.floor(counts * fraction + 0.5), 1, counts - 1))

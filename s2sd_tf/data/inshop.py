@@ -1,4 +1,4 @@
-"""In-Shop Clothes Retrieval of DeepFashion: 7,982 items, of which 3,997 train, with queries and a gallery."""
+"""In-Shop Clothes Retrieval (DeepFashion): 7,982 items, 3,997 of them to train on, with queries and a gallery."""
 
 import os
 
@@ -17,28 +17,30 @@ _COUNTS = {"train": (25_882, 3_997), "test": (14_218, 3_985), "gallery": (12_612
 
 
 @register("inshop", _COUNTS)
-def load_inshop(root, on_corrupt="raise", check="files", source="auto"):
-    """`RetrievalSplit` of In-Shop Clothes Retrieval (Liu et al., CVPR 2016, "DeepFashion"), by its own partition.
+def load_inshop(
+    root: str | os.PathLike, on_corrupt: str = "raise", check: str = "files", source: str = "auto"
+) -> RetrievalSplit:
+    """Loads In-Shop Clothes Retrieval (Liu et al., CVPR 2016, "DeepFashion"), split by its own partition file.
 
-    25,882 images of 3,997 items train; 14,218 are queries and 12,612 the gallery, of 3,985 other items. Other counts
-    are told, and so are items with queries that the gallery lacks. The super-class is the kind of clothing
-    ("WOMEN/Dresses"), of an item's first image where they differ. Known is `Eval/list_eval_partition.txt`, or that file
-    without `Eval`, with the images in `Img/img` or `img`; in `root` or in its folder `in-shop` (as the published code
-    has it), `inshop` or `In-shop Clothes Retrieval Benchmark`.
+    25,882 images of 3,997 items train; 14,218 queries and 12,612 gallery images of 3,985 other items test. Other counts
+    are logged, and so are queried items that are missing from the gallery. The super-class is the kind of clothing
+    ("WOMEN/Dresses"), taken from the item's first image if its images differ. The partition file is
+    `Eval/list_eval_partition.txt` or `list_eval_partition.txt` and the images are in `Img/img` or `img`, in `root` or
+    in its folder `in-shop` (as in the published code), `inshop` or `In-shop Clothes Retrieval Benchmark`.
 
     Args:
-        root, on_corrupt, check, source: see `load_cub200`; TensorFlow Datasets has no In-Shop.
+        root, on_corrupt, check, source: see `load_cub200`. TensorFlow Datasets does not have In-Shop.
 
     Returns:
-        `RetrievalSplit` with a gallery; classes are named by the item ("id_00000002") and sorted.
+        `RetrievalSplit` with a gallery. Classes are named by the item ("id_00000002") and sorted.
 
     Raises:
-        FileNotFoundError: the partition or the folder of images is not under `root`.
+        FileNotFoundError: the partition file or the folder of images is not under `root`.
         ValueError: see `load_cub200`.
     """
     check_options(on_corrupt, check)
     split = load_source("inshop", root, source, lambda: _read_files(root, on_corrupt, check))
-    _tell_missing_items(split)
+    _warn_of_missing_items(split)
     return split
 
 
@@ -57,8 +59,8 @@ def _read_files(root, on_corrupt, check):
 
 
 def _read_partition(path, folder):
-    rows = {part: [] for part in _PARTS}
-    super_class_of = {}
+    rows: dict[str, list[Row]] = {part: [] for part in _PARTS}
+    super_class_of: dict[str, str] = {}
     for where, (relative, item, part) in read_columns(path, 3, header=2, path_first=True):
         if part not in _PARTS:
             raise ValueError(f"{where}: expected one of {list(_PARTS)} as evaluation_status. Received: {part!r}")
@@ -70,7 +72,7 @@ def _read_partition(path, folder):
     where, (count,) = next(read_columns(path, 1), (path, ("nothing",)))
     found = sum(map(len, rows.values()))
     if as_int(count, "the number of images", where) != found:
-        raise ValueError(f"{where}: expected the number of images that the file has, {found}. Received: {count}")
+        raise ValueError(f"{where}: expected the number of images listed in the file, {found}. Received: {count}")
 
     def images(part, rows_of_classes):
         items = sorted({row.class_name for row in rows_of_classes})
@@ -80,7 +82,7 @@ def _read_partition(path, folder):
     return RetrievalSplit(images("train", rows["train"]), images("query", tested), images("gallery", tested))
 
 
-def _tell_missing_items(split):
+def _warn_of_missing_items(split):
     missing = [
         name
         for name, queries, there in zip(split.test.class_names, split.test.class_counts(), split.gallery.class_counts())
@@ -88,8 +90,8 @@ def _tell_missing_items(split):
     ]
     if missing:
         logging.warning(
-            "inshop: expected every item with a query in the gallery. Received: %d items without, %s, whose queries "
-            "cannot be found",
+            "inshop: expected every queried item in the gallery. Received: %d items that are missing from it, %s; "
+            "their queries have no match",
             len(missing),
             missing[:5],
         )

@@ -1,5 +1,6 @@
-"""Prints the variables of a MATLAB file as JSON. A program of its own, see `annotations.read_matlab`: the scipy that it
-calls is native code, which some broken files crash.
+"""Program that prints the variables of a MATLAB file as JSON.
+
+`annotations.read_matlab` runs it as a process of its own, because some broken files crash the native code of scipy.
 """
 
 import contextlib
@@ -7,13 +8,13 @@ import json
 import math
 import sys
 
-# A reader that asks for more has met a broken file.
+# Only a broken file makes the reader ask for more.
 _MEMORY_BYTES = 4 * 2**30
 _MOST_ENTRIES = 2**24
 
 
-def main(path):
-    """Reads the file at `path`; what is wrong with it goes to stderr, with exit status 1."""
+def main(path: str) -> int:
+    """Prints the variables of the file at `path` and returns 0, or prints the error to stderr and returns 1."""
     _limit_memory()
     import scipy.io
 
@@ -24,7 +25,7 @@ def main(path):
         content = scipy.io.loadmat(path, simplify_cells=True)
         variables = {name: value for name, value in content.items() if not name.startswith("__")}
         print(json.dumps(variables, default=lambda value: value.tolist()))
-    except Exception as error:  # scipy raises whatever comes of broken content
+    except Exception as error:  # scipy raises errors of all kinds for broken content
         print(error or type(error).__name__, file=sys.stderr)
         return 1
     return 0

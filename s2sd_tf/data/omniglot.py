@@ -1,4 +1,4 @@
-"""Omniglot's two small background archives, as a zero-shot retrieval task."""
+"""Omniglot's two small background archives as a zero-shot retrieval task."""
 
 import os
 
@@ -15,20 +15,20 @@ ARCHIVES = ("images_background_small1.zip", "images_background_small2.zip")
 TEST_ALPHABETS = ("Japanese_(katakana)", "Sanskrit", "Tagalog")
 
 
-def load_omniglot(data_dir, size=28):
-    """`(train, test, preprocessing)` of Omniglot's small archives (Lake et al., Science 2015; MIT licence).
+def load_omniglot(data_dir: str | os.PathLike, size: int = 28) -> tuple[ImageSet, ImageSet, Preprocessing]:
+    """Loads Omniglot's small archives (Lake et al., Science 2015; MIT licence): `(train, test, preprocessing)`.
 
-    The 136 characters of the first archive train; the 106 characters of Japanese (katakana), Sanskrit and Tagalog in
-    the second test, 20 drawings each. Greek and Latin, which are in both, only train. This is not the standard
-    few-shot split of Omniglot.
+    The 136 characters of the first archive train. The 106 characters of Japanese (katakana), Sanskrit and Tagalog in
+    the second archive test. Each character has 20 drawings. Greek and Latin are in both archives and only train. This
+    is not the standard few-shot split of Omniglot.
 
     Args:
-        data_dir: folder with the two zip files as published; they are read in place.
-        size: int, side of the images that the model gets, in pixels (the drawings have 105).
+        data_dir: folder with the two published zip files, which are not unpacked.
+        size: side of the preprocessed images in pixels (the drawings have 105).
 
     Raises:
-        FileNotFoundError: an archive is not there.
-        ValueError: one that is broken, inflates too far, or holds other images than
+        FileNotFoundError: an archive does not exist.
+        ValueError: an archive that is broken, inflates too far, or has images other than
             `<folder>/<alphabet>/<character>/<file>.png`; the message names it.
     """
     train = _read_archive(os.path.join(data_dir, ARCHIVES[0]))
@@ -37,7 +37,7 @@ def load_omniglot(data_dir, size=28):
 
 
 def _preprocessing(size):
-    # Ink 1, paper 0.
+    # Inverted: ink is 1, paper is 0.
     return Preprocessing(size, size, channels=1, invert=True)
 
 

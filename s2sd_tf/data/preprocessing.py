@@ -1,42 +1,46 @@
-"""From encoded or decoded images to what the model takes; the same in training, evaluation and in exported graphs."""
+"""Turns images into the model's input, in the same way for training, evaluation and exported graphs."""
 
 import math
 import numbers
+import os
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
 from s2sd_tf.untrusted import read_json_object, reading
 
 
-def decode_rgb(encoded):
-    """An encoded image, a string scalar, to float RGB `(h, w, 3)` up to 1: the form that every format decodes to."""
+def decode_rgb(encoded: tf.Tensor | bytes) -> tf.Tensor:
+    """Decodes an image of any supported format, a string scalar, to float32 RGB `(h, w, 3)` in [0, 1]."""
     image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
     image.set_shape([None, None, 3])
     return tf.cast(image, tf.float32) / 255.0
 
 
-def to_grayscale(images):
-    """RGB `(..., 3)` to luma `(..., 1)` (ITU-R 601)."""
-    # TensorFlow's own weights add up to 0.9999, which would darken what is gray already.
+def to_grayscale(images: tf.Tensor) -> tf.Tensor:
+    """Converts RGB `(..., 3)` to luma `(..., 1)` (ITU-R 601)."""
+    # TensorFlow's own weights add up to 0.9999, which would darken gray images.
     return tf.reduce_sum(images * tf.constant([0.299, 0.587, 0.114]), axis=-1, keepdims=True)
 
 
-def with_channels(images, channels):
-    """Images `(..., 1)` or `(..., 3)` as grayscale (1) or RGB (3)."""
+def with_channels(images: tf.Tensor, channels: int) -> tf.Tensor:
+    """Converts images `(..., 1)` or `(..., 3)` to grayscale (`channels` 1) or RGB (3)."""
     if images.shape[-1] == channels:
         return images
     return to_grayscale(images) if channels == 1 else tf.image.grayscale_to_rgb(images)
 
 
-def resize_antialiased(images, height, width):
-    """`tf.image.resize(images, (height, width), antialias=True)`, equal to the last bit and several times as fast.
+def resize_antialiased(images: tf.Tensor, height: int | tf.Tensor, width: int | tf.Tensor) -> tf.Tensor:
+    """Resizes as `tf.image.resize(images, (height, width), antialias=True)`, to the same bits but several times faster.
 
-    TensorFlow's operation is slow along the width and for few channels. Here it scales along the height alone, with
-    whole rows as channels: first the height, then, of the transposed images, the width.
+    TensorFlow's operation is slow along the width and for few channels. Here it scales only along the height, with
+    whole rows as channels: first the images, then the transposed images for the width.
 
     Args:
-        images: numeric `(h, w, channels)` or `(batch, h, w, channels)`, of known rank and channels.
+        images: numeric `(h, w, channels)` or `(batch, h, w, channels)`, with static rank and channels.
         height, width: int, or int32 scalars.
 
     Returns:
@@ -59,33 +63,41 @@ def resize_antialiased(images, height, width):
 
 
 def _sizes(images):
-    """Shape as a list, with tensors for what is not known."""
+    """The shape as a list, with tensors for the sizes that are not static."""
     dynamic = tf.shape(images)
     return [dynamic[axis] if size is None else size for axis, size in enumerate(images.shape)]
 
 
 class Preprocessing:
-    """Resizing, centre crop, inversion, channel order and normalisation of images.
+    """Resizes, crops, inverts and normalises images.
 
-    The steps: `resize_size` scales the shorter side to that length and the centre `(height, width)` is cropped; without
-    it, the image is scaled to `(height, width)` whatever its shape (bilinear, with antialiasing). Then `invert` takes
-    1 - x, `channel_order` orders the channels, and (x - mean) / std is what comes out.
+    With `resize_size`, the shorter side is scaled to that length and the centre `(height, width)` is cropped. Without
+    it, the image is scaled to `(height, width)`, whatever its aspect ratio. Both are bilinear with antialiasing. Then
+    `invert` replaces x by 1 - x, `channel_order` orders the channels, and the result is (x - mean) / std.
 
     Args:
-        height, width: int >= 1, size of the result, in pixels.
+        height, width: int >= 1, size of the result in pixels.
         channels: 1 (grayscale) or 3 (RGB).
         resize_size: int >= max(height, width), or None.
-        invert: bool; for dark drawings on white, so that the background is 0.
-        mean, std: float, std > 0, or one for each channel in the order that comes out; on the scale where white is 1.
-        channel_order: "rgb" or "bgr", the order that comes out; images come in as RGB.
+        invert: for dark drawings on white, so that the background is 0.
+        mean, std: one number, or one per channel in the order of the result, where white is 1; std > 0.
+        channel_order: "rgb" or "bgr", order of the result. The input is RGB.
 
     Raises:
         ValueError: an argument out of its range; the message names it.
     """
 
     def __init__(
-        self, height, width, channels=3, resize_size=None, invert=False, mean=0.0, std=1.0, channel_order="rgb"
-    ):
+        self,
+        height: int,
+        width: int,
+        channels: int = 3,
+        resize_size: int | None = None,
+        invert: bool = False,
+        mean: float | Sequence[float] = 0.0,
+        std: float | Sequence[float] = 1.0,
+        channel_order: str = "rgb",
+    ) -> None:
         height, width = checked_int("height", height, 1), checked_int("width", width, 1)
         if isinstance(channels, bool) or channels not in (1, 3):
             raise ValueError(f"channels: expected 1 or 3. Received: {channels!r}")
@@ -116,38 +128,38 @@ class Preprocessing:
         self.channel_order = channel_order
 
     @classmethod
-    def load(cls, path):
-        """That of a JSON file of `get_config()`.
+    def load(cls, path: str | os.PathLike) -> "Preprocessing":
+        """Makes a `Preprocessing` from a JSON file of `get_config()`.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: something else in it; the message names the file.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file has other content; the message names the file.
         """
         config = read_json_object(path)
         with reading(path, "the arguments of Preprocessing"):
             return cls(**config)
 
     @property
-    def output_shape(self):
-        """`(height, width, channels)`."""
+    def output_shape(self) -> tuple[int, int, int]:
+        """Shape of a preprocessed image, `(height, width, channels)`."""
         return (self.height, self.width, self.channels)
 
-    def get_config(self):
-        """Constructor arguments, complete and JSON-serialisable."""
+    def get_config(self) -> dict[str, Any]:
+        """All constructor arguments, JSON-serialisable."""
         names = ("height", "width", "channels", "resize_size", "invert", "mean", "std", "channel_order")
         return {name: getattr(self, name) for name in names}
 
-    def __call__(self, images):
-        """Float images `(h, w, channels)` or `(batch, h, w, channels)`, white being 1, to the model's input."""
+    def __call__(self, images: tf.Tensor | np.ndarray) -> tf.Tensor:
+        """Preprocesses float images in [0, 1], `(h, w, channels)` or `(batch, h, w, channels)`."""
         return self.normalize(self.resize(tf.convert_to_tensor(images)))
 
-    def normalize(self, images):
-        """What follows on resizing and cropping: inversion, channel order, mean and standard deviation."""
+    def normalize(self, images: tf.Tensor) -> tf.Tensor:
+        """Inverts resized images, orders their channels and applies mean and standard deviation."""
         if self.invert:
             images = 1.0 - images
         if self.channel_order == "bgr":
             images = images[..., ::-1]
-        # As rows of width * channels: TensorFlow is five times as slow where only the channels are broadcast.
+        # As rows of width * channels: TensorFlow is five times slower if it broadcasts over the channels only.
         rows = tf.reshape(images, [*_sizes(images)[:-2], self.width * self.channels])
         mean, std = (
             tf.tile(tf.broadcast_to(tf.constant(value, images.dtype), [self.channels]), [self.width])
@@ -155,8 +167,8 @@ class Preprocessing:
         )
         return tf.reshape((rows - mean) / std, _sizes(images))
 
-    def crop_size(self, height, width):
-        """`(height, width)`, int32, of the part of a `height` x `width` image that becomes the crop, in its pixels."""
+    def crop_size(self, height: tf.Tensor, width: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """The part of a `height` x `width` image that becomes the crop, as int32 `(height, width)` in its pixels."""
         if self.resize_size is None:
             return height, width
         scale = tf.cast(tf.minimum(height, width), tf.float32) / self.resize_size
@@ -165,25 +177,25 @@ class Preprocessing:
             for length, side in ((float(self.height), height), (float(self.width), width))
         )
 
-    def without_normalization(self):
-        """The same crop as RGB pixels, white being 1: for people to look at."""
+    def without_normalization(self) -> "Preprocessing":
+        """The same resizing and crop without the other steps, so images are in [0, 1], for people to look at."""
         return Preprocessing(self.height, self.width, self.channels, self.resize_size)
 
-    def decode(self, encoded):
-        """A PNG, JPEG, BMP or GIF (first frame) image, a string scalar, to float `(h, w, channels)` up to 1."""
+    def decode(self, encoded: tf.Tensor | bytes) -> tf.Tensor:
+        """Decodes a PNG, JPEG, BMP or GIF (first frame), a string scalar, to float32 `(h, w, channels)` in [0, 1]."""
         return with_channels(decode_rgb(encoded), self.channels)
 
-    def from_pixels(self, pixels):
-        """uint8 images `(..., h, w, c)` to the model's input; gray becomes RGB or RGB gray as asked."""
+    def from_pixels(self, pixels: tf.Tensor | np.ndarray) -> tf.Tensor:
+        """Preprocesses uint8 images `(..., h, w, c)`, converted to `channels` if needed."""
         images = tf.cast(pixels, tf.float32) / 255.0
         return self(with_channels(images, self.channels))
 
-    def from_bytes(self, encoded):
-        """An encoded image, a scalar string, to the model's input `(height, width, channels)`."""
+    def from_bytes(self, encoded: tf.Tensor | bytes) -> tf.Tensor:
+        """Decodes and preprocesses an image, a string scalar, to `(height, width, channels)`."""
         return self(self.decode(encoded))
 
-    def resize(self, images):
-        """Float images `(..., h, w, channels)` to `(..., height, width, channels)`, resized and cropped."""
+    def resize(self, images: tf.Tensor) -> tf.Tensor:
+        """Resizes and crops float images `(..., h, w, channels)` to `(..., height, width, channels)`."""
         size = (self.height, self.width)
         if self.resize_size is None:
             if images.shape[-3:-1] == size:

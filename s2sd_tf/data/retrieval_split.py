@@ -1,5 +1,7 @@
-"""A data set divided for retrieval."""
+"""A data set divided into parts to train on and parts to test retrieval on."""
 
+import os
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,45 +12,51 @@ from s2sd_tf.data.image_set import ImageSet
 
 
 class RetrievalSplit(NamedTuple):
-    """The parts of a data set: classes to train on, and others to retrieve.
+    """The parts of a data set: classes to train on, and other classes to test retrieval on.
 
     Attributes:
-        train: `ImageSet` to train on.
-        test: `ImageSet` of other classes; each image is searched among the others, or, where there is a gallery, is a
-            query in it.
-        gallery: `ImageSet` that is searched, with the classes and labels of `test`; or None.
+        train: images to train on.
+        test: images of other classes. Each one is a query, searched in the gallery or, without a gallery, among the
+            other test images.
+        gallery: images that are searched, with the classes and labels of `test`; or None.
     """
 
     train: ImageSet
     test: ImageSet
     gallery: ImageSet | None = None
 
-    def parts(self):
-        """The parts that there are, as a dict from their name."""
+    def parts(self) -> dict[str, ImageSet]:
+        """The existing parts by name."""
         return {name: images for name, images in self._asdict().items() if images is not None}
 
-    def counts(self):
-        """Dict from a part's name to `(images, classes that have images)`."""
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """The number of images, and of classes that have images, by the name of the part."""
         return {
             name: (len(images), int(np.count_nonzero(images.class_counts()))) for name, images in self.parts().items()
         }
 
 
-def readable_split(split, root, on_corrupt, check, bad=()):
-    """`split` without the files that cannot be read and without the classes that are left with none.
+def readable_split(
+    split: RetrievalSplit,
+    root: str | os.PathLike,
+    on_corrupt: str,
+    check: str,
+    bad: Sequence[tuple[str, str]] = (),
+) -> RetrievalSplit:
+    """Leaves out the files that cannot be read, and the classes without readable files.
 
     Args:
         split: `RetrievalSplit` of paths.
         root, on_corrupt, check, bad: see `select_readable`.
 
     Raises:
-        ValueError: with "raise", files that cannot be read; no image left for a part; a class that trains and tests.
+        ValueError: with "raise", files that cannot be read; a part without images; a class that both trains and tests.
     """
     parts = split.parts()
     parts = dict(zip(parts, select_readable(list(parts.values()), root, on_corrupt, check, bad)))
     for name, images in parts.items():
         if not len(images):
-            raise ValueError(f"root: expected images to be the part {name!r} under it. Received: none in {root!r}")
+            raise ValueError(f"root: expected images for the part {name!r}. Received: none in {root!r}")
     tested = parts["test"].class_counts() + (parts["gallery"].class_counts() if "gallery" in parts else 0)
     parts = {
         name: images.select_classes(np.flatnonzero(images.class_counts() if name == "train" else tested))
@@ -63,21 +71,22 @@ def readable_split(split, root, on_corrupt, check, bad=()):
     return RetrievalSplit(**parts)
 
 
-def tell_unpublished_counts(name, expected, split):
-    """Logs where a split has other counts than the published one: as a warning, or as an information where it has less
-    than half of the images, and so is but a part.
+def tell_unpublished_counts(name: str, expected: Mapping[str, tuple[int, int]], split: RetrievalSplit) -> None:
+    """Logs a warning if the counts of a split differ from the published ones.
+
+    With less than half of the published images, the data is assumed to be a subset, and the level is info.
 
     Args:
-        name: the data set's, for the message.
+        name: name of the data set, for the message.
         expected: dict from a part's name to the published `(images, classes)`.
-        split: `RetrievalSplit`.
+        split: the split to compare.
     """
     found = split.counts()
     if found == expected:
         return
     total, published = (sum(images for images, _ in counts.values()) for counts in (found, expected))
-    tell = logging.warning if 2 * total >= published else logging.info
-    tell("%s: expected the published split, %s. Received: %s", name, _as_text(expected), _as_text(found))
+    log = logging.warning if 2 * total >= published else logging.info
+    log("%s: expected the published split, %s. Received: %s", name, _as_text(expected), _as_text(found))
 
 
 def _as_text(counts):

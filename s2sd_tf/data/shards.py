@@ -1,6 +1,7 @@
-"""Data sets as TFRecord shards: few large files, which other programs read too, and an index for random access."""
+"""Data sets as TFRecord shards: a few large files that other programs can read, with an index for random access."""
 
 import os
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -16,39 +17,42 @@ DESCRIPTION = "s2sd_shards.json"
 _INDEX = "index.npz"
 _VERSION = 1
 _ARRAYS = ("shard", "offset", "length", "label")
-# Around the data of a TFRecord: its length and that length's checksum before, its own checksum after.
+# Bytes around the data of a TFRecord: the length and its checksum before it, the data's checksum after it.
 _RECORD_HEAD, _RECORD_TAIL = 12, 4
 
 
-def write_shards(split, folder, shard_mib=128, name=""):
-    """Writes a `RetrievalSplit` as TFRecord shards, whole or not at all.
+def write_shards(
+    split: RetrievalSplit, folder: str | os.PathLike, shard_mib: float = 128, name: str = ""
+) -> dict[str, int]:
+    """Writes a `RetrievalSplit` as TFRecord shards, either completely or not at all.
 
     `<part>-00000-of-00007.tfrecord` are uncompressed records of `tf.train.Example`, in the order of the images:
 
-    - `image/encoded` (bytes), as it was; pixels become PNG;
+    - `image/encoded` (bytes), unchanged; pixels are encoded as PNG;
     - `image/class/label` (int64) and `image/class/text` (bytes);
-    - `image/super_class/text` (bytes), where there are super-classes;
-    - `image/filename` (bytes), the file's name without its folder, where there was a file for each image.
+    - `image/super_class/text` (bytes), if there are super-classes;
+    - `image/filename` (bytes), without the folder, if each image was a file.
 
-    `s2sd_shards.json` has the name, the classes and the shards' sizes, `index.npz` the place of every encoded image.
+    `s2sd_shards.json` has the name, the classes and the sizes of the shards. `index.npz` has the place of every encoded
+    image.
 
     Args:
         split: `RetrievalSplit` of any kind of images.
-        folder: folder to write; a new one, or one of shards, which it takes the place of.
-        shard_mib: float > 0, MiB from which on the next shard is begun.
-        name: str, of the data set; `read_shards` compares it.
+        folder: a new folder, or a folder of shards, which is replaced.
+        shard_mib: float > 0; a shard that has reached this size in MiB is followed by the next one.
+        name: name of the data set, which `read_shards` checks.
 
     Returns:
-        Dict from a part's name to its number of shards.
+        The number of shards by the name of the part.
 
     Raises:
-        ValueError: a bad argument, a folder of something else, or an image that is empty.
+        ValueError: a bad argument, a folder with other content, or an empty image.
         OSError: an image that cannot be read.
     """
     check_above("shard_mib", shard_mib, 0)
     check_replaceable("folder", folder, DESCRIPTION)
-    description = {"version": _VERSION, "name": name, "parts": {}}
-    index = {}
+    description: dict[str, Any] = {"version": _VERSION, "name": name, "parts": {}}
+    index: dict[str, Any] = {}
     total = sum(len(images) for images in split.parts().values())
     with (
         replacing(folder) as temporary,
@@ -69,17 +73,16 @@ def write_shards(split, folder, shard_mib=128, name=""):
     return {part: len(about["shards"]) for part, about in description["parts"].items()}
 
 
-def read_shards(folder, name=None):
-    """The `RetrievalSplit` that `write_shards` wrote, of slices: no image is read before it is needed.
+def read_shards(folder: str | os.PathLike, name: str | None = None) -> RetrievalSplit:
+    """Opens what `write_shards` wrote as a `RetrievalSplit` of slices. Images are read only when they are needed.
 
     Args:
         folder: folder of shards.
-        name: str, the data set that is expected in it; None takes any, and shards without a name are taken for any.
+        name: the expected data set; None accepts any. Shards without a name are always accepted.
 
     Raises:
-        FileNotFoundError: no `s2sd_shards.json` in `folder`, or a file missing that it names.
-        ValueError: another format or data set; a shard of another size than it was written with; an index that
-            does not fit.
+        FileNotFoundError: `folder` has no `s2sd_shards.json`, or lacks a file that it names.
+        ValueError: another format or data set; a shard whose size has changed; an index that does not fit the shards.
     """
     path = os.path.join(folder, DESCRIPTION)
     if not os.path.isfile(path):
@@ -95,13 +98,13 @@ def read_shards(folder, name=None):
         }
         counts = {part: about["images"] for part, about in parts.items()}
         if any(len(super_classes) not in (0, len(names)) for names, super_classes in classes.values()):
-            raise ValueError("super_classes of some classes alone")
+            raise ValueError("super_classes for some classes only")
     if name is not None and description.get("name") not in ("", name):
         raise ValueError(f"{path}: expected shards of {name!r}. Received: of {description.get('name')!r}")
     if not {"train", "test"} <= set(parts) <= set(RetrievalSplit._fields):
         raise ValueError(f"{path}: expected the parts {list(RetrievalSplit._fields)}. Received: {sorted(parts)}")
     if "gallery" in parts and classes["gallery"] != classes["test"]:
-        raise ValueError(f"{path}: expected a gallery of the classes of test. Received: others")
+        raise ValueError(f"{path}: expected the same classes in gallery and test. Received: different ones")
     for shard in (shard for of_part in shards.values() for shard in of_part):
         _check_shard(folder, *shard)
     index_path = os.path.join(folder, _INDEX)
@@ -121,7 +124,7 @@ def read_shards(folder, name=None):
 
 
 def _write_part(folder, part, images, shard_bytes, bar):
-    """`(places, names)`: the arrays of the index, and the names of the shards."""
+    """Writes the shards of a part. Returns `(places, names)`: the arrays of the index, and the names of the shards."""
     places = {name: np.zeros(len(images), np.int32 if name in ("shard", "label") else np.int64) for name in _ARRAYS}
     places["label"][:] = images.labels
     writer, written, shards = None, 0, 0
@@ -130,14 +133,14 @@ def _write_part(folder, part, images, shard_bytes, bar):
             if writer is None or written >= shard_bytes:
                 if writer is not None:
                     writer.close()
-                # How many there will be is known at the end.
+                # A temporary name, because the number of shards is known only at the end.
                 writer, written, shards = tf.io.TFRecordWriter(os.path.join(folder, f"{part}-{shards}")), 0, shards + 1
             encoded = _encoded(images, position)
             if not encoded:
                 raise ValueError(f"split: expected encoded images. Received: an empty one, {position} of {part}")
             example = _example(images, position, encoded).SerializeToString()
             places["shard"][position] = shards - 1
-            # The first place with these bytes holds the image, whichever it is.
+            # Any place with these bytes holds the image.
             places["offset"][position] = written + _RECORD_HEAD + example.index(encoded)
             places["length"][position] = len(encoded)
             writer.write(example)
@@ -173,13 +176,13 @@ def _example(images, position, encoded):
 
 def _texts(values):
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{values!r} in place of a list of names")
+        raise ValueError(f"{values!r} instead of a list of names")
     return tuple(values)
 
 
 def _check_shard(folder, name, size):
     if os.path.basename(name) != name:
-        raise ValueError(f"{DESCRIPTION}: expected names of shards in its folder. Received: {name!r}")
+        raise ValueError(f"{DESCRIPTION}: expected names of files in its folder. Received: {name!r}")
     path = os.path.join(folder, name)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"folder: expected the shard {name}. Received: {os.fspath(folder)!r} without it")
@@ -194,6 +197,8 @@ def _image_set(folder, index_path, shards, places, class_names, super_classes):
     fits = fits and (not len(shard) or 0 <= shard.min() <= shard.max() < len(shards))
     fits = fits and (not len(label) or 0 <= label.min() <= label.max() < len(class_names))
     if not fits or not ((offset >= 0) & (length > 0) & (length <= sizes[shard] - offset)).all():
-        raise ValueError(f"{index_path}: expected places of images in the shards. Received: others")
+        raise ValueError(
+            f"{index_path}: expected places of images in the shards. Received: places that do not fit them"
+        )
     paths = np.array([os.path.join(folder, name) for name, _ in shards], np.str_)
     return ImageSet(image_slices(paths[shard], offset, length), label.astype(np.int32), class_names, super_classes)

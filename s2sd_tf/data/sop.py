@@ -1,4 +1,4 @@
-"""Stanford Online Products: 22,634 products of an online shop, of which 11,318 train."""
+"""Stanford Online Products: 22,634 products of an online shop, 11,318 of them to train on."""
 
 import os
 
@@ -14,24 +14,26 @@ _COUNTS = {"train": (59_551, 11_318), "test": (60_502, 11_316)}
 
 
 @register("sop", _COUNTS)
-def load_sop(root, on_corrupt="raise", check="files", source="auto"):
-    """`RetrievalSplit` of Stanford Online Products (Song et al., CVPR 2016), by its own lists.
+def load_sop(
+    root: str | os.PathLike, on_corrupt: str = "raise", check: str = "files", source: str = "auto"
+) -> RetrievalSplit:
+    """Loads Stanford Online Products (Song et al., CVPR 2016), split by its own lists.
 
-    59,551 images of 11,318 classes train, 60,502 of 11,316 test; other counts are told. The 12 super-classes are kinds
-    of products ("bicycle"). Two layouts are known, in `root` or in its folder `Stanford_Online_Products` or
+    59,551 images of 11,318 classes train, 60,502 of 11,316 test; other counts are logged. The 12 super-classes are
+    kinds of products ("bicycle"). Two layouts are supported, in `root` or in its folder `Stanford_Online_Products` or
     `online_products`:
 
-    - the archive's: `Ebay_train.txt`, `Ebay_test.txt` and `<super-class>_final/*`;
-    - the published code's: `Info_Files/Ebay_train.txt`, `Info_Files/Ebay_test.txt` and `images/<super-class>_final/*`.
+    - the archive: `Ebay_train.txt`, `Ebay_test.txt` and `<super-class>_final/*`;
+    - the published code: `Info_Files/Ebay_train.txt`, `Info_Files/Ebay_test.txt` and `images/<super-class>_final/*`.
 
     Args:
         root, on_corrupt, check, source: see `load_cub200`.
 
     Returns:
-        `RetrievalSplit` without a gallery; classes are named by their number in the lists and in its order.
+        `RetrievalSplit` without a gallery. Classes are named by their number in the lists and sorted by it.
 
     Raises:
-        FileNotFoundError: neither layout is under `root`, or one of its lists is missing.
+        FileNotFoundError: `root` has neither layout, or one of its lists is missing.
         ValueError: see `load_cub200`.
     """
     check_options(on_corrupt, check)
@@ -53,9 +55,10 @@ def _read_files(root, on_corrupt, check):
 
 
 def _part(path, folder):
-    rows, super_class_of = [], {}
-    for where, (_, number, _, relative) in read_columns(path, 4, header=1):
-        number = as_int(number, "class_id", where)
+    rows = []
+    super_class_of: dict[int, str] = {}
+    for where, (_, class_id, _, relative) in read_columns(path, 4, header=1):
+        number = as_int(class_id, "class_id", where)
         super_class_of.setdefault(number, relative.split("/")[0].removesuffix("_final"))
         rows.append(Row(path_under(folder, relative, where), str(number), where))
     numbers = sorted(super_class_of)

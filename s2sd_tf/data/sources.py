@@ -1,27 +1,30 @@
-"""What is in the root of a data set: files as published, shards, or what TensorFlow Datasets prepared."""
+"""Loads a data set from what its root holds: published files, shards, or data that TensorFlow Datasets prepared."""
 
 import os
+from collections.abc import Callable
 
 from s2sd_tf.data import datasets
-from s2sd_tf.data.retrieval_split import tell_unpublished_counts
+from s2sd_tf.data.retrieval_split import RetrievalSplit, tell_unpublished_counts
 from s2sd_tf.data.shards import DESCRIPTION, read_shards
 from s2sd_tf.data.tensorflow_datasets import builder_of, load_tfds
 
 SOURCES = ("auto", "files", "shards", "tfds")
 
 
-def load_source(name, root, source, read_files):
-    """The `RetrievalSplit` of a registered data set, from what is in `root`.
+def load_source(
+    name: str, root: str | os.PathLike, source: str, read_files: Callable[[], RetrievalSplit]
+) -> RetrievalSplit:
+    """Loads a registered data set from `root`.
 
     Args:
-        name: the name that the data set is registered by.
+        name: the registered name of the data set.
         root: folder.
-        source: one of `SOURCES`. "auto" takes shards where there is a `s2sd_shards.json`, else files.
-        read_files: function without arguments to the `RetrievalSplit` of the files in `root`.
+        source: one of `SOURCES`. "auto" reads shards if `root` has a `s2sd_shards.json`, else files.
+        read_files: reads the published files in `root`.
 
     Raises:
-        ValueError: another source, or one that the data set lacks.
-        FileNotFoundError, ValueError, ImportError: what the readers raise.
+        ValueError: an unknown source, or "tfds" for a data set that TensorFlow Datasets does not have.
+        FileNotFoundError, ValueError, ImportError: see `read_shards`, `load_tfds` and `read_files`.
     """
     if source not in SOURCES:
         raise ValueError(f"source: expected one of {list(SOURCES)}. Received: {source!r}")
@@ -32,6 +35,6 @@ def load_source(name, root, source, read_files):
         return load_tfds(builder, root)
     is_shards = source == "shards" or (source == "auto" and os.path.isfile(os.path.join(root, DESCRIPTION)))
     split = read_shards(root, name) if is_shards else read_files()
-    if datasets.counts(name):
-        tell_unpublished_counts(name, datasets.counts(name), split)
+    if counts := datasets.counts(name):
+        tell_unpublished_counts(name, counts, split)
     return split

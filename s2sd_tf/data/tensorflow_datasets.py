@@ -1,4 +1,4 @@
-"""Data sets that TensorFlow Datasets has prepared."""
+"""Loads data sets that TensorFlow Datasets has prepared."""
 
 import os
 
@@ -10,32 +10,32 @@ from s2sd_tf.data import datasets
 from s2sd_tf.data.image_set import ImageSet, split_classes
 from s2sd_tf.data.retrieval_split import RetrievalSplit, tell_unpublished_counts
 
-# The features to read beside the image, and the name by which the data set is registered here.
-_BUILDERS = {
+# The features to read besides the image, and the name of the data set in this package.
+_BUILDERS: dict[str, tuple[dict[str, bool], str]] = {
     "caltech_birds2011": ({"label": True, "image/filename": True}, "cub200"),
     "cars196": ({"label": True}, "cars196"),
     "stanford_online_products": ({"class_id": True, "super_class_id": True}, "sop"),
 }
 
 
-def load_tfds(name, data_dir=None):
-    """`RetrievalSplit` of a data set that TensorFlow Datasets has prepared: nothing is downloaded.
+def load_tfds(name: str, data_dir: str | os.PathLike | None = None) -> RetrievalSplit:
+    """Loads a data set that TensorFlow Datasets has prepared. Nothing is downloaded.
 
-    Images stay encoded, in memory: how many MiB they take is logged, and `write_shards` puts them where they need none.
-    The parts are those of `load_cub200`, `load_cars196` and `load_sop`: of the first two the builder's own parts are
-    joined, and the first half of the classes trains.
+    The encoded images stay in memory, and their size is logged; `write_shards` writes them to files that are read on
+    demand. The split is the one of `load_cub200`, `load_cars196` or `load_sop`. For the first two, the builder's own
+    parts are joined and the first half of the classes trains.
 
     Args:
         name: "caltech_birds2011", "cars196" or "stanford_online_products".
-        data_dir: folder of prepared data sets. Default: that of TensorFlow Datasets.
+        data_dir: folder of prepared data sets. Default: the default folder of TensorFlow Datasets.
 
     Returns:
-        `RetrievalSplit` of bytes without a gallery, with the class names of the loaders named above.
+        `RetrievalSplit` of bytes without a gallery, with the same class names as the loaders above.
 
     Raises:
         ImportError: tensorflow-datasets is not installed.
-        FileNotFoundError: the data set is not prepared in `data_dir`; the message says how to.
-        ValueError: another name, or fewer than two classes.
+        FileNotFoundError: the data set is not prepared in `data_dir`; the message says how to prepare it.
+        ValueError: an unknown name, or fewer than two classes.
     """
     if name not in _BUILDERS:
         raise ValueError(f"name: expected one of {sorted(_BUILDERS)}. Received: {name!r}")
@@ -44,7 +44,7 @@ def load_tfds(name, data_dir=None):
     if not builder.is_prepared():
         raise FileNotFoundError(
             f"data_dir: expected {name}, prepared. Received: {os.fspath(builder.data_dir)!r} without it. To download "
-            f"and prepare it: tfds.builder({name!r}, data_dir=...).download_and_prepare()"
+            f"and prepare it, call tfds.builder({name!r}, data_dir=...).download_and_prepare()"
         )
     features, registered = _BUILDERS[name]
     examples = {part: _read(tfds, builder, part, features) for part in ("train", "test")}
@@ -56,22 +56,23 @@ def load_tfds(name, data_dir=None):
         split = RetrievalSplit(*split_classes(images, test_fraction=0.5))
     size = sum(len(example["image"]) for part in examples.values() for example in part)
     logging.info("%s: %.0f MiB of encoded images are in memory", name, size / 2**20)
-    tell_unpublished_counts(registered, datasets.counts(registered), split)
+    if published := datasets.counts(registered):
+        tell_unpublished_counts(registered, published, split)
     return split
 
 
-def builder_of(registered):
-    """Name of the builder of a registered data set, or None."""
+def builder_of(registered: str) -> str | None:
+    """Name of the TensorFlow Datasets builder for a data set registered here, or None."""
     return next((name for name, (_, known) in _BUILDERS.items() if known == registered), None)
 
 
 def _import_tfds():
-    # Late, as its import takes seconds.
+    # Imported late, because it takes seconds.
     try:
         import tensorflow_datasets
     except ImportError as error:
         raise ImportError(
-            "load_tfds: expected tensorflow-datasets. Received: none; pip install tensorflow-datasets"
+            "load_tfds: expected tensorflow-datasets. Received: none. Run pip install tensorflow-datasets"
         ) from error
     return tensorflow_datasets
 
@@ -88,7 +89,7 @@ def _cars(examples, features):
 
 
 def _birds(examples, _):
-    # The builder's class names have no number; the folders' have.
+    # The builder's class names lack the number that the folder names begin with.
     labels = [int(example["label"]) for example in examples]
     folders = [os.path.basename(os.path.dirname(example["image/filename"].decode())) for example in examples]
     return _image_set(examples, labels, dict(zip(labels, folders)).__getitem__)
@@ -101,7 +102,7 @@ def _products(examples, features):
     def super_class(number):
         return features["super_class_id"].int2str(super_class_of[number])
 
-    # As in the lists, where they count from 1.
+    # The lists of the archive count classes from 1.
     return _image_set(examples, numbers, lambda number: str(number + 1), super_class)
 
 

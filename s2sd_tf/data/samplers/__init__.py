@@ -1,4 +1,4 @@
-"""Samplers: which images make up each batch of an epoch."""
+"""Samplers: they choose the images of each batch of an epoch."""
 
 from s2sd_tf.data.samplers.base import Sampler, get, lookup, names, register, settings
 from s2sd_tf.data.samplers.class_balanced import ClassBalanced

@@ -1,4 +1,7 @@
-"""The base classes of the samplers, the registry, checks of arguments, and draws without repeats."""
+"""Base classes and registry of the samplers, argument checks, and draws without repeats."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -8,11 +11,11 @@ from s2sd_tf.registry import Registry
 SHORT_CLASSES = ("raise", "repeat", "skip")
 
 
-def checked_labels(labels):
-    """Labels as int64 `(n,)`.
+def checked_labels(labels: np.ndarray) -> np.ndarray:
+    """Returns the labels as int64 `(n,)`.
 
     Raises:
-        ValueError: something else than integers >= 0.
+        ValueError: the labels are not a one-dimensional array of integers >= 0.
     """
     labels = np.asarray(labels)
     if labels.ndim != 1 or not (np.issubdtype(labels.dtype, np.integer) or not len(labels)):
@@ -25,23 +28,24 @@ def checked_labels(labels):
 class Sampler:
     """Chooses the images of every batch of an epoch.
 
-    A subclass implements `draw(labels, steps, generator)`, and `check(labels)` where labels may not suit it. What is
-    drawn is a function of the arguments of `epoch` alone, and of the stored embeddings where there are any: the same
-    seed, epoch and model give the same batches.
+    A subclass implements `draw`, and `check` if it cannot draw from all labels. The batches depend only on the
+    arguments of `epoch` and on the stored embeddings, if there are any. So the same seed, epoch and model give the same
+    batches.
 
     Attributes:
-        batch_size: int, images of a batch.
-        storage: `EmbeddingStorage` that has to be kept up to date (see `s2sd_tf.data.RefreshStorage`), or None.
+        batch_size: the number of images in a batch.
+        storage: `EmbeddingStorage` to keep up to date (see `s2sd_tf.data.RefreshStorage`), or None.
     """
 
-    storage = None
+    batch_size: int
+    storage: Any = None
 
-    def epoch(self, labels, steps, seed, epoch):
-        """The batches of one epoch.
+    def epoch(self, labels: np.ndarray, steps: int, seed: int, epoch: int) -> np.ndarray:
+        """Draws the batches of one epoch.
 
         Args:
             labels: integer array `(n,)`, each >= 0: the classes of the images.
-            steps: int >= 1, batches of the epoch.
+            steps: int >= 1, the number of batches.
             seed, epoch: int >= 0.
 
         Returns:
@@ -49,7 +53,7 @@ class Sampler:
 
         Raises:
             ValueError: a bad argument, or labels that no batch can be drawn from; the message names the setting.
-            RuntimeError: a storage that holds nothing.
+            RuntimeError: the storage is empty.
         """
         steps = checked_int("steps", steps, 1)
         seed, epoch = checked_int("seed", seed, 0), checked_int("epoch", epoch, 0)
@@ -57,24 +61,24 @@ class Sampler:
         self.check(labels)
         return self.draw(labels, steps, np.random.default_rng([seed, epoch])).astype(np.int64, copy=False)
 
-    def check(self, labels):
-        """Raises `ValueError` where no batch can be drawn from `labels`, int64 `(n,)`, each >= 0."""
+    def check(self, labels: np.ndarray) -> None:
+        """Raises `ValueError` if no batch can be drawn from `labels`, int64 `(n,)`, each >= 0."""
 
-    def draw(self, labels, steps, generator):
-        """What `epoch` returns, from checked arguments and a `numpy.random.Generator`."""
+    def draw(self, labels: np.ndarray, steps: int, generator: np.random.Generator) -> np.ndarray:
+        """Draws what `epoch` returns. The arguments are already checked."""
         raise NotImplementedError
 
 
 class ClassSampler(Sampler):
-    """A sampler of batches of P classes x M images; the images of a class stand together.
+    """A sampler of batches of P classes x M images. The images of a class are next to each other.
 
     Args:
         classes_per_batch, samples_per_class: P and M, int >= 1.
-        short_classes: what becomes of classes with fewer than M images: "raise" refuses them; "repeat" takes an image
-            again once all of its class are in the batch; "skip" leaves the class out.
+        short_classes: what to do with classes of fewer than M images: "raise" refuses them, "repeat" repeats images
+            once all images of the class are in the batch, "skip" leaves the class out.
     """
 
-    def __init__(self, classes_per_batch, samples_per_class, short_classes="raise"):
+    def __init__(self, classes_per_batch: int, samples_per_class: int, short_classes: str = "raise") -> None:
         self.classes_per_batch = checked_int("classes_per_batch", classes_per_batch, 1)
         self.samples_per_class = checked_int("samples_per_class", samples_per_class, 1)
         if short_classes not in SHORT_CLASSES:
@@ -82,11 +86,11 @@ class ClassSampler(Sampler):
         self.short_classes = short_classes
 
     @property
-    def batch_size(self):
-        """P * M."""
+    def batch_size(self) -> int:  # type: ignore[override]
+        """The number of images in a batch, P * M."""
         return self.classes_per_batch * self.samples_per_class
 
-    def check(self, labels):
+    def check(self, labels: np.ndarray) -> None:
         present = np.unique(labels)
         usable = self.usable_classes(labels)
         if self.short_classes == "raise" and len(usable) < len(present):
@@ -96,33 +100,33 @@ class ClassSampler(Sampler):
                 f"samples_per_class: expected at least {self.samples_per_class} images in every class, or "
                 "short_classes='repeat' or 'skip'. Received: "
                 + ", ".join(f"class {c} with {counts[c]}" for c in short[:10])
-                + (f" and {len(short) - 10} classes more" if len(short) > 10 else "")
+                + (f" and {len(short) - 10} more classes" if len(short) > 10 else "")
             )
         if len(usable) < self.classes_per_batch:
             raise ValueError(
                 f"classes_per_batch: expected at most {len(usable)} classes. Received: {self.classes_per_batch}"
             )
 
-    def usable_classes(self, labels):
-        """Classes that a batch may hold, ascending."""
+    def usable_classes(self, labels: np.ndarray) -> np.ndarray:
+        """The classes that a batch may contain, ascending."""
         counts = np.bincount(labels)
         return np.flatnonzero(counts >= (1 if self.short_classes == "repeat" else self.samples_per_class))
 
 
 class Queue:
-    """Endless draws from `items`: nothing a second time before all have come once, pass after pass.
+    """Endless random draws from `items`, pass after pass: no item comes again before all items of the pass have come.
 
-    Within one `take` no item repeats before all are in it. So where a pass ends within a `take`, what the take already
-    holds goes to the end of the next pass.
+    Within one `take`, too, no item repeats before all are in it. So if a pass ends within a `take`, the items that it
+    already has go to the end of the next pass.
     """
 
-    def __init__(self, items, generator):
+    def __init__(self, items: np.ndarray, generator: np.random.Generator) -> None:
         self._items = np.asarray(items)
         self._generator = generator
         self._waiting = generator.permutation(self._items)
 
-    def take(self, count):
-        """The next `count` items."""
+    def take(self, count: int) -> np.ndarray:
+        """Draws the next `count` items."""
         whole, count = divmod(count, len(self._items))
         if not whole:
             return self._take(count)
@@ -130,7 +134,7 @@ class Queue:
 
     def _take(self, count):
         if len(self._waiting) < count:
-            # What is left over goes out first; the next pass begins with others, so that none is taken twice.
+            # The rest of the pass comes first. The next pass begins with other items, so that none is taken twice.
             rest = self._waiting
             new = self._generator.permutation(self._items)
             again = np.isin(new, rest)
@@ -139,29 +143,35 @@ class Queue:
         return taken
 
 
-def images_by_class(labels):
-    """List of int64 arrays: the positions of the images of class 0, 1, ..., ascending."""
+def images_by_class(labels: np.ndarray) -> list[np.ndarray]:
+    """The positions of the images of class 0, 1, ..., each int64 and ascending."""
     return np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
 
 
+_SamplerClass = TypeVar("_SamplerClass", bound=type[Sampler])
 _registry = Registry("sampler", Sampler)
 names = _registry.names
 lookup = _registry.lookup
 settings = _registry.settings
 
 
-def register(name):
-    """Class decorator: makes a sampler known by `name`."""
-    return lambda cls: _registry.add(name, cls)
+def register(name: str) -> Callable[[_SamplerClass], _SamplerClass]:
+    """Class decorator that registers a sampler under `name`."""
+
+    def add(cls: _SamplerClass) -> _SamplerClass:
+        _registry.add(name, cls)
+        return cls
+
+    return add
 
 
-def get(identifier, **settings):
-    """A sampler from its registered name and settings, or the sampler given.
+def get(identifier: str | Sampler, **settings: Any) -> Sampler:
+    """Makes a sampler from its registered name and settings; an instance is returned as it is.
 
     Example:
         >>> s2sd_tf.data.samplers.get("class_balanced", classes_per_batch=56, samples_per_class=2, class_power=0.5)
 
     Raises:
-        ValueError: an unknown name or setting, or settings beside an instance.
+        ValueError: an unknown name or setting, or settings with an instance.
     """
     return _registry.get(identifier, **settings)

@@ -1,13 +1,14 @@
-"""Batches of P classes x M images, with the classes drawn uniformly or by weight."""
+"""Batches of P classes x M images, with classes drawn uniformly or by weight."""
 
-import numbers
+from collections.abc import Sequence
 
 import numpy as np
 
+from s2sd_tf.checks import check_number
 from s2sd_tf.data.samplers.base import ClassSampler, Queue, images_by_class, register
 
-# A class whose inclusion probability is this close to 1 is in every batch: what is left is then safely below 1, so that
-# rounding cannot let systematic sampling meet a class twice.
+# A class with at least this inclusion probability is in every batch. The others are then safely below 1, so rounding
+# cannot make systematic sampling draw a class twice.
 _CERTAIN = 1.0 - 1e-12
 
 
@@ -15,36 +16,42 @@ _CERTAIN = 1.0 - 1e-12
 class ClassBalanced(ClassSampler):
     """Batches of P classes x M images.
 
-    No class comes twice in a batch, and no image but where `short_classes="repeat"` asks for it. The images of a class
-    are taken from a shuffled list that is shuffled anew when it runs out: no image is seen a second time before all of
-    its class have been seen once, but for what a batch border demands.
+    No class is in a batch twice, and no image unless `short_classes="repeat"` requires it. The images of a class come
+    from a list that is shuffled, and shuffled again when it runs out, so no image is seen again before all images of
+    its class have been seen.
 
-    By default the classes are taken in the same way, so all are seen equally often. For long tails, `class_power` or
-    `class_weights` give the classes weights w. Each batch is then a draw of its own, by systematic sampling (Madow,
-    Annals of Mathematical Statistics 20, 1949) over a random order of the classes, by which class c is in a batch with
-    probability exactly min(1, P * w_c / sum(w)); what a class loses at 1 goes to the others in proportion
-    (see `inclusion_probabilities`).
+    By default the classes are drawn in the same way, so all are seen equally often. For long tails, `class_power` or
+    `class_weights` give the classes weights w. Each batch is then drawn independently, by systematic sampling (Madow,
+    Annals of Mathematical Statistics 20, 1949) over a random order of the classes. Class c is in a batch with
+    probability exactly min(1, P * w_c / sum(w)); what is cut off at 1 goes to the other classes in proportion (see
+    `inclusion_probabilities`).
 
     Args:
         classes_per_batch, samples_per_class, short_classes: see `ClassSampler`.
-        class_power: float a; w_c is the number of images of class c to the power of a. 0: uniform, 1: by frequency,
-            0.5: by its square root; a negative one prefers the rare. One so far from 0 that fewer than P classes keep a
-            weight beside the largest, in float64, is refused with the labels.
-        class_weights: floats >= 0, w itself, one for each class from 0 to the highest label at least; more are for
-            classes without images. Sums run over the classes that a batch may hold (see `short_classes`), and at least
-            P of these need a weight > 0. Empty: by `class_power`.
+        class_power: float a; w_c is the number of images of class c to the power of a. 0 is uniform, 1 by frequency,
+            0.5 by its square root; negative values prefer rare classes. `check` refuses a value so far from 0 that
+            fewer than P weights, relative to the largest, are > 0 in float64.
+        class_weights: floats >= 0, the weights w, at least one for each class from 0 to the highest label. Additional
+            ones are for classes without images. Sums are over the classes that a batch may contain (see
+            `short_classes`), and at least P of these need a weight > 0. Empty: `class_power` gives the weights.
     """
 
-    def __init__(self, classes_per_batch, samples_per_class, short_classes="raise", class_power=0.0, class_weights=()):
+    def __init__(
+        self,
+        classes_per_batch: int,
+        samples_per_class: int,
+        short_classes: str = "raise",
+        class_power: float = 0.0,
+        class_weights: Sequence[float] | np.ndarray = (),
+    ) -> None:
         super().__init__(classes_per_batch, samples_per_class, short_classes)
         try:
             weights = np.asarray(class_weights, np.float64)
         except (TypeError, ValueError):
             weights = np.array(np.nan)
         if weights.ndim != 1 or not np.all(np.isfinite(weights) & (weights >= 0)):
-            raise ValueError(f"class_weights: expected finite numbers >= 0, one a class. Received: {class_weights!r}")
-        if isinstance(class_power, bool) or not isinstance(class_power, numbers.Real) or not np.isfinite(class_power):
-            raise ValueError(f"class_power: expected a finite number. Received: {class_power!r}")
+            raise ValueError(f"class_weights: expected finite numbers >= 0, one per class. Received: {class_weights!r}")
+        check_number("class_power", class_power)
         if len(weights) and class_power:
             raise ValueError(
                 f"class_power and class_weights: expected at most one of them. Received: class_power={class_power} "
@@ -53,7 +60,7 @@ class ClassBalanced(ClassSampler):
         self.class_power = class_power
         self.class_weights = weights
 
-    def check(self, labels):
+    def check(self, labels: np.ndarray) -> None:
         super().check(labels)
         if len(self.class_weights) and len(self.class_weights) <= labels.max():
             raise ValueError(
@@ -68,7 +75,7 @@ class ClassBalanced(ClassSampler):
                 f"Received: {positive}"
             )
 
-    def draw(self, labels, steps, generator):
+    def draw(self, labels: np.ndarray, steps: int, generator: np.random.Generator) -> np.ndarray:
         classes = self.usable_classes(labels)
         choose = self._class_choice(classes, labels, generator)
         members = images_by_class(labels)
@@ -78,7 +85,7 @@ class ClassBalanced(ClassSampler):
         )
 
     def _class_choice(self, classes, labels, generator):
-        """A function that returns the P classes of the next batch."""
+        """A function that draws the P classes of the next batch."""
         if not len(self.class_weights) and not self.class_power:
             queue = Queue(classes, generator)
             return lambda: queue.take(self.classes_per_batch)
@@ -86,7 +93,7 @@ class ClassBalanced(ClassSampler):
         return lambda: classes[systematic_sample(probabilities, generator)]
 
     def _weights(self, classes, labels):
-        """Weights float64 of some of the classes, up to a factor."""
+        """The weights of some classes up to a factor, float64."""
         if len(self.class_weights):
             return self.class_weights[classes]
         counts = np.bincount(labels)[classes]
@@ -94,10 +101,10 @@ class ClassBalanced(ClassSampler):
         return (counts / (counts.max() if self.class_power > 0 else counts.min())) ** self.class_power
 
 
-def inclusion_probabilities(weights, count):
-    """Probabilities `(n,)` with sum `count` of n items to be among `count` ones, in proportion to `weights`.
+def inclusion_probabilities(weights: np.ndarray, count: int) -> np.ndarray:
+    """The probabilities `(n,)` of n items to be among `count` drawn ones, in proportion to `weights`.
 
-    p_i = min(1, f * w_i) with the f by which they add up to `count`.
+    p_i = min(1, f * w_i), with f such that the sum is `count`.
 
     Args:
         weights: float64 `(n,)`, each >= 0 and at least `count` of them > 0.
@@ -106,26 +113,29 @@ def inclusion_probabilities(weights, count):
     probabilities = np.zeros(len(weights))
     free = np.arange(len(weights))
     while count:
-        # By the largest of them, as huge weights would add up to infinity.
+        # Divided by the largest one, because huge weights would add up to infinity.
         rest = weights[free] / weights[free].max()
         probabilities[free] = count * rest / rest.sum()
         over = probabilities[free] >= _CERTAIN
         if not over.any():
             return probabilities
         probabilities[free[over]] = 1.0
-        count -= np.count_nonzero(over)
+        count -= int(np.count_nonzero(over))
         free = free[~over]
     probabilities[free] = 0.0
     return probabilities
 
 
-def systematic_sample(probabilities, generator):
-    """Distinct positions, as many as `probabilities` `(n,)` add up to, each i with probability `probabilities[i]`."""
+def systematic_sample(probabilities: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Draws distinct positions, position i with probability `probabilities[i]`.
+
+    The number of positions is the sum of `probabilities` `(n,)`.
+    """
     certain = probabilities >= _CERTAIN
     order = generator.permutation(np.flatnonzero(~certain))
     ends = np.cumsum(probabilities[order])
     count = round(probabilities.sum()) - np.count_nonzero(certain)
-    # Points at distance 1 on a line on which every item has a stretch as long as its probability.
+    # Points at distance 1 on a line, on which every item covers an interval as long as its probability.
     points = generator.random() + np.arange(count)
     hit = np.searchsorted(ends[:-1], points, side="right")
     return generator.permutation(np.concatenate([np.flatnonzero(certain), order[hit]]))

@@ -1,11 +1,12 @@
-"""Embeddings of training images for the samplers that look at them, in bounded memory."""
+"""Embeddings of training images in bounded memory, for the samplers that use them."""
 
-import numbers
 import threading
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
-from s2sd_tf.checks import checked_int
+from s2sd_tf.checks import check_above, checked_int
 from s2sd_tf.data.samplers.base import ClassSampler, checked_labels
 
 
@@ -13,62 +14,60 @@ class EmbeddingStorage:
     """l2-normalised float32 embeddings of some of the training images.
 
     Args:
-        max_mib: number > 0, the most that the embeddings may take, in MiB.
+        max_mib: number > 0, limit of the memory for embeddings in MiB.
 
     Attributes:
-        lock: reentrant lock that `refill` holds, and whoever draws from the storage: what is read under it is of one
-            refill.
+        lock: reentrant lock that `refill` holds. Hold it while reading, so that all values are from the same refill.
     """
 
-    def __init__(self, max_mib=256.0):
-        if isinstance(max_mib, bool) or not isinstance(max_mib, numbers.Real) or not 0 < max_mib < float("inf"):
-            raise ValueError(f"max_mib: expected a number > 0. Received: {max_mib!r}")
+    def __init__(self, max_mib: float = 256.0) -> None:
+        check_above("max_mib", max_mib, 0)
         self.max_mib = max_mib
         self.lock = threading.RLock()
         self._buffer = np.empty((0, 0), np.float32)
-        self._positions = None
-        self._epoch = None
+        self._positions: Any = None
+        self._epoch: Any = None
 
     @property
-    def is_filled(self):
-        """Whether there are embeddings."""
+    def is_filled(self) -> bool:
+        """Whether embeddings are stored."""
         return self._positions is not None
 
     @property
-    def positions(self):
-        """int64 `(n,)`, ascending: which images the embeddings are of."""
+    def positions(self) -> np.ndarray:
+        """Positions of the embedded images, int64 `(n,)`, ascending."""
         self._check_filled()
         return self._positions
 
     @property
-    def embeddings(self):
-        """float32 `(n, dim)`, rows of norm 1, in the order of `positions`; what has no direction is a row of zeros."""
+    def embeddings(self) -> np.ndarray:
+        """Embeddings in the order of `positions`, float32 `(n, dim)`; rows have norm 1, except rows of zeros."""
         self._check_filled()
         return self._buffer
 
     @property
-    def epoch(self):
-        """int, the epoch that the embeddings are for."""
+    def epoch(self) -> int:
+        """The epoch that the embeddings are for."""
         self._check_filled()
         return self._epoch
 
-    def capacity(self, dim):
+    def capacity(self, dim: int) -> int:
         """The number of embeddings of dimension `dim` that fit."""
         return int(self.max_mib * 2**20 // (4 * dim))
 
-    def refill(self, positions, dim, batches, epoch=0):
-        """Replaces all that is stored; beside it, only one batch is held.
+    def refill(self, positions: np.ndarray, dim: int, batches: Iterable[np.ndarray], epoch: int = 0) -> None:
+        """Replaces all stored embeddings, with only one batch in memory besides them.
 
         Args:
             positions: int `(n,)`, ascending, n >= 1.
             dim: int >= 1.
-            batches: iterable of float arrays `(batch, dim)`, n rows in all, in the order of `positions`. They are
-                normalised here; rows of zeros stay as they are.
-            epoch: int >= 0, the epoch that they are for: `training_batches` draws its batches.
+            batches: float arrays `(batch, dim)`, n rows in total, in the order of `positions`. They are normalised
+                here; rows of zeros stay zero.
+            epoch: int >= 0, the epoch that the embeddings are for, which `training_batches` then draws.
 
         Raises:
-            ValueError: bad arguments, more than fits, not n rows, or values that are not finite in float32. The storage
-                is empty then, as after any error of `batches`.
+            ValueError: bad arguments, more embeddings than fit, not n rows, or values that are not finite in float32.
+                The storage is empty after this and any error of `batches`.
         """
         with self.lock:
             self._positions = None
@@ -79,7 +78,7 @@ class EmbeddingStorage:
 
     def _fill(self, shape, batches):
         if self._buffer.shape != shape:
-            # Let go of before the new one is made, as both may not fit.
+            # Freed before the new one is made, because both may not fit into memory.
             self._buffer = np.empty((0, 0), np.float32)
             self._buffer = np.empty(shape, np.float32)
         filled = 0
@@ -90,10 +89,10 @@ class EmbeddingStorage:
             if not np.isfinite(batch).all():
                 raise ValueError("embeddings: expected finite numbers. Received: NaN or infinity from the model")
             rows = self._buffer[filled : filled + len(batch)]
-            # By the largest number first, as the squares of huge or tiny ones are infinite or 0.
+            # Divided by the largest number first, because the squares of huge or tiny numbers are infinite or 0.
             largest = np.abs(batch).max(axis=1, keepdims=True)
             np.divide(batch, np.where(largest > 0, largest, 1.0), out=rows)
-            # At least 1 now, but for rows of zeros.
+            # The norms are at least 1 now, except for rows of zeros.
             rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1.0)
             filled += len(batch)
         if filled != shape[0]:
@@ -102,9 +101,9 @@ class EmbeddingStorage:
     def _check_filled(self):
         if not self.is_filled:
             raise RuntimeError(
-                "storage: expected embeddings of the training images, and there are none yet. Add "
-                "s2sd_tf.data.RefreshStorage(sampler, images, preprocessing) to the callbacks of `fit`; where batches "
-                "are drawn without `fit`, or under a distribution strategy, call its `refresh(model)` first"
+                "storage: expected embeddings of the training images. Received: none yet. Add "
+                "s2sd_tf.data.RefreshStorage(sampler, images, preprocessing) to the callbacks of `fit`. Without `fit`, "
+                "or under a distribution strategy, call its `refresh(model)` before drawing batches"
             )
 
 
@@ -121,27 +120,35 @@ def _checked_positions(positions, capacity):
 
 
 class StorageSampler(ClassSampler):
-    """A sampler of P x M batches that looks at stored embeddings.
+    """A sampler of P x M batches that uses stored embeddings.
 
     Args:
         classes_per_batch, samples_per_class, short_classes: see `ClassSampler`.
-        max_mib: number > 0, the most that the stored embeddings may take, in MiB.
+        max_mib: number > 0, limit of the memory for stored embeddings in MiB.
     """
 
-    def __init__(self, classes_per_batch, samples_per_class, short_classes="raise", max_mib=256.0):
+    storage: EmbeddingStorage
+
+    def __init__(
+        self,
+        classes_per_batch: int,
+        samples_per_class: int,
+        short_classes: str = "raise",
+        max_mib: float = 256.0,
+    ) -> None:
         super().__init__(classes_per_batch, samples_per_class, short_classes)
         self.storage = EmbeddingStorage(max_mib)
 
-    def epoch(self, labels, steps, seed, epoch):
-        # So that nothing is drawn from a storage that is half refilled.
+    def epoch(self, labels: np.ndarray, steps: int, seed: int, epoch: int) -> np.ndarray:
+        # Locked, so that nothing is drawn from a half refilled storage.
         with self.storage.lock:
             return super().epoch(labels, steps, seed, epoch)
 
-    def images_to_store(self, labels, dim, seed, epoch):
-        """Which images the storage should hold in an epoch.
+    def images_to_store(self, labels: np.ndarray, dim: int, seed: int, epoch: int) -> np.ndarray:
+        """Chooses the images whose embeddings the storage should have in an epoch.
 
-        All that a batch may hold; or, where not all fit, a random sample of them: first M images of every class, or of
-        as many classes as fit, then any.
+        These are all images that a batch may contain. If they do not fit, they are a random sample: M images of every
+        class, or of as many classes as fit, and then any others.
 
         Args:
             labels: integer array `(n,)`.
@@ -152,8 +159,7 @@ class StorageSampler(ClassSampler):
             int64, positions in `labels`, ascending.
 
         Raises:
-            ValueError: a bad argument, labels that no batch can be drawn from, or a `max_mib` that does not hold one
-                batch.
+            ValueError: a bad argument, labels that no batch can be drawn from, or a `max_mib` too small for one batch.
         """
         dim = checked_int("dim", dim, 1)
         seed, epoch = checked_int("seed", seed, 0), checked_int("epoch", epoch, 0)
@@ -168,7 +174,7 @@ class StorageSampler(ClassSampler):
                 f"max_mib: expected at least {4 * dim * self.batch_size / 2**20:.3g} MiB, for one batch of "
                 f"{self.batch_size} embeddings of dimension {dim}. Received: {self.storage.max_mib}"
             )
-        # The third number keeps these draws apart from those of the batches.
+        # The third number makes these draws independent of those of the batches.
         generator = np.random.default_rng([seed, epoch, 1])
         shuffled = generator.permutation(usable)
         is_first = _rank_in_class(labels[shuffled]) < self.samples_per_class
@@ -180,12 +186,12 @@ class StorageSampler(ClassSampler):
             return np.sort(np.concatenate([first, others[: capacity - len(first)]]))
         return np.sort(first[np.isin(labels[first], kept)])
 
-    def stored(self, labels):
-        """`(positions, embeddings)` of the storage, after a check that batches of `labels` can be made of it."""
+    def stored(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns `(positions, embeddings)` of the storage, after checking that they are enough for batches."""
         positions = self.storage.positions
         if positions[-1] >= len(labels):
             raise ValueError(
-                f"labels: expected those of the images whose embeddings are stored, more than {positions[-1]}. "
+                f"labels: expected the labels of the images that are stored, more than {positions[-1]}. "
                 f"Received: {len(labels)}"
             )
         self.check(labels[positions])
@@ -193,7 +199,7 @@ class StorageSampler(ClassSampler):
 
 
 def _rank_in_class(labels):
-    """How many of the labels before each one are equal to it, `(n,)`."""
+    """For each label, the number of equal labels before it, `(n,)`."""
     order = np.argsort(labels, kind="stable")
     in_order = labels[order]
     ranks = np.empty(len(labels), np.int64)
