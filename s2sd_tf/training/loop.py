@@ -182,7 +182,7 @@ class Loop:
             self.save()
 
     def save_place(self) -> None:
-        """Saves a checkpoint within an epoch, from which the run resumes at the next step.
+        """Saves a checkpoint of the current state, which may be within an epoch.
 
         Does nothing if nothing was trained since the last checkpoint; with several workers, because one cannot save
         alone; and between the steps of an epoch whose batches depend on stored embeddings, because resuming them needs
