@@ -133,7 +133,7 @@ class TestRecord:
             train(small_config(), str(begun))
         found["data"].pop("test")
         write_json(begun / "run.json", found)
-        with pytest.raises(ValueError, match=r"the test images that .* began with \(none\)"):
+        with pytest.raises(ValueError, match=r"the test images that .* was started with \(none\)"):
             train(small_config(), str(begun))
 
     def test_that_cannot_be_read_is_named(self, begun):

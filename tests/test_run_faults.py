@@ -123,7 +123,7 @@ class TestInterruption:
             epoch, within = divmod(step - 1, STEPS)
             assert caught.value.code == 75
             place = f"epoch {epoch + 1}, step {within + 1}"
-            told = f"{signal.Signals(number).name}: stopped at {place}; the same command goes on from there"
+            told = f"{signal.Signals(number).name}: stopped at {place}; the same command resumes from there"
             assert str(caught.value) == told
             assert [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGINT)] == before
             state = read_json(workdir / "checkpoints" / f"epoch_{epoch:06d}_step_{within + 1:06d}" / "state.json")
@@ -209,13 +209,13 @@ class TestInterruption:
 
     def test_the_program_says_so_in_one_line(self, capsys):
         def main(_):
-            raise Interrupted("SIGTERM: stopped at epoch 3; the same command goes on from there")
+            raise Interrupted("SIGTERM: stopped at epoch 3; the same command resumes from there")
 
         with pytest.raises(SystemExit) as caught:
             app._told(main, "s2sd-train")([""])
         assert caught.value.code == 75
         assert capsys.readouterr().err.splitlines() == [
-            "s2sd-train: SIGTERM: stopped at epoch 3; the same command goes on from there"
+            "s2sd-train: SIGTERM: stopped at epoch 3; the same command resumes from there"
         ]
 
 
@@ -368,7 +368,9 @@ class TestCheckpoints:
         for name in ("epoch_000001", "epoch_000002"):
             truncated(folder / name / "model.keras")
         for _ in range(2):
-            with pytest.raises(ValueError, match=r"epoch_000002 .*epoch_000001 .*delete the folder to train anew"):
+            with pytest.raises(
+                ValueError, match=r"epoch_000002 .*epoch_000001 .*delete the folder to train from scratch"
+            ):
                 Checkpoints(str(folder.parent), 2).restore()
         for name in ("epoch_000001", "epoch_000002"):
             (folder / name).rename(folder / f"unreadable_{name}")
@@ -388,7 +390,7 @@ class TestCheckpoints:
         best = checkpoints.load_best(state)
         assert (state.epoch, state.best_epoch, state.best_value) == (4, 3, 0.3)
         assert int(tf.convert_to_tensor(best.s2sd_loss.step)) == 30
-        assert any("the best checkpoint is now that of epoch 3" in message for message in log())
+        assert any("the best checkpoint is now epoch 3" in message for message in log())
 
     def test_keeps_the_last_and_the_best(self, saved):
         folder = saved({1: 0.1, 2: 0.9, 3: 0.3, 4: 0.2, 5: 0.1}, kept=2)
@@ -464,17 +466,17 @@ class TestNoRoom:
             assert not list(workdir.rglob(f"{LEFTOVER}*"))
             return told
 
-        again = "; the same command goes on once there is room"
+        again = ". Make room; the same command then resumes from"
         told = full(Checkpoints, "save", lambda _, model, state: state.epoch == EPOCHS, 30_000)
         assert f"{workdir}/checkpoints/epoch_{EPOCHS:06d}: expected room" in told
-        assert f"Nothing is lost before epoch 2{again}" in told
+        assert f"{again} epoch 2" in told
         assert set(os.listdir(workdir / "checkpoints")) == {"epoch_000002"}
         told = full(loop, "write_history", lambda _, history: len(history) == EPOCHS, 100)
         assert f"{workdir}/history.csv: expected room" in told
         assert len(read_history(workdir)) == 2
         told = full(finishing, "export_encoder", lambda *_: True, 30_000)
         assert f"{workdir}/saved_model: expected room" in told
-        assert f"Nothing is lost before epoch {EPOCHS}{again}" in told
+        assert f"{again} epoch {EPOCHS}" in told
         assert train(small_config(), str(workdir))["steps"] == EPOCHS * STEPS
         assert_the_same(left(workdir), whole)
 

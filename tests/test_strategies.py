@@ -90,7 +90,7 @@ def test_two_devices_train_what_one_does(on_one_device, tmp_path, call):
             time.sleep(0.01)
         # In the middle of an epoch, from where it resumes.
         process.send_signal(signal.SIGTERM)
-        assert "the same command goes on from there" in end(process, 75)
+        assert "the same command resumes from there" in end(process, 75)
     call("train", *RUN, *devices, f"--workdir={tmp_path / 'two'}")
     assert_same_run(on_one_device, tmp_path / "two")
     assert read_json(tmp_path / "two" / "run.json")["strategy"] == {"name": "MirroredStrategy", "replicas": 2}
@@ -157,8 +157,8 @@ class TestNames:
             ("none", ["GPU:0"], "devices: expected none without a strategy"),
             ("mirrored", ["TPU:0"], "devices: expected names such as"),
             ("mirrored", ["GPU:zero"], "devices: expected names such as"),
-            ("mirrored", ["CPU:0", "CPU:0"], "devices: expected different ones"),
-            ("mirrored", ["GPU:99"], "devices: expected different ones, and of the"),
+            ("mirrored", ["CPU:0", "CPU:0"], "devices: expected distinct names"),
+            ("mirrored", ["GPU:99"], "devices: expected distinct names; this machine has"),
             ("multiworker", [], "strategy: expected the environment variable TF_CONFIG"),
         ],
     )

@@ -255,7 +255,7 @@ class TestErrors:
             done = call(program, *arguments, f"--workdir={tmp_path}", status=2)
             (line,) = [line for line in done.stderr.splitlines() if f"{program}.py: error:" in line]
             assert "config.json: expected the keys of this version's configs." in line
-            assert "Received: data.source, data.test_root, of a run that an older version wrote" in line
+            assert "Received: data.source, data.test_root, from a run of an older version" in line
 
     def test_a_section_is_no_name(self):
         config = ml_collections.ConfigDict({**default_config().to_dict(), "objective": "margin"})

@@ -1,6 +1,8 @@
-"""The loss of S2SD, as a layer from embeddings to its terms."""
+"""The S2SD loss as a Keras layer: from embeddings to the terms of the loss."""
 
 import types
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -16,50 +18,50 @@ from s2sd_tf.objectives.base import unit_rows
 
 @keras.utils.register_keras_serializable("s2sd_tf")
 class S2SDLoss(keras.layers.Layer):
-    """S2SD's loss of a batch (Roth et al., ICML 2021, arXiv 2009.08348, section 3).
+    """The S2SD loss of a batch (Roth et al., ICML 2021, arXiv 2009.08348, section 3).
 
         loss = (L(z) + mean_k L_k(q_k)) / 2 + w * mean_k KL(S(q_k) -> S(z)) + w_f * KL(S(f) -> S(z))
 
-    z is the base embedding, the one that is kept. The *targets* q_k are embeddings of higher dimension that are trained
-    beside it and dropped at the end (the paper calls their branches auxiliary). L is a metric-learning objective, of
-    which every embedding has its own. The *teachers*, whose similarities S within the batch are distilled into z, are
-    the targets and the features f; no gradient flows into a teacher. With `target_dims=()` and `feature_distill=False`
-    it is the plain objective.
+    z is the base embedding, the one you keep. The *targets* q_k are embeddings of higher dimension that are trained
+    beside it and dropped after training (the paper calls their branches auxiliary). L is a metric-learning objective;
+    every embedding has its own instance. The *teachers* are the targets and the features f: their similarities S within
+    the batch are distilled into z, and no gradient flows into them. With `target_dims=()` and `feature_distill=False`
+    the loss is the plain objective.
 
     Args:
-        objective: name of a registered objective or an `objectives.Objective`, for the base embedding.
-        target_objective: the same for the targets, each of which gets an instance of its own. Default: the base's.
+        objective: registered name or `objectives.Objective`, for the base embedding.
+        target_objective: the same for the targets; each target gets its own instance. Default: as for the base.
         target_dims: dimensions of the target embeddings, each >= 1.
-        temperature: float > 0, T of the divergences.
-        distill_weight: float >= 0, w.
-        distill_warmup_steps: int >= 0; w is reached by a linear ramp of so many steps.
-        feature_distill: bool, whether the features teach too.
-        feature_distill_weight: float >= 0, w_f.
-        feature_distill_delay: int >= 0, steps before the features begin to teach.
-        feature_distill_warmup_steps: int >= 0, length of the ramp of w_f after the delay.
-        num_classes: int, number of training classes, for objectives by name that have weights a class.
+        temperature: > 0, T of the divergences.
+        distill_weight: >= 0, w.
+        distill_warmup_steps: >= 0, length of the linear ramp up to w.
+        feature_distill: whether the features are a teacher too.
+        feature_distill_weight: >= 0, w_f.
+        feature_distill_delay: >= 0, steps before the features begin to teach.
+        feature_distill_warmup_steps: >= 0, length of the ramp up to w_f after the delay.
+        num_classes: number of training classes, for objectives given by name that have weights per class.
         similarity_kl_implementation: "auto", "fused" or "composed"; see `similarity_kl`.
-        gather_replicas: bool, where a distribution strategy shares out a batch over replicas. True: objectives and
-            teachers see the batch of all replicas, whose gradient is that of the whole batch on a single device. Every
-            replica computes the objectives of the whole batch, and of the divergences its own rows. False: each replica
-            sees its own part alone.
-        diagnostics: bool, add terms in training that show how far embeddings are spread: "mean_similarity", the mean
-            cosine of the base embeddings of different images; "embedding_rank", the participation ratio of their
-            covariance, from 1 to their dimension; and, where there are targets, "target_mean_similarity" and
-            "target_embedding_rank", of the target where it is largest and smallest. A similarity near 1 and a rank near
-            1 are those of embeddings that have collapsed.
+        gather_replicas: matters if a distribution strategy splits each batch over replicas. True: objectives and
+            teachers see the whole batch, and the gradient equals the single-device gradient. Every replica computes the
+            objectives of the whole batch, but only its own rows of the divergences. False: each replica sees only its
+            own part.
+        diagnostics: in training, add terms that show how spread out the embeddings are: "mean_similarity", the mean
+            cosine between base embeddings of different images; "embedding_rank", the participation ratio of their
+            covariance, from 1 to their dimension; and, with targets, "target_mean_similarity" (largest over the
+            targets) and "target_embedding_rank" (smallest over the targets). Collapsed embeddings have a similarity
+            and a rank near 1.
         name: name of the layer.
-        dtype: "float32" (default) or "float64", in which the terms are computed.
+        dtype: "float32" or "float64", in which the terms are computed.
 
     Attributes:
-        step: int64 variable, training steps taken; the schedules of the weights follow it.
+        step: int64 variable, the number of training steps taken; the weight schedules depend on it.
         first_nonfinite_step: int64 variable, the first step (from 0) whose loss was not finite; -1: none.
         objective, target_objectives: the objectives.
-        jit_compile: whether the surrounding `tf.function` is compiled by XLA; None: not known. Where it is known, the
-            fused op can be used more often. `S2SDModel` sets it.
+        jit_compile: whether XLA compiles the surrounding `tf.function`; None: unknown. If it is known, the fused op can
+            be used more often. `S2SDModel` sets it.
 
     Raises:
-        ValueError: an argument out of its range; the message names it.
+        ValueError: an argument is out of range; the message names it.
 
     Example:
         >>> loss = s2sd_tf.S2SDLoss("multi_similarity", target_dims=(512, 1024))
@@ -69,25 +71,25 @@ class S2SDLoss(keras.layers.Layer):
 
     def __init__(
         self,
-        objective="multi_similarity",
-        target_objective=None,
+        objective: str | objectives.Objective = "multi_similarity",
+        target_objective: str | objectives.Objective | None = None,
         *,
-        target_dims=(512, 1024, 1536, 2048),
-        temperature=1.0,
-        distill_weight=50.0,
-        distill_warmup_steps=0,
-        feature_distill=True,
-        feature_distill_weight=50.0,
-        feature_distill_delay=1000,
-        feature_distill_warmup_steps=0,
-        num_classes=None,
-        similarity_kl_implementation="auto",
-        gather_replicas=True,
-        diagnostics=False,
-        name=None,
-        dtype="float32",
-        **kwargs,
-    ):
+        target_dims: Sequence[int] = (512, 1024, 1536, 2048),
+        temperature: float = 1.0,
+        distill_weight: float = 50.0,
+        distill_warmup_steps: int = 0,
+        feature_distill: bool = True,
+        feature_distill_weight: float = 50.0,
+        feature_distill_delay: int = 1000,
+        feature_distill_warmup_steps: int = 0,
+        num_classes: int | None = None,
+        similarity_kl_implementation: str = "auto",
+        gather_replicas: bool = True,
+        diagnostics: bool = False,
+        name: str | None = None,
+        dtype: Any = "float32",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(name=name, dtype=dtype, **kwargs)
         check_above("temperature", temperature, 0)
         for argument, value in (("distill_weight", distill_weight), ("feature_distill_weight", feature_distill_weight)):
@@ -114,38 +116,45 @@ class S2SDLoss(keras.layers.Layer):
 
         self.objective = self._make_objective(objective)
         template = self.objective if target_objective is None else self._make_objective(target_objective)
-        # A proxy, as Keras would take a dict for a container of layers.
+        # A read-only view, because Keras treats a dict attribute as a container of layers.
         self._target_objective = types.MappingProxyType(keras.utils.serialize_keras_object(template))
         self.target_objectives = [self._copy_of(template, k) for k in range(len(self.target_dims))]
         self.step = self._counter("step", 0)
         self.first_nonfinite_step = self._counter("first_nonfinite_step", -1)
 
-    def build(self, input_shape):
-        """Makes the objectives' weights, for base embeddings of `input_shape` `(batch, dim)`."""
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        """Creates the objectives' weights; `input_shape` is that of the base embeddings, `(batch, dim)`."""
         for objective, dim in zip((self.objective, *self.target_objectives), (input_shape[-1], *self.target_dims)):
-            # A loaded objective comes built.
+            # A loaded objective is already built.
             if not objective.built:
                 objective.build((None, dim))
         super().build(input_shape)
 
-    def call(self, embedding, targets, features, labels, training=False):
-        """The terms of the loss of a batch.
+    def call(
+        self,
+        embedding: tf.Tensor,
+        targets: Sequence[tf.Tensor],
+        features: tf.Tensor | None,
+        labels: tf.Tensor,
+        training: bool = False,
+    ) -> dict[str, tf.Tensor]:
+        """Computes the terms of the loss of a batch. The layer l2-normalises embeddings, targets and features.
 
         Args:
-            embedding: float tensor `(batch, dim)`, the base embeddings. Like targets and features they are
-                l2-normalised here.
-            targets: list of float tensors `(batch, target_dims[k])`.
-            features: float tensor `(batch, features)`, the pooled features that teach; None without `feature_distill`.
-            labels: integer tensor `(batch,)`.
-            training: bool; with True `step`, and the draws of stochastic miners, move on.
+            embedding: float `(batch, dim)`, the base embeddings.
+            targets: each float `(batch, target_dims[k])`.
+            features: float `(batch, features)`, the pooled features that teach; None without `feature_distill`.
+            labels: integer `(batch,)`.
+            training: if True, `step` is incremented and stochastic miners draw new samples.
 
         Returns:
-            Dict of tensors: "loss", "objective" (scalars), and where there are targets or features that teach
-            "target_objectives" `(K,)`, "distill_kls" `(K,)` and "feature_kl" (scalar), without their weights; and those
-            of `diagnostics`. On several replicas with `gather_replicas` the mean of "loss" over them is the batch's.
+            The terms by name: "loss" and "objective" (scalars); with targets also "target_objectives" `(K,)` and
+            "distill_kls" `(K,)`; with `feature_distill` also "feature_kl" (scalar); and the terms of `diagnostics`. The
+            divergences are not multiplied by their weights. On several replicas with `gather_replicas`, the mean of
+            "loss" over the replicas is the loss of the batch.
 
         Raises:
-            ValueError: targets that are not of `target_dims`, or no features where they should teach.
+            ValueError: the dimensions of the targets are not `target_dims`, or features are missing.
         """
         batch = self._checked_batch(embedding, targets, features, labels)
         if self.gather_replicas:
@@ -173,7 +182,7 @@ class S2SDLoss(keras.layers.Layer):
                 terms.update(_spread(batch))
         return {"loss": loss, **terms}
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "objective": keras.utils.serialize_keras_object(self.objective),
@@ -193,7 +202,7 @@ class S2SDLoss(keras.layers.Layer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Mapping[str, Any]) -> "S2SDLoss":
         config = dict(config)
         for key in ("objective", "target_objective"):
             config[key] = keras.utils.deserialize_keras_object(config[key])
@@ -208,7 +217,7 @@ class S2SDLoss(keras.layers.Layer):
         return objectives.get(identifier, **settings)
 
     def _copy_of(self, template, k):
-        """A fresh instance of the objective for target k, with draws of its own where it draws."""
+        """A new instance of the objective for target k, with a different seed if it has one."""
         config = {**template.get_config(), "name": f"target{k}_{template.name}"}
         if "seed" in config:
             config["seed"] += k + 1
@@ -228,14 +237,14 @@ class S2SDLoss(keras.layers.Layer):
             features = None
         elif features is None:
             raise ValueError(
-                "features: expected those that teach, (batch, features), with feature_distill. Received: None"
+                "features: expected the features that teach, (batch, features), with feature_distill. Received: None"
             )
         else:
             features = unit_rows(tf.cast(tf.stop_gradient(features), self.compute_dtype))
         return replicas.Batch(embedding, targets, features, labels)
 
     def _distill(self, batch, training):
-        """The weighted sum of all divergences, and the divergences `(teachers,)`."""
+        """`(weighted sum of all divergences, the divergences (teachers,))`."""
         step, dtype = self.step, batch.embedding.dtype
         teachers, weights = list(batch.targets), []
         if self.target_dims:
@@ -245,7 +254,7 @@ class S2SDLoss(keras.layers.Layer):
             teachers.append(batch.features)
             delay, warmup = self.feature_distill_delay, self.feature_distill_warmup_steps
             weights.append(distillation_weight(self.feature_distill_weight, step, delay, warmup, dtype))
-        # One call for all teachers, as they share the student's similarities.
+        # One call for all teachers: they share the student's similarities.
         total, kls = similarity_kl(
             batch.embedding,
             teachers,

@@ -3,14 +3,16 @@
 import tensorflow as tf
 
 
-def distillation_weight(weight, step, delay=0, warmup_steps=0, dtype=tf.float32):
-    """`weight` from step `delay` on, reached by a linear ramp of `warmup_steps` steps.
+def distillation_weight(
+    weight: float, step: tf.Tensor | int, delay: int = 0, warmup_steps: int = 0, dtype: tf.DType = tf.float32
+) -> tf.Tensor:
+    """The weight of a distillation term at a step: 0 before `delay`, then a linear ramp up to `weight`.
 
     Args:
-        weight: float, the full weight, >= 0.
-        step: scalar integer tensor, number of optimizer steps taken before this one.
-        delay: int >= 0; the weight is 0 while `step < delay` (feature distillation).
-        warmup_steps: int >= 0; with n > 0 the weight at step `delay + i` is `weight * min(1, (i + 1) / n)`.
+        weight: the full weight, >= 0.
+        step: scalar integer tensor, the number of optimizer steps taken before this one.
+        delay: >= 0; the weight is 0 while `step < delay` (feature distillation).
+        warmup_steps: >= 0; with n > 0 the weight at step `delay + i` is `weight * min(1, (i + 1) / n)`.
         dtype: floating dtype of the result.
 
     Returns:

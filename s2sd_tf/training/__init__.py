@@ -1,4 +1,4 @@
-"""From a config to a run, and from runs to a comparison."""
+"""Trains a model from a config: the config, the run and its work directory."""
 
 from s2sd_tf.training.collapse_alarm import CollapseAlarm
 from s2sd_tf.training.config import default_config, preset_config, resolve

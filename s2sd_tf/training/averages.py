@@ -1,20 +1,20 @@
-"""Averaged weights: what a Keras optimizer with `use_ema=True` keeps, in the model's place for a while."""
+"""Puts the averaged weights of a Keras optimizer with `use_ema=True` into the model for a while."""
 
 import contextlib
+from collections.abc import Iterator
 
 import tensorflow as tf
 
+from s2sd_tf.models import S2SDModel
+
 
 @contextlib.contextmanager
-def averaged_weights(model):
-    """Within the block the model has the averages of its trainable weights, where its optimizer keeps any.
+def averaged_weights(model: S2SDModel) -> Iterator[None]:
+    """Within the block, the trainable weights of a compiled model are their averages, if its optimizer keeps averages.
 
-    Keras's own `SwapEMAWeights` is in Keras 3 alone. Averages are taken before the factors of
-    `learning_rate_multipliers` come in: where a factor is not 1, an average is off by the average of what the factor
-    takes from an update, at most. Weights whose factor is 0 have no averages here, as they do not move.
-
-    Args:
-        model: compiled `S2SDModel`.
+    Keras 2 has no `SwapEMAWeights`. The optimizer averages before `learning_rate_multipliers` are applied. If a factor
+    is not 1, the average is off by at most the average of what the factor removes from an update. Weights with factor 0
+    do not change, and keep their own values here.
     """
     if not _keeps_averages(model.optimizer) or not int(tf.convert_to_tensor(model.optimizer.iterations)):
         yield
@@ -24,7 +24,7 @@ def averaged_weights(model):
     kept = {
         id(variable) for _, group, multiplier in model.weight_updates.groups() if not multiplier for variable in group
     }
-    # In the scope of a strategy the variables of all its devices are assigned to.
+    # In the scope of a strategy, `assign` sets the variable on all its devices.
     with model.distribute_strategy.scope():
         model.optimizer.finalize_variable_values(variables)
         for variable, value in zip(variables, own):
@@ -39,5 +39,5 @@ def averaged_weights(model):
 
 
 def _keeps_averages(optimizer):
-    # A loss-scaling optimizer has the averages of the one inside it.
+    # A loss-scaling optimizer leaves averaging to the optimizer it wraps.
     return bool(getattr(getattr(optimizer, "inner_optimizer", optimizer), "use_ema", False))

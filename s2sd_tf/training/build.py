@@ -1,20 +1,25 @@
-"""What a run is made of, from its resolved config: model, optimizer, sampler, batches, evaluations."""
+"""Builds the parts of a run from its resolved config: model, optimizer, sampler, batches, evaluations."""
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import tensorflow as tf
+from ml_collections import config_dict
 
 from s2sd_tf import mining, objectives, registry
 from s2sd_tf.data import EpochBatches, evaluation_batches, samplers
+from s2sd_tf.data.samplers import Sampler
 from s2sd_tf.evaluation import RetrievalEvaluation
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models import S2SDModel, backbones
 from s2sd_tf.training import optimizers
+from s2sd_tf.training.datasets import RunData
 
 
-def set_up(config):
-    """Threads, determinism and seeds, as a resolved config says; before anything of TensorFlow has run."""
+def set_up(config: config_dict.ConfigDict) -> None:
+    """Sets threads, determinism and seeds from a resolved config. Call it before TensorFlow runs anything."""
     if config.train.threads:
         tf.config.threading.set_intra_op_parallelism_threads(config.train.threads)
         tf.config.threading.set_inter_op_parallelism_threads(config.train.threads)
@@ -24,9 +29,9 @@ def set_up(config):
 
 
 @contextlib.contextmanager
-def precision(config):
-    """Within the block the layers that are made compute in what a resolved config says; Keras's global policy is put
-    back at the end.
+def precision(config: config_dict.ConfigDict) -> Iterator[None]:
+    """Within the block, new layers compute in the precision of a resolved config. Keras's global policy is restored at
+    the end.
     """
     before = keras.mixed_precision.global_policy()
     keras.mixed_precision.set_global_policy(config.train.precision)
@@ -36,15 +41,15 @@ def precision(config):
         keras.mixed_precision.set_global_policy(before)
 
 
-def steps_per_epoch(config, run_data):
-    """Batches of an epoch of a resolved config."""
+def steps_per_epoch(config: config_dict.ConfigDict, run_data: RunData) -> int:
+    """The number of batches per epoch."""
     batch = config.data.classes_per_batch * config.data.samples_per_class
     return config.train.steps_per_epoch or max(1, len(run_data.train) // batch)
 
 
-def build_model(config, run_data):
-    """The compiled `S2SDModel` of a resolved config."""
-    settings = {}
+def build_model(config: config_dict.ConfigDict, run_data: RunData) -> S2SDModel:
+    """Builds and compiles the model."""
+    settings: dict[str, Any] = {}
     if config.model.backbone == "conv_blocks":
         settings = {"filters": tuple(config.model.filters), "pools": config.model.pools}
     backbone = backbones.get(
@@ -71,8 +76,10 @@ def build_model(config, run_data):
     return model
 
 
-def build_schedule(config, run_data):
-    """The learning rate of a resolved config, a float or a Keras schedule."""
+def build_schedule(
+    config: config_dict.ConfigDict, run_data: RunData
+) -> float | keras.optimizers.schedules.LearningRateSchedule:
+    """Builds the learning rate: a float if it is constant, else a schedule."""
     return optimizers.schedule(
         config.optimizer.learning_rate,
         steps_per_epoch=steps_per_epoch(config, run_data),
@@ -81,8 +88,8 @@ def build_schedule(config, run_data):
     )
 
 
-def build_sampler(config):
-    """The `samplers.Sampler` of a resolved config."""
+def build_sampler(config: config_dict.ConfigDict) -> Sampler:
+    """Builds the sampler, which chooses the images of each batch."""
     name = config.sampler.name
     given = {
         "classes_per_batch": config.data.classes_per_batch,
@@ -93,8 +100,8 @@ def build_sampler(config):
     return samplers.get(name, **config.sampler[name], **{key: given[key] for key in given if key in known})
 
 
-def build_batches(config, run_data, sampler):
-    """The `data.EpochBatches` of a resolved config."""
+def build_batches(config: config_dict.ConfigDict, run_data: RunData, sampler: Sampler) -> EpochBatches:
+    """Builds the batches of the training images."""
     return EpochBatches(
         run_data.train,
         run_data.preprocessing,
@@ -105,8 +112,8 @@ def build_batches(config, run_data, sampler):
     )
 
 
-def build_evaluations(config, run_data):
-    """`RetrievalEvaluation` of the held-out part, where there is one, and of the test classes."""
+def build_evaluations(config: config_dict.ConfigDict, run_data: RunData) -> list[RetrievalEvaluation]:
+    """Builds the evaluations of the held-out part, if there is one, and of the test classes."""
     return [
         _evaluation(config, run_data, images, prefix, gallery)
         for images, prefix, gallery in (

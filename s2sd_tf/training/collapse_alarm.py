@@ -1,8 +1,11 @@
-"""Tells when embeddings collapse: when all images come to the same place, or to a line."""
+"""Warns when embeddings collapse to a point or to a line."""
+
+from collections.abc import Mapping
 
 from absl import logging
 
 from s2sd_tf.keras_compat import keras
+from s2sd_tf.models import S2SDModel
 
 _ADVICE = {
     "": "a lower config.optimizer.learning_rate, a warm-up (config.optimizer.schedule.warmup_epochs), a smaller "
@@ -13,42 +16,42 @@ _ADVICE = {
 
 
 class CollapseAlarm(keras.callbacks.Callback):
-    """Warns in the log, at the end of an epoch, that embeddings have collapsed; once, until they have recovered.
+    """Logs a warning at the end of an epoch if embeddings have collapsed. It warns again only after they recovered.
 
-    It reads what an `S2SDModel(diagnostics=True)` logs, of the base embedding and of the targets: the mean cosine of
-    different images, and the participation ratio of the covariance, 1 for embeddings on a line.
+    It reads the logs of an `S2SDModel(diagnostics=True)`: for the base embedding and for the targets, the mean cosine
+    between different images and the participation ratio of the covariance, which is 1 for embeddings on a line.
 
     Args:
-        similarity: float, mean cosines above it are a collapse.
-        rank: float, ranks below it are a collapse, of embeddings that have more dimensions than that.
+        similarity: a mean cosine above this is a collapse.
+        rank: a participation ratio below this is a collapse, if the embedding has more dimensions than this.
     """
 
-    def __init__(self, similarity=0.9, rank=2.0):
+    def __init__(self, similarity: float = 0.9, rank: float = 2.0) -> None:
         super().__init__()
         self.similarity = similarity
         self.rank = rank
-        self._collapsed = set()
+        self._collapsed: set[str] = set()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
         self.check(self.model, epoch, logs or {})
 
-    def check(self, model, epoch, logs):
-        """Looks at what an epoch has logged, for loops without `fit`."""
+    def check(self, model: S2SDModel, epoch: int, logs: Mapping[str, float]) -> None:
+        """Checks the logs of an epoch (from 0). Call it from a training loop that does not use `fit`."""
         dims = {"": (model.embedding_dim,), "target_": model.s2sd_loss.target_dims}
-        for prefix, whose in (("", "the embeddings"), ("target_", "the targets' embeddings")):
+        for prefix, name in (("", "the embeddings"), ("target_", "the targets' embeddings")):
             similarity, rank = logs.get(f"{prefix}mean_similarity"), logs.get(f"{prefix}embedding_rank")
-            whole, signs = dims[prefix], []
+            present, signs = dims[prefix], []
             if similarity is not None:
                 signs.append(similarity > self.similarity)
             if rank is not None:
-                signs.append(rank < self.rank < min(whole))
+                signs.append(rank < self.rank < min(present))
             if not any(signs):
                 self._collapsed.discard(prefix)
             elif prefix not in self._collapsed:
                 self._collapsed.add(prefix)
                 seen = [] if similarity is None else [f"mean similarity {similarity:.2f}"]
                 if rank is not None:
-                    seen.append(f"rank {rank:.1f} of {' to '.join(map(str, sorted({min(whole), max(whole)})))}")
+                    seen.append(f"rank {rank:.1f} of {' to '.join(map(str, sorted({min(present), max(present)})))}")
                 logging.warning(
-                    "Epoch %d: %s have collapsed: %s; %s.", epoch + 1, whose, ", ".join(seen), _ADVICE[prefix]
+                    "Epoch %d: %s have collapsed: %s; %s.", epoch + 1, name, ", ".join(seen), _ADVICE[prefix]
                 )

@@ -1,9 +1,11 @@
-"""Runs side by side: the plain objective against S2SD, over seeds."""
+"""Trains several runs in parallel and summarises their metrics over seeds."""
 
 import concurrent.futures
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -12,24 +14,24 @@ from s2sd_tf.files import read_json
 
 
 class RunFailed(Exception):
-    """A run ended with an error; the message holds the end of its log."""
+    """A run failed; the message contains the end of its log."""
 
 
-def run_all(runs, jobs=None):
-    """Trains every run in a process of its own, and returns their results.
+def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[str, dict[str, Any]]:
+    """Trains every run in its own process and returns the results.
 
-    Runs that are finished are only read, unfinished ones are resumed, and those of another config are refused. A run's
-    output goes to `<work directory>.log.txt`.
+    Finished runs are only read, unfinished runs are resumed, and a work directory written by a different config is an
+    error. The output of a run goes to `<work directory>.log.txt`.
 
     Args:
-        runs: dict from work directory to the list of `--config...` flags of `s2sd-train`.
-        jobs: int >= 1, processes at a time. Default: one a core, so the flags should say `--config.train.threads=1`.
+        runs: maps a work directory to the `--config...` flags of `s2sd-train`.
+        jobs: processes at a time, >= 1. Default: one per core; then pass `--config.train.threads=1` in the flags.
 
     Returns:
-        dict from work directory to the content of its `results.json`.
+        The content of `results.json` by work directory.
 
     Raises:
-        RunFailed: a run ended with an error.
+        RunFailed: a run failed.
     """
     jobs = jobs or os.cpu_count() or 1
     bar = tqdm(total=len(runs), desc="Training", unit="run")
@@ -47,10 +49,10 @@ def run_all(runs, jobs=None):
     return {workdir: read_json(os.path.join(workdir, "results.json")) for workdir in runs}
 
 
-def summarize(results):
-    """`(mean, standard deviation)` of each test metric over runs, from their results (exact search).
+def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """`(mean, standard deviation)` of each test metric (exact search) over the results of several runs.
 
-    The deviation is that of the sample (n - 1), 0 for one run.
+    This is the sample standard deviation (n - 1); it is 0 for one run.
     """
     metrics = [result["test"]["exact"] for result in results]
     names = [name for name, value in metrics[0].items() if isinstance(value, float)]
@@ -58,8 +60,8 @@ def summarize(results):
     return dict(zip(names, zip(means.tolist(), deviations.tolist())))
 
 
-def mean_and_deviation(values):
-    """Mean and sample deviation over the rows of `(runs, n)`, two arrays `(n,)`; the deviation of one run is 0."""
+def mean_and_deviation(values: Sequence[Sequence[float]] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and sample standard deviation over the rows of `(runs, n)`, each `(n,)`; the deviation of one run is 0."""
     values = np.asarray(values, np.float64)
     return values.mean(axis=0), values.std(axis=0, ddof=min(1, len(values) - 1))
 
@@ -73,6 +75,6 @@ def _run(workdir, arguments):
     if status:
         with open(log_path) as log:
             lines = log.readlines()
-        told = [line for line in lines if ": error: " in line and not line[:1].isdigit()][-1:]
-        end = "".join(told or lines[-15:])
+        errors = [line for line in lines if ": error: " in line and not line[:1].isdigit()][-1:]
+        end = "".join(errors or lines[-15:])
         raise RunFailed(f"{' '.join(command)} failed with status {status}; {log_path} ends with:\n{end}")

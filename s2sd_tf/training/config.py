@@ -1,7 +1,9 @@
-"""The configuration of a training run: every key there is, with its default."""
+"""The configuration of a training run: all keys, with their defaults."""
 
 import functools
 import json
+from collections.abc import Mapping
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -14,7 +16,7 @@ from s2sd_tf.models import S2SDModel, preset, updates
 from s2sd_tf.registry import constructor_arguments
 from s2sd_tf.training import optimizers
 
-# Settings of objectives and samplers that the run gives.
+# Settings of objectives and samplers that the run sets itself.
 _GIVEN_BY_THE_RUN = (
     "num_classes",
     "seed",
@@ -25,49 +27,51 @@ _GIVEN_BY_THE_RUN = (
     "classes_per_batch",
     "samples_per_class",
 )
-# The sections that take any key.
+# The sections that accept any key.
 _FREE = ("config.optimizer.settings", "config.data.augmentation_settings", "config.model.learning_rate_multipliers")
-# The sections that have a section for each name in a registry.
+# The sections with one section per name in a registry.
 _REGISTRIES = ("config.data", "config.sampler", "config.objective", "config.miner")
 
 
-def default_config():
-    """A locked `ConfigDict` with every key; a config file changes some of them and returns it.
+def default_config() -> config_dict.ConfigDict:
+    """Returns a locked config with all keys and their defaults. A config file changes some of them and returns it.
 
-    A key that is not here is refused, but in `optimizer.settings`. The comments are the reference of the keys.
+    Other keys are an error, except in sections that accept any key, such as `optimizer.settings`. The comments below
+    are the reference for the keys.
     """
     config = ml_collections.ConfigDict()
-    # Of everything random: initial weights, batches, miners.
+    # Seed of everything random: initial weights, batches, miners.
     config.seed = 0
 
     config.data = ml_collections.ConfigDict()
-    # Chooses the data set; the settings of each stand under its own name. They are the arguments of its function in
-    # `s2sd_tf.data`, and described there: "folder" is `load_folder`, "cub200" `load_cub200`, ...
+    # Name of the data set. The settings of each data set are in the section with its name. They are arguments of its
+    # function in `s2sd_tf.data`; see its docstring: `load_folder` for "folder", `load_cub200` for "cub200", ...
     config.data.name = "digits"
-    # Folder with the data, for all but "digits".
+    # Folder with the data; not used by "digits".
     config.data.root = ""
     for name in datasets.names():
         config.data[name] = datasets.settings(name)
-    # All but "digits": size of the model's input in pixels; all but "omniglot" too: channels (1 or 3), side to which
-    # the shorter side is scaled before the centre crop (0: no crop), and whether to invert.
+    # Size of the model's input in pixels; not used by "digits". The next three are not used by "digits" and "omniglot":
+    # channels (1 or 3); length to which the shorter side is scaled before the centre crop (0: no crop); whether to
+    # invert the image.
     config.data.image_size = 28
     config.data.channels = 3
     config.data.resize_size = 0
     config.data.invert = False
-    # Random crops, flips and colours of training images: "" for none, or "base", "adv", "big" (which has an image_size
-    # of 256), "red", "rand", "flip"; see `s2sd_tf.data.augmentation.preset`.
+    # Random crops, flips and colours of training images: "" for none, or "base", "adv", "big" (its image_size is 256),
+    # "red", "rand", "flip"; see `s2sd_tf.data.augmentation.preset`.
     config.data.augmentation = ""
-    # Settings of `Augmentation` that take the place of the preset's (`rand_augment`, `magnitude`, `scale`, ...).
+    # Settings of `Augmentation` that override the preset (`rand_augment`, `magnitude`, `scale`, ...).
     config.data.augmentation_settings = ml_collections.ConfigDict()
-    # Training classes that are held out to choose the best checkpoint on; 0: train on all, and the last is the best.
+    # Number of training classes held out to choose the best checkpoint; 0: train on all, and the last one is the best.
     config.data.validation_classes = 0
-    # Instead of classes: the share of every training class's images that is held out.
+    # Instead of classes: the fraction of the images of every training class to hold out.
     config.data.validation_fraction = 0.0
-    # P and M of a batch.
+    # A batch has P classes with M images each: P and M.
     config.data.classes_per_batch = 4
     config.data.samples_per_class = 16
 
-    # `sampler.name` chooses how batches are drawn; the settings of each sampler stand under its own name.
+    # `sampler.name` chooses how batches are drawn. The settings of each sampler are in the section with its name.
     config.sampler = ml_collections.ConfigDict({"name": "class_balanced"})
     for name in samplers.names():
         config.sampler[name] = _settings(samplers, name)
@@ -75,71 +79,73 @@ def default_config():
     config.model = ml_collections.ConfigDict()
     # One of `models.backbones.names()`.
     config.model.backbone = "conv_blocks"
-    # "": random; "imagenet": those of Keras; or a file of Keras weights, or of a PyTorch state dict.
+    # Initial weights: "" random; "imagenet" from Keras; or a file with Keras weights or a PyTorch state dict.
     config.model.weights = ""
-    # BatchNorm of the backbone: "" trains; "statistics" keeps its statistics, as published; "all" its weights too.
+    # Frozen part of BatchNorm in the backbone: "" nothing; "statistics" as published; "all" also its weights.
     config.model.frozen_bn = ""
-    # "conv_blocks": channels of each block, and how many of the blocks halve the resolution.
+    # Only for "conv_blocks": channels of each block, and the number of blocks that halve the resolution.
     config.model.filters = (64, 64, 64, 64)
     config.model.pools = 4
     config.model.embedding_dim = 128
-    # The other arguments of `S2SDModel`, which explains them.
+    # The other arguments of `S2SDModel`; see its docstring.
     config.model.update(
         _arguments(S2SDModel, without=("backbone", "embedding_dim", "loss", "learning_rate_multipliers"))
     )
-    # Factors on the updates of groups of weights; further keys are "backbone/<shell pattern>", layers of the backbone.
-    # `'--config.model.learning_rate_multipliers["backbone/conv1*"]=0.0'` keeps the stem.
+    # Factors on the updates of groups of weights. More keys: "backbone/<shell pattern>" for layers of the backbone.
+    # `'--config.model.learning_rate_multipliers["backbone/conv1*"]=0.0'` freezes the weights of the stem.
     config.model.learning_rate_multipliers = dict.fromkeys(updates.GROUPS, 1.0)
 
-    # `objective.name` chooses; the settings of each objective stand under its own name.
+    # `objective.name` chooses the objective. The settings of each objective are in the section with its name.
     config.objective = ml_collections.ConfigDict({"name": "multi_similarity"})
     for name in objectives.names():
         config.objective[name] = _settings(objectives, name)
 
-    # What `miner` of an objective names; the settings of each miner stand under its own name.
+    # The setting `miner` of an objective names a miner. The settings of each miner are in the section with its name.
     config.miner = {name: _settings(mining, name) for name in mining.names()}
 
-    # The arguments of `S2SDLoss`, which explains them. `preset_config` sets those of a variant of the paper; the plain
-    # objective has no `target_dims` and no `feature_distill`.
+    # The arguments of `S2SDLoss`; see its docstring. `preset_config` sets a variant of the paper. The plain objective
+    # has no `target_dims` and no `feature_distill`.
     config.s2sd = _arguments(S2SDLoss, without=("objective", "target_objective"))
-    # Name of the targets' objective; empty: the base's.
+    # Objective of the targets; empty: the same as for the base embedding.
     config.s2sd.target_objective = ""
-    # A collapse is warned of.
+    # Log a warning if embeddings collapse.
     config.s2sd.diagnostics = True
 
     config.optimizer = ml_collections.ConfigDict()
-    # Class name of a Keras optimizer; classic stack: "addons/lamb" for the LAMB of tensorflow-addons, and so on.
+    # Class name of a Keras optimizer; on the classic stack also "addons/lamb" (LAMB of tensorflow-addons) and so on.
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-3
-    # Of the learning rate, after a linear warm-up: "constant"; "multi_step" multiplies by `gamma` after each of the
-    # epochs in `milestones`; "cosine" falls to `final_fraction` of it at the end.
+    # Learning rate after a linear warm-up: "constant"; "multi_step" multiplies it by `gamma` after each epoch in
+    # `milestones`; "cosine" decreases it to `final_fraction` of its value at the end.
     config.optimizer.schedule = ml_collections.ConfigDict({
         "name": "constant", "warmup_epochs": 0.0, "milestones": (), "gamma": 0.3, "final_fraction": 0.0
     })  # fmt: skip
-    # Further arguments of the optimizer (weight_decay, beta_1, momentum, clipnorm, use_ema, ...): any key, checked when
-    # the optimizer is made. With use_ema the averaged weights are evaluated, chosen from and exported.
+    # More arguments of the optimizer (weight_decay, beta_1, momentum, clipnorm, use_ema, ...). Any key is accepted here
+    # and checked when the optimizer is created. With use_ema, the averaged weights are evaluated and exported, and the
+    # best checkpoint is chosen by them.
     config.optimizer.settings = ml_collections.ConfigDict()
 
     config.train = ml_collections.ConfigDict()
     config.train.epochs = 20
     # 0: one pass over the training images.
     config.train.steps_per_epoch = 0
+    # Epochs between checkpoints.
     config.train.checkpoint_every = 1
-    # The same weights, bit by bit, from the same seed and number of threads.
+    # The same seed and number of threads give bit-identical weights.
     config.train.deterministic = True
-    # Threads of TensorFlow's kernels; 0: as many as cores.
+    # Threads for TensorFlow; 0: one per core.
     config.train.threads = 0
-    # The last checkpoints that are kept, beside the best one.
+    # Number of latest checkpoints to keep, besides the best one.
     config.train.checkpoints_kept = 2
-    # (first, last): steps since the program was called, from 1, of which TensorBoard's profile is written; (): none.
+    # (first, last): the steps to profile for TensorBoard, counted from 1 since the program started; (): none.
     config.train.profile = ()
-    # "float32", or "mixed_float16" or "mixed_bfloat16": 16 bits for what layers compute, 32 for weights and losses.
+    # "float32", or "mixed_float16" or "mixed_bfloat16": layers compute in 16 bits, weights and losses stay in 32 bits.
     config.train.precision = "float32"
     # Compile the training step with XLA.
     config.train.jit_compile = False
 
     config.eval = ml_collections.ConfigDict()
-    # Epochs between evaluations on the held-out and on the test classes; 0: only after the last.
+    # Epochs between evaluations on the held-out part and the test classes; 0: only after the last epoch.
     config.eval.every = 1
     config.eval.ks = (1, 2, 4, 8)
     # The metric on held-out classes by which the best checkpoint is chosen.
@@ -151,22 +157,22 @@ def default_config():
     return preset_config(config, "msdfa")
 
 
-def preset_config(config, name):
-    """Sets `config.s2sd` to a variant of the paper (see `s2sd_tf.preset`), keeping the keys that variants share."""
+def preset_config(config: config_dict.ConfigDict, name: str) -> config_dict.ConfigDict:
+    """Sets `config` to a variant of the paper (see `s2sd_tf.preset`) and returns it. Other keys stay as they are."""
     settings = preset(name)
     config.s2sd.feature_distill = settings["feature_distill"]
     config.model.target_pooling = settings["target_pooling"]
-    # As many of the config's own dimensions as the variant has, the largest.
+    # Keep the largest dimensions of the config, as many as the variant has.
     dims = tuple(sorted(config.s2sd.target_dims))
     config.s2sd.target_dims = dims[max(0, len(dims) - len(settings["target_dims"])) :]
     return config
 
 
-def resolve(config):
-    """A frozen copy of `config`, after checks that no later step makes.
+def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
+    """Checks what no later step of a run checks, and returns a frozen copy of `config`.
 
     Raises:
-        ValueError: an unknown key, a missing one, or a value out of its range; the message names it.
+        ValueError: an unknown key, a missing key, or a value out of range; the message names it.
     """
     known = default_config()
     _check_keys(config, known, "config")
@@ -209,7 +215,7 @@ def resolve(config):
             raise ValueError(f"config.{key}: expected one of {list(known_names)}. Received: {value!r}")
     if config.data.validation_classes and config.data.validation_fraction:
         raise ValueError(
-            "config.data.validation_fraction: expected 0 with validation_classes. "
+            "config.data.validation_fraction: expected 0 together with validation_classes. "
             f"Received: {config.data.validation_fraction!r} and {config.data.validation_classes!r} classes"
         )
     if config.data.augmentation_settings and not config.data.augmentation:
@@ -223,11 +229,11 @@ def resolve(config):
     return config
 
 
-def unknown_keys(config):
-    """Keys of a config as a dict that `default_config` lacks, as "model.depth".
+def unknown_keys(config: Mapping[str, Any]) -> list[str]:
+    """The keys of a config that `default_config` does not have, such as "model.depth".
 
-    Sections of data sets, samplers, objectives and miners that are not known here do not count: a run that uses one is
-    refused by its name.
+    Sections of unknown data sets, samplers, objectives and miners do not count: if a run uses one, its name causes an
+    error.
     """
 
     def find(section, known, path):
@@ -243,7 +249,7 @@ def unknown_keys(config):
 
 
 def _arguments(cls, without):
-    """The arguments of a constructor that a config has, as a section with their defaults."""
+    """A config section with the arguments of a constructor and their defaults."""
     arguments = constructor_arguments([cls])
     return ml_collections.ConfigDict(
         {key: value for key, value in arguments.items() if key not in (*without, *_GIVEN_BY_THE_RUN)}

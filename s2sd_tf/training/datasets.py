@@ -1,6 +1,8 @@
-"""The data of a run, from its config."""
+"""Loads the data of a run from its config."""
 
 from typing import NamedTuple
+
+from ml_collections import config_dict
 
 from s2sd_tf import data
 from s2sd_tf.data import augmentation, datasets
@@ -11,27 +13,27 @@ class RunData(NamedTuple):
     """The parts of a run's data set.
 
     Attributes:
-        train: `ImageSet` to train on.
-        validation: `ImageSet` of held-out training classes or images to choose the best checkpoint on, or None.
-        test: `ImageSet` of classes seen at the end only; the queries where there is a gallery.
-        preprocessing: `Preprocessing`.
-        gallery: `ImageSet` in which the test images search, or None: among themselves.
-        augmentation: `Augmentation` of training images, or None.
+        train: images to train on.
+        validation: held-out training classes or images, which the best checkpoint is chosen on, or None.
+        test: images of the test classes; the queries if there is a gallery.
+        preprocessing: how images become inputs of the model.
+        gallery: images that the test images are compared with; None: with each other.
+        augmentation: augmentation of training images, or None.
     """
 
     train: data.ImageSet
-    validation: data.ImageSet
+    validation: data.ImageSet | None
     test: data.ImageSet
     preprocessing: data.Preprocessing
-    gallery: data.ImageSet = None
-    augmentation: data.Augmentation = None
+    gallery: data.ImageSet | None = None
+    augmentation: data.Augmentation | None = None
 
 
-def load_data(config):
-    """`RunData` of a resolved config.
+def load_data(config: config_dict.ConfigDict) -> RunData:
+    """Loads the data of a resolved config.
 
     Raises:
-        ValueError, FileNotFoundError: what the data loaders raise.
+        ValueError, FileNotFoundError: as the data loaders.
     """
     section = config.data
     split = datasets.load(section.name, section.root, **section[section.name])
@@ -57,7 +59,6 @@ def load_data(config):
 def _preprocessing(config):
     section = config.data
     size = augmentation.PRESET_SIZES.get(section.augmentation, section.image_size)
-    # Random weights are trained on the scale of the library's.
     normalization = backbones.normalization(config.model.backbone, config.model.weights or None)
     return data.Preprocessing(
         size,

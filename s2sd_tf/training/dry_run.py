@@ -1,10 +1,11 @@
-"""A look at a run before it is begun: everything is built, two steps are taken, a sample is evaluated."""
+"""Tries out a run before it starts: builds everything, takes two training steps and evaluates a sample."""
 
 import itertools
 import time
 
 import numpy as np
 import tensorflow as tf
+from ml_collections import config_dict
 
 from s2sd_tf.data import samplers
 from s2sd_tf.evaluation import retrieval_metrics
@@ -19,18 +20,17 @@ STEPS = 2
 SAMPLE = 64
 
 
-def dry_run(config):
-    """Builds all that `train` builds, takes two steps and evaluates a sample; writes no file.
+def dry_run(config: config_dict.ConfigDict) -> dict[str, list[tuple[str, str]]]:
+    """Builds everything that `train` builds, takes two steps and evaluates a sample. Writes no file.
 
     Args:
-        config: `ConfigDict` with the keys of `default_config`.
+        config: has the keys of `default_config`.
 
     Returns:
-        Dict from the title of a section to a list of `(name, value)`, all str: data, model, learning rates,
-        steps, evaluation, memory.
+        Lists of `(name, value)` by section title: data, model, learning rates, steps, evaluation, memory.
 
     Raises:
-        ValueError, FileNotFoundError, ImportError: what `train` raises.
+        ValueError, FileNotFoundError, ImportError: as `train`.
     """
     config = resolve(config)
     with precision(config):
@@ -46,12 +46,12 @@ def _dry_run(config):
     built = time.monotonic()
     sampler, drawn_by = build_sampler(config), config.sampler.name
     if sampler.storage is not None:
-        # It would embed all training images first.
+        # The real sampler would first embed all training images.
         sampler = samplers.ClassBalanced(config.data.classes_per_batch, config.data.samples_per_class)
         drawn_by += " (class_balanced for these steps)"
     batches = build_batches(config, run_data, sampler)
     steps_per_epoch = batches.steps
-    batch = sampler.batch_size
+    batch = sampler.batch_size  # type: ignore[attr-defined]
     steps, losses = _steps(model, batches, batch)
     evaluation = _evaluation(model, run_data)
     total = config.train.epochs * steps_per_epoch
@@ -97,9 +97,9 @@ def _parts(run_data):
 
 
 def _steps(model, batches, batch_size):
-    """Two steps, and how fast the images come without them."""
+    """Takes two steps, and measures the input pipeline alone. Returns `(rows about the steps, rows about the loss)`."""
     begin = time.monotonic()
-    # An epoch may be shorter.
+    # An epoch may have fewer steps.
     taken = list(itertools.islice(itertools.chain.from_iterable(map(batches, range(STEPS + 1))), STEPS + 1))
     input_rate = len(taken) * batch_size / (time.monotonic() - begin)
     train_step = make_train_step(model, tf.distribute.get_strategy())
@@ -119,7 +119,7 @@ def _steps(model, batches, batch_size):
 
 
 def _sample(images, classes=None):
-    """The first four images of each class, `SAMPLE` in all; of some classes alone where they are named."""
+    """The first four images of each class, at most `SAMPLE` in all; `classes` limits the classes."""
     order = np.argsort(images.labels, kind="stable")
     counts = images.class_counts()
     rank = np.arange(len(images)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -135,7 +135,7 @@ def _evaluation(model, run_data):
     begin = time.monotonic()
     rows = embed(model, queries, run_data.preprocessing)
     count = len(queries)
-    gallery = ()
+    gallery: tuple = ()
     if run_data.gallery is not None:
         searched = _sample(run_data.gallery, classes)
         gallery = (embed(model, searched, run_data.preprocessing), searched.labels)
@@ -157,8 +157,8 @@ def _learning_rates(config, rate, total, steps_per_epoch):
 
 
 def _groups(model):
-    """Trainable parameters by the factor of their updates."""
-    counts = {}
+    """The number of trainable parameters per group and update factor."""
+    counts: dict[tuple[str, float], int] = {}
     for name, variables, factor in model.weight_updates.groups():
         counts[name, factor] = counts.get((name, factor), 0) + sum(int(np.prod(v.shape)) for v in variables)
     return [(name, f"x {factor:g}, {count:,} parameters") for (name, factor), count in counts.items() if count]
@@ -176,7 +176,7 @@ def _mib(variables):
 
 
 def _peak_memory():
-    """The process's largest resident memory. (`ru_maxrss` of a child begins with its parent's.)"""
+    """The peak resident memory of the process. (The `ru_maxrss` of a child starts at its parent's.)"""
     try:
         with open("/proc/self/status") as file:
             kib = next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))

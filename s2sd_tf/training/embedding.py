@@ -1,23 +1,25 @@
-"""Saved models, and what they make of images."""
+"""Loads saved models and computes embeddings."""
 
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.data import evaluation_batches
+from s2sd_tf.data import ImageSet, Preprocessing, evaluation_batches
 from s2sd_tf.export import load_model
+from s2sd_tf.keras_compat import keras
 
 __all__ = ["embed", "load_model", "predict"]
 
 
-def embed(model, images, preprocessing):
-    """Embeddings float32 `(n, embedding_dim)` of an `ImageSet`, in its order."""
+def embed(model: keras.Model, images: ImageSet, preprocessing: Preprocessing) -> np.ndarray:
+    """Embeddings of images, in their order; float32 `(n, embedding_dim)`."""
     return predict(model, evaluation_batches(images, preprocessing))
 
 
-def predict(model, batches):
-    """`model.predict` of a `tf.data.Dataset` of images; of a model under a strategy by this process's first device.
+def predict(model: keras.Model, batches: tf.data.Dataset) -> np.ndarray:
+    """Outputs of the model for batches of images, as `model.predict`.
 
-    (Keras 3 cannot predict under MultiWorkerMirroredStrategy.)
+    With several replicas, the first device of this process computes all of them, because Keras 3 cannot predict under
+    MultiWorkerMirroredStrategy.
     """
     if model.distribute_strategy.num_replicas_in_sync == 1:
         return model.predict(batches, verbose=0)

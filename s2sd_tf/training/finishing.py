@@ -1,7 +1,8 @@
-"""The end of a run: chooses the model, evaluates it on the test classes, exports it and draws the pictures."""
+"""The end of a run: chooses the model, evaluates it on the test classes, exports it and draws the figures."""
 
 import dataclasses
 import os
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -15,13 +16,14 @@ from s2sd_tf.reporting import choose_queries, save_curves, save_gallery
 from s2sd_tf.training.averages import averaged_weights
 from s2sd_tf.training.embedding import embed
 from s2sd_tf.training.history import write_history
+from s2sd_tf.training.loop import Run
 
 
-def finish(run):
-    """Writes what a run leaves, `results.json` as the last; returns the content of it.
+def finish(run: Run) -> dict[str, Any]:
+    """Writes the result files of a run, with `results.json` last, and returns the content of `results.json`.
 
     Args:
-        run: `loop.Run` after the last epoch. Of a model under a strategy the checkpoint is taken.
+        run: a run after its last epoch. A model on several replicas is replaced by the one in the latest checkpoint.
     """
     model, state = run.model, run.state
     steps = int(tf.convert_to_tensor(model.s2sd_loss.step))
@@ -43,7 +45,7 @@ def _evaluate_and_export(run, model, steps):
         model.save(temporary)
     embeddings = embed(model, run_data.test, run_data.preprocessing)
     labels = run_data.test.labels
-    gallery = ()
+    gallery: tuple = ()
     if run_data.gallery is not None:
         gallery = (embed(model, run_data.gallery, run_data.preprocessing), run_data.gallery.labels)
     results = {
@@ -106,7 +108,8 @@ def _draw(config, workdir, history, run_data, embeddings, gallery=None, gallery_
         },
         "norm of the gradient": {"gradient_norm": "all weights"},
     }
-    # Beside similarities; that of the targets is of any of them.
+    # Divided by the dimension, so that it fits on the axis of the similarities. The rank of the targets is left out: it
+    # may come from a target of any dimension.
     history = [
         {**row, "embedding_rank": row["embedding_rank"] / config.model.embedding_dim}
         if "embedding_rank" in row
@@ -126,12 +129,12 @@ def _draw(config, workdir, history, run_data, embeddings, gallery=None, gallery_
     else:
         found = find_neighbors(embeddings, gallery, 6).indices
         searched, before = run_data.gallery, len(ids)
-    # Positions of the pictures: the queries, then the gallery where it is another set.
+    # Number the images: the queries first, then the gallery if it is a separate set.
     found = np.where(found >= 0, found + before, found)
     labels = labels if gallery is None else np.concatenate([labels, gallery_labels])
     queries = choose_queries(labels, found, 8)
     rows = np.concatenate([queries[:, None], found[queries]], axis=1)
-    shown = {}
+    shown: dict[int, np.ndarray] = {}
     for images, first in dict.fromkeys([(run_data.test, 0), (searched, before)]):
         chosen = np.unique(rows[(rows >= first) & (rows < first + len(images))]) - first
         part = dataclasses.replace(images, images=images.images[chosen], labels=images.labels[chosen])

@@ -1,12 +1,14 @@
-"""The logs of a run's epochs, as a CSV file."""
+"""Reads and writes `history.csv`, the logs of a run by epoch."""
 
 import csv
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from s2sd_tf.files import replacing
 
 NAME = "history.csv"
-# Columns that a run does not reproduce: what took how long.
+# Columns with times, which differ between two identical runs.
 TIMES = (
     "input_seconds",
     "compute_seconds",
@@ -17,14 +19,14 @@ TIMES = (
 )
 
 
-def read_history(workdir):
-    """The epochs' logs of a run: a list of dicts of floats, without what an epoch did not log."""
+def read_history(workdir: str | os.PathLike) -> list[dict[str, float]]:
+    """Reads the logs of a run, one dict per epoch. A value that an epoch did not log is missing from its dict."""
     with open(os.path.join(workdir, NAME), newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def write_history(workdir, history):
-    """Writes the epochs' logs, whole or not at all; what an epoch did not log is empty."""
+def write_history(workdir: str | os.PathLike, history: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the logs of a run, one row per epoch, atomically. A value that an epoch did not log is left empty."""
     columns = list(dict.fromkeys(key for row in history for key in row))
     with replacing(os.path.join(workdir, NAME)) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)

@@ -1,8 +1,10 @@
-"""The training loop: from where a run stands, epoch by epoch, to the end of the last one."""
+"""The training loop, which starts or resumes a run and trains it to the end of its last epoch."""
 
 import dataclasses
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import tensorflow as tf
 from ml_collections import config_dict
@@ -28,18 +30,18 @@ from s2sd_tf.training.tensorboard import TensorBoard
 
 @dataclasses.dataclass
 class Run:
-    """A run that can train.
+    """Everything that a run needs to train.
 
     Attributes:
         config: the resolved config.
         data: the images.
-        sampler: what chooses the batches.
-        model: the compiled model, made in the strategy's scope.
-        state: where the run stands; it changes.
-        checkpoints: where that is kept.
-        workdir: folder that this process writes to; of a worker that is not the chief, one of its own.
-        strategy: the default one for one device.
-        interruption: says when to stop.
+        sampler: chooses the images of each batch.
+        model: the compiled model, created in the strategy's scope.
+        state: the progress of the run; training updates it.
+        checkpoints: the checkpoints of the run.
+        workdir: folder that this process writes to; a worker that is not the chief has its own.
+        strategy: TensorFlow's default strategy for one device.
+        interruption: reports whether to stop.
     """
 
     config: config_dict.ConfigDict
@@ -54,15 +56,12 @@ class Run:
 
 
 class Loop:
-    """Trains a run to the end of its last epoch, in the middle of an epoch too.
+    """Trains a run to the end of its last epoch. It can start in the middle of an epoch.
 
-    The weights, the averages and the logs of a run that is resumed are those of one that was not interrupted.
-
-    Args:
-        run: `Run`.
+    A resumed run ends with the same weights, averages and logs as an uninterrupted one.
     """
 
-    def __init__(self, run):
+    def __init__(self, run: Run) -> None:
         config, model, images = run.config, run.model, run.data.train
         self.run = run
         self.epochs = config.train.epochs
@@ -80,7 +79,7 @@ class Loop:
         self.finite_loss = FiniteLoss(
             model, images, run.sampler, self.steps, config.seed, lambda: str(checkpoints.latest)
         )
-        # 1: a bar, 2: a line an epoch.
+        # 0: silent, 1: a progress bar, 2: one line per epoch.
         self.verbose = (1 if sys.stdout.isatty() else 2) if strategies.is_chief(run.strategy) else 0
         self.display = keras.callbacks.CallbackList(
             [TensorBoard(run.workdir, config.train.profile)],
@@ -91,13 +90,13 @@ class Loop:
             steps=self.steps,
         )
 
-    def train(self):
-        """Takes the epochs that are left.
+    def train(self) -> None:
+        """Trains the remaining epochs.
 
         Raises:
-            Interrupted: the run was asked to stop; what was trained so far is saved, where it can be gone on with.
+            Interrupted: the run was asked to stop; the progress is saved if the run can resume from it.
             NonFiniteLoss: the loss became NaN or infinite.
-            OutOfSpace: there is no room to write.
+            OutOfSpace: the disk is full.
         """
         model, state, interruption = self.run.model, self.run.state, self.run.interruption
         self.display.on_train_begin()
@@ -122,14 +121,14 @@ class Loop:
             raise
         self.display.on_train_end()
 
-    def refresh_storage(self, epoch):
-        """Embeds the training images with the model as it is before the epoch, where the sampler chooses by that."""
+    def refresh_storage(self, epoch: int) -> None:
+        """Embeds the images with the model at the start of the epoch, if the sampler needs stored embeddings."""
         if self.storage is not None and self.run.state.step_in_epoch < self.steps:
             with self.timer.measure("refresh_seconds"), self.run.interruption.interruptible():
                 self.storage.refresh(self.run.model, epoch)
 
-    def take_steps(self, epoch):
-        """Takes the steps of the epoch that are left."""
+    def take_steps(self, epoch: int) -> None:
+        """Takes the remaining steps of the epoch."""
         run, state, timer = self.run, self.run.state, self.timer
         run.model.reset_metrics()
         state.restore_metrics(run.model)
@@ -143,24 +142,24 @@ class Loop:
             with timer.waiting():
                 batch = next(iterator)
             logs = self.train_step(batch)
-            timer.end_step(run.sampler.batch_size)
-            # Only a bar reads them, which is a copy to the host.
+            timer.end_step(run.sampler.batch_size)  # type: ignore[attr-defined]
+            # Reading them is a copy to the host, and only a progress bar needs them.
             self.display.on_train_batch_end(number, logs if self.verbose == 1 else None)
             if (number + 1) % CHECK_EVERY == 0:
                 self.finite_loss.check()
             state.end_step()
             run.interruption.check()
 
-    def iterate(self, epoch, first_step):
-        """The batches of the epoch from a step on, each shared out over the replicas."""
+    def iterate(self, epoch: int, first_step: int) -> Iterator[Any]:
+        """Iterates over the batches of the epoch from `first_step`, each split over the replicas."""
 
         def of_pipeline(input_context):
             return self.batches(epoch, first_step, input_context)
 
         return iter(self.run.strategy.distribute_datasets_from_function(of_pipeline))
 
-    def evaluate(self, epoch):
-        """The metrics on held-out and on test classes, of the averaged weights where there are any."""
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """Returns the metrics of the evaluations that are due, of the averaged weights if the optimizer keeps any."""
         run, found = self.run, {}
         for evaluation in self.evaluations:
             if evaluation.is_due(epoch, self.epochs):
@@ -172,41 +171,42 @@ class Loop:
                     found.update(evaluation.evaluate(lambda images: predict(run.model, images)))
         return found
 
-    def end_epoch(self, logs):
-        """Counts the epoch, and saves where it is time to, or it is the best."""
+    def end_epoch(self, logs: dict[str, float]) -> None:
+        """Counts the epoch, and saves a checkpoint if one is due or the epoch is the best so far."""
         state, train = self.run.state, self.run.config.train
         self.count_seconds()
         is_best = state.end_epoch(logs, self.run.checkpoints.metric)
         save = is_best or state.epoch % train.checkpoint_every == 0 or state.epoch == self.epochs
-        # Saving takes all workers, and rounding may have them find other epochs the best.
+        # All workers must save together, but rounding may make them disagree on the best epoch: the chief decides.
         if strategies.broadcast_from_chief(self.run.strategy, save):
             self.save()
 
-    def save_place(self):
-        """Saves where the run stands: after some steps of an epoch, or after all of them but before its end.
+    def save_place(self) -> None:
+        """Saves a checkpoint of the current state, which may be within an epoch.
 
-        Not where nothing was trained since the last checkpoint, nor with several workers, as one cannot save alone; nor
-        within an epoch that a storage chooses the batches of, which takes the model of the epoch's begin.
+        Does nothing if nothing was trained since the last checkpoint; with several workers, because one cannot save
+        alone; and between the steps of an epoch whose batches depend on stored embeddings, because resuming them needs
+        the model at the start of the epoch.
         """
         run, state = self.run, self.run.state
         trained = state.position() != run.checkpoints.latest.position()
-        can_go_on = self.storage is None or state.step_in_epoch in (0, self.steps)
-        if trained and can_go_on and not strategies.has_workers(run.strategy):
+        can_resume = self.storage is None or state.step_in_epoch in (0, self.steps)
+        if trained and can_resume and not strategies.has_workers(run.strategy):
             if state.step_in_epoch:
                 state.keep_metrics(run.model)
             self.count_seconds()
             self.save()
 
-    def save(self):
-        """Writes a checkpoint and the history, once all losses are known to be finite."""
+    def save(self) -> None:
+        """Checks that all losses were finite, then writes a checkpoint and the history."""
         self.finite_loss.check()
         with self.timer.measure("checkpoint_seconds"):
             self.run.checkpoints.save(self.run.model, self.run.state)
             if self.run.state.history:
                 write_history(self.run.workdir, self.run.state.history)
 
-    def count_seconds(self):
-        """Adds the time since the epoch began, or since the last call."""
+    def count_seconds(self) -> None:
+        """Adds the time since the start of the epoch, or since the last call, to the state."""
         now = time.monotonic()
         self.run.state.seconds += now - self.begun
         self.begun = now

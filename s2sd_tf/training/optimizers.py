@@ -1,7 +1,9 @@
-"""Optimizers by name, with their settings: Keras's, and those of tensorflow-addons; and learning-rate schedules."""
+"""Creates optimizers of Keras and tensorflow-addons by name, and learning-rate schedules."""
 
 import inspect
 import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -11,45 +13,49 @@ from s2sd_tf.registry import constructor_arguments
 
 ADDONS = "addons/"
 SCHEDULES = ("constant", "multi_step", "cosine")
-# What Keras has instead of each optimizer of tensorflow-addons; every class has its lower-case name here.
+# The alternative in Keras to each optimizer of tensorflow-addons, by lower-case class name.
 _INSTEAD = {
     "adabelief": "Keras has no AdaBelief; 'adam' is the nearest",
-    "adamw": "'adamw', whose weight_decay is theirs / learning_rate",
+    "adamw": "'adamw', with weight_decay / learning_rate as its weight_decay",
     "cocob": "Keras has no optimizer without a learning rate",
     "conditionalgradient": "Keras has no conditional gradient",
-    "lamb": "'lamb', of Keras 3",
+    "lamb": "'lamb' in Keras 3",
     "lazyadam": "'adam', the same for the dense gradients of an S2SDModel",
     "novograd": "Keras has no NovoGrad; 'adamw' is the nearest",
     "proximaladagrad": "'adagrad', the same without l1 and l2; with them 'ftrl' is the nearest",
     "rectifiedadam": "Keras has no RectifiedAdam; 'adam' is the nearest",
-    "sgdw": "'sgd', whose weight_decay is theirs / learning_rate",
+    "sgdw": "'sgd', with weight_decay / learning_rate as its weight_decay",
     "yogi": "Keras has no Yogi; 'adam' is the nearest",
-    "lookahead": "Keras has no Lookahead; use_ema=True of any of its optimizers averages weights too",
+    "lookahead": "Keras has no Lookahead; use_ema=True of any Keras optimizer averages weights too",
 }
 _LOOKAHEAD = ("optimizer", "slow_step_size", "sync_period")
-# Averages that a script has to put into the model by hand, before every evaluation and at the end.
+# Their averages must be put into the model by hand, before every evaluation and at the end.
 _AVERAGES = ("movingaverage", "swa")
-# Arguments of the bases of tensorflow-addons' optimizers, which they take as **kwargs.
+# The optimizers of tensorflow-addons pass these to their base class through **kwargs.
 _CLIPPING = ("clipnorm", "clipvalue", "global_clipnorm")
 _GIVEN = ("name", "learning_rate", "gradient_aggregator", "gradient_transformers")
 
 
-def get(name, learning_rate, settings=None):
-    """An optimizer from its name and settings, as `config.optimizer` has them.
+def get(
+    name: str,
+    learning_rate: float | keras.optimizers.schedules.LearningRateSchedule,
+    settings: Mapping[str, Any] | None = None,
+) -> Any:
+    """Creates an optimizer from its name and settings, as in `config.optimizer`.
 
     Args:
-        name: class name of a Keras optimizer, or "addons/" and the class name of one of tensorflow-addons; case does
-            not matter. "addons/lookahead" goes around the optimizer that the setting `optimizer` names, "adam" unless
-            given, and the settings that are not its own go to that.
-        learning_rate: float > 0, or a Keras schedule. COCOB has none, and it is not used there.
-        settings: dict of further arguments of the constructor (`weight_decay`, `beta_1`, `momentum`, `clipnorm`, ...).
+        name: class name of a Keras optimizer, or "addons/" and the class name of a tensorflow-addons optimizer; case
+            does not matter. "addons/lookahead" wraps the optimizer named by the setting `optimizer` (default "adam")
+            and passes it all settings that are not its own.
+        learning_rate: > 0 or a schedule. COCOB has no learning rate and ignores it.
+        settings: further constructor arguments (`weight_decay`, `beta_1`, `momentum`, `clipnorm`, ...).
 
     Returns:
-        A Keras optimizer; those of tensorflow-addons are legacy optimizers of Keras 2.
+        A Keras optimizer; a legacy optimizer of Keras 2 if it comes from tensorflow-addons.
 
     Raises:
-        ValueError: an unknown name or setting, a missing setting, or a value that the optimizer refuses.
-        ImportError: tensorflow-addons is missing; the message says what to install and what Keras has instead.
+        ValueError: an unknown name or setting, a missing setting, or a value that the optimizer does not accept.
+        ImportError: tensorflow-addons is missing; the message says what to install and what to use instead.
     """
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in (settings or {}).items()}
     if name.lower() != ADDONS + "lookahead":
@@ -57,31 +63,39 @@ def get(name, learning_rate, settings=None):
     lookahead = _lookup(name)
     inner = settings.pop("optimizer", "adam")
     own = {key: settings.pop(key) for key in _LOOKAHEAD if key in settings}
-    # It takes legacy optimizers alone.
+    # Lookahead accepts only legacy optimizers.
     cls = _lookup(inner) if inner.lower().startswith(ADDONS) else _choose(inner, keras.optimizers.legacy)
     return _call(lookahead, name, _make(inner, cls, learning_rate, settings, also=_LOOKAHEAD), **own)
 
 
 def schedule(
-    learning_rate, name, steps_per_epoch, epochs, warmup_epochs=0.0, milestones=(), gamma=0.3, final_fraction=0
-):
-    """A learning rate over steps, as `config.optimizer.schedule` has it: Keras's schedules, after a linear warm-up.
+    learning_rate: float,
+    name: str,
+    steps_per_epoch: int,
+    epochs: int,
+    warmup_epochs: float = 0.0,
+    milestones: Sequence[float] = (),
+    gamma: float = 0.3,
+    final_fraction: float = 0,
+) -> float | keras.optimizers.schedules.LearningRateSchedule:
+    """Creates a learning-rate schedule from the keys of `config.optimizer.schedule`.
 
     Args:
-        learning_rate: float > 0, after the warm-up.
-        name: "constant"; "multi_step", times `gamma` after each of `milestones`; or "cosine", down to
-            `final_fraction * learning_rate` at the end of the last epoch (Loshchilov and Hutter, ICLR 2017).
-        steps_per_epoch, epochs: int >= 1.
-        warmup_epochs: float >= 0, epochs of a linear rise from 0.
-        milestones: epochs, rising, each > 0.
-        gamma: float > 0.
-        final_fraction: float in [0, 1].
+        learning_rate: > 0, the rate after the warm-up.
+        name: "constant"; "multi_step", which multiplies the rate by `gamma` after each of `milestones`; or "cosine",
+            which falls to `final_fraction * learning_rate` at the end of the last epoch (Loshchilov and Hutter,
+            ICLR 2017).
+        steps_per_epoch, epochs: >= 1.
+        warmup_epochs: >= 0, length of the linear warm-up from 0.
+        milestones: increasing epochs, each > 0.
+        gamma: > 0.
+        final_fraction: in [0, 1].
 
     Returns:
-        A float where it is constant throughout, else a `keras.optimizers.schedules.LearningRateSchedule`.
+        A float if the rate is constant, else a schedule over steps.
 
     Raises:
-        ValueError: an argument out of its range; the message names its key.
+        ValueError: an argument is out of range; the message names its key.
     """
     key = "config.optimizer.schedule"
     check_above("config.optimizer.learning_rate", learning_rate, 0)
@@ -93,16 +107,16 @@ def schedule(
     for epoch in milestones:
         check_above(f"{key}.milestones", epoch, 0)
     if list(milestones) != sorted(set(milestones)):
-        raise ValueError(f"{key}.milestones: expected rising epochs > 0. Received: {milestones!r}")
+        raise ValueError(f"{key}.milestones: expected increasing epochs > 0. Received: {milestones!r}")
     if (name == "multi_step") != bool(milestones):
         raise ValueError(
-            f"{key}.milestones: expected epochs with 'multi_step', and with that alone. Received: {milestones!r} with "
+            f"{key}.milestones: expected epochs with 'multi_step', and none otherwise. Received: {milestones!r} with "
             f"{name!r}"
         )
     warmup = round(warmup_epochs * steps_per_epoch)
-    rate = learning_rate
+    rate: Any = learning_rate
     if name == "multi_step":
-        # Keras's changes after the boundary's step.
+        # Keras changes the rate after the step at the boundary.
         boundaries = [round(epoch * steps_per_epoch) - 1 for epoch in milestones]
         values = [learning_rate * gamma**power for power in range(len(milestones) + 1)]
         rate = keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)
@@ -115,36 +129,37 @@ def schedule(
 
 @keras.utils.register_keras_serializable("s2sd_tf")
 class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
-    """A linear rise from 0, and then another schedule. Keras has it for cosine decay alone, and not in all versions.
+    """A linear warm-up from 0, followed by another schedule. Keras has one only for cosine decay, in some versions.
 
     Args:
-        schedule: float, or `keras.optimizers.schedules.LearningRateSchedule`, the learning rate afterwards; the rise
-            ends at its value there.
-        steps: int >= 1, length of the rise.
-        offset: int >= 0, the step at which `schedule` begins to count.
+        schedule: the learning rate after the warm-up. The warm-up ends at its value there.
+        steps: >= 1, length of the warm-up.
+        offset: >= 0, the step that is step 0 of `schedule`.
     """
 
-    def __init__(self, schedule, steps, offset=0):
+    def __init__(
+        self, schedule: float | keras.optimizers.schedules.LearningRateSchedule, steps: int, offset: int = 0
+    ) -> None:
         super().__init__()
         self.schedule = schedule
         self.steps = steps
         self.offset = offset
 
-    def __call__(self, step):
+    def __call__(self, step: tf.Tensor | int) -> tf.Tensor:
         step = tf.cast(step, tf.float32)
         after = self.schedule
         if callable(after):
             after = after(tf.maximum(step, float(self.steps)) - self.offset)
         return tf.minimum((step + 1.0) / self.steps, 1.0) * after
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         schedule = self.schedule
         if callable(schedule):
             schedule = keras.optimizers.schedules.serialize(schedule)
         return {"schedule": schedule, "steps": self.steps, "offset": self.offset}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Mapping[str, Any]) -> "WarmUp":
         config = dict(config)
         if isinstance(config["schedule"], dict):
             config["schedule"] = keras.optimizers.schedules.deserialize(config["schedule"])
@@ -157,8 +172,8 @@ def _lookup(name):
         return _choose(name, keras.optimizers)
     if key in _AVERAGES:
         raise ValueError(
-            f"config.optimizer.name: expected no {name!r}, whose averages a script has to put into the model by hand. "
-            "A Keras optimizer with config.optimizer.settings.use_ema=True does that by itself"
+            f"config.optimizer.name: expected another optimizer than {name!r}, whose averages must be put into the "
+            "model by hand. Use a Keras optimizer with config.optimizer.settings.use_ema=True"
         )
     if key not in _INSTEAD:
         raise ValueError(
@@ -169,16 +184,16 @@ def _lookup(name):
 
 
 def _choose(name, optimizers):
-    """The class of that name in `keras.optimizers` or `keras.optimizers.legacy`.
+    """The class with this name in `keras.optimizers` or `keras.optimizers.legacy`.
 
-    Not by `keras.optimizers.get`, which gives Keras 2's legacy optimizers for names.
+    `keras.optimizers.get` would return legacy optimizers in Keras 2.
     """
     found = {
         key.lower(): cls
         for key, cls in vars(optimizers).items()
         if isinstance(cls, type)
         and issubclass(cls, optimizers.Optimizer)
-        # Leaves out the base, and what goes around other optimizers.
+        # Excludes the base class and wrappers of other optimizers.
         and "learning_rate" in inspect.signature(cls).parameters
     }
     if name.lower() not in found:
@@ -200,7 +215,7 @@ def _make(name, cls, learning_rate, settings, also=()):
     )
     if missing:
         raise ValueError(
-            f"config.optimizer.settings: expected a value for {missing}, of which {name!r} has no default. "
+            f"config.optimizer.settings: expected a value for {missing}, which have no default in {name!r}. "
             f"Received: {settings}"
         )
     for key, value in settings.items():
@@ -211,13 +226,13 @@ def _make(name, cls, learning_rate, settings, also=()):
 
 
 def _settings(cls):
-    """Arguments of the constructor of `cls` and its bases, as a dict to their defaults."""
+    """Constructor arguments of `cls` and its bases, with their defaults."""
     found = {key: default for key, default in constructor_arguments(cls.__mro__).items() if key not in _GIVEN}
     return {**dict.fromkeys(_CLIPPING), **found}
 
 
 def _check_type(key, value, default):
-    """Neither Keras nor tensorflow-addons looks, and a value of another type fails in the first step."""
+    """Raises ValueError if a setting has the wrong type. The libraries do not check it: the first step would fail."""
     if key.startswith("exclude_"):
         expected, fits = "a list of patterns", isinstance(value, list) and all(isinstance(one, str) for one in value)
     elif isinstance(default, (bool, str)):

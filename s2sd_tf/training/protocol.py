@@ -1,54 +1,55 @@
-"""The published protocol of S2SD: its hyperparameters, once for all data sets and backbones."""
+"""The published protocol of S2SD: its hyperparameters for all data sets and backbones."""
+
+from typing import Any
+
+from ml_collections import config_dict
 
 from s2sd_tf.training.config import default_config, preset_config
 
 VARIANTS = ("plain", "dsd", "msd", "msda", "msdf", "msdfa")
 OBJECTIVES = ("multi_similarity", "margin", "r_margin")
-# Per data set: variant and objective of the published runs, weight of the feature distillation, and what retrieval is
-# measured at there. The paper has no In-Shop: that is run as SOP is.
-_DATA = {
+# Per data set: variant and objective of the published runs, weight of the feature distillation, and the k of recall@k.
+# The paper does not use In-Shop; its settings are those of SOP.
+_DATA: dict[str, dict[str, Any]] = {
     "cub200": {"variant": "msdfa", "objective": "multi_similarity", "feature_weight": 50.0, "ks": (1, 2, 4, 8)},
     "cars196": {"variant": "msdfa", "objective": "multi_similarity", "feature_weight": 50.0, "ks": (1, 2, 4, 8)},
     "sop": {"variant": "msdf", "objective": "margin", "feature_weight": 5.0, "ks": (1, 10, 100, 1000)},
     "inshop": {"variant": "msdf", "objective": "margin", "feature_weight": 5.0, "ks": (1, 10, 20, 30, 40, 50)},
 }
-# Per backbone: what of BatchNorm is frozen, and the published dimensions, of which the first is the default.
-_BACKBONES = {
+# Per backbone: the frozen part of BatchNorm, and the published dimensions (the first is the default).
+_BACKBONES: dict[str, dict[str, Any]] = {
     "resnet50_v1_5": {"frozen_bn": "statistics", "dims": (128, 512)},
     "bn_inception": {"frozen_bn": "", "dims": (512,)},
 }
-# The same author's later recipe: weight of the feature distillation by data set and dimension.
+# A later recipe by the same author: weight of the feature distillation by data set and dimension.
 _LATER = {("cub200", 128): 125.0, ("cub200", 512): 60.0, ("cars196", 128): 50.0, ("cars196", 512): 40.0}
 
 
-def published_settings():
-    """The data sets, backbones and dimensions of the protocol: list of str, as `published_config` takes them."""
+def published_settings() -> list[str]:
+    """All combinations of data set, backbone and dimension in the protocol, as options for `published_config`."""
     return [f"{data},{name},{dim}" for data in _DATA for name, about in _BACKBONES.items() for dim in about["dims"]]
 
 
-def published_config(options):
-    """A config of the published protocol (Roth et al., ICML 2021, section 4, and the published runs).
+def published_config(options: str) -> config_dict.ConfigDict:
+    """Returns a config of the published protocol (Roth et al., ICML 2021, section 4, and the published runs).
 
     Example:
         >>> s2sd_tf.training.published_config("cub200,resnet50_v1_5,128,msdf,r_margin")
 
     Args:
-        options: str, words separated by commas, in any order, at most one of a kind:
+        options: words separated by commas, in any order, at most one of each kind:
 
-            - data set: "cub200", "cars196", "sop" or "inshop"; the only word that has to be there;
+            - data set: "cub200", "cars196", "sop" or "inshop"; required;
             - backbone: "resnet50_v1_5" (the default; BatchNorm's statistics are frozen) or "bn_inception" (BatchNorm
               trains);
-            - dimension of the base embedding, an int >= 1; by default 128, with "bn_inception" 512;
-            - variant: "plain", "dsd", "msd", "msda", "msdf" or "msdfa"; by default "msdfa", for "sop" and "inshop"
-              "msdf";
+            - dimension of the base embedding, an int >= 1; by default 128, or 512 with "bn_inception";
+            - variant: "plain", "dsd", "msd", "msda", "msdf" or "msdfa"; by default "msdfa", or "msdf" for "sop" and
+              "inshop";
             - objective: "multi_similarity", "margin" (beta 1.2, distance-weighted) or "r_margin" (beta 0.6,
-              rho-regularised); by default "multi_similarity", for "sop" and "inshop" "margin";
-            - "frozen" freezes BatchNorm's statistics whatever the backbone;
-            - "later" is the same author's later recipe for CUB200 and CARS196: no delay, batches of 108, other weights
-              of the feature distillation.
-
-    Returns:
-        `ConfigDict`.
+              rho-regularised); by default "multi_similarity", or "margin" for "sop" and "inshop";
+            - "frozen": freeze BatchNorm's statistics for any backbone;
+            - "later": a later recipe by the same author for CUB200 and CARS196, without the delay, with batches of 108
+              and with other weights of the feature distillation.
 
     Raises:
         ValueError: no data set, an unknown word, or words that exclude each other.
@@ -98,7 +99,7 @@ def published_config(options):
     config.s2sd.feature_distill_delay = 1000
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-5
-    # PyTorch's.
+    # PyTorch's default.
     config.optimizer.settings.epsilon = 1e-8
     config.model.l2 = 4e-4
     config.train.epochs = 150
@@ -115,14 +116,14 @@ def published_config(options):
 def _set_objective(config, name):
     config.objective.name = "margin" if name == "r_margin" else name
     if name == "multi_similarity":
-        settings = {"alpha": 2.0, "beta": 40.0, "lambda_": 0.5, "epsilon": 0.1}
+        settings: dict[str, Any] = {"alpha": 2.0, "beta": 40.0, "lambda_": 0.5, "epsilon": 0.1}
     else:
         settings = {
             "margin": 0.2,
             "beta": 0.6 if name == "r_margin" else 1.2,
             "nu": 0.0,
             "miner": "rho_distance" if name == "r_margin" else "distance_weighted",
-            # 5e-4 beside 1e-5.
+            # beta trains at 5e-4, the other weights at 1e-5.
             "learning_rate_multiplier": 50.0,
         }
     config.objective[config.objective.name].update(settings)

@@ -1,4 +1,4 @@
-"""What a run was: `run.json` in its work directory, from which it can be done again."""
+"""Writes `run.json` in the work directory: what is needed to reproduce a run."""
 
 import datetime
 import hashlib
@@ -8,36 +8,42 @@ import pathlib
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from ml_collections import config_dict
 
 import s2sd_tf
+from s2sd_tf.data import ImageSet
 from s2sd_tf.distillation import fused
 from s2sd_tf.distillation.similarity_kl import KERNEL_VARIABLE
 from s2sd_tf.files import read_json, write_json
 from s2sd_tf.keras_compat import keras_version
+from s2sd_tf.models import S2SDModel
+from s2sd_tf.training.checkpoints import RunState
+from s2sd_tf.training.datasets import RunData
 
 NAME = "run.json"
 
 
-def fingerprint(images):
-    """A sha256 of an `ImageSet`, as hexadecimal digits: other images, labels or names of classes have another one.
+def fingerprint(images: ImageSet) -> str:
+    """The sha256 of an image set, in hexadecimal. It changes with the images, the labels and the class names.
 
-    Of pixels and encoded images it takes every byte. Of files it takes the paths below their common folder, which may
-    be elsewhere then, and the sizes; of byte ranges of files these with the offsets and lengths. So a file that was
-    changed without a change of its size is not seen.
+    Pixels and encoded images are hashed completely. For image files, only their sizes and their paths below the common
+    folder are hashed, so the folder may be moved; for byte ranges of files also the offsets and lengths. A file that
+    changes but keeps its size is not detected.
 
     Raises:
-        OSError: a file that is not there.
+        OSError: a file is missing.
     """
     digest = hashlib.sha256()
 
     def add(*values):
         for value in values:
             value = value if isinstance(value, bytes) else str(value).encode()
-            # With its length, so that no two lists of values are the same bytes.
+            # The length comes first, so that no two lists of values give the same bytes.
             digest.update(len(value).to_bytes(8, "little"))
             digest.update(value)
 
@@ -61,22 +67,29 @@ def fingerprint(images):
     return digest.hexdigest()
 
 
-def record_session(workdir, config, fingerprints, model, state, strategy=None):
-    """Writes `run.json`, or adds a start to it, before a run trains.
+def record_session(
+    workdir: str | os.PathLike,
+    config: config_dict.ConfigDict,
+    fingerprints: dict[str, dict[str, Any]],
+    model: S2SDModel,
+    state: RunState,
+    strategy: dict[str, Any] | None = None,
+) -> None:
+    """Writes `run.json` before a run trains. If the file exists, adds a session to it.
 
     Args:
-        workdir: folder of the run; made if it is missing.
+        workdir: work directory of the run; created if it does not exist.
         config: the resolved config.
-        fingerprints: what `check_data` returns.
-        model: `S2SDModel`.
-        state: `RunState` from which training goes on.
-        strategy: JSON-able dict that says how the run is distributed, or None.
+        fingerprints: the result of `check_data`.
+        model: the model of the run.
+        state: the state that training starts from.
+        strategy: how the run is distributed, as values for JSON, or None.
 
     Raises:
-        OutOfSpace: there is no room to write it.
+        OutOfSpace: the disk is full.
     """
     path = os.path.join(workdir, NAME)
-    now = {
+    now: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "epoch": state.epoch,
         "step_in_epoch": state.step_in_epoch,
@@ -105,17 +118,20 @@ def record_session(workdir, config, fingerprints, model, state, strategy=None):
     if changed:
         now["versions"] = changed
         logging.warning(
-            "The run goes on with other versions than before, and may not end with the weights it would have: %s",
+            "The run resumes with other versions than before and may end with different weights: %s",
             ", ".join(f"{name} {before.get(name)} -> {version}" for name, version in changed.items()),
         )
     write_json(path, {**record, "sessions": [*record["sessions"], now]})
 
 
-def check_data(workdir, run_data):
-    """Fingerprints of the parts of a run's data, a dict.
+def check_data(workdir: str | os.PathLike, run_data: RunData) -> dict[str, dict[str, Any]]:
+    """Checks that the data of a run have not changed since it started.
+
+    Returns:
+        For every part of the data ("train", "test", ...): the number of classes and images, and the fingerprint.
 
     Raises:
-        ValueError: those that the run began with were others, or its record cannot be read.
+        ValueError: the data differ from those in the record of the run, or the record cannot be read.
     """
     parts = {name: getattr(run_data, name) for name in ("train", "validation", "test", "gallery")}
     found = {
@@ -130,23 +146,23 @@ def check_data(workdir, run_data):
         before = dict(read_json(path)["data"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: expected the record of the run. Received: {error}. Delete it to go on without a check of the data"
+            f"{path}: expected the record of the run. Received: {error}. Delete it to resume without checking the data"
         ) from error
     for name in {**before, **found}:
         if before.get(name) != found.get(name):
-            told = [
+            described = [
                 f"{part['images']:,} images of {part['classes']:,} classes, {part['sha256'][:12]}" if part else "none"
                 for part in (before.get(name), found.get(name))
             ]
             raise ValueError(
-                f"config.data: expected the {name} images that {workdir!r} began with ({told[0]}). Received: others "
-                f"({told[1]}). Put the data back, or begin in a new folder"
+                f"config.data: expected the {name} images that {workdir!r} was started with ({described[0]}). "
+                f"Received: others ({described[1]}). Restore the data, or start in a new folder"
             )
     return found
 
 
 def _relative(paths):
-    """`(path, path below the common folder of all)` of each path."""
+    """`(absolute path, path below the common folder)` of each path."""
     paths = [os.path.abspath(path) for path in paths]
     common = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
     return [(path, pathlib.Path(path).relative_to(common).as_posix()) for path in paths]
@@ -170,7 +186,7 @@ def _versions():
 
 
 def _source():
-    """The git revision of the package's folder and whether it differs from that; None where it is not of a checkout."""
+    """The git revision of the package and whether it has uncommitted changes; None if it is not in a checkout."""
     folder = os.path.dirname(os.path.abspath(s2sd_tf.__file__))
 
     def git(*arguments):
@@ -179,7 +195,7 @@ def _source():
         return done.stdout.strip()
 
     try:
-        # A virtual environment may lie in the checkout of something else.
+        # The package may be in a virtual environment within the checkout of another project.
         git("ls-files", "--error-unmatch", "__init__.py")
         return {"revision": git("rev-parse", "HEAD"), "uncommitted": bool(git("status", "--porcelain", "--", "."))}
     except (OSError, subprocess.SubprocessError):
@@ -210,7 +226,7 @@ def _cpu():
 
 
 def _similarity_kl(model):
-    """What computes the divergences, and why not the fused op where it is not that."""
+    """Which implementation computes the divergences, and the reason if it is not the fused op."""
     if not (model.s2sd_loss.target_dims or model.s2sd_loss.feature_distill):
         return None
     asked = model.s2sd_loss.similarity_kl_implementation

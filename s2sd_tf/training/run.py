@@ -1,12 +1,14 @@
-"""One training run in a work directory: train, resume, stop."""
+"""Trains, resumes or stops a run in a work directory."""
 
 import contextlib
 import os
 import shutil
 import tempfile
+from typing import Any
 
 import tensorflow as tf
 from absl import logging
+from ml_collections import config_dict
 
 from s2sd_tf.files import OutOfSpace, read_json, remove_leftovers, write_json
 from s2sd_tf.training import strategies
@@ -21,39 +23,41 @@ from s2sd_tf.training.record import check_data, record_session
 from s2sd_tf.training.workdir import check_workdir
 
 
-def train(config, workdir, strategy=None):
-    """Trains as `config` says, in `workdir`; called again, goes on where it was and ends with the same weights.
+def train(
+    config: config_dict.ConfigDict, workdir: str | os.PathLike, strategy: tf.distribute.Strategy | None = None
+) -> dict[str, Any]:
+    """Trains a model in `workdir`. If called again after an interruption, resumes and ends with the same weights.
 
-    The work directory holds `config.json`, `run.json` (what the run was, see `record_session`), `checkpoints/`,
+    The work directory holds `config.json`, `run.json` (how the run was made, see `record_session`), `checkpoints/`,
     `history.csv`, `tensorboard/`, and at the end `best.keras`, `preprocessing.json`, `results.json`, `curves.png`,
-    `gallery.png` and `saved_model/`. Every file is whole or not there.
+    `gallery.png` and `saved_model/`. Every file is complete or absent.
 
-    On SIGTERM, and on the first Ctrl-C, the step in progress ends, what was trained so far is saved, and the function
-    raises `Interrupted`; outside of the training steps it raises at once, and nothing is lost either. For a sampler
-    with stored embeddings, whose choice takes the model of the epoch's begin, steps of an epoch that was not ended are
-    not saved. A second Ctrl-C ends it at once, as SIGKILL does, and it goes on after the last checkpoint. One whose
-    files are damaged is moved aside, and the one before it is taken.
+    On SIGTERM and on the first Ctrl-C, the function finishes the current step, saves the progress and raises
+    `Interrupted`. Outside of the training steps it raises at once, and nothing is lost either. A sampler with stored
+    embeddings needs the model at the start of the epoch, so steps of an unfinished epoch are not saved for it. A second
+    Ctrl-C stops at once, like SIGKILL; the run then resumes from the last checkpoint. A damaged checkpoint is moved
+    aside, and the previous one is used.
 
-    Under MultiWorkerMirroredStrategy all processes are called alike, with a work directory that all of them can read
-    and the chief writes. Where one of them is lost or stopped, the others end with `Interrupted`, and all are called
-    again: they go on after the last checkpoint.
+    Under MultiWorkerMirroredStrategy, make the same call in all processes, with a work directory that all of them can
+    read and the chief can write. If one of them is lost or stopped, the others raise `Interrupted`. Call all of them
+    again to resume from the last checkpoint.
 
     Args:
-        config: `ConfigDict` with the keys of `default_config`.
-        workdir: folder; made if it is missing.
-        strategy: `tf.distribute.MirroredStrategy` or `MultiWorkerMirroredStrategy` to train under, whose replicas share
-            out every batch; see `strategies.get`. Default: on one device.
+        config: has the keys of `default_config`.
+        workdir: created if it does not exist.
+        strategy: `tf.distribute.MirroredStrategy` or `MultiWorkerMirroredStrategy`, whose replicas split every batch;
+            see `strategies.get`. Default: train on one device.
 
     Returns:
         The content of `results.json`.
 
     Raises:
-        ValueError: a bad config, data that do not fit it or are others than when the run began, a work directory
-            written by another config, or one in which no checkpoint can be read.
-        ImportError: something of tensorflow-addons is asked for on the default stack.
-        Interrupted: it was asked to stop, and can go on; a `SystemExit` with code 75.
+        ValueError: a bad config; data that do not fit it, or differ from the data that the run started with; a work
+            directory written by a different config, or one with only unreadable checkpoints.
+        ImportError: the config uses tensorflow-addons, which the default stack does not have.
+        Interrupted: the run was asked to stop and can resume; a `SystemExit` with code 75.
         NonFiniteLoss: the loss became NaN or infinite.
-        OutOfSpace: there is no room to write; the run can go on once there is.
+        OutOfSpace: the disk is full; the run can resume once there is space.
     """
     config = resolve(config)
     check_workdir(config, workdir)
@@ -66,7 +70,7 @@ def train(config, workdir, strategy=None):
         strategy = tf.distribute.get_strategy()
     with _own_folder(workdir, strategy) as own:
         checkpoints = Checkpoints(own, config.train.checkpoints_kept, _selects_by(config))
-        with _what_to_do(checkpoints, strategy), Interruption() as interruption, precision(config):
+        with _explaining_how_to_resume(checkpoints, strategy), Interruption() as interruption, precision(config):
             with interruption.interruptible():
                 run = _begin(config, workdir, checkpoints, strategy, interruption)
             Loop(run).train()
@@ -78,7 +82,7 @@ def train(config, workdir, strategy=None):
 
 @contextlib.contextmanager
 def _own_folder(workdir, strategy):
-    """The folder that this process writes to: the chief's is the work directory, the others' are removed at the end."""
+    """The folder that this process writes to: the work directory for the chief, else a temporary one."""
     if strategies.is_chief(strategy):
         yield workdir
         return
@@ -87,26 +91,26 @@ def _own_folder(workdir, strategy):
 
 
 @contextlib.contextmanager
-def _what_to_do(checkpoints, strategy):
-    """Has what ends the block say from where the run goes on."""
+def _explaining_how_to_resume(checkpoints, strategy):
+    """Adds to the errors of the block where the run resumes."""
     try:
         yield
     except Interrupted as error:
         raise Interrupted(
-            f"{error}: stopped at {checkpoints.latest}; the same command goes on from there"
+            f"{error}: stopped at {checkpoints.latest}; the same command resumes from there"
         ) from error.__cause__
     except strategies.LOST as error:
         if not strategies.has_workers(strategy):
             raise
-        told = f"lost a worker ({str(error).splitlines()[0]})"
-        raise Interrupted(f"{told}: the same commands go on after the last checkpoint") from error
+        reason = f"lost a worker ({str(error).splitlines()[0]})"
+        raise Interrupted(f"{reason}; the same commands resume from the last checkpoint") from error
     except OutOfSpace as error:
-        advice = f". Nothing is lost before {checkpoints.latest}; the same command goes on once there is room"
+        advice = f". Make room; the same command then resumes from {checkpoints.latest}"
         raise OutOfSpace(error.path, error.reason, advice) from error
 
 
 def _begin(config, workdir, checkpoints, strategy, interruption):
-    """The `Run`, begun or as its last checkpoint has it; written down in the folder of `checkpoints`."""
+    """Starts a `Run`, or resumes it from its last checkpoint, and writes its record beside `checkpoints`."""
     set_up(config)
     run_data = load_data(config)
     fingerprints = check_data(workdir, run_data)
@@ -125,7 +129,7 @@ def _begin(config, workdir, checkpoints, strategy, interruption):
     own = os.path.dirname(checkpoints.folder)
     if os.path.isdir(own):
         remove_leftovers(own)
-    # Only now, as a config that cannot be trained should leave nothing behind.
+    # Only now, because a config that cannot be trained must leave no files.
     write_json(os.path.join(own, "config.json"), config.to_dict())
     record_session(own, config, fingerprints, model, state, strategies.describe(strategy))
     return Run(
@@ -142,7 +146,7 @@ def _begin(config, workdir, checkpoints, strategy, interruption):
 
 
 def _share_checkpoints(strategy, checkpoints, workdir):
-    """Gives a worker that is not the chief a copy of the chief's checkpoints, once that has looked them over."""
+    """Copies the chief's checkpoints to this worker, after the chief has moved damaged ones aside."""
     if strategies.is_chief(strategy):
         checkpoints.sweep()
     _wait_for_all(strategy)
@@ -153,21 +157,21 @@ def _share_checkpoints(strategy, checkpoints, workdir):
 
 
 def _check_all_stand_alike(strategy, state, workdir):
-    """Refuses a work directory in which the workers have found different checkpoints."""
+    """Raises ValueError if the workers found different checkpoints in the work directory."""
     if len({tuple(place) for place in strategies.all_gather(strategy, state.position())}) > 1:
         raise ValueError(
-            f"workdir: expected a folder that all workers see. Received: {workdir!r}, in which they find checkpoints "
-            "that differ"
+            f"workdir: expected a folder that all workers share. Received: {workdir!r}, in which they found different "
+            "checkpoints"
         )
 
 
 def _wait_for_all(strategy):
-    """Waits for all workers; whoever leaves before the others counts as lost."""
+    """Waits for all workers: a worker that exits before the others counts as lost."""
     if strategies.has_workers(strategy):
         strategies.all_gather(strategy, [0])
 
 
 def _selects_by(config):
-    """The metric in the logs by which the best checkpoint is chosen, or None: the last is the best."""
+    """The logged metric that chooses the best checkpoint; None: the last one is the best."""
     held_out = config.data.validation_classes or config.data.validation_fraction
     return f"val_{config.eval.select_by}" if held_out else None

@@ -1,24 +1,27 @@
-"""Distribution strategies by name, and what the workers of one tell each other."""
+"""Creates distribution strategies by name, and passes values between their workers."""
 
 import functools
 import os
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 STRATEGIES = ("none", "mirrored", "multiworker")
-# What the other workers' TensorFlow raises where one is lost.
+# The errors that TensorFlow raises in the other workers if one is lost.
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.InternalError, tf.errors.CancelledError)
 
 
-def get(name, devices=()):
-    """A strategy for `train`, the default one for "none"; before anything else of TensorFlow has run.
+def get(name: str, devices: Sequence[str] = ()) -> tf.distribute.Strategy:
+    """Returns a strategy for `train`. Call it before TensorFlow runs anything else.
 
     Args:
-        name: one of `STRATEGIES`: "mirrored" for the devices of this machine, "multiworker" for those of several
-            processes, each of which is told of the others by the environment variable `TF_CONFIG`, as described in
-            TensorFlow's guide of multi-worker training.
-        devices: names such as "GPU:0" and "GPU:1", those of this process. Default: all GPUs, or else "CPU:0". "CPU:1"
-            and further make the CPU into as many virtual devices, to try things out.
+        name: one of `STRATEGIES`: "none" for TensorFlow's default strategy, "mirrored" for the devices of this machine,
+            "multiworker" for the devices of several processes. Each of these needs the environment variable
+            `TF_CONFIG`, as described in TensorFlow's guide to multi-worker training.
+        devices: the devices of this process, such as "GPU:0" and "GPU:1". Default: all GPUs, or "CPU:0" if there are
+            none. With "CPU:1" and higher, the CPU is split into virtual devices, for tests.
 
     Raises:
         ValueError: an unknown name or device, or no `TF_CONFIG` for "multiworker".
@@ -44,20 +47,20 @@ def get(name, devices=()):
         )
     if devices:
         if kinds.get("CPU", [0]) != [0]:
-            raise ValueError(f"devices: expected at most 'CPU:0' of a worker's CPUs. Received: {list(devices)}")
+            raise ValueError(f"devices: expected no CPU except 'CPU:0' for a worker. Received: {list(devices)}")
         gpus = tf.config.list_physical_devices("GPU")
         tf.config.set_visible_devices([gpus[index] for index in kinds.get("GPU", ())], "GPU")
     return tf.distribute.MultiWorkerMirroredStrategy()
 
 
-def has_workers(strategy):
-    """Whether the strategy spreads over several processes."""
+def has_workers(strategy: tf.distribute.Strategy) -> bool:
+    """Whether the strategy uses several processes."""
     resolver = strategy.cluster_resolver
     return resolver is not None and len(resolver.cluster_spec().as_dict().get("worker", ())) > 1
 
 
-def is_chief(strategy):
-    """Whether this process is the one that writes."""
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process is the chief, which writes the files of the run. True for a single process."""
     if not has_workers(strategy):
         return True
     resolver = strategy.cluster_resolver
@@ -66,8 +69,8 @@ def is_chief(strategy):
     return (resolver.task_type, resolver.task_id) == ("worker", 0)
 
 
-def describe(strategy):
-    """A JSON-able dict of what the strategy is; None for the default one, of one device."""
+def describe(strategy: tf.distribute.Strategy) -> dict[str, Any] | None:
+    """A description of the strategy for JSON; None for the default strategy, which has one device."""
     if strategy is tf.distribute.get_strategy():
         return None
     found = {"name": type(strategy).__name__, "replicas": strategy.num_replicas_in_sync}
@@ -76,14 +79,14 @@ def describe(strategy):
     return found
 
 
-def all_gather(strategy, values):
-    """Waits for all workers; the ints `(n,)` that each replica's worker has handed over, `(replicas, n)`."""
+def all_gather(strategy: tf.distribute.Strategy, values: Sequence[int]) -> np.ndarray:
+    """Gathers the `n` values of every replica's worker into int64 `(replicas, n)`. Waits until all workers call it."""
     found = _collector(strategy)(tf.constant([values], tf.int64))
     return strategy.experimental_local_results(found)[0].numpy()
 
 
-def broadcast_from_chief(strategy, value):
-    """The bool that the chief has handed over; all workers have to ask."""
+def broadcast_from_chief(strategy: tf.distribute.Strategy, value: bool) -> bool:
+    """Returns the chief's `value` on every worker. All workers must call it."""
     if not has_workers(strategy):
         return value
     marked = all_gather(strategy, [is_chief(strategy), bool(value)])
@@ -92,18 +95,18 @@ def broadcast_from_chief(strategy, value):
 
 @functools.lru_cache(maxsize=1)
 def _collector(strategy):
-    """A graph that gathers `(1, n)` of every worker; one for all calls, as each is traced."""
+    """A function that gathers `(1, n)` from every worker. It is cached because every new one is traced."""
 
     def gather(values):
-        # An argument of a graph is on no device, where gathering wants one.
+        # `all_gather` needs a tensor on a device; an argument of a graph has none.
         return tf.distribute.get_replica_context().all_gather(tf.identity(values), axis=0)
 
     return tf.function(lambda values: strategy.run(gather, args=(values,)), reduce_retracing=True)
 
 
 def _checked_devices(devices):
-    """Indices by kind, as in {"GPU": [0, 1]}."""
-    kinds = {}
+    """Checks the names and returns their indices by kind, such as {"GPU": [0, 1]}."""
+    kinds: dict[str, list[int]] = {}
     for device in devices:
         kind, _, index = str(device).partition(":")
         if kind not in ("CPU", "GPU") or not index.isdecimal():
@@ -111,5 +114,5 @@ def _checked_devices(devices):
         kinds.setdefault(kind, []).append(int(index))
     found = len(tf.config.list_physical_devices("GPU"))
     if len(set(devices)) < len(devices) or max(kinds.get("GPU", [-1])) >= found:
-        raise ValueError(f"devices: expected different ones, and of the {found} GPUs. Received: {list(devices)}")
+        raise ValueError(f"devices: expected distinct names; this machine has {found} GPUs. Received: {list(devices)}")
     return kinds

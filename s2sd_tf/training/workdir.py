@@ -1,4 +1,4 @@
-"""The work directory of a run: whose it is, and what a finished one holds."""
+"""Checks the work directory of a run, and loads a finished run."""
 
 import json
 import os
@@ -7,13 +7,14 @@ from ml_collections import config_dict
 
 from s2sd_tf.data import Preprocessing
 from s2sd_tf.files import LEFTOVER
+from s2sd_tf.models import S2SDModel
 from s2sd_tf.training.config import default_config, unknown_keys
 from s2sd_tf.training.embedding import load_model
 from s2sd_tf.untrusted import read_json_object, reading
 
 
-def check_workdir(config, workdir):
-    """Refuses a work directory that another config wrote, or that is something else."""
+def check_workdir(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
+    """Raises ValueError if `workdir` was written by a different config, or is not a work directory."""
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path):
         there = config_dict.FrozenConfigDict(_stored_config(path)).to_dict()
@@ -26,14 +27,17 @@ def check_workdir(config, workdir):
     elif os.path.exists(workdir) and (
         not os.path.isdir(workdir) or any(not name.startswith(LEFTOVER) for name in os.listdir(workdir))
     ):
-        raise ValueError(f"workdir: expected a new or empty folder, or that of a run. Received: {workdir!r}")
+        raise ValueError(f"workdir: expected a new or empty folder, or the folder of a run. Received: {workdir!r}")
 
 
-def load_run(workdir):
-    """`(model, config, preprocessing)` of a finished work directory; the model is the chosen one.
+def load_run(workdir: str | os.PathLike) -> tuple[S2SDModel, config_dict.FrozenConfigDict, Preprocessing]:
+    """Loads a finished run.
+
+    Returns:
+        `(model, config, preprocessing)`; the model is the chosen one, `best.keras`.
 
     Raises:
-        FileNotFoundError: no finished run there.
+        FileNotFoundError: `workdir` holds no finished run.
     """
     paths = {name: os.path.join(workdir, name) for name in ("config.json", "preprocessing.json", "best.keras")}
     for name, path in paths.items():
@@ -45,10 +49,10 @@ def load_run(workdir):
 
 
 def _stored_config(path):
-    """The config of a run, as a dict; keys that there were not when it began have their defaults.
+    """The config of a run, as a dict; keys that were added since the run started get their defaults.
 
     Raises:
-        ValueError: it is no config, or has keys that there are no more.
+        ValueError: the file is not a config, or has keys that no longer exist.
     """
 
     def fill(defaults, stored):
@@ -58,7 +62,7 @@ def _stored_config(path):
             elif isinstance(stored.setdefault(key, value), dict):
                 fill(value, stored[key])
             else:
-                raise ValueError(f"{key} is {stored[key]!r}, no section")
+                raise ValueError(f"{key} is {stored[key]!r}, not a section")
         return stored
 
     stored = read_json_object(path)
@@ -67,8 +71,8 @@ def _stored_config(path):
     unknown = unknown_keys(config)
     if unknown:
         raise ValueError(
-            f"{path}: expected the keys of this version's configs. Received: {', '.join(unknown)}, of a run that an "
-            "older version wrote: begin in a new folder"
+            f"{path}: expected the keys of this version's configs. Received: {', '.join(unknown)}, from a run of an "
+            "older version. Start in a new folder"
         )
     return config
 
@@ -76,7 +80,7 @@ def _stored_config(path):
 def _used(config):
     """The config without the settings of data sets, objectives, miners and samplers that the run does not use.
 
-    So that a run can go on where more of them are known than when it began.
+    So a run can still be resumed after new ones were added.
     """
     config = dict(config)
     objective, sampler = config["objective"], config.get("sampler", {})
