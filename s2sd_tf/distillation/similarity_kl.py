@@ -49,12 +49,12 @@ def similarity_kl(
         implementation: "composed" (TensorFlow ops), "fused", or "auto": the fused op if it is available, else composed.
             The environment variable `S2SD_TF_KERNEL`, if set, replaces "auto". "auto" is always composed for float64,
             for `rows` that a jitted function computes, and on a GPU for more than 64 teachers, 131,072 rows or
-            4,194,304 columns. At the first use, the fused op is compared with the composed version on every GPU, on
+            4,194,304 dimensions. At the first use, the fused op is compared with the composed version on every GPU, on
             small problems. If it fails or differs, one line is logged and the composed version is used.
         rows: `(offset, count)`: compares only the rows [offset, offset + count) of the similarity matrices, over all
-            columns, and averages over them. The gradient covers these embeddings both as rows and as columns. This is
-            for a replica that holds `count` of `batch` gathered embeddings: the mean over replicas with equal counts
-            is the divergence of the whole batch. Default: all rows.
+            columns, and averages over them. The gradient includes the contributions of embeddings as rows and as
+            columns. This is for a replica that holds `count` of `batch` gathered embeddings: the mean over replicas
+            with equal counts is the divergence of the whole batch. Default: all rows.
         compute_gradient: False saves the fused op the work for the gradient, if only the value is needed.
         jit_compile: whether XLA compiles the surrounding `tf.function`. None means unknown: inside a `tf.function` the
             fused op is then used only if it works with XLA too.
