@@ -274,7 +274,7 @@ class TestRefusals:
             loss(self.labels, self.rows)
         model = make_model()
         model.compile("sgd", loss=loss)
-        with pytest.raises(ValueError, match="ObjectiveHolder; or use S2SDModel"):
+        with pytest.raises(ValueError, match="in an ObjectiveHolder of the model; or use S2SDModel"):
             fit(model)
 
     def test_a_loss_whose_holder_is_not_there(self):
