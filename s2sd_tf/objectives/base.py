@@ -184,7 +184,7 @@ class PairObjective(MinedObjective):
     The cross-batch memory (XBM; Wang et al., "Cross-Batch Memory for Embedding Learning", CVPR 2020) keeps the last
     `memory_size` training embeddings and labels. The training loss is then L(batch, batch) + memory_weight *
     L(batch, memory), with all pairs between the batch and the memory, whatever the miner. The memory is saved with the
-    model. In an `S2SDModel` every target has its own memory, of `memory_size` times its dimension numbers.
+    model. In an `S2SDModel` every target has its own memory, of `memory_size` embeddings in the target's dimension.
 
     Args:
         miner: name of a registered miner, or a `mining.Miner`, whose negatives are from other classes. "all" chooses

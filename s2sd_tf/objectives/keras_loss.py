@@ -23,7 +23,8 @@ def as_keras_loss(objective: str | Objective, **settings: Any) -> keras.losses.L
 
     - With several replicas, each compares only the embeddings of its own part of the batch, and the loss is the mean
       over the replicas. `S2SDModel` compares the embeddings of all replicas.
-    - A stochastic miner makes new draws at every call, in evaluation too. A loaded model starts again with the first.
+    - A stochastic miner makes new draws at every call, in evaluation too. Without an `ObjectiveHolder`, a loaded
+      model starts again with the first.
     - An objective with weights (proxies, boundaries) needs an `ObjectiveHolder` at the end of the model. The holder
       trains and saves the weights, and saves the position in the draws. `learning_rate_multiplier` has no effect.
 
