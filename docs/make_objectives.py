@@ -7,41 +7,43 @@ import inspect
 import pathlib
 import re
 import textwrap
+from typing import Any
 
 from s2sd_tf import mining, objectives
 from s2sd_tf.data import samplers
 
 PATH = pathlib.Path(__file__).with_name("objectives.md")
 README = PATH.parent.parent / "README.md"
-# Settings that many objectives share, told once above the table.
+# Settings that many objectives share; the text above the table describes them once.
 SHARED = ("num_classes", "seed", "name", "dtype", "miner", "memory_size", "memory_weight", "memory_start", "normalize")
 
 TEXT = """# Objectives, miners and samplers
 
-Made from the registries by `python docs/make_objectives.py`.
+This page is generated from the registries by `python docs/make_objectives.py`.
 
 ## Objectives
 
-`s2sd_tf.objectives.get(name, **settings)` makes one, `S2SDModel(objective=name)` too; in a config file
-`config.objective.name` chooses and `config.objective.<name>.<setting>` sets. Embeddings are l2-normalised before
-anything else, so s is a cosine similarity and d a Euclidean distance; a is an anchor, p a positive, n a negative, y
-the own class, [x]+ = max(0, x). B is the batch, C the number of classes, K proxies a class, D and H dimensions.
-Details, and what differs from a paper, are in each docstring.
+Create an objective with `s2sd_tf.objectives.get(name, **settings)` or `S2SDModel(objective=name)`. In a config file,
+`config.objective.name` chooses it and `config.objective.<name>.<setting>` changes a setting. Embeddings are
+l2-normalised first, so s is a cosine similarity and d a Euclidean distance. In the formulas a is an anchor, p a
+positive, n a negative, y the image's own class, and [x]+ = max(0, x). B is the batch size, C the number of classes and
+K the number of proxies per class. Each docstring has the details and the differences from the paper.
 
-Settings that all of a kind have: `learning_rate_multiplier` (1 where no other is given), a factor on the updates of
-the objective's own weights; tuple and pair objectives: `miner` and `seed`; pair objectives: `memory_size`,
-`memory_weight` and `memory_start` of a cross-batch memory (XBM, Wang et al., CVPR 2020), off by default; objectives
-with weights a class: `num_classes`. Where the paper does not normalise, `normalize=False` takes embeddings of any
-length, with a penalty of `l2_weight` times their mean square.
+Some settings are shared. All objectives have `learning_rate_multiplier`, a factor on the updates of the objective's
+own weights (1 unless the table gives another default). Tuple and pair objectives have `miner` and `seed`. Pair
+objectives have `memory_size`, `memory_weight` and `memory_start` for a cross-batch memory (XBM, Wang et al., CVPR
+2020), which is off by default. Objectives with weights per class have `num_classes`. Where the paper does not
+normalise, `normalize=False` accepts embeddings of any length and adds a penalty of `l2_weight` times their mean
+squared length.
 
 {objectives}
 
-An objective of your own is a subclass of `objectives.Objective`, `PairObjective`, `TupleObjective` or
-`ProxyObjective` with `@s2sd_tf.objectives.register("my_objective")`.
+To add your own objective, subclass `objectives.Objective`, `PairObjective`, `TupleObjective` or `ProxyObjective` and
+decorate the class with `@s2sd_tf.objectives.register("my_objective")`.
 
 ### As a Keras loss
 
-`objectives.as_keras_loss(name, **settings)` is a loss for `compile` of any Keras model whose outputs are embeddings:
+`objectives.as_keras_loss(name, **settings)` returns a loss for `compile` of any Keras model that outputs embeddings:
 
 ```python
 import tensorflow as tf
@@ -57,7 +59,8 @@ model.compile("adam", loss=s2sd_tf.objectives.as_keras_loss("multi_similarity"))
 model.fit(batches, epochs=5)
 ```
 
-An objective with weights (the proxy objectives, and `margin`) needs a place in the model, which trains and saves them:
+An objective with weights (the proxy objectives and `margin`) must be in an `ObjectiveHolder` of the model, which then
+trains and saves the weights:
 
 ```python
 objective = s2sd_tf.objectives.get("proxy_anchor", num_classes=train.num_classes)
@@ -68,45 +71,49 @@ model.save("digits.keras")
 keras.models.load_model("digits.keras").fit(batches, epochs=5)
 ```
 
-- Several replicas: each compares the images of its own part of the batch; the loss is the mean over the replicas.
-  `S2SDModel` compares those of the whole batch.
-- Labels are integers. In floating point they have to be whole and below 2^24. There are no sample or class weights.
-- Every call draws anew from a stochastic miner, in evaluation too. Without an `ObjectiveHolder` the draws of a loaded
-  model start again from the seed.
-- A cross-batch memory is refused, since a Keras loss cannot tell training from evaluation; `learning_rate_multiplier`
-  has no effect. Both work in `S2SDModel`.
+- With several replicas, each compares only the images in its own part of the batch; the loss is the mean over the
+  replicas. `S2SDModel` compares the images of the whole batch.
+- Labels are integers. Floating-point labels must be whole numbers below 2^24. Sample and class weights are not
+  supported.
+- A stochastic miner makes new draws at every call, in evaluation too. Without an `ObjectiveHolder`, the draws of a
+  loaded model start again from the seed.
+- A cross-batch memory is not supported, because a Keras loss cannot tell training from evaluation, and
+  `learning_rate_multiplier` has no effect. Both work in `S2SDModel`.
 
-### Of tensorflow-addons
+### Losses of tensorflow-addons
 
-On the classic stack, by name; on the default stack the name says what to install and which of the above does the same.
-They have neither miner nor memory. Flags quote the name: `'--config.objective["addons/triplet_hard"].margin=0.5'`.
+These names work on the classic stack. On the default stack the error says what to install, and which objective above to
+use instead. They have no miner and no memory. Quote the name in flags:
+`'--config.objective["addons/triplet_hard"].margin=0.5'`.
 
 {addons}
 
 ## Miners
 
-A name or a `mining.Miner` for `miner`. Miners of triplets serve tuple objectives, and pair objectives by the pairs of
-their triplets; miners of pairs serve pair objectives. `mining.get(name, **settings)` makes one; in a config file
-`config.objective.<name>.miner` chooses and `config.miner.<name>.<setting>` sets.
+The setting `miner` accepts a name or a `mining.Miner`. Triplet miners work with tuple objectives, and with pair
+objectives, which use the pairs of the triplets. Pair miners work only with pair objectives. Create a miner with
+`mining.get(name, **settings)`. In a config file, `config.objective.<name>.miner` chooses it and
+`config.miner.<name>.<setting>` changes a setting.
 
 {miners}
 
 ## Samplers
 
-What is in a batch: `config.sampler.name`, or `data.training_batches(images, preprocessing, sampler)`.
+A sampler chooses the images of each batch: set `config.sampler.name`, or call
+`data.training_batches(images, preprocessing, sampler)`.
 
 {samplers}
 
 """
 
 
-def main():
+def main() -> None:
     PATH.write_text(text())
     README.write_text(with_names(README.read_text()))
 
 
-def text():
-    """The whole page."""
+def text() -> str:
+    """Returns the page."""
     addons = objectives.names("addons")
     ours = [name for name in objectives.names() if name not in addons]
     return TEXT.format(
@@ -126,7 +133,7 @@ def text():
             ],
         ),
         addons=table(
-            ["name", "defaults", "ours"],
+            ["name", "defaults", "instead"],
             [
                 [f"`{name}`", defaults(objectives.settings(name), SHARED), objectives.lookup(name).instead]
                 for name in addons
@@ -154,12 +161,13 @@ def text():
     )
 
 
-def with_names(readme):
-    """The README with the names of today in its paragraphs of objectives and miners."""
+def with_names(readme: str) -> str:
+    """Returns the README with the current names in its paragraphs on objectives and miners."""
     ours = [name for kind in ("pair", "tuple", "proxy") for name in objectives.names(kind)]
     for title, found in (("Objectives", ours), ("Miners", mining.names())):
         opening = rf"\*\*{title}\*\*[^:]*: "
         start = re.search(rf"^{opening}", readme, re.MULTILINE)
+        assert start, f"README.md: expected a paragraph that matches {opening}"
         listed = ", ".join(f"`{name}`" for name in found)
         paragraph = textwrap.fill(f"{start.group()}{listed}.", 120, break_on_hyphens=False)
         end = readme.index("\n\n", start.start())
@@ -167,24 +175,25 @@ def with_names(readme):
     return readme
 
 
-def table(head, rows):
+def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def code(formula):
+def code(formula: str) -> str:
     return f"`{formula}`".replace("|", "\\|") if formula else ""
 
 
-def defaults(settings, but=()):
-    shown = {key: value for key, value in settings.items() if key not in but and value is not inspect.Parameter.empty}
+def defaults(settings: dict[str, Any], omitted: tuple[str, ...] = ()) -> str:
+    empty = inspect.Parameter.empty
+    shown = {key: value for key, value in settings.items() if key not in omitted and value is not empty}
     if shown.get("learning_rate_multiplier") == 1.0:
         del shown["learning_rate_multiplier"]
     return ", ".join(f"{key} {value}" for key, value in shown.items()).replace("|", "\\|")
 
 
-def first_sentence(cls):
-    paragraph = " ".join(inspect.getdoc(cls).split("\n\n")[0].split())
+def first_sentence(cls: type) -> str:
+    paragraph = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
     return re.split(r"(?<=[a-z0-9)])[.:](?= [A-Z]|$)", paragraph)[0].rstrip(".:").replace("|", "\\|") + "."
 
 

@@ -221,8 +221,8 @@ def test_a_compiler_that_is_not_there(monkeypatch):
 
 def test_the_build_command(run_python, built, tmp_path):
     done = run_python("-m", "s2sd_tf.distillation.build")
-    assert done.stdout.count("is there") == 2
-    assert "tried with jit_compile=True: within" in done.stdout
+    assert done.stdout.count("already built") == 2
+    assert "tested with jit_compile=True: within" in done.stdout
 
 
 def test_an_installed_copy_of_the_sources_gives_the_same_name(tmp_path, monkeypatch):

@@ -270,11 +270,11 @@ class TestRefusals:
 
     def test_weights_that_the_model_does_not_have(self):
         loss = objectives.as_keras_loss(objectives.get("proxy_anchor", num_classes=4))
-        with pytest.raises(ValueError, match="objective: expected one without weights, or an instance that the model"):
+        with pytest.raises(ValueError, match="objective: expected one without weights, or an instance that is in"):
             loss(self.labels, self.rows)
         model = make_model()
         model.compile("sgd", loss=loss)
-        with pytest.raises(ValueError, match="ObjectiveHolder; or use S2SDModel"):
+        with pytest.raises(ValueError, match="in an ObjectiveHolder of the model; or use S2SDModel"):
             fit(model)
 
     def test_a_loss_whose_holder_is_not_there(self):

@@ -521,7 +521,7 @@ def test_labels_out_of_range(unit_rows):
         ("triplet", {"miner": "nonsense"}, "miner: expected one of"),
         ("margin", {"nu": -1.0}, "nu"),
         ("triplet", {"miner": "n_pair"}, "miner: expected one that chooses triplets, for triplet. Received: 'n_pair'"),
-        ("supcon", {"miner": "rho_distance"}, "miner: expected one whose negatives are of other classes"),
+        ("supcon", {"miner": "rho_distance"}, "miner: expected one whose negatives are from other classes"),
         ("supcon", {"dtype": "float16"}, "dtype: expected 'float32' or 'float64'"),
         ("fast_ap", {"bins": 6.5}, "bins: expected an int >= 1. Received: 6.5"),
         ("multi_similarity", {"alpha": 0.0}, "alpha"),

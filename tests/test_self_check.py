@@ -106,10 +106,10 @@ def test_a_right_op_is_used_and_checked_once_a_device(checked, lines):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (other_value, r"the value differs by 1.0e-02 .*\(float32, batch 41; at most 1e-03\)"),
-        (other_single_value, "the value of a teacher differs by"),
-        (other_gradient, r"the gradient differs by .*\(float32, batch 300; at most"),
-        (nan, "the gradient differs by nan"),
+        (other_value, r"the value differs from .* by 1.0e-02 \(float32, batch 41; at most 1e-03\)"),
+        (other_single_value, "the value of a teacher differs from"),
+        (other_gradient, r"the gradient differs from .*\(float32, batch 300; at most"),
+        (nan, "the gradient differs from the composed version's by nan"),
         (raises, r": CUDA driver version is insufficient\. The composed version is used\.$"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Similarity distillation: the KL divergence between in-batch similarity structures, fused or composed."""
+"""Similarity distillation: the KL divergence between in-batch similarities, as a fused op or in TensorFlow ops."""
 
 from s2sd_tf.distillation.similarity_kl import similarity_kl
 

@@ -1,9 +1,9 @@
-"""Builds the libraries of the fused similarity-KL op and tries them:
+"""Builds and tests the libraries of the fused similarity-KL op:
 
     python -m s2sd_tf.distillation.build
 
-Without this command the op is built at its first use. Here it can be built before, with CUDA kernels for GPUs that this
-machine does not have, or into another folder.
+Without this command the op is built at its first use. The command builds it ahead of time, and can build CUDA kernels
+for GPUs that this machine does not have, or write to another folder.
 """
 
 import platform
@@ -14,12 +14,12 @@ from absl import app, flags
 
 from s2sd_tf.distillation import libraries, similarity_kl
 
-_CUDA = flags.DEFINE_enum("cuda", "auto", ["auto", "on", "off"], "CUDA kernels: auto builds them where there is a GPU.")
+_CUDA = flags.DEFINE_enum("cuda", "auto", ["auto", "on", "off"], "CUDA kernels: auto builds them if there is a GPU.")
 _XLA = flags.DEFINE_bool("xla", True, "Build the library for jit_compile=True as well.")
-_FOLDER = flags.DEFINE_string("folder", None, "Where to put the libraries. Default: the user's cache.")
+_FOLDER = flags.DEFINE_string("folder", None, "Folder for the libraries. Default: the user's cache.")
 
 
-def main(_):
+def main(_: list[str]) -> None:
     gpus = tf.config.get_visible_devices("GPU")
     cuda = _CUDA.value == "on" or (_CUDA.value == "auto" and bool(gpus))
     print(f"TensorFlow {tf.__version__}, {platform.machine()}, {len(gpus)} GPU(s)")
@@ -31,7 +31,7 @@ def main(_):
             found = None if _FOLDER.value else libraries.find(library, cuda)
             start = time.monotonic()
             path = found or libraries.build(library, _FOLDER.value, cuda)
-            print(f"{path}: {'is there' if found else f'built in {time.monotonic() - start:.0f} s'}")
+            print(f"{path}: {'already built' if found else f'built in {time.monotonic() - start:.0f} s'}")
     except libraries.BuildError as error:
         raise SystemExit(f"not built: {error}") from error
     if not _FOLDER.value and cuda == bool(gpus):
@@ -50,7 +50,7 @@ def _try_out():
             difference = abs(float(step(student, teacher)) - float(expected))
         except NotImplementedError as error:
             raise SystemExit(str(error)) from error
-        print(f"tried with jit_compile={jit}: within {difference:.1e} of the composed version")
+        print(f"tested with jit_compile={jit}: within {difference:.1e} of the composed version")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,18 @@
-"""The similarity-KL by plain TensorFlow ops. It runs everywhere, and the fused op is checked against it."""
+"""Similarity-KL in plain TensorFlow ops. It runs everywhere and is the reference for the fused op."""
+
+from collections.abc import Sequence
 
 import tensorflow as tf
 
 
-def composed_similarity_kl(student, teachers, temperature, weights, rows):
-    """`(total, per_teacher)` in the dtype of the student, float32 or float64; `rows` is `(offset, count)` or None."""
+def composed_similarity_kl(
+    student: tf.Tensor,
+    teachers: Sequence[tf.Tensor],
+    temperature: float | tf.Tensor,
+    weights: Sequence[float] | tf.Tensor,
+    rows: tuple[int, int] | tf.Tensor | None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Computes `(total, per_teacher)` of `similarity_kl` in the student's dtype, float32 or float64."""
     dtype = student.dtype
     temperature = tf.stop_gradient(tf.cast(temperature, dtype))
     log_student = _log_softmax_similarities(student, temperature, rows)

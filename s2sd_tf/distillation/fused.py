@@ -1,9 +1,11 @@
-"""The fused similarity-KL op; its libraries are loaded at the first use, and built then where they are missing."""
+"""The fused similarity-KL op. Its libraries are loaded at the first use, and built first if they are missing."""
 
 import contextlib
 import logging
 import threading
 import time
+from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -13,21 +15,21 @@ DTYPES = (tf.float32, tf.float16, tf.bfloat16)
 CUDA_MAX_TEACHERS, CUDA_MAX_BATCH, CUDA_MAX_DIM = 64, 2**17, 2**22  # see validate.h
 
 _LOG = logging.getLogger(__name__)
-_LOADED = {}
-_CHECKED = {}  # by library: None, or why it is not trusted
+_LOADED: dict[str, tuple[Any, str | None]] = {}  # by library: what `_load` returns
+_CHECKED: dict[str, str | None] = {}  # by library: None, or why it is not trusted
 _LOADING = threading.RLock()
 _USE = {libraries.OP: "", libraries.XLA: " under jit_compile"}
 
 
 @tf.autograph.experimental.do_not_convert
-def unavailable(xla=False):
-    """None where the fused op can be used, else why not, in one line; the first time it is logged too.
+def unavailable(xla: bool = False) -> str | None:
+    """Returns None if the fused op can be used, else the reason in one line, which is also logged the first time.
 
-    With GPUs it can be used only where, on each of them, it agrees with the composed version on small problems. That is
-    tried once.
+    On a machine with GPUs the op can be used only if it agrees with the composed version on small problems on every
+    GPU. This is checked once.
 
     Args:
-        xla: whether the op has to work under `jit_compile=True` too, which takes a second library.
+        xla: whether the op must also work under `jit_compile=True`, which needs a second library.
     """
     for library in (libraries.OP, libraries.XLA)[: 2 if xla else 1]:
         reason = _load(library)[1] or _failed_check(library)
@@ -36,22 +38,29 @@ def unavailable(xla=False):
     return None
 
 
-def on_gpu():
-    """Whether the op runs on a GPU where it can be used."""
+def on_gpu() -> bool:
+    """Whether the op, if it can be used, runs on a GPU."""
     return bool(tf.config.get_visible_devices("GPU"))
 
 
-def too_large_for_a_gpu(student, teachers):
-    """Whether the CUDA kernels refuse the shapes, as far as these are known."""
+def too_large_for_a_gpu(student: tf.Tensor, teachers: Sequence[tf.Tensor]) -> bool:
+    """Whether the CUDA kernels refuse these shapes; unknown sizes count as small enough."""
     dims = [matrix.shape[1] or 0 for matrix in (student, *teachers)]
     return len(teachers) > CUDA_MAX_TEACHERS or (student.shape[0] or 0) > CUDA_MAX_BATCH or max(dims) > CUDA_MAX_DIM
 
 
-def fused_similarity_kl(student, teachers, temperature, weights, rows, compute_gradient):
-    """`(total, per_teacher)` by the fused op; the arguments are tensors that `similarity_kl` has checked.
+def fused_similarity_kl(
+    student: tf.Tensor,
+    teachers: Sequence[tf.Tensor],
+    temperature: float | tf.Tensor,
+    weights: Sequence[float] | tf.Tensor,
+    rows: tf.Tensor,
+    compute_gradient: bool,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Runs the fused op and returns `(total, per_teacher)`. `similarity_kl` has checked the arguments.
 
-    The tensors have one dtype of `DTYPES`; `rows` is int32 `(2,)`. Without `compute_gradient` the op does less, and
-    whoever differentiates nevertheless has it run again.
+    The tensors share one dtype of `DTYPES`; `rows` is int32 `(2,)`. With `compute_gradient=False` the op does less
+    work, and runs again if it is differentiated after all.
     """
     total, per_teacher, _ = _op()(
         student=student,
@@ -66,7 +75,7 @@ def fused_similarity_kl(student, teachers, temperature, weights, rows, compute_g
 
 
 def _similarity_kl_gradient(op, total_gradient, *_):
-    """The student's gradient was made in the forward pass: the upstream gradient is one number."""
+    """Scales the student's gradient from the forward pass: the upstream gradient is a single number."""
     student, *teachers = op.inputs[:-3]
     temperature, weights, rows = op.inputs[-3:]
     per_teacher, student_gradient = op.outputs[1:]
@@ -84,7 +93,7 @@ def _similarity_kl_gradient(op, total_gradient, *_):
     return [student_gradient, *[None] * len(teachers), None, total_gradient * _once_differentiable(per_teacher), None]
 
 
-with contextlib.suppress(KeyError):  # of a module that is loaded a second time, as notebooks do
+with contextlib.suppress(KeyError):  # already registered if the module is reloaded, as in notebooks
     tf.RegisterGradient("S2sd>SimilarityKl")(_similarity_kl_gradient)
 
 
@@ -106,19 +115,19 @@ def _op():
 
 
 def _load(library):
-    """`(module, None)`, or `(None, why not)`; builds the library where it is missing."""
+    """Returns `(module, None)`, or `(None, reason)`; builds the library if it is missing."""
     with _LOADING:
         if library not in _LOADED:
             try:
                 _LOADED[library] = _find_or_build(library), None
-            except Exception as error:  # whatever it is, there is the composed version
+            except Exception as error:  # whatever went wrong, the composed version still works
                 reason = f"no fused similarity-KL op{_USE[library]}: {self_check.first_line(error)}"
                 _LOADED[library] = None, _give_up(reason)
         return _LOADED[library]
 
 
 def _failed_check(library):
-    """None, or on which GPU the op differs from the composed version, and in what."""
+    """Returns None, or the GPU on which the op differs from the composed version and how it differs."""
     with _LOADING:
         if library not in _CHECKED:
             _CHECKED[library] = _check(library)
@@ -139,7 +148,7 @@ def _give_up(reason):
 
 
 def _devices_to_check():
-    """Names of this process's GPUs; a cluster has others too."""
+    """Returns the names of this process's GPUs, without those of other processes in a cluster."""
     if not on_gpu():
         return []
     with tf.init_scope(), tf.device("CPU:0"):
@@ -152,7 +161,7 @@ def _find_or_build(library):
     gpus = tf.config.get_visible_devices("GPU")
     cuda = _compute_capabilities(gpus) if gpus else False
     if library == libraries.XLA and cuda and tf.__version__.startswith("2.15."):
-        raise libraries.BuildError("TensorFlow 2.15 has no interface for it on a GPU")
+        raise libraries.BuildError("TensorFlow 2.15 has no XLA interface for it on a GPU")
     path = libraries.find(library, cuda)
     if path is None:
         if cuda and not libraries.cuda_compiler():
@@ -160,7 +169,7 @@ def _find_or_build(library):
         libraries.compiler()
         others = libraries.others(library)
         _LOG.warning(
-            "s2sd_tf: building the fused similarity-KL op%s for TensorFlow %s, once%s ...",
+            "s2sd_tf: building the fused similarity-KL op%s for TensorFlow %s%s; this happens only once ...",
             _USE[library],
             tf.__version__,
             f" ({', '.join(others)} does not fit)" if others else "",
@@ -172,7 +181,7 @@ def _find_or_build(library):
 
 
 def _compute_capabilities(gpus):
-    """Those of the GPUs, as in `[80, 90]`."""
+    """Returns the GPUs' compute capabilities, sorted, such as `[80, 90]`."""
     found = set()
     for gpu in gpus:
         capability = tf.config.experimental.get_device_details(gpu).get("compute_capability")

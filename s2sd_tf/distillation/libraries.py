@@ -1,11 +1,11 @@
-"""Building and finding the libraries of the fused similarity-KL op.
+"""Finds and builds the libraries of the fused similarity-KL op.
 
-There are two: "similarity_kl", the op, and "similarity_kl_xla", which makes it known to XLA and takes longer to build.
-A library loads only in the TensorFlow minor version that it was built for, so its name says for which version, for
-which processor, and from which sources it was built. It is looked for in `prebuilt/` beside this file, where `setup.py`
-puts it, then in the user's cache.
+There are two: "similarity_kl", the op itself, and "similarity_kl_xla", which registers the op with XLA and takes longer
+to build. A library loads only in the TensorFlow minor version it was built for, so its file name contains that version,
+the processor, and a digest of the sources. The search order is `prebuilt/` beside this file, where `setup.py` puts
+libraries, then the user's cache.
 
-`setup.py` loads this file by its path: it imports nothing of the package, and TensorFlow only when it is called.
+`setup.py` loads this file by its path. So this file imports nothing from the package, and TensorFlow only in functions.
 """
 
 import concurrent.futures
@@ -19,12 +19,13 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 
 OP = "similarity_kl"
 XLA = "similarity_kl_xla"
 CACHE_VARIABLE = "S2SD_TF_CACHE_DIR"
 
-# Files among the sources that no library is built from: they are neither installed nor part of a library's name.
+# Source files that no library is built from: they are not installed, and changing them does not change library names.
 NOT_BUILT = (
     "BUILD",
     "c_interface.cc",
@@ -44,7 +45,7 @@ PREBUILT = pathlib.Path(__file__).parent / "prebuilt"
 
 _KERNEL_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-ffp-contract=fast"]
 _AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
-_KERNEL_SOURCES = {"cpu_kernel.cc": [], "cpu_simd_portable.cc": []}
+_KERNEL_SOURCES: dict[str, list[str]] = {"cpu_kernel.cc": [], "cpu_simd_portable.cc": []}
 _X86_SOURCES = {
     "cpu_simd_avx2.cc": ["-mavx2", "-mfma", "-mf16c"],
     "cpu_simd_avx512.cc": _AVX512_FLAGS,
@@ -52,20 +53,20 @@ _X86_SOURCES = {
 }
 _CUDA_SOURCE = "cuda_kernel.cu"
 _CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-OLDEST_CUDA = _CUDA_ARCHITECTURES[0]  # earlier ones lack asynchronous copies and TF32
+OLDEST_CUDA = _CUDA_ARCHITECTURES[0]  # older ones lack asynchronous copies and TF32
 _OP_SOURCES = {OP: "op.cc", XLA: "xla_lowering.cc"}
 
 
 class BuildError(RuntimeError):
-    """A library could not be built; the message says why in one line."""
+    """Raised when a library cannot be built; the message gives the reason in one line."""
 
 
-def find(library, cuda=False):
-    """Path of a built library that fits this TensorFlow, processor and source tree, or None.
+def find(library: str, cuda: bool | Sequence[int] = False) -> pathlib.Path | None:
+    """Returns the path of a built library that fits this TensorFlow, processor and source tree, or None.
 
     Args:
         library: `OP` or `XLA`.
-        cuda: as for `build`. A library for all architectures serves where some are asked for.
+        cuda: as for `build`. If `cuda` is a list, a library for all architectures fits too.
     """
     for folder in (PREBUILT, cache_folder()):
         for kind in (cuda, True) if cuda else (False,):
@@ -75,14 +76,18 @@ def find(library, cuda=False):
     return None
 
 
-def others(library):
-    """Names of prebuilt libraries of the same kind that do not fit."""
+def others(library: str) -> list[str]:
+    """Returns the names of the prebuilt versions of `library` that do not fit."""
     fitting = file_name(library, False)[: -len(".so")]
     return sorted(path.name for path in PREBUILT.glob(f"{library}-tf*.so") if not path.name.startswith(fitting))
 
 
-def cache_folder():
-    """Where libraries that are built at their first use are kept."""
+def cache_folder() -> pathlib.Path:
+    """Returns the folder for libraries that are built at their first use.
+
+    Raises:
+        BuildError: neither an environment variable nor a home directory gives a folder.
+    """
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
         return pathlib.Path(chosen)
@@ -90,29 +95,29 @@ def cache_folder():
     try:
         return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "s2sd_tf"
     except RuntimeError as error:  # no home directory
-        raise BuildError(f"{error} Set {CACHE_VARIABLE}.") from error
+        raise BuildError(f"{error} Set {CACHE_VARIABLE} to a folder.") from error
 
 
-def build(library, folder=None, cuda=False):
-    """Builds `library` into `folder` (default: the user's cache) and returns its path.
+def build(library: str, folder: str | os.PathLike | None = None, cuda: bool | Sequence[int] = False) -> pathlib.Path:
+    """Builds a library, unless it is there already, and returns its path.
 
-    One process builds at a time; one that had to wait finds the other's library.
+    Only one process builds at a time; a process that had to wait uses the library that the other one built.
 
     Args:
         library: `OP` or `XLA`.
-        folder: where to put it.
-        cuda: False, or True for a library with CUDA kernels for all architectures that the compiler knows, or a list of
-            compute capabilities such as `[90]`.
+        folder: where to put it. Default: the user's cache.
+        cuda: False for a CPU-only library, True to add CUDA kernels for all architectures in `_CUDA_ARCHITECTURES` that
+            the compiler knows, or a list of compute capabilities such as `[90]`.
 
     Raises:
-        BuildError: no compiler, no sources, or the compiler's message.
+        BuildError: there is no compiler, the sources are missing, compilation failed, or `folder` cannot be written.
     """
     folder = pathlib.Path(folder) if folder else cache_folder()
     path = folder / file_name(library, cuda)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder) as alone:
-            for leftover in folder.glob(".writing-*") if alone else ():  # of a process that was killed
+            for leftover in folder.glob(".writing-*") if alone else ():  # from a process that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
             if not path.exists():
                 _build(library, path, cuda)
@@ -121,8 +126,12 @@ def build(library, folder=None, cuda=False):
     return path
 
 
-def sources():
-    """Folder of the C++ sources: beside the modules of an installed package, above them in a source tree."""
+def sources() -> pathlib.Path:
+    """Returns the folder of the C++ sources: inside an installed package, beside the package in a source tree.
+
+    Raises:
+        BuildError: the sources are not installed.
+    """
     package = pathlib.Path(__file__).parents[1]
     for folder in (package / "custom_ops", package.parent / "custom_ops"):
         if (folder / OP / "op.cc").exists():
@@ -130,22 +139,27 @@ def sources():
     raise BuildError("the C++ sources are not installed")
 
 
-def cpu_kernel_sources(machine):
-    """The CPU kernel's files, with the flags for the vector instructions that each is compiled for."""
+def cpu_kernel_sources(machine: str) -> dict[str, list[str]]:
+    """Returns the CPU kernel's files, each with the compiler flags for its vector instructions."""
     return {**_KERNEL_SOURCES, **(_X86_SOURCES if machine.lower() in ("x86_64", "amd64") else {})}
 
 
-def compiler():
-    """Path of the C++ compiler: `$CXX`, else g++, c++ or clang++."""
+def compiler() -> str:
+    """Returns the path of the C++ compiler: `$CXX`, else g++, c++ or clang++.
+
+    Raises:
+        BuildError: there is none.
+    """
     chosen = os.environ.get("CXX")
     for name in (chosen,) if chosen else ("g++", "c++", "clang++"):
-        if shutil.which(name):
-            return shutil.which(name)
+        path = shutil.which(name)
+        if path:
+            return path
     raise BuildError(f"$CXX, {chosen}, is not a program" if chosen else "there is no C++ compiler (g++ or clang++)")
 
 
-def cuda_compiler():
-    """Path of nvcc, or None."""
+def cuda_compiler() -> str | None:
+    """Returns the path of nvcc, or None."""
     candidates = [shutil.which("nvcc")]
     candidates += [os.path.join(os.environ.get(name, ""), "bin", "nvcc") for name in ("CUDA_HOME", "CUDA_PATH")]
     candidates.append("/usr/local/cuda/bin/nvcc")
@@ -172,9 +186,9 @@ def _build(library, path, cuda):
             op_flags += ["-DS2SD_TF_CUDA=1", "-DGOOGLE_CUDA=1", f"-I{toolkit / 'include'}"]
             command = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", cxx]
             targets = _cuda_targets(nvcc, cuda)
-            # Architectures are compiled at the same time, on as many threads as there are processors.
+            # `--threads 0`: architectures are compiled in parallel, on as many threads as there are processors.
             commands.append([*command, "--threads", "0", *targets, "-c", folder / _CUDA_SOURCE])
-            # TensorFlow's own library has stand-ins for the CUDA runtime's functions: this library uses its own copy.
+            # TensorFlow's own library stubs out the CUDA runtime's functions, so this library links its own copy.
             runtime = next(iter(toolkit.glob("lib*/libcudart_static.a")), "-lcudart_static")
             link_flags[1:1] = [runtime, "-Wl,--exclude-libs,libcudart_static.a"]
             link_flags += ["-lpthread", "-ldl", "-lrt"]
@@ -194,21 +208,21 @@ def _build(library, path, cuda):
 def _run(command):
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        telling = re.compile("error:|fatal|cannot find|undefined reference", re.IGNORECASE)
-        lines = [line for line in done.stderr.splitlines() if telling.search(line)] or done.stderr.splitlines()
+        cause = re.compile("error:|fatal|cannot find|undefined reference", re.IGNORECASE)
+        lines = [line for line in done.stderr.splitlines() if cause.search(line)] or done.stderr.splitlines()
         source = next((str(part) for part in command if str(part).endswith((".cc", ".cu"))), "linking")
         raise BuildError(f"{os.path.basename(source)}: {lines[0].strip() if lines else f'exit {done.returncode}'}")
 
 
-def cuda_toolkit(nvcc):
-    """Folder of the CUDA toolkit, as nvcc itself sees it: it may be called through a script."""
+def cuda_toolkit(nvcc: str) -> pathlib.Path:
+    """Returns the folder of the CUDA toolkit as nvcc reports it: `nvcc` itself may be a script in another folder."""
     done = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
     tops = [line.split("=", 1)[1] for line in done.stderr.splitlines() if line.startswith("#$ TOP=")]
     return pathlib.Path(tops[0] if tops else os.path.dirname(os.path.dirname(nvcc))).resolve()
 
 
 def _cuda_targets(nvcc, cuda):
-    """nvcc's options for the architectures, and for code that later ones translate."""
+    """Returns nvcc's options: code for each architecture, and PTX that newer GPUs compile for themselves."""
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
     wanted = _CUDA_ARCHITECTURES if cuda is True else sorted(cuda)
     chosen = [number for number in wanted if f"sm_{number}" in known]
@@ -218,8 +232,8 @@ def _cuda_targets(nvcc, cuda):
     return [*targets, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
 
 
-def file_name(library, cuda):
-    """Name of the library that fits this TensorFlow, this processor and these sources."""
+def file_name(library: str, cuda: bool | Sequence[int]) -> str:
+    """Returns the file name of a library for this TensorFlow, this processor and these sources."""
     import tensorflow as tf
 
     minor = ".".join(tf.__version__.split(".")[:2])
@@ -233,7 +247,7 @@ def file_name(library, cuda):
 
 @functools.lru_cache(maxsize=1)
 def _digest():
-    """Ten hexadecimal digits that change with the sources, and with how they are compiled."""
+    """Returns ten hexadecimal digits that depend on the sources and on this file, which has the compiler flags."""
     digest = hashlib.sha256(pathlib.Path(__file__).read_bytes())
     for path in sorted(sources().iterdir()):
         if path.suffix in (".cc", ".h", ".cu", ".cuh") and path.name not in NOT_BUILT:
@@ -243,10 +257,10 @@ def _digest():
 
 @contextlib.contextmanager
 def _lock(folder):
-    """Yields whether this process is the only one that builds there."""
+    """Locks the folder for this process. Yields whether that worked, so that no other process builds there."""
     try:
         import fcntl
-    except ImportError:  # not a Unix: two processes may build at once, each moves a whole file into place
+    except ImportError:  # not Unix: two processes may build at once, and each moves a complete file into place
         yield False
         return
     with open(folder / ".lock", "w") as file:

@@ -1,16 +1,18 @@
-"""Whether the fused op computes on a device what the composed version does: tried on small problems."""
+"""Checks the fused op against the composed version on a device, on small problems."""
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.distillation.composed import composed_similarity_kl
 
-# Largest errors of the divergences and of the gradient, each relative to its largest entry.
-_LIMIT = 1e-3  # of rounding there is 1e-6
-_LIMIT_TF32 = 2e-2  # of rounding there is 2e-3
+# Largest accepted errors of the divergences and the gradient, each relative to its largest entry.
+_LIMIT = 1e-3  # rounding alone gives 1e-6
+_LIMIT_TF32 = 2e-2  # rounding alone gives 2e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +20,11 @@ class _Problem:
     batch: int
     dtype: tf.DType
     temperature: float
-    rows: tuple = None  # all
-    lengths: tuple = (1.0, 1.0)  # of the matrices' rows, from and to
+    rows: tuple[int, int] | None = None  # offset and count; None: all
+    lengths: tuple[float, float] = (1.0, 1.0)  # smallest and largest length of the matrices' rows
 
-    def inputs(self):
-        """The student's and the teachers' matrices, already rounded to the dtype."""
+    def inputs(self) -> list[tf.Tensor]:
+        """Returns the student's and the teachers' matrices, rounded to `dtype`."""
         random = np.random.default_rng(self.batch)
         matrices = []
         for dim in (16, 33, 70):
@@ -31,11 +33,11 @@ class _Problem:
             matrices.append(tf.cast(matrix, self.dtype))
         return matrices
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.dtype.name}, batch {self.batch}"
 
 
-# A GPU has kernels for up to 256 rows, for more, and for so many that larger tiles keep all of its processors busy.
+# The batch sizes select the different GPU kernels: up to 256 rows, more, and enough for larger tiles to fill the GPU.
 _DTYPES = (tf.float32, tf.float16, tf.bfloat16)
 _PROBLEMS = (
     *(_Problem(41, dtype, 1.0) for dtype in _DTYPES),
@@ -43,30 +45,30 @@ _PROBLEMS = (
     *(_Problem(2400, dtype, 0.2) for dtype in _DTYPES),
     _Problem(41, tf.float32, 0.5, rows=(7, 20)),
     _Problem(300, tf.float32, 0.5, rows=(97, 130)),
-    _Problem(300, tf.float32, 1.0, lengths=(0.5, 3.0)),  # of such the kernel looks for the rows' maxima
+    _Problem(300, tf.float32, 1.0, lengths=(0.5, 3.0)),  # for such lengths the kernel computes the rows' maxima
 )
 _WEIGHTS = (0.5, 1.5)
 
 
-def complaint(op, device, jit_compile=False):
-    """None where `op` agrees with the composed version on `device`, else what was found, in one line.
+def complaint(op: Callable[..., Any], device: str, jit_compile: bool = False) -> str | None:
+    """Returns None if `op` agrees with the composed version on `device`, else the difference or error in one line.
 
-    The check runs at once and eagerly, wherever it is called: inside a `tf.function`, a replica or a tape too.
+    The check runs immediately and eagerly, even inside a `tf.function`, a replica or a tape.
 
     Args:
-        op: the op, as `tf.load_op_library` gives it.
+        op: the op, as `tf.load_op_library` returns it.
         device: name of a logical device.
-        jit_compile: whether XLA is to compile the op.
+        jit_compile: whether to compile the op with XLA.
     """
     try:
         with tf.init_scope():
             return _compare(op, device, jit_compile)
-    except Exception as error:  # of CUDA, of the driver, of XLA: whatever it is, there is the composed version
+    except Exception as error:  # from CUDA, the driver or XLA: whatever it is, the composed version still works
         return first_line(error)
 
 
-def first_line(error):
-    """Of an exception's message; its type's name where it has none."""
+def first_line(error: Exception) -> str:
+    """Returns the first line of an exception's message, or the name of its type if there is no message."""
     return (getattr(error, "message", None) or str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -79,7 +81,7 @@ def _compare(op, device, jit_compile):
     with tf.device(device):
         outputs = run(op, [[tf.identity(matrix) for matrix in matrices] for matrices in inputs], allow_tf32)
     ran_on = outputs[0][0].device
-    if _type_and_index(ran_on) != _type_and_index(device):  # soft placement says nothing
+    if _type_and_index(ran_on) != _type_and_index(device):  # soft placement moves an op silently
         return f"it ran on {ran_on}"
     for problem, output, (per_teacher, gradient) in zip(_PROBLEMS, outputs, expected):
         total = np.dot(_WEIGHTS, per_teacher)
@@ -87,8 +89,8 @@ def _compare(op, device, jit_compile):
         names = ("value", "value of a teacher", "gradient")
         for name, got, want in zip(names, output, (total, per_teacher, gradient)):
             error = np.max(np.abs(got.numpy() - want)) / np.max(np.abs(want))
-            if not error <= limit:  # NaN is not
-                return f"the {name} differs by {error:.1e} of the composed version's ({problem}; at most {limit:.0e})"
+            if not error <= limit:  # also if it is NaN
+                return f"the {name} differs from the composed version's by {error:.1e} ({problem}; at most {limit:.0e})"
     return None
 
 
@@ -98,7 +100,7 @@ def _type_and_index(device):
 
 
 def _run(op, inputs, allow_tf32):
-    """`(total, per_teacher, gradient)` of every problem."""
+    """Returns `(total, per_teacher, gradient)` for each problem."""
     outputs = []
     for problem, (student, *teachers) in zip(_PROBLEMS, inputs):
         output = op(
@@ -120,7 +122,7 @@ def _jitted(op, inputs, allow_tf32):
 
 @functools.cache
 def _exact(problem):
-    """The divergences and the gradient by the composed version in float64."""
+    """Computes the divergences and the gradient with the composed version in float64."""
     per_teacher, gradient = _composed([tf.cast(matrix, tf.float64) for matrix in problem.inputs()], problem)
     return per_teacher.numpy(), gradient.numpy()
 
@@ -129,4 +131,4 @@ def _exact(problem):
 def _composed(matrices, problem):
     student, *teachers = matrices
     total, per_teacher = composed_similarity_kl(student, teachers, problem.temperature, _WEIGHTS, problem.rows)
-    return per_teacher, tf.gradients(total, student)[0]  # no tape records within an init_scope
+    return per_teacher, tf.gradients(total, student)[0]  # not a tape: it records nothing inside an init_scope

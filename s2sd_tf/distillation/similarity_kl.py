@@ -1,7 +1,9 @@
-"""The row-wise KL divergence between the similarity matrices of teachers and of a student."""
+"""Row-wise KL divergence from the similarity matrices of teachers to that of a student."""
 
 import os
+from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.distillation import fused
@@ -12,60 +14,60 @@ KERNEL_VARIABLE = "S2SD_TF_KERNEL"
 
 
 def similarity_kl(
-    student,
-    teachers,
-    temperature=1.0,
-    weights=None,
-    implementation="auto",
+    student: tf.Tensor | np.ndarray,
+    teachers: Sequence[tf.Tensor | np.ndarray],
+    temperature: float | tf.Tensor = 1.0,
+    weights: Sequence[float] | tf.Tensor | None = None,
+    implementation: str = "auto",
     *,
-    rows=None,
-    compute_gradient=True,
-    jit_compile=None,
-):
-    """KL divergence from every teacher's in-batch similarity structure to the student's (S2SD, section 3).
+    rows: tuple[int, int] | tf.Tensor | None = None,
+    compute_gradient: bool = True,
+    jit_compile: bool | None = None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Computes the KL divergence from each teacher's in-batch similarities to the student's (S2SD, section 3).
 
-    With the cosine similarities S(a) = a a^T of l2-normalised rows, diagonal kept, and P(a) the row-wise softmax of
-    S(a) / T:
+    With the cosine similarities S(a) = a a^T of l2-normalised rows, including the diagonal, and P(a) the row-wise
+    softmax of S(a) / T:
 
         KL_k = T^2 / B * sum_ij P(q_k)_ij * (log P(q_k)_ij - log P(z)_ij)
 
-    The composed implementation makes 2 (K + 1) matrices of batch x batch and as many for the gradient. The fused one
-    makes none. It takes a workspace of at most `S2SD_TF_WORKSPACE_MIB` (an environment variable, default 256) MiB; on
-    the CPU some 60 MiB beside it, and all of it is kept for the next call (except by jitted functions); calls at the
-    same time take as much each. Rows of other lengths than 1 give the right result too, in more time. On a GPU, NaN is
-    the result of a squared length above 1e36 or a temperature that is a tensor and not > 0.
+    The composed implementation allocates 2 (K + 1) matrices of batch x batch, and as many again for the gradient. The
+    fused op allocates none. It uses a workspace of at most `S2SD_TF_WORKSPACE_MIB` (an environment variable, default
+    256) MiB, plus about 60 MiB on the CPU. On the CPU all of it is kept for the next call, except in jitted functions;
+    concurrent calls need as much each. Rows that are not of length 1 give correct results too, but take longer. On a
+    GPU the result is NaN for a squared length above 1e36, or for a temperature tensor that is not > 0.
 
-    The fused op has no second derivative. A function that is saved to be used without this package should be traced
-    with `implementation="composed"`.
+    The fused op has no second derivative. To save a function for use without this package, trace it with
+    `implementation="composed"`.
 
     Args:
-        student: float tensor `(batch, dim)`, the rows l2-normalised. float64 computes in float64; float32, float16
-            and bfloat16 accumulate in float32.
-        teachers: sequence of K >= 1 float tensors `(batch, dim_k)`; the dims may differ. No gradient flows into them.
-        temperature: float > 0. No gradient flows into it.
-        weights: K floats, or a float tensor `(K,)`, by which the divergences are summed. Default: 1 / K each.
-        implementation: "auto" (the fused op where it can be had, else composed), "composed" (TensorFlow ops) or
-            "fused". The environment variable `S2SD_TF_KERNEL` stands in for "auto" where it is set. "auto" is composed
-            in float64, for `rows` that a jitted function computes, and on a GPU for more than 64 teachers or 131,072
-            rows. With GPUs the fused op is compared with the composed version on each at the first use, on small
-            problems; where it fails or differs, a line is logged and it is not used.
-        rows: `(offset, count)`, two ints or an int32 tensor `(2,)`: only the rows [offset, offset + count) of the
-            similarity matrices are compared, over all columns, and averaged. The gradient has the part of the rows and
-            that of the columns. For a replica that holds `count` of `batch` gathered embeddings: the mean over replicas
-            of equal count is the divergence of the whole batch. Default: all.
-        compute_gradient: False spares the fused op the gradient, where only the value is wanted.
-        jit_compile: whether the surrounding `tf.function` is compiled by XLA. None, not known: the fused op is then
-            used inside of a `tf.function` only where it works with XLA too.
+        student: float `(batch, dim)`, with l2-normalised rows. A float64 student is computed in float64; float32,
+            float16 and bfloat16 accumulate in float32.
+        teachers: K >= 1 float matrices `(batch, dim_k)`; the dims may differ. No gradient flows into them.
+        temperature: > 0. No gradient flows into it.
+        weights: weights `(K,)` of the divergences in the total. Default: 1 / K each.
+        implementation: "composed" (TensorFlow ops), "fused", or "auto": the fused op if it is available, else composed.
+            The environment variable `S2SD_TF_KERNEL`, if set, replaces "auto". "auto" is always composed for float64,
+            for `rows` that a jitted function computes, and on a GPU for more than 64 teachers, 131,072 rows or
+            4,194,304 dimensions. At the first use, the fused op is compared with the composed version on every GPU, on
+            small problems. If it fails or differs, one line is logged and the composed version is used.
+        rows: `(offset, count)`: compares only the rows [offset, offset + count) of the similarity matrices, over all
+            columns, and averages over them. The gradient includes the contributions of embeddings as rows and as
+            columns. This is for a replica that holds `count` of `batch` gathered embeddings: the mean over replicas
+            with equal counts is the divergence of the whole batch. Default: all rows.
+        compute_gradient: False saves the fused op the work for the gradient, if only the value is needed.
+        jit_compile: whether XLA compiles the surrounding `tf.function`. None means unknown: inside a `tf.function` the
+            fused op is then used only if it works with XLA too.
 
     Returns:
-        `(total, per_teacher)`: the weighted sum, a scalar differentiable in `student` and `weights`; and the K single
-        divergences `(K,)`, which carry no gradient. Both are float32, or float64 for a float64 student.
+        `(total, per_teacher)`: the weighted sum, a scalar that is differentiable in `student` and `weights`; and the
+        K divergences `(K,)`, which carry no gradient. Both are float32, or float64 for a float64 student.
 
     Raises:
-        tf.errors.InvalidArgumentError: wrong rank, no teacher, batch sizes that differ, a weight too many or too few,
-            a temperature that is not > 0 or not finite, rows outside of the batch, or "fused" asked for in float64.
-            The composed version raises nothing under XLA for what only shows when it runs.
-        NotImplementedError: "fused" was asked for and cannot be had, or fails its check; the message says why.
+        tf.errors.InvalidArgumentError: wrong rank, no teacher, differing batch sizes, a wrong number of weights, a
+            temperature that is not > 0 or not finite, rows outside the batch, or "fused" for float64. Under XLA the
+            composed version raises nothing for values that are known only when it runs.
+        NotImplementedError: "fused" was requested but is not available or fails its check; the message says why.
         ValueError: an unknown implementation.
     """
     chosen = _chosen_implementation(implementation)
@@ -115,10 +117,10 @@ def _use_fused(chosen, student, teachers, rows, jit_compile):
         if reason:
             raise NotImplementedError(f"implementation='fused': {reason}")
         if maybe_jitted:
-            fused.unavailable(xla=True)  # loads what there is
+            fused.unavailable(xla=True)  # loads the XLA library if it is available
         return True
     if maybe_jitted and rows is not None and tf.get_static_value(rows) is None:
-        return False  # XLA would have to know them
+        return False  # XLA needs the rows at compile time
     if fused.on_gpu() and fused.too_large_for_a_gpu(student, teachers):
         return False
     return not fused.unavailable(xla=maybe_jitted)
@@ -130,7 +132,7 @@ def _all_rows(student):
 
 
 def _rows(rows, student):
-    """`rows` as an int32 tensor `(2,)`, or None for all of them."""
+    """Returns `rows` as an int32 tensor `(2,)`, or None for all rows."""
     if rows is None:
         return None
     rows = tf.convert_to_tensor(rows, tf.int32)
@@ -149,7 +151,7 @@ def _expected_rows(batch):
 
 
 def _assertions(student, teachers, temperature, weights, rows):
-    """Ops that refuse what could not be seen when the function was traced; the fused op has its own."""
+    """Returns assertions for what is unknown while tracing; the fused op has its own."""
     assertions = []
 
     def expect(condition, message, *received):
@@ -176,7 +178,7 @@ def _assertions(student, teachers, temperature, weights, rows):
 
 
 def _check_shapes(student, teachers, temperature, weights):
-    """Refuses what shows from the arguments' static shapes, in the words of custom_ops/similarity_kl/validate.h."""
+    """Checks the static shapes of the arguments, with the messages of custom_ops/similarity_kl/validate.h."""
     shapes = f"student {student.shape}, teachers [{', '.join(str(teacher.shape) for teacher in teachers)}]"
     if not teachers:
         _refuse(f"teachers: expected at least one teacher. Received: {shapes}")

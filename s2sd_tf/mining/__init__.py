@@ -1,11 +1,11 @@
-"""Miners: which triplets or pairs of a batch an objective looks at."""
+"""Miners choose the triplets or pairs of a batch that an objective uses."""
 
 from typing import TYPE_CHECKING
 
 from s2sd_tf.mining.base import Miner, PairMiner, Pairs, Triplets, get, lookup, names, register, settings
 from s2sd_tf.registry import import_modules
 
-# The modules of this package register their miners; the class of each is public here by its name.
+# Importing the modules registers their miners; each class is then public here under its own name.
 import_modules(__name__, __path__)
 _classes = {cls.__name__: cls for cls in map(lookup, names())}
 globals().update(_classes)

@@ -2,27 +2,28 @@
 
 import tensorflow as tf
 
-from s2sd_tf.mining.base import Miner, Triplets, pair_masks, register
+from s2sd_tf.mining.base import Miner, Pairs, Triplets, pair_masks, register
 
 
 @register("all")
 class AllTriplets(Miner):
-    """All (anchor, positive, negative) of a batch: batch^3 entries, of which the valid ones are marked.
+    """Every triplet (anchor, positive, negative) of the batch, as batch^3 entries with the valid ones marked.
 
-    The triplet and margin objectives have closed forms for all triplets in O(batch^2 log batch) and do not call it; nor
-    do objectives over pairs, which take `pairs`.
+    The triplet, SNR and margin objectives do not call it: they have closed forms over all triplets, in at most
+    O(batch^2 log batch). Pair objectives call `pairs` instead.
     """
 
-    def __call__(self, distances, labels, *, dim, seed):
+    def __call__(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Triplets:
         del distances, dim, seed
         positive, negative = pair_masks(labels)
         batch = tf.shape(labels)[0]
         positions = tf.range(batch, dtype=tf.int32)
         grid = tf.meshgrid(positions, positions, positions, indexing="ij")
         valid = positive[:, :, None] & negative[:, None, :]
-        return Triplets(*(tf.reshape(axis, [-1]) for axis in grid), tf.reshape(valid, [-1]))
+        anchors, positives, negatives = (tf.reshape(axis, [-1]) for axis in grid)
+        return Triplets(anchors, positives, negatives, tf.reshape(valid, [-1]))
 
-    def pairs(self, distances, labels, *, dim, seed):
-        """All pairs of the batch, those of anchors without a triplet too (`Lifted` leaves them out)."""
+    def pairs(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Pairs:
+        """All pairs of the batch, including those of anchors without a triplet (`Lifted` leaves these out)."""
         del distances, dim, seed
         return pair_masks(labels)

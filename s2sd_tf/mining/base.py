@@ -1,6 +1,7 @@
-"""The interface of a miner, and the registry."""
+"""The miner interface and registry, and helpers for writing miners."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import tensorflow as tf
 
@@ -9,11 +10,11 @@ from s2sd_tf.registry import Registry
 
 
 class Triplets(NamedTuple):
-    """Index triplets of fixed number T, so that they have a static shape under XLA.
+    """T index triplets, where T depends only on the batch size: XLA needs static shapes.
 
     Attributes:
         anchor, positive, negative: int32 `(T,)`, positions in the batch.
-        valid: bool `(T,)`; an entry that is False stands for no triplet, and its indices mean nothing.
+        valid: bool `(T,)`; where it is False there is no triplet, and the indices are meaningless.
     """
 
     anchor: tf.Tensor
@@ -21,8 +22,8 @@ class Triplets(NamedTuple):
     negative: tf.Tensor
     valid: tf.Tensor
 
-    def of(self, distances):
-        """The entries `(T,)` of a matrix `(batch, batch)` for anchor and positive, and for anchor and negative."""
+    def of(self, distances: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Looks up anchor-positive and anchor-negative entries, `(T,)` each, in a matrix `(batch, batch)`."""
         return (
             tf.gather_nd(distances, tf.stack([self.anchor, self.positive], axis=1)),
             tf.gather_nd(distances, tf.stack([self.anchor, self.negative], axis=1)),
@@ -30,39 +31,42 @@ class Triplets(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Which pairs of a batch count, a row for every anchor.
+    """Masks of the pairs that count, with one row per anchor.
 
     Attributes:
         positive, negative: bool `(batch, batch)`; entry `[i, j]` says that j is a positive, or a negative, of anchor i.
-            A row without an entry is no anchor. Both are set only where the miner's `negatives_in_class` is True.
+            A sample whose row is empty is not an anchor. A pair can be in both masks only if the miner's
+            `negatives_in_class` is True.
     """
 
     positive: tf.Tensor
     negative: tf.Tensor
 
-    def complete(self):
-        """bool `(batch,)`: which anchors have both a positive and a negative."""
+    def complete(self) -> tf.Tensor:
+        """Returns bool `(batch,)`: which anchors have both a positive and a negative."""
         return tf.reduce_any(self.positive, axis=1) & tf.reduce_any(self.negative, axis=1)
 
 
 class Miner:
-    """Chooses triplets from a batch. Stateless: a stochastic miner draws from the seed it is handed.
+    """Chooses triplets from a batch. A miner is stateless: a stochastic one draws from the seed it receives.
 
     A miner is called with `distances` `(batch, batch)`, the Euclidean distances between l2-normalised embeddings;
-    `labels` int32 `(batch,)`; `dim`, the embedding dimension; and `seed`, an integer tensor `(2,)`. It returns
-    `Triplets`. The same arguments give the same triplets, in a graph, eagerly and under XLA.
+    `labels` int32 `(batch,)`; `dim`, the embedding dimension; and `seed`, an integer tensor `(2,)`. The same arguments
+    give the same triplets in a graph, eagerly and under XLA.
 
     Attributes:
-        negatives_in_class: bool, whether a triplet's negative may be a sample of the anchor's class.
+        negatives_in_class: whether a triplet's negative may be a sample of the anchor's class.
+        registered_name: the name that `register` was called with.
     """
 
     negatives_in_class = False
+    registered_name: str
 
-    def __call__(self, distances, labels, *, dim, seed):
+    def __call__(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Triplets:
         raise NotImplementedError
 
-    def pairs(self, distances, labels, *, dim, seed):
-        """The same choice as `Pairs`: the pairs that are in any of the triplets."""
+    def pairs(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Pairs:
+        """Returns the same choice as `Pairs`: the pairs that occur in any of the triplets."""
         found = self(distances, labels, dim=dim, seed=seed)
         batch = tf.shape(labels)[0]
         count = tf.cast(found.valid, tf.int32)
@@ -73,80 +77,83 @@ class Miner:
 
         return Pairs(mask(found.positive), mask(found.negative))
 
-    def get_config(self):
-        """Constructor arguments, complete."""
+    def get_config(self) -> dict[str, Any]:
+        """Returns all constructor arguments."""
         return {}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "Miner":
         return cls(**config)
 
 
 class PairMiner(Miner):
-    """A miner whose choice is no set of triplets, as an anchor has many negatives: only `pairs` is defined."""
+    """A miner that chooses pairs, with many negatives per anchor, and no triplets: only `pairs` is defined."""
 
-    def __call__(self, distances, labels, *, dim, seed):
-        raise TypeError(f"miner: {self.registered_name!r} chooses pairs and no triplets")
+    def __call__(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Triplets:
+        raise TypeError(
+            f"miner: expected one that chooses triplets. Received: {self.registered_name!r}, which chooses pairs"
+        )
 
-    def pairs(self, distances, labels, *, dim, seed):
+    def pairs(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Pairs:
         raise NotImplementedError
 
 
-def uniform_draws(shape, seed, dtype):
-    """Draws from (0, 1] on a grid of 2^-24, the same in a graph, eagerly and under XLA.
-
-    Made from the random bits here, as XLA makes other floats of the same bits.
-    """
+def uniform_draws(shape: Sequence[int | tf.Tensor] | tf.Tensor, seed: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Draws uniformly from (0, 1] on a grid of 2^-24; the draws are the same in a graph, eagerly and under XLA."""
+    # Computed here from the random bits, because XLA turns the same bits into other floats.
     bits = tf.random.stateless_uniform(shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox")
     draws = tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.int32)
     return (tf.cast(draws, dtype) + 1.0) * 2.0**-24
 
 
-def pair_masks(labels):
-    """All `Pairs`: masks of equal and of different labels, the diagonal in neither."""
+def pair_masks(labels: tf.Tensor) -> Pairs:
+    """Returns all `Pairs`: masks of equal and of different labels, both without the diagonal."""
     same = tf.equal(labels[:, None], labels[None, :])
     others = tf.logical_not(tf.eye(tf.shape(labels)[0], dtype=tf.bool))
     return Pairs(same & others, tf.logical_not(same))
 
 
-def nearest(distances, mask):
-    """Position int32 `(batch,)` of the smallest distance of every row within `mask`, the first of equal ones; 0 in a
-    row without an entry.
+def nearest(distances: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """Returns int32 `(batch,)`: where each row has its smallest distance within `mask`.
+
+    The first position wins a tie. It is 0 for a row without an entry in `mask`.
     """
     return tf.argmin(tf.where(mask, distances, distances.dtype.max), axis=1, output_type=tf.int32)
 
 
-def farthest(distances, mask):
-    """Position int32 `(batch,)` of the largest distance of every row within `mask`, the first of equal ones; 0 in a
-    row without an entry.
+def farthest(distances: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """Returns int32 `(batch,)`: where each row has its largest distance within `mask`.
+
+    The first position wins a tie. It is 0 for a row without an entry in `mask`.
     """
     return tf.argmax(tf.where(mask, distances, distances.dtype.min), axis=1, output_type=tf.int32)
 
 
-def ranked(distances, mask):
-    """Every row's entries of `mask` by rising distance, the other positions behind them.
+def ranked(distances: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sorts each row's entries of `mask` by rising distance, followed by the positions outside `mask`.
 
     Returns:
-        Positions int32 `(batch, batch)`, and the distances in that order, the dtype's largest number for the others.
+        Positions int32 `(batch, batch)`, and the distances in that order. Outside `mask` the distance is the dtype's
+        largest number.
     """
     distances = tf.where(mask, distances, distances.dtype.max)
     order = tf.argsort(distances, axis=1)
     return order, tf.gather(distances, order, batch_dims=1)
 
 
-def drawn_members(mask, draws, besides=False):
-    """A uniformly drawn entry of every row of a mask, for each of the row's draws.
+def drawn_members(mask: tf.Tensor, draws: tf.Tensor, besides: bool = False) -> tf.Tensor:
+    """For each draw, picks one of the row's entries in `mask` uniformly.
 
     Args:
         mask: bool `(batch, columns)`.
         draws: float `(batch, draws)`, from `uniform_draws`.
-        besides: bool; the j-th draw of a row is out of its entries other than column j. Needs as many draws as columns.
+        besides: if True, a row's j-th draw never picks column j. Needs as many draws as columns.
 
     Returns:
         Columns int32 `(batch, draws)`; 0 where there is nothing to draw from.
     """
     entries = tf.cast(mask, draws.dtype)
-    # Counts and ranks are whole numbers, which floats hold exactly: nothing depends on the order of the additions.
+    # Counts and ranks are whole numbers, which floats hold exactly: the order of the additions does not matter.
     rank_of = tf.cumsum(entries, axis=1)
     count = rank_of[:, -1:]
     if besides:
@@ -157,28 +164,29 @@ def drawn_members(mask, draws, besides=False):
     return tf.searchsorted(rank_of, rank, side="left")
 
 
-def weighted_members(probabilities, draws):
-    """A column of every row, drawn with the row's probabilities, for each of the row's draws: inverse-CDF sampling.
+def weighted_members(probabilities: tf.Tensor, draws: tf.Tensor) -> tf.Tensor:
+    """For each draw, picks a column with the row's probabilities, by inverse-CDF sampling.
 
     Args:
-        probabilities: float `(batch, columns)`, rows with sum 1, or 0 where there is nothing to draw from.
+        probabilities: float `(batch, columns)`; each row sums to 1, or to 0 if there is nothing to draw from.
         draws: float `(batch, draws)`, from `uniform_draws`.
 
     Returns:
         Columns int32 `(batch, draws)`, never one of probability 0; 0 where there is nothing to draw from.
     """
-    # In whole numbers, as the rounding of cumulative sums differs between XLA and the rest, and in parallel sums could
-    # let a column of probability 0 in. Draws are in (0, total]: the first sum that reaches one has just risen.
+    # In whole numbers: XLA rounds cumulative sums differently, and with parallel sums the rounding could let in a
+    # column of probability 0. Draws are in (0, total], so the first sum to reach one belongs to a column that added to
+    # the sum.
     cumulative = tf.cumsum(tf.floor(tf.cast(probabilities, tf.float64) * 2.0**48), axis=1)
     return tf.searchsorted(cumulative, tf.cast(draws, tf.float64) * cumulative[:, -1:], side="left")
 
 
-def one_negative_a_positive(negative, valid):
-    """Triplets of every ordered pair (a, p), from the negative index chosen for it and whether there is one.
+def one_negative_a_positive(negative: tf.Tensor, valid: tf.Tensor) -> Triplets:
+    """Returns one triplet for each ordered pair (a, p).
 
     Args:
-        negative: int32 `(batch, batch)`; `negative[a, p]` goes with anchor a and positive p.
-        valid: bool `(batch, batch)`.
+        negative: int32 `(batch, batch)`; `negative[a, p]` is the negative for anchor a and positive p.
+        valid: bool `(batch, batch)`; whether the pair has a triplet.
     """
     batch = tf.shape(negative)[0]
     positions = tf.range(batch, dtype=tf.int32)
@@ -187,35 +195,37 @@ def one_negative_a_positive(negative, valid):
     return Triplets(anchor, positive, tf.reshape(negative, [-1]), tf.reshape(valid, [-1]))
 
 
-def one_triplet_an_anchor(positive, negative, valid):
-    """Triplets with every sample as the anchor once, from int32 `positive`, int32 `negative` and bool `valid`, all
-    `(batch,)`.
+def one_triplet_an_anchor(positive: tf.Tensor, negative: tf.Tensor, valid: tf.Tensor) -> Triplets:
+    """Returns triplets with each sample as the anchor once.
+
+    Args:
+        positive, negative: int32 `(batch,)`, the positive and the negative of each anchor.
+        valid: bool `(batch,)`; whether the anchor has a triplet.
     """
     return Triplets(tf.range(tf.shape(positive)[0], dtype=tf.int32), positive, negative, valid)
 
 
+_MinerClass = TypeVar("_MinerClass", bound=type[Miner])
 _registry = Registry("miner", Miner)
 names = _registry.names
 lookup = _registry.lookup
 settings = _registry.settings
 
 
-def register(name):
-    """Class decorator: makes a miner known by `name`, and known to Keras for saving.
+def register(name: str) -> Callable[[_MinerClass], _MinerClass]:
+    """Class decorator: registers a miner under `name`, and with Keras for saving."""
 
-    To Keras under a package name of the miners' own, as an objective may have a miner's class name.
-    """
-
-    def add(cls):
+    # Keras gets a package name used only for miners, because an objective may have the class name of a miner.
+    def add(cls: _MinerClass) -> _MinerClass:
         return _registry.add(name, keras.utils.register_keras_serializable("s2sd_tf.mining")(cls))
 
     return add
 
 
-def get(identifier, **settings):
-    """A miner from its registered name and settings, or the miner given.
+def get(identifier: str | Miner, **settings: Any) -> Miner:
+    """Makes a miner from its registered name and settings; a `Miner` instance is returned as it is.
 
     Raises:
-        ValueError: an unknown name, or settings beside an instance.
+        ValueError: an unknown name or setting, or settings together with an instance.
     """
     return _registry.get(identifier, **settings)

@@ -1,9 +1,12 @@
-"""Triplets of the nearest positive."""
+"""Triplets with the nearest positive."""
+
+from typing import Any
 
 import tensorflow as tf
 
 from s2sd_tf.mining.base import (
     Miner,
+    Triplets,
     farthest,
     nearest,
     one_triplet_an_anchor,
@@ -19,26 +22,26 @@ NEGATIVES = ("semi_hard", "hard", "distance_weighted")
 
 @register("easy_positive")
 class EasyPositive(Miner):
-    """For every anchor its nearest positive and one negative (Xuan et al., "Improved Embeddings with Easy Positive
-    Triplet Mining", WACV 2020, section 3). Triplets `(batch,)`, none for an anchor without a positive or without a
-    negative.
+    """The nearest positive and one negative of each anchor (Xuan et al., "Improved Embeddings with Easy Positive
+    Triplet Mining", WACV 2020, section 3). Returns triplets `(batch,)`, with none for an anchor that lacks a positive
+    or a negative.
 
     Args:
-        negatives: which negative.
-            "semi_hard": the nearest one farther than the positive; where there is none, the farthest, as of `SemiHard`.
+        negatives: how the negative is chosen.
+            "semi_hard": the nearest one farther than the positive, or the farthest if there is none, as in `SemiHard`.
             "hard": the nearest one.
-            "distance_weighted": one drawn as of `DistanceWeighted` with its default cutoffs.
+            "distance_weighted": one drawn as in `DistanceWeighted`, with its default cutoffs.
     """
 
-    def __init__(self, negatives="semi_hard"):
+    def __init__(self, negatives: str = "semi_hard") -> None:
         if negatives not in NEGATIVES:
             raise ValueError(f"EasyPositive: negatives: expected one of {list(NEGATIVES)}. Received: {negatives!r}")
         self.negatives = negatives
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {"negatives": self.negatives}
 
-    def __call__(self, distances, labels, *, dim, seed):
+    def __call__(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Triplets:
         positive, negative = pair_masks(labels)
         easiest = nearest(distances, positive)
         if self.negatives == "hard":

@@ -2,19 +2,27 @@
 
 import tensorflow as tf
 
-from s2sd_tf.mining.base import Miner, drawn_members, one_negative_a_positive, pair_masks, register, uniform_draws
+from s2sd_tf.mining.base import (
+    Miner,
+    Triplets,
+    drawn_members,
+    one_negative_a_positive,
+    pair_masks,
+    register,
+    uniform_draws,
+)
 
 
 @register("intra_random")
 class IntraRandom(Miner):
-    """For every ordered positive pair a third member of the class as the negative, drawn uniformly, to learn structure
+    """A third member of the class as the negative of each ordered positive pair, drawn uniformly, to learn structure
     within classes (Milbich et al., "DiVA: Diverse Visual Feature Aggregation for Deep Metric Learning", ECCV 2020,
-    intra-class task). Triplets `(batch^2,)`, none in classes of fewer than three.
+    intra-class task). Returns triplets `(batch^2,)`, with none for classes of fewer than three samples.
     """
 
     negatives_in_class = True
 
-    def __call__(self, distances, labels, *, dim, seed):
+    def __call__(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Triplets:
         del dim
         positive, _ = pair_masks(labels)
         draws = uniform_draws(tf.shape(distances), seed, distances.dtype)

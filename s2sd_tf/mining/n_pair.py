@@ -1,4 +1,4 @@
-"""One pair a class."""
+"""One pair per class."""
 
 import tensorflow as tf
 
@@ -7,20 +7,20 @@ from s2sd_tf.mining.base import PairMiner, Pairs, pair_masks, register, uniform_
 
 @register("n_pair")
 class NPair(PairMiner):
-    """Of every class with two samples or more one anchor and one positive, drawn uniformly; negatives of an anchor are
-    the positives of the other classes (Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss Objective",
-    NIPS 2016, section 3.2).
+    """One anchor and one positive, drawn uniformly, from each class with at least two samples; an anchor's negatives
+    are the positives of the other classes (Sohn, "Improved Deep Metric Learning with Multi-class N-pair Loss
+    Objective", NIPS 2016, section 3.2).
 
-    The row of an anchor has exactly one positive; other rows are empty. With fewer than two such classes, and so
-    without negatives, all rows are.
+    An anchor's row has exactly one positive; other rows are empty. If fewer than two classes have two samples there are
+    no negatives, and all rows are empty.
     """
 
-    def one_pair_a_class(self, labels, seed):
-        """The pairs by their positions in the batch.
+    def one_pair_a_class(self, labels: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Draws the pairs and returns their positions in the batch.
 
         Returns:
-            `(anchors, positives, valid)`: int32, int32 and bool `(batch // 2,)`, as there can be no more; an entry that
-            is not valid stands for no pair.
+            `(anchors, positives, valid)`: int32, int32 and bool `(batch // 2,)`, the largest possible number of pairs.
+            Where `valid` is False there is no pair.
         """
         batch = tf.shape(labels)[0]
         # Shuffled and then sorted by class, the first two of each class are a random pair.
@@ -35,7 +35,7 @@ class NPair(PairMiner):
         valid &= tf.reduce_sum(tf.cast(valid, tf.int32)) > 1
         return tf.gather(order, pairs_first), tf.gather(order, pairs_first + 1), valid
 
-    def pairs(self, distances, labels, *, dim, seed):
+    def pairs(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Pairs:
         del distances, dim
         anchors, positives, valid = self.one_pair_a_class(labels, seed)
         batch = tf.shape(labels)[0]

@@ -1,12 +1,15 @@
 """Negatives whose distances follow a chosen distribution."""
 
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.mining.base import (
     Miner,
+    Triplets,
     one_negative_a_positive,
     pair_masks,
     ranked,
@@ -21,28 +24,36 @@ SHAPES = ("uniform", "gaussian", "distance")
 
 @register("parametric")
 class Parametric(Miner):
-    """For every ordered positive pair one negative whose distance to the anchor follows a distribution over bins of
-    distance, as the sampling that a policy adapts in Roth et al., "PADS: Policy-Adapted Sampling for Visual Similarity
-    Learning", CVPR 2020, section 3.
+    """One negative for each ordered positive pair, at a distance from the anchor that follows a distribution over
+    distance bins (the sampling distribution that a policy adapts in Roth et al., "PADS: Policy-Adapted Sampling for
+    Visual Similarity Learning", CVPR 2020, section 3).
 
-    `support` is cut into `bins` of equal width, each with its lower edge; distances below and above count to the first
-    and the last bin. A bin is drawn by its weight among the bins that hold a negative of the anchor, then one of its
-    negatives uniformly. A bin of weight 0 is drawn only by an anchor that has no negative in another, then as often as
-    the other such bins. Triplets `(batch^2,)`, none for an anchor without a negative.
+    `support` is split into `bins` of equal width, each including its lower edge. Distances below or above `support`
+    count in the first or last bin. First a bin is drawn, in proportion to its weight, from those with a negative of the
+    anchor; then one of its negatives, uniformly. Bins of weight 0 are drawn only if the anchor has negatives in no
+    other bin, all with equal probability. Returns triplets `(batch^2,)`, with none for an anchor without a negative.
 
     Args:
         shape: weight of a bin with centre c.
             "uniform": 1.
             "gaussian": exp(-(c - mu)^2 / (2 sigma^2)).
             "distance": 1 / q(c), with the density q of `DistanceWeighted`.
-        bins: int >= 1.
-        support: two floats, 0 <= lower < upper <= 2.
-        mu: float, for "gaussian".
-        sigma: float > 0, for "gaussian".
-        weights: `bins` floats >= 0, at least one > 0: weights of the bins in place of `shape`. Empty: `shape`'s.
+        bins: >= 1.
+        support: two numbers, 0 <= lower < upper <= 2.
+        mu: for "gaussian".
+        sigma: > 0, for "gaussian".
+        weights: `bins` numbers >= 0, at least one > 0, to use as the bins' weights instead of `shape`. Empty: `shape`.
     """
 
-    def __init__(self, shape="uniform", bins=30, support=(0.1, 1.4), mu=0.5, sigma=0.05, weights=()):
+    def __init__(
+        self,
+        shape: str = "uniform",
+        bins: int = 30,
+        support: Sequence[float] = (0.1, 1.4),
+        mu: float = 0.5,
+        sigma: float = 0.05,
+        weights: Sequence[float] = (),
+    ) -> None:
         if shape not in SHAPES:
             raise ValueError(f"Parametric: shape: expected one of {list(SHAPES)}. Received: {shape!r}")
         if not _are_numbers([bins], numbers.Integral) or bins < 1:
@@ -68,7 +79,7 @@ class Parametric(Miner):
         self.sigma = float(sigma)
         self.weights = [float(weight) for weight in weights]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             "shape": self.shape,
             "bins": self.bins,
@@ -78,13 +89,13 @@ class Parametric(Miner):
             "weights": self.weights,
         }
 
-    def log_weights(self, dim):
-        """Logarithms of the bins' weights, float64 `(bins,)`, up to a constant."""
+    def log_weights(self, dim: int) -> tf.Tensor:
+        """Returns the logarithms of the bin weights, float64 `(bins,)`, up to a constant."""
         if self.weights:
             weights = np.array(self.weights) / max(self.weights)
-            # In place of log(0): far below any other, but finite, so that such bins are alike among themselves.
+            # -1e6 instead of log(0): far below any other, but finite, so that bins of weight 0 are equally likely.
             return tf.constant(np.log(weights, where=weights > 0, out=np.full(self.bins, -1e6)))
-        edges = np.linspace(*self.support, self.bins + 1)
+        edges = self._edges()
         centres = (edges[1:] + edges[:-1]) / 2
         if self.shape == "gaussian":
             return tf.constant(-0.5 * ((centres - self.mu) / self.sigma) ** 2)
@@ -92,13 +103,17 @@ class Parametric(Miner):
             return log_inverse_density(tf.constant(centres), dim)
         return tf.zeros([self.bins], tf.float64)
 
-    def __call__(self, distances, labels, *, dim, seed):
+    def _edges(self) -> np.ndarray:
+        lower, upper = self.support
+        return np.linspace(lower, upper, self.bins + 1)
+
+    def __call__(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Triplets:
         positive, negative = pair_masks(labels)
         batch = tf.shape(labels)[0]
         draws = uniform_draws([2, batch, batch], seed, tf.float64)
-        # Sorted by distance, the negatives of a bin are neighbours: positions `starts` up to, not with, `ends`.
+        # Sorted by distance, the negatives of a bin are at the positions from `starts` to before `ends`.
         order, rising = ranked(distances, negative)
-        upper = np.append(np.linspace(*self.support, self.bins + 1)[1:-1], distances.dtype.max)
+        upper = np.append(self._edges()[1:-1], distances.dtype.max)
         upper = tf.broadcast_to(tf.constant(upper, distances.dtype)[None, :], [batch, self.bins])
         ends = tf.searchsorted(rising, upper, side="left")
         starts = tf.concat([tf.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)
@@ -115,7 +130,7 @@ class Parametric(Miner):
 
 
 def _are_numbers(values, kind=numbers.Real):
-    """Whether `values` is a sequence of finite numbers of that kind."""
+    """Whether `values` is a sequence of finite numbers of type `kind`."""
     return isinstance(values, (list, tuple, np.ndarray)) and all(
         isinstance(value, kind) and not isinstance(value, bool) and np.isfinite(value) for value in values
     )

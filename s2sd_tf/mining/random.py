@@ -2,17 +2,25 @@
 
 import tensorflow as tf
 
-from s2sd_tf.mining.base import Miner, drawn_members, one_negative_a_positive, pair_masks, register, uniform_draws
+from s2sd_tf.mining.base import (
+    Miner,
+    Triplets,
+    drawn_members,
+    one_negative_a_positive,
+    pair_masks,
+    register,
+    uniform_draws,
+)
 
 
 @register("random")
 class Random(Miner):
-    """For every ordered positive pair one negative, drawn uniformly from the anchor's: the random tuple mining that
-    Roth et al., "Revisiting Training Strategies and Generalization Performance in Deep Metric Learning", ICML 2020,
-    compare with. Triplets `(batch^2,)`, none for an anchor without a negative.
+    """One negative for each ordered positive pair, drawn uniformly from the anchor's negatives (the random tuple mining
+    that Roth et al., "Revisiting Training Strategies and Generalization Performance in Deep Metric Learning", ICML
+    2020, use as a baseline). Returns triplets `(batch^2,)`, with none for an anchor without a negative.
     """
 
-    def __call__(self, distances, labels, *, dim, seed):
+    def __call__(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Triplets:
         del dim
         positive, negative = pair_masks(labels)
         choice = drawn_members(negative, uniform_draws(tf.shape(distances), seed, distances.dtype))

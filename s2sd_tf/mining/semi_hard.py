@@ -2,16 +2,16 @@
 
 import tensorflow as tf
 
-from s2sd_tf.mining.base import Miner, one_negative_a_positive, pair_masks, ranked, register
+from s2sd_tf.mining.base import Miner, Triplets, one_negative_a_positive, pair_masks, ranked, register
 
 
 @register("semi_hard")
 class SemiHard(Miner):
-    """For every ordered positive pair the nearest negative that is farther than the positive (FaceNet, Schroff et al.,
-    CVPR 2015, section 3.2); where there is none, the farthest negative.
+    """The nearest negative that is farther than the positive, for each ordered positive pair (FaceNet, Schroff et al.,
+    CVPR 2015, section 3.2); if there is none, the farthest negative.
     """
 
-    def __call__(self, distances, labels, *, dim, seed):
+    def __call__(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Triplets:
         del dim, seed
         positive, negative = pair_masks(labels)
         order, rising = ranked(distances, negative)

@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from s2sd_tf.mining.base import (
     Miner,
+    Triplets,
     drawn_members,
     farthest,
     nearest,
@@ -16,16 +17,17 @@ from s2sd_tf.mining.base import (
 
 @register("soft_hard")
 class SoftHard(Miner):
-    """For every anchor a positive drawn uniformly from those farther than its nearest negative, and a negative drawn
-    uniformly from those nearer than its farthest positive, independently (soft-hard mining of Roth et al., "Revisiting
-    Training Strategies and Generalization Performance in Deep Metric Learning", ICML 2020).
+    """A random hard positive and a random hard negative of each anchor: a positive drawn uniformly from those farther
+    than its nearest negative and, independently, a negative drawn uniformly from those nearer than its farthest
+    positive (soft-hard mining of Roth et al., "Revisiting Training Strategies and Generalization Performance in Deep
+    Metric Learning", ICML 2020).
 
-    An anchor has either both kinds or neither, when all its positives are at most as far as all its negatives. It then
-    gets the farthest positive and the nearest negative, where the published code draws any. Triplets `(batch,)`, none
-    for an anchor without a positive or without a negative.
+    If no positive is farther than a negative, the anchor has neither kind. It then gets its farthest positive and its
+    nearest negative, where the published code draws any. Returns triplets `(batch,)`, with none for an anchor that
+    lacks a positive or a negative.
     """
 
-    def __call__(self, distances, labels, *, dim, seed):
+    def __call__(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Triplets:
         del dim
         positive, negative = pair_masks(labels)
         farthest_positive = farthest(distances, positive)

@@ -1,4 +1,4 @@
-"""Metric-learning objectives: Keras layers from `(embeddings, labels)` to a scalar loss."""
+"""Metric-learning objectives: Keras layers that map `(embeddings, labels)` to a scalar loss."""
 
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from s2sd_tf.objectives.base import (
 from s2sd_tf.objectives.keras_loss import ObjectiveHolder, as_keras_loss
 from s2sd_tf.registry import import_modules
 
-# The modules of this package register their objectives; the class of each is public here by its name.
+# Importing the modules registers their objectives; each class is then public here under its own name.
 import_modules(__name__, __path__)
 _classes = {cls.__name__: cls for cls in map(lookup, names())}
 globals().update(_classes)

@@ -1,23 +1,27 @@
 """Circle loss."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from s2sd_tf.checks import check_above, check_number
+from s2sd_tf.mining.base import Pairs
 from s2sd_tf.objectives.base import PairObjective, masked_logsumexp, mean_where, register
 
 
 @register("circle")
 class Circle(PairObjective):
-    """Circle loss (Sun et al., CVPR 2020), on cosine similarities s, mean over the anchors that have both a
-    positive and a negative:
+    """Circle loss (Sun et al., CVPR 2020).
+
+    The mean over the anchors that have both a positive and a negative, with cosine similarities s, of
 
         log(1 + sum_n exp(gamma [s_n + m]+ (s_n - m)) * sum_p exp(-gamma [1 + m - s_p]+ (s_p - 1 + m)))
 
-    No gradient goes through the weights in [ ]+.
+    No gradient flows through the weights in [ ]+.
 
     Args:
-        margin: float, m; the paper has 0.4 for image retrieval.
-        gamma: float > 0, the scale; the paper has 80 for image retrieval.
+        margin: m; 0.4 for image retrieval in the paper.
+        gamma: > 0, the scale; 80 for image retrieval in the paper.
         **kwargs: arguments of `PairObjective`.
     """
 
@@ -25,14 +29,14 @@ class Circle(PairObjective):
     paper = "Sun et al., CVPR 2020"
     cost = "B^2"
 
-    def __init__(self, margin=0.4, gamma=80.0, **kwargs):
+    def __init__(self, margin: float = 0.4, gamma: float = 80.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_above("gamma", gamma, 0)
         check_number("margin", margin)
         self.margin = margin
         self.gamma = gamma
 
-    def compute_pairs(self, anchors, references, pairs):
+    def compute_pairs(self, anchors: tf.Tensor, references: tf.Tensor, pairs: Pairs) -> tf.Tensor:
         similarities = tf.matmul(anchors, references, transpose_b=True)
         fixed = tf.stop_gradient(similarities)
         of_positives = -self.gamma * tf.nn.relu(1.0 + self.margin - fixed) * (similarities - 1.0 + self.margin)
@@ -43,5 +47,5 @@ class Circle(PairObjective):
         )
         return mean_where(losses, pairs.complete())
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "margin": self.margin, "gamma": self.gamma}

@@ -1,27 +1,31 @@
 """Contrastive loss."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from s2sd_tf.checks import check_at_least, check_bool
+from s2sd_tf.mining.base import Miner, Pairs
 from s2sd_tf.objectives.base import PairObjective, euclidean_distances, mean_where, register
 
 
 @register("contrastive")
 class Contrastive(PairObjective):
-    """Contrastive loss (Hadsell et al., "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006, eq. 4),
-    on Euclidean distances d of l2-normalised embeddings:
+    """Contrastive loss (Hadsell et al., "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006, eq. 4).
+
+    With Euclidean distances d of l2-normalised embeddings it is
 
         mean over positive pairs of max(0, d - positive_margin)
         + mean over negative pairs of max(0, negative_margin - d)
 
-    The paper squares both hinges; the default here is the form in use in metric learning, which does not. Positives and
-    negatives have a mean of their own, as there are far more negatives.
+    The paper squares both hinges. The default here does not, as is usual in metric learning. Positives and negatives
+    are averaged separately, because there are far more negatives.
 
     Args:
-        positive_margin: float >= 0.
-        negative_margin: float >= 0.
-        squared: bool, square the hinges.
-        miner: name or `mining.Miner`; "all" takes all pairs.
+        positive_margin: >= 0.
+        negative_margin: >= 0.
+        squared: whether to square the hinges.
+        miner: name or `mining.Miner`; "all" chooses all pairs.
         **kwargs: arguments of `PairObjective`.
     """
 
@@ -29,7 +33,14 @@ class Contrastive(PairObjective):
     paper = "Hadsell et al., CVPR 2006"
     cost = "B^2"
 
-    def __init__(self, positive_margin=0.0, negative_margin=1.0, squared=False, miner="distance_weighted", **kwargs):
+    def __init__(
+        self,
+        positive_margin: float = 0.0,
+        negative_margin: float = 1.0,
+        squared: bool = False,
+        miner: str | Miner = "distance_weighted",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(miner=miner, **kwargs)
         check_at_least("positive_margin", positive_margin, 0)
         check_at_least("negative_margin", negative_margin, 0)
@@ -38,13 +49,13 @@ class Contrastive(PairObjective):
         check_bool("squared", squared)
         self.squared = squared
 
-    def compute_pairs(self, anchors, references, pairs):
+    def compute_pairs(self, anchors: tf.Tensor, references: tf.Tensor, pairs: Pairs) -> tf.Tensor:
         distances = euclidean_distances(anchors, references)
         power = tf.square if self.squared else tf.identity
         loss = mean_where(power(tf.nn.relu(distances - self.positive_margin)), pairs.positive)
         return loss + mean_where(power(tf.nn.relu(self.negative_margin - distances)), pairs.negative)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "positive_margin": self.positive_margin,

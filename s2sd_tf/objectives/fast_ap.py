@@ -1,23 +1,26 @@
 """FastAP loss."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
+from s2sd_tf.mining.base import Pairs
 from s2sd_tf.objectives.base import PairObjective, mean_where, register, squared_distances
 
 
 @register("fast_ap")
 class FastAP(PairObjective):
-    """FastAP loss (Cakir et al., "Deep Metric Learning to Rank", CVPR 2019): 1 - average precision, made
-    differentiable by histograms of the squared distances in [0, 4], into which every pair enters by linear
-    interpolation. With h+_j positives in bin j, and H+_j positives and H_j pairs of any kind in bins up to j:
+    """FastAP loss: a differentiable 1 - average precision (Cakir et al., "Deep Metric Learning to Rank", CVPR 2019).
+
+    Average precision comes from histograms of the squared distances in [0, 4], to which each pair is added by linear
+    interpolation. With h+_j positives in bin j, and H+_j positives and H_j pairs of any kind in bins up to j, the loss
+    is the mean over the anchors that have both a positive and a negative of
 
         1 - 1 / N+ sum_j h+_j H+_j / H_j
 
-    mean over the anchors that have both a positive and a negative.
-
     Args:
-        bins: int >= 1, intervals of the histograms; they have `bins` + 1 nodes.
+        bins: >= 1, number of histogram intervals; there are `bins` + 1 nodes.
         **kwargs: arguments of `PairObjective`.
     """
 
@@ -25,12 +28,12 @@ class FastAP(PairObjective):
     paper = "Cakir et al., CVPR 2019"
     cost = "B^2"
 
-    def __init__(self, bins=10, **kwargs):
+    def __init__(self, bins: int = 10, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         checked_int("bins", bins, 1)
         self.bins = bins
 
-    def compute_pairs(self, anchors, references, pairs):
+    def compute_pairs(self, anchors: tf.Tensor, references: tf.Tensor, pairs: Pairs) -> tf.Tensor:
         positions = tf.clip_by_value(squared_distances(anchors, references), 0.0, 4.0) * (self.bins / 4.0)
         positive, negative = (tf.cast(mask, positions.dtype) for mask in pairs)
         positives, negatives = cumulative_histograms(positions, positive, negative, self.bins + 1)
@@ -39,23 +42,25 @@ class FastAP(PairObjective):
         has_both = pairs.complete()
         return mean_where(1.0 - tf.math.divide_no_nan(precision, tf.reduce_sum(positive, axis=1)), has_both)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "bins": self.bins}
 
 
-def cumulative_histograms(positions, positive, negative, nodes):
-    """Cumulative histograms of each row, of positives and of negatives, with linear interpolation between nodes.
+def cumulative_histograms(
+    positions: tf.Tensor, positive: tf.Tensor, negative: tf.Tensor, nodes: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Computes each row's cumulative histograms of positives and negatives, with linear interpolation between nodes.
 
     Args:
         positions: float `(n, m)` in `[0, nodes - 1]`.
-        positive, negative: `(n, m)`, 1 for an entry that counts, 0 for one that does not.
-        nodes: int.
+        positive, negative: `(n, m)`, 1 for an entry that counts, else 0.
+        nodes: number of nodes.
 
     Returns:
-        Two tensors `(n, nodes)`: column j is the sum over the row of the shares that lie in nodes 0 to j.
+        Two tensors `(n, nodes)`, for positives and negatives: column j is the sum of the row's shares in nodes 0 to j.
     """
 
-    # By itself TensorFlow would keep some matrices for every node; but an entry moves one node's count only.
+    # TensorFlow's own gradient would keep several matrices per node, although an entry changes the count of only one.
     @tf.custom_gradient
     def histograms(values):
         columns = []

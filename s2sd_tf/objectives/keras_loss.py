@@ -1,42 +1,46 @@
-"""Objectives as losses of `compile`, for any Keras model whose outputs are embeddings."""
+"""Objectives as Keras losses for `compile`, for any Keras model that outputs embeddings."""
 
 import uuid
 import weakref
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.keras_compat import keras, share_of_loss
-from s2sd_tf.objectives.base import get
+from s2sd_tf.objectives.base import Objective, get
 
-# Objectives of the holders there are, by key: a loaded loss finds the one that was loaded with its model here.
-_held = weakref.WeakValueDictionary()
+# The objectives of all live holders, by key. A loaded loss looks up the objective that was loaded with its model.
+_held: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
 
 
-def as_keras_loss(objective, **settings):
-    """An objective as a `keras.losses.Loss`, which `compile` of any Keras model takes.
+def as_keras_loss(objective: str | Objective, **settings: Any) -> keras.losses.Loss:
+    """Turns an objective into a `keras.losses.Loss` for `compile` of any Keras model.
 
-    Its `y_true` are integer labels `(batch,)` or `(batch, 1)`, its `y_pred` embeddings `(batch, dim)`. The value is the
-    objective's in training. Batches need several images of each class: `data.training_batches` makes such batches.
+    The loss expects integer labels `(batch,)` or `(batch, 1)` as `y_true` and embeddings `(batch, dim)` as `y_pred`,
+    and computes the objective as in training. Batches need several images per class, such as those of
+    `data.training_batches`.
 
-    - On several replicas each compares the embeddings of its own part of the batch, and the loss is the mean of theirs.
-      `S2SDModel` compares those of all.
-    - The draws of a miner are new at every call, in evaluation too. A loaded model draws from the start again.
-    - An objective with weights (proxies, boundaries) goes into an `ObjectiveHolder` at the end of the model, which
-      trains and saves them, and the place of the draws. `learning_rate_multiplier` has no effect.
+    - With several replicas, each compares only the embeddings of its own part of the batch, and the loss is the mean
+      over the replicas. `S2SDModel` compares the embeddings of all replicas.
+    - A stochastic miner makes new draws at every call, in evaluation too. Without an `ObjectiveHolder`, a loaded
+      model starts again with the first.
+    - An objective with weights (proxies, boundaries) needs an `ObjectiveHolder` at the end of the model. The holder
+      trains and saves the weights, and saves the position in the draws. `learning_rate_multiplier` has no effect.
 
     Args:
         objective: name of a registered objective without weights, or an `Objective`.
-        **settings: of the objective, beside a name.
+        **settings: settings of the objective; only with a name.
 
     Example:
         >>> model.compile("adam", loss=s2sd_tf.objectives.as_keras_loss("multi_similarity"))
 
     Raises:
-        ValueError: an unknown name or setting; a name of an objective with weights; an objective with a cross-batch
-            memory. When it is called: labels or embeddings of another shape; sample weights; an objective with weights
-            without a holder.
-        InvalidArgumentError: when it is called, labels in floating point that are not whole or not below 2^24. Under
-            XLA, which knows no assertions, the loss is NaN.
+        ValueError: an unknown name or setting; the name of an objective with weights; an objective with a cross-batch
+            memory. When the loss is called: labels or embeddings of another shape; sample weights; an objective with
+            weights that is in no holder.
+        InvalidArgumentError: when the loss is called with floating-point labels that are not whole numbers below 2^24.
+            XLA has no assertions; there the loss is NaN.
     """
     named = isinstance(objective, str)
     objective = get(objective, **settings)
@@ -47,11 +51,11 @@ def as_keras_loss(objective, **settings):
 
 @keras.utils.register_keras_serializable("s2sd_tf")
 class ObjectiveHolder(keras.layers.Layer):
-    """Returns the embeddings it gets, and makes the variables of an objective variables of the model.
+    """An identity layer on embeddings that makes an objective's variables part of the model.
 
     Args:
-        objective: `Objective`.
-        key: str by which a loss in the same file finds the objective; made where it is None.
+        objective: `Objective`, or its serialised config.
+        key: identifies the objective to a loss in the same file. Default: a random key.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Example:
@@ -60,60 +64,63 @@ class ObjectiveHolder(keras.layers.Layer):
         >>> model.compile("adam", loss=s2sd_tf.objectives.as_keras_loss(objective))
     """
 
-    def __init__(self, objective, key=None, **kwargs):
+    def __init__(self, objective: Objective | dict[str, Any], key: str | None = None, **kwargs: Any) -> None:
         super().__init__(**{"autocast": False, **kwargs})
         self.objective = _deserialized(objective)
         self.key = key or uuid.uuid4().hex
         self.objective.holder_key = self.key
         _held[self.key] = self.objective
 
-    def build(self, input_shape):
-        # Loaded, it is built already.
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
+        # A loaded objective is already built.
         if not self.objective.built:
             self.objective.build(input_shape)
         super().build(input_shape)
 
-    def call(self, embeddings):
+    def call(self, embeddings: tf.Tensor) -> tf.Tensor:
         return embeddings
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         return input_shape
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         objective = keras.utils.serialize_keras_object(self.objective)
         return {**super().get_config(), "objective": objective, "key": self.key}
 
 
 @keras.utils.register_keras_serializable("s2sd_tf")
 class ObjectiveLoss(keras.losses.Loss):
-    """What `as_keras_loss` makes.
+    """The Keras loss that `as_keras_loss` returns.
 
     Args:
-        objective: `Objective`, or the key of the `ObjectiveHolder` that has it.
-        name: str; default: the objective's.
+        objective: `Objective`, its serialised config, or the key of its `ObjectiveHolder`.
+        name: name of the loss. Default: the objective's.
     """
 
-    def __init__(self, objective, name=None):
-        objective = _held.get(objective) if isinstance(objective, str) else _deserialized(objective)
-        if objective is None:
-            raise ValueError("objective: expected its ObjectiveHolder in the model that is loaded. Received: none")
-        if getattr(objective, "memory_size", 0):
+    def __init__(self, objective: str | Objective | dict[str, Any], name: str | None = None) -> None:
+        found = _held.get(objective) if isinstance(objective, str) else _deserialized(objective)
+        if found is None:
+            raise ValueError("objective: expected its ObjectiveHolder in the loaded model. Received: none")
+        memory_size = getattr(found, "memory_size", 0)
+        if memory_size:
             raise ValueError(
                 "memory_size: expected 0, as a Keras loss cannot tell training from evaluation; or use S2SDModel. "
-                f"Received: {objective.memory_size}"
+                f"Received: {memory_size}"
             )
-        super().__init__(name=name or objective.name)
-        self._needs_holder = _has_trainable_weights(objective)
-        # Not an attribute: Keras would save its variables with the loss, and want them back before it is built.
-        self._objective = lambda: objective
+        super().__init__(name=name or found.name)
+        self._needs_holder = _has_trainable_weights(found)
+        # Not an attribute: Keras would save its variables with the loss, and expect them before it is built.
+        self._objective = lambda: found
 
-    def __call__(self, y_true, y_pred, sample_weight=None):
-        # Not the base's, which in Keras 3 makes labels float32, and above 2^24 others of them.
+    def __call__(
+        self, y_true: tf.Tensor | np.ndarray, y_pred: tf.Tensor | np.ndarray, sample_weight: Any = None
+    ) -> tf.Tensor:
+        # Replaces the base class's method, which in Keras 3 casts labels to float32: that changes labels above 2^24.
         if sample_weight is not None:
-            raise ValueError("sample_weight: expected none (nor class_weight), as an objective has no loss an image")
+            raise ValueError("sample_weight: expected none (nor class_weight), as an objective has no loss per image")
         return share_of_loss(self.call(y_true, y_pred))
 
-    def call(self, y_true, y_pred):
+    def call(self, y_true: tf.Tensor | np.ndarray, y_pred: tf.Tensor | np.ndarray) -> tf.Tensor:
         y_true, y_pred = tf.convert_to_tensor(y_true), tf.convert_to_tensor(y_pred)
         if y_true.shape.rank not in (None, 1) and y_true.shape[1:] != (1,):
             raise ValueError(f"y_true: expected labels (batch,) or (batch, 1). Received: shape {tuple(y_true.shape)}")
@@ -126,7 +133,7 @@ class ObjectiveLoss(keras.losses.Loss):
         loss = objective(y_pred, labels, training=True)
         return tf.where(whole, loss, tf.constant(float("nan"), loss.dtype))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         objective = self._objective()
         key = getattr(objective, "holder_key", None)
         return {"name": self.name, "objective": key or keras.utils.serialize_keras_object(objective)}
@@ -144,16 +151,16 @@ def _has_trainable_weights(objective):
 
 def _without_holder(objective):
     return ValueError(
-        "objective: expected one without weights, or an instance that the model has in an ObjectiveHolder; or use "
+        "objective: expected one without weights, or an instance that is in an ObjectiveHolder of the model; or use "
         f"S2SDModel. Received: {objective.registered_name!r}, which has weights"
     )
 
 
 def _integers(labels):
-    """Labels as integers, and whether that is what they were."""
+    """Returns the labels as integers, and whether that changed none of them."""
     if labels.dtype.is_integer:
         return labels, True
-    # Keras 3 traces a step on several replicas with labels in floating point before it takes one.
+    # Floating point is accepted because Keras 3 traces a step with float labels before it runs one on several replicas.
     whole = tf.reduce_all(tf.equal(labels, tf.floor(labels)) & (tf.abs(labels) < 2**24))
-    tf.debugging.Assert(whole, ["y_true: expected whole numbers, and below 2^24 in floating point. Received:", labels])
+    tf.debugging.Assert(whole, ["y_true: expected whole numbers, below 2^24 if floating-point. Received:", labels])
     return tf.cast(labels, tf.int32), whole

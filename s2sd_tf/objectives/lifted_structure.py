@@ -1,8 +1,11 @@
-"""Lifted structured loss, in the form of its paper."""
+"""Lifted structured loss, as in the original paper."""
+
+from typing import Any
 
 import tensorflow as tf
 
 from s2sd_tf.checks import check_number
+from s2sd_tf.mining.base import Pairs
 from s2sd_tf.objectives.base import (
     LengthPenalizedObjective,
     euclidean_distances,
@@ -15,14 +18,16 @@ from s2sd_tf.objectives.base import (
 @register("lifted_structure")
 class LiftedStructure(LengthPenalizedObjective):
     """Lifted structured loss (Song et al., "Deep Metric Learning via Lifted Structured Feature Embedding", CVPR 2016,
-    eq. 4), on Euclidean distances d, over the positive pairs P of anchors that have a negative:
+    eq. 4).
+
+    With Euclidean distances d, over the positive pairs P of anchors that have a negative, it is
 
         1 / (2 |P|) sum_(i,j) max(0, log(sum_k exp(margin - d_ik) + sum_l exp(margin - d_jl)) + d_ij)^2
 
-    with k over the negatives of i and l over those of j.
+    where k runs over the negatives of i, and l over the negatives of j.
 
     Args:
-        margin: float.
+        margin: any finite number.
         normalize, l2_weight: see `LengthPenalizedObjective`; the paper does not normalise.
         **kwargs: arguments of `PairObjective`.
     """
@@ -31,14 +36,14 @@ class LiftedStructure(LengthPenalizedObjective):
     paper = "Song et al., CVPR 2016"
     cost = "B^2"
 
-    def __init__(self, margin=1.0, **kwargs):
+    def __init__(self, margin: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_number("margin", margin)
         self.margin = margin
 
-    def compute_pairs(self, anchors, references, pairs):
+    def compute_pairs(self, anchors: tf.Tensor, references: tf.Tensor, pairs: Pairs) -> tf.Tensor:
         distances = euclidean_distances(anchors, references)
-        # The negatives of the positive j are those anchors of which j is a negative.
+        # The negatives of a positive j are the anchors that have j as a negative.
         of_anchor = masked_logsumexp(self.margin - distances, pairs.negative, axis=1)[:, None]
         of_positive = masked_logsumexp(self.margin - distances, pairs.negative, axis=0)[None, :]
         has_negative = tf.reduce_any(pairs.negative, axis=1, keepdims=True)
@@ -46,5 +51,5 @@ class LiftedStructure(LengthPenalizedObjective):
         both += tf.math.log1p(tf.exp(-tf.abs(of_anchor - of_positive)))
         return mean_where(tf.square(tf.nn.relu(both + distances)) / 2.0, pairs.positive & has_negative)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "margin": self.margin}

@@ -1,31 +1,35 @@
 """Margin loss."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from s2sd_tf.checks import check_at_least, check_bool, check_number
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.mining.base import pair_masks
+from s2sd_tf.mining.base import Miner, Triplets, pair_masks
 from s2sd_tf.objectives.base import TupleObjective, euclidean_distances, register
 
 
 @register("margin")
 class Margin(TupleObjective):
-    """Margin loss (Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, eq. 7), on Euclidean distances
-    of l2-normalised embeddings:
+    """Margin loss (Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, eq. 7).
+
+    With Euclidean distances d of l2-normalised embeddings it is
 
         sum over triplets of max(0, margin + d(a, p) - beta_a) + max(0, margin - d(a, n) + beta_a)
 
-    divided by the number of hinges that are above 0. The boundary beta is learned for every class, or is one for all
-    without `num_classes`.
+    divided by the number of hinges above 0. There is one boundary beta per class, or, without `num_classes`, one for
+    all classes.
 
     Args:
-        margin: float >= 0.
-        beta: float, the boundary at the start.
-        nu: float >= 0, weight of the penalty on beta (eq. 8): nu times the sum of the boundaries over the triplets,
-            divided as the hinges are.
-        learnable_beta: bool; False keeps beta at its start.
+        margin: >= 0.
+        beta: initial value of the boundaries.
+        nu: >= 0, weight of the penalty on beta (eq. 8): nu times the sum of the boundaries over the triplets, divided
+            like the hinges.
+        learnable_beta: whether the boundaries are trained.
         miner: name or `mining.Miner`. With "all" every valid triplet counts, in O(batch^2).
-        learning_rate_multiplier: the published protocol trains beta at 5e-4 beside 1e-5 for the network: 50 times.
+        learning_rate_multiplier: the default is that of the published protocol, which trains beta at 5e-4 and the
+            network at 1e-5.
         **kwargs: `seed` of the miner, and arguments of `Objective`.
     """
 
@@ -36,14 +40,14 @@ class Margin(TupleObjective):
 
     def __init__(
         self,
-        margin=0.2,
-        beta=1.2,
-        nu=0.0,
-        learnable_beta=True,
-        miner="distance_weighted",
-        learning_rate_multiplier=50.0,
-        **kwargs,
-    ):
+        margin: float = 0.2,
+        beta: float = 1.2,
+        nu: float = 0.0,
+        learnable_beta: bool = True,
+        miner: str | Miner = "distance_weighted",
+        learning_rate_multiplier: float = 50.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(miner=miner, learning_rate_multiplier=learning_rate_multiplier, **kwargs)
         check_at_least("margin", margin, 0)
         check_number("beta", beta)
@@ -54,7 +58,7 @@ class Margin(TupleObjective):
         self.nu = nu
         self.learnable_beta = learnable_beta
 
-    def build(self, input_shape):
+    def build(self, input_shape: tuple[int | None, ...]) -> None:
         self.betas = self.add_weight(
             name="betas",
             shape=(self.num_classes or 1,),
@@ -63,7 +67,9 @@ class Margin(TupleObjective):
         )
         super().build(input_shape)
 
-    def compute_triplets(self, embeddings, labels, triplets, seed):
+    def compute_triplets(
+        self, embeddings: tf.Tensor, labels: tf.Tensor, triplets: Triplets, seed: tf.Tensor
+    ) -> tf.Tensor:
         del seed
         distances = euclidean_distances(embeddings)
         to_positive, to_negative = triplets.of(distances)
@@ -73,10 +79,10 @@ class Margin(TupleObjective):
             betas, self.margin + to_positive - betas, self.margin + betas - to_negative, valid, valid, valid
         )
 
-    def compute_all(self, embeddings, labels, seed):
+    def compute_all(self, embeddings: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
-        # Every positive pair of an anchor meets each of its negatives and the other way round, so the triplets only
-        # weigh the pairs.
+        # An anchor's triplets combine each of its positives with each of its negatives. So a positive pair counts as
+        # often as the anchor has negatives, and a negative pair as often as it has positives.
         distances = euclidean_distances(embeddings)
         positive, negative = (tf.cast(mask, distances.dtype) for mask in pair_masks(labels))
         positives = tf.reduce_sum(positive, axis=1, keepdims=True)
@@ -104,7 +110,7 @@ class Margin(TupleObjective):
         active += tf.reduce_sum(tf.cast(negative_hinges > 0, dtype) * negative_weights)
         return tf.math.divide_no_nan(total, active)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "margin": self.margin,

@@ -1,25 +1,27 @@
 """Multi-similarity loss."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from s2sd_tf.checks import check_above, check_number
-from s2sd_tf.mining import Pairs
+from s2sd_tf.mining.base import Pairs
 from s2sd_tf.objectives.base import PairObjective, masked_log1p_sum_exp, mean_where, register
 
 
 @register("multi_similarity")
 class MultiSimilarity(PairObjective):
-    """Multi-similarity loss (Wang et al., CVPR 2019), on cosine similarities s:
+    """Multi-similarity loss (Wang et al., CVPR 2019). With cosine similarities s, the loss of an anchor i is
 
         L_i = 1/alpha log(1 + sum_p exp(-alpha (s_ip - lambda_))) + 1/beta log(1 + sum_n exp(beta (s_in - lambda_)))
 
-    Pair mining (eq. 11 and 12) keeps a negative with s_in + epsilon > min_p s_ip and a positive with
+    Pair mining (eq. 11 and 12) keeps negatives with s_in + epsilon > min_p s_ip and positives with
     s_ip - epsilon < max_n s_in. The loss is the mean over the anchors that keep both a positive and a negative.
 
     Args:
-        alpha, beta: float > 0, the sharpness for positives and for negatives.
-        lambda_: float, the similarity margin.
-        epsilon: float, the mining margin; below 0 all pairs count, and the mean is over all anchors.
+        alpha, beta: > 0, the sharpness for positives and for negatives.
+        lambda_: the similarity margin.
+        epsilon: the mining margin; if it is negative, all pairs count and the mean is over all anchors.
         **kwargs: arguments of `PairObjective`.
     """
 
@@ -27,7 +29,9 @@ class MultiSimilarity(PairObjective):
     paper = "Wang et al., CVPR 2019"
     cost = "B^2"
 
-    def __init__(self, alpha=2.0, beta=40.0, lambda_=0.5, epsilon=0.1, **kwargs):
+    def __init__(
+        self, alpha: float = 2.0, beta: float = 40.0, lambda_: float = 0.5, epsilon: float = 0.1, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         check_above("alpha", alpha, 0)
         check_above("beta", beta, 0)
@@ -38,7 +42,7 @@ class MultiSimilarity(PairObjective):
         self.lambda_ = lambda_
         self.epsilon = epsilon
 
-    def compute_pairs(self, anchors, references, pairs):
+    def compute_pairs(self, anchors: tf.Tensor, references: tf.Tensor, pairs: Pairs) -> tf.Tensor:
         similarities = tf.matmul(anchors, references, transpose_b=True)
         positive, negative = pairs
         kept = tf.ones(tf.shape(positive)[:1], tf.bool)
@@ -54,7 +58,7 @@ class MultiSimilarity(PairObjective):
         losses += masked_log1p_sum_exp(self.beta * (similarities - self.lambda_), negative, axis=1) / self.beta
         return mean_where(losses, kept)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "alpha": self.alpha,

@@ -1,6 +1,7 @@
 """SoftTriple loss."""
 
 import functools
+from typing import Any
 
 import tensorflow as tf
 
@@ -11,22 +12,24 @@ from s2sd_tf.objectives.proxy_softmax import lower_own, softmax_loss
 
 @register("soft_triple")
 class SoftTriple(ProxyObjective):
-    """SoftTriple loss (Qian et al., ICCV 2019): a softmax over classes that have several centres each. The
-    similarity to a class is that to its centres, weighted by a softmax over the centres:
+    """SoftTriple loss: softmax over classes with several centres each (Qian et al., ICCV 2019).
+
+    The similarity S_c to a class is the mean of the similarities to its centres, weighted by a softmax over the
+    centres:
 
         S_c = sum_k softmax_k(s_ck / gamma) s_ck
         mean -log(exp(scale (S_y - margin)) / (exp(scale (S_y - margin)) + sum_(c != y) exp(scale S_c)))
         + regularization / (C K (K - 1)) sum_c sum_(t < s) |w_cs - w_ct|
 
-    The last term draws centres of a class together, so that classes find their number of centres.
+    The last term pulls the centres of a class together, so that centres can merge and each class finds its number.
 
     Args:
-        num_classes: int >= 1, C.
-        proxies_per_class: int >= 1, K.
-        margin: float, the paper's delta.
-        gamma: float > 0.
-        scale: float > 0, the paper's lambda.
-        regularization: float >= 0, the paper's tau.
+        num_classes: >= 1, C.
+        proxies_per_class: >= 1, K.
+        margin: the paper's delta.
+        gamma: > 0.
+        scale: > 0, the paper's lambda.
+        regularization: >= 0, the paper's tau.
         **kwargs: arguments of `Objective`.
     """
 
@@ -36,14 +39,14 @@ class SoftTriple(ProxyObjective):
 
     def __init__(
         self,
-        num_classes=None,
-        proxies_per_class=2,
-        margin=0.01,
-        gamma=0.1,
-        scale=8.0,
-        regularization=0.2,
-        **kwargs,
-    ):
+        num_classes: int | None = None,
+        proxies_per_class: int = 2,
+        margin: float = 0.01,
+        gamma: float = 0.1,
+        scale: float = 8.0,
+        regularization: float = 0.2,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(num_classes=num_classes, **kwargs)
         checked_int("proxies_per_class", proxies_per_class, 1)
         check_above("gamma", gamma, 0)
@@ -56,13 +59,13 @@ class SoftTriple(ProxyObjective):
         self.scale = scale
         self.regularization = regularization
 
-    def proxies_shape(self, dim):
+    def proxies_shape(self, dim: int) -> tuple[int, ...]:
         return (self.proxies_per_class, *super().proxies_shape(dim))
 
-    def compute(self, embeddings, labels, training):
+    def compute(self, embeddings: tf.Tensor, labels: tf.Tensor, training: bool) -> tf.Tensor:
         del training
         centers = tf.unstack(self.unit_proxies())
-        # A matrix for each centre: a softmax along a last axis of two or three entries is slow.
+        # One matrix per centre, because a softmax along a last axis of two or three entries is slow.
         similarities = [tf.matmul(embeddings, center, transpose_b=True) for center in centers]
         peak = tf.stop_gradient(functools.reduce(tf.maximum, similarities))
         weights = [tf.exp((s - peak) / self.gamma) for s in similarities]
@@ -79,7 +82,7 @@ class SoftTriple(ProxyObjective):
                 total += tf.reduce_sum(square_root(squared))
         return self.regularization * total / max(1, self.num_classes * count * (count - 1))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "proxies_per_class": self.proxies_per_class,

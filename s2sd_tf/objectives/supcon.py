@@ -1,20 +1,24 @@
 """Supervised contrastive loss."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from s2sd_tf.checks import check_above
+from s2sd_tf.mining.base import Pairs
 from s2sd_tf.objectives.base import PairObjective, masked_logsumexp, mean_where, register
 
 
 @register("supcon")
 class SupCon(PairObjective):
-    """Supervised contrastive loss (Khosla et al., NeurIPS 2020, eq. 2, L_out), on cosine similarities s, mean over the
-    anchors that have both a positive and a negative:
+    """Supervised contrastive loss (Khosla et al., NeurIPS 2020, eq. 2, L_out).
+
+    The mean over the anchors that have both a positive and a negative, with cosine similarities s, of
 
         -mean_p log(exp(s_ap / temperature) / sum_j exp(s_aj / temperature)),  j over all others
 
     Args:
-        temperature: float > 0.
+        temperature: > 0.
         **kwargs: arguments of `PairObjective`.
     """
 
@@ -22,12 +26,12 @@ class SupCon(PairObjective):
     paper = "Khosla et al., NeurIPS 2020"
     cost = "B^2"
 
-    def __init__(self, temperature=0.1, **kwargs):
+    def __init__(self, temperature: float = 0.1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_above("temperature", temperature, 0)
         self.temperature = temperature
 
-    def compute_pairs(self, anchors, references, pairs):
+    def compute_pairs(self, anchors: tf.Tensor, references: tf.Tensor, pairs: Pairs) -> tf.Tensor:
         logits = tf.matmul(anchors, references, transpose_b=True) / self.temperature
         totals = masked_logsumexp(logits, pairs.positive | pairs.negative, axis=1)
         positive = tf.cast(pairs.positive, logits.dtype)
@@ -35,5 +39,5 @@ class SupCon(PairObjective):
         has_both = pairs.complete()
         return mean_where(tf.where(has_both, totals - own, 0.0), has_both)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "temperature": self.temperature}
