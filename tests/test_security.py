@@ -85,7 +85,7 @@ class TestTheSources:
     def test_a_state_dict_of_other_things_than_tensors_is_refused(self, tmp_path):
         with zipfile.ZipFile(tmp_path / "weights.pth", "w") as archive:
             archive.writestr("weights/data.pkl", pickle.dumps({"w": Payload(tmp_path / "run")}))
-        with pytest.raises(ValueError, match=r"weights\.pth.*no tensor"):
+        with pytest.raises(ValueError, match=r"weights\.pth.*not a tensor"):
             read_state_dict(tmp_path / "weights.pth")
         assert not (tmp_path / "run").exists()
 
