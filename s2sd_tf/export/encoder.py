@@ -1,16 +1,15 @@
 """Exports the encoder as a SavedModel: images in, embeddings out."""
 
 import os
+from typing import Any
 
 import tensorflow as tf
 
-from s2sd_tf.data.preprocessing import Preprocessing
 from s2sd_tf.files import check_replaceable, replacing
-from s2sd_tf.keras_compat import raw_variable
-from s2sd_tf.models.s2sd_model import S2SDModel
+from s2sd_tf.keras_compat import keras, raw_variable
 
 
-def export_encoder(model: S2SDModel, preprocessing: Preprocessing, path: str | os.PathLike) -> None:
+def export_encoder(model: keras.Model, preprocessing: Any, path: str | os.PathLike) -> None:
     """Writes a SavedModel that turns images into l2-normalised embeddings, preprocessing included.
 
     It has two signatures. Both return `{"embedding": (batch, embedding_dim) float32}`:
@@ -21,8 +20,8 @@ def export_encoder(model: S2SDModel, preprocessing: Preprocessing, path: str | o
     Only TensorFlow is needed to load it: `tf.saved_model.load(path).signatures["encoded_images"]`.
 
     Args:
-        model: built model.
-        preprocessing: the preprocessing used in training.
+        model: built `S2SDModel`.
+        preprocessing: the `data.Preprocessing` used in training.
         path: folder to write; a new folder, or a SavedModel to replace.
 
     Raises:
@@ -38,7 +37,7 @@ def export_encoder(model: S2SDModel, preprocessing: Preprocessing, path: str | o
 class _Encoder(tf.Module):
     """Only the base embedding path of a model, without target heads and objectives."""
 
-    def __init__(self, model: S2SDModel, preprocessing: Preprocessing) -> None:
+    def __init__(self, model: keras.Model, preprocessing: Any) -> None:
         super().__init__()
         # Exactly the variables that the graphs below capture must be tracked.
         layers = [model.backbone, model.embedding_head, *([model.gem] if model.pooling == "gem" else [])]
