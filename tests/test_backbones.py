@@ -115,7 +115,7 @@ class TestNetworks:
         assert {"conv_blocks", "resnet50", "convnext_base", "efficientnet_v2_b3", "vit_s16"} < set(backbones.names())
         for arguments, words in [
             ({"name": "alexnet"}, "backbone: expected one of .*googlenet.*Received: 'alexnet'"),
-            ({"name": "resnet50", "filters": (3,)}, r"backbone: expected arguments that resnet50 has.*\['filters'\]"),
+            ({"name": "resnet50", "filters": (3,)}, r"backbone: expected arguments of resnet50.*\['filters'\]"),
             ({"name": "conv_blocks", "frozen_bn": "some"}, "frozen_bn: expected 'statistics' or 'all'"),
             ({"name": "vit_s16", "frozen_bn": "all", **SMALL_VIT}, "frozen_bn: expected None for vit_s16"),
             ({"name": "vit_s16", **SMALL_VIT, "dim": 9}, "dim: expected a multiple of heads"),
@@ -200,7 +200,7 @@ class TestStateDicts:
     @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
     def test_cut_files_are_refused(self, written, kind):
         for length in (0, 1, 20, 300, 700, -1):
-            with pytest.raises(ValueError, match=f"expected tensors in a whole file. Received: .*{kind}"):
+            with pytest.raises(ValueError, match=f"expected an undamaged file of tensors. Received: .*{kind}"):
                 backbones.read_state_dict(written(kind, lambda raw, length=length: raw[:length]))
 
     def test_a_whole_module_is_refused_by_name(self, written):
@@ -346,7 +346,7 @@ class TestWeights:
         assert float(printed) == pytest.approx(float(np.mean(features)), rel=1e-4)
 
     def test_conversion_to_other_files_is_refused(self, googlenet_file, tmp_path):
-        with pytest.raises(ValueError, match=r"output: expected a file \.weights\.h5"):
+        with pytest.raises(ValueError, match=r"output: expected a \.weights\.h5 file"):
             convert_weights("googlenet", googlenet_file, str(tmp_path / "googlenet.keras"))
         with pytest.raises(FileNotFoundError, match="none"):
             convert_weights("googlenet", str(tmp_path / "none.pth"), str(tmp_path / "new.weights.h5"))
@@ -410,7 +410,7 @@ class TestFrozenBatchNorm:
     def test_models_that_cannot_be_frozen(self):
         inner = backbones.get("conv_blocks", (8, 8, 3))
         images = keras.Input((8, 8, 3))
-        with pytest.raises(ValueError, match="frozen_bn: expected no model with batch normalisation within"):
+        with pytest.raises(ValueError, match="frozen_bn: expected no nested model with batch normalisation in"):
             backbones.freeze_batch_norm(keras.Model(images, inner(images)), "all")
         with pytest.raises(ValueError, match="kind: expected"):
             backbones.freeze_batch_norm(inner, "none")

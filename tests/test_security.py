@@ -85,7 +85,7 @@ class TestTheSources:
     def test_a_state_dict_of_other_things_than_tensors_is_refused(self, tmp_path):
         with zipfile.ZipFile(tmp_path / "weights.pth", "w") as archive:
             archive.writestr("weights/data.pkl", pickle.dumps({"w": Payload(tmp_path / "run")}))
-        with pytest.raises(ValueError, match=r"weights\.pth.*no tensor"):
+        with pytest.raises(ValueError, match=r"weights\.pth.*not a tensor"):
             read_state_dict(tmp_path / "weights.pth")
         assert not (tmp_path / "run").exists()
 
@@ -98,7 +98,7 @@ class TestModels:
             code = keras.layers.Lambda(lambda x, path=str(ran): (open(path, "w").close(), x)[1])
             keras.Sequential([keras.layers.InputLayer((2,)), code]).save(path)
         ran.unlink()
-        with pytest.raises(ValueError, match=r"model\.keras: expected .*Lambda in it"):
+        with pytest.raises(ValueError, match=r"model\.keras: expected .*Lambda, which can run any code"):
             export.load_model(path)
         assert not ran.exists()
 
@@ -127,7 +127,8 @@ class TestModels:
         with zipfile.ZipFile(path, "w") as archive:
             for name, content in members.items():
                 archive.writestr(name, content)
-        with pytest.raises(ValueError, match=r"model\.keras: expected a model of layers of Keras.* in it"):
+        words = "(which can run any code|the TensorFlow function|register your own classes)"
+        with pytest.raises(ValueError, match=rf"model\.keras: expected a model with only layers of Keras.*{words}"):
             export.load_model(path)
 
     def test_other_kinds_of_models_are_refused_by_name(self, tmp_path):
@@ -185,7 +186,7 @@ class TestModels:
         whole = path.read_bytes()
         try:
             path.write_bytes(whole[: len(whole) // 2])
-            with pytest.raises(ValueError, match="encoder: expected a whole SavedModel"):
+            with pytest.raises(ValueError, match="encoder: expected an undamaged SavedModel"):
                 serving.Encoder(encoder_path)
         finally:
             path.write_bytes(whole)

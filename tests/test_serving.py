@@ -203,7 +203,7 @@ def test_errors_of_embedding_name_the_argument(encoder_path, images, tmp_path):
     with pytest.raises(ValueError, match="images"):
         list_images(tmp_path / "nothing")
     items = list_images(images)
-    with pytest.raises(ValueError, match="different ids"):
+    with pytest.raises(ValueError, match="unique ids"):
         embed_images([items[0], items[0]], encoder, str(tmp_path / "out"))
     with pytest.raises(ValueError, match="shard_size"):
         embed_images(items, encoder, str(tmp_path / "out"), shard_size=0)

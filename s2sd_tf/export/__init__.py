@@ -1,4 +1,4 @@
-"""SavedModels that need nothing of this package to be loaded, and reading of models within limits."""
+"""Exports SavedModels that load without this package, and loads models without running code from them."""
 
 from s2sd_tf.export.encoder import export_encoder
 from s2sd_tf.export.model_file import load_model

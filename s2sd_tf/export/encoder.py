@@ -1,28 +1,31 @@
-"""The encoder as a SavedModel: images in, embeddings out."""
+"""Exports the encoder as a SavedModel: images in, embeddings out."""
+
+import os
+from typing import Any
 
 import tensorflow as tf
 
 from s2sd_tf.files import check_replaceable, replacing
-from s2sd_tf.keras_compat import raw_variable
+from s2sd_tf.keras_compat import keras, raw_variable
 
 
-def export_encoder(model, preprocessing, path):
-    """Writes a SavedModel from images to l2-normalised embeddings, preprocessing included.
+def export_encoder(model: keras.Model, preprocessing: Any, path: str | os.PathLike) -> None:
+    """Writes a SavedModel that turns images into l2-normalised embeddings, preprocessing included.
 
-    It has two signatures, both giving `{"embedding": (batch, embedding_dim) float32}`:
+    It has two signatures. Both return `{"embedding": (batch, embedding_dim) float32}`:
 
-    - "serving_default": `images`, float32 `(batch, h, w, channels)` of any size, white being 1;
+    - "serving_default": `images`, float32 `(batch, h, w, channels)` of any size, where white is 1;
     - "encoded_images": `encoded_images`, strings `(batch,)`, each an encoded PNG, JPEG, BMP or GIF image of any size.
 
-    Loading it takes TensorFlow alone: `tf.saved_model.load(path).signatures["encoded_images"]`.
+    Only TensorFlow is needed to load it: `tf.saved_model.load(path).signatures["encoded_images"]`.
 
     Args:
-        model: `S2SDModel`, built.
-        preprocessing: `data.Preprocessing`, as in training.
-        path: folder to write; a new one, or a SavedModel, which it takes the place of.
+        model: built `S2SDModel`.
+        preprocessing: the `data.Preprocessing` used in training.
+        path: folder to write; a new folder, or a SavedModel to replace.
 
     Raises:
-        ValueError: a folder that is there and is something else.
+        ValueError: `path` exists and is neither an empty folder nor a SavedModel.
     """
     check_replaceable("path", path, "saved_model.pb")
     module = _Encoder(model, preprocessing)
@@ -32,11 +35,11 @@ def export_encoder(model, preprocessing, path):
 
 
 class _Encoder(tf.Module):
-    """The base embedding path of a model only: target heads and objectives stay behind."""
+    """Only the base embedding path of a model, without target heads and objectives."""
 
-    def __init__(self, model, preprocessing):
+    def __init__(self, model: keras.Model, preprocessing: Any) -> None:
         super().__init__()
-        # What the graphs below capture has to be tracked, and nothing else.
+        # Exactly the variables that the graphs below capture must be tracked.
         layers = [model.backbone, model.embedding_head, *([model.gem] if model.pooling == "gem" else [])]
         self._variables = [raw_variable(variable) for layer in layers for variable in layer.variables]
 

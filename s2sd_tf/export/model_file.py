@@ -1,53 +1,54 @@
-"""Loading of `.keras` files without running what is in them."""
+"""Loads `.keras` files without running code from them."""
 
 import builtins
 import json
 import os
+from typing import Any
 
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.untrusted import open_archive, reading
 
-# Layers of code, of other files, and of whole programs.
+# Layers that hold code, read other files, or wrap whole programs.
 _REFUSED = (
     "Lambda", "__lambda__", "__tensor__", "ClassMethod", "InstanceMethod", "InstanceProperty",
     "StringLookup", "IntegerLookup", "TextVectorization",
     "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer",
 )  # fmt: skip
 _PACKAGES = ("keras", "s2sd_tf", "keras_cv", "tensorflow_addons")
-# Keras's modules of functions that a layer may have.
+# The Keras modules with functions that a layer may refer to.
 _FUNCTIONS = ("activations", "losses", "metrics", "initializers", "regularizers", "constraints")
-# The functions of TensorFlow that a layer of Keras 2 may name.
+# The TensorFlow functions that a Keras 2 layer may refer to.
 _TENSORFLOW = ("math.", "nn.", "__operators__.", "cast", "reshape", "concat", "split", "transpose")
 
 
-def load_model(path):
-    """A model of a `.keras` file, compiled as it was.
+def load_model(path: str | os.PathLike) -> keras.Model:
+    """Loads a model from a `.keras` file, compiled if it was saved compiled.
 
-    Keras's `safe_mode` refuses code in the file. Beyond it, a file is refused with a layer that holds code or reads
-    another file, and with a class or function of elsewhere than Keras, keras-cv, tensorflow-addons and this package,
-    unless it is registered with `keras.utils.register_keras_serializable` by then.
+    Keras's `safe_mode` refuses code in the file. This function also refuses layers that hold code or read other files,
+    and classes and functions from anywhere except Keras, keras-cv, tensorflow-addons and this package. To load your own
+    class, register it with `keras.utils.register_keras_serializable` first.
 
     Args:
-        path: `.keras` file. A `.h5` file or a SavedModel, whose code Keras 2 would run, is refused.
+        path: `.keras` file. `.h5` files and SavedModels are refused, as Keras 2 would run code from them.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another kind of file, a broken one, or one with something else in it; the message names it.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is of another kind, is damaged, or has something that is refused; the message says what.
     """
     path = os.fspath(path)
     if not path.endswith(".keras") or os.path.isdir(path):
         raise ValueError(f"model: expected a .keras file. Received: {path!r}")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"model: expected a .keras file. Received: {path!r}, which is not there")
+        raise FileNotFoundError(f"model: expected a .keras file. Received: {path!r}, which does not exist")
     with open_archive(path) as archive:
         config = json.loads(archive.read("config.json"))
-    with reading(path, "a model of layers of Keras and of s2sd_tf"):
+    with reading(path, "a model with only layers of Keras and s2sd_tf"):
         _check(config)
         return keras.models.load_model(path, safe_mode=True)
 
 
-def _check(value):
-    """Raises ValueError where a config names a class or a function that is not to be looked up."""
+def _check(value: Any) -> None:
+    """Raises ValueError if a config refers to a class or function that must not be looked up."""
     if isinstance(value, list):
         for item in value:
             _check(item)
@@ -64,23 +65,23 @@ def _check_name(name, value):
     module, config = value.get("module"), value.get("config")
     looked_up = config if name == "function" else name
     if name in _REFUSED or looked_up in _REFUSED:
-        raise ValueError(f"a {looked_up} in it, which may run anything")
+        raise ValueError(f"a {looked_up}, which can run any code")
     if name in ("TFOpLambda", "SlicingOpLambda"):
         function = config.get("function")
         if not isinstance(function, str) or not function.startswith(_TENSORFLOW):
-            raise ValueError(f"TensorFlow's function {function!r} in it")
+            raise ValueError(f"the TensorFlow function {function!r}")
         return
-    # As Keras does: functions by their own name, classes by that of their registration.
+    # Keras looks up functions by their own name, and classes by their registered name.
     registered = looked_up if name == "function" else value.get("registered_name")
     if module is None or (isinstance(registered, str) and keras.utils.get_registered_object(registered) is not None):
         return
     parts = str(module).split(".")
     if name == "function":
-        # Those that have a name alone, as "relu", are of the module "builtins".
+        # Functions known by name only, such as "relu", have the module "builtins".
         known = parts == ["builtins"] or (parts[0] == "keras" and parts[-1] in _FUNCTIONS)
         known = known and not hasattr(builtins, str(looked_up))
     else:
         known = parts[0] in _PACKAGES
-    # Keras takes a dot for something inside of what is before it, as an imported module.
+    # With a dot in the name, Keras would look inside other objects, such as modules that are imported there.
     if not known or "." in str(looked_up):
-        raise ValueError(f"{module}.{looked_up} in it; what is not Keras's own has to be registered before")
+        raise ValueError(f"{module}.{looked_up}; register your own classes and functions before loading")

@@ -1,47 +1,51 @@
-"""Encoder, index, ids and labels as one SavedModel: images in, what is like them out."""
+"""Exports encoder, index, ids and labels as one SavedModel: images in, the most similar items out."""
 
 import os
+from typing import Any
 
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
+from s2sd_tf.evaluation.index import Index
 from s2sd_tf.evaluation.scann_index import index_for_graphs
 from s2sd_tf.evaluation.scann_searcher import import_scann
 from s2sd_tf.export.saved_model import load_saved_model
 from s2sd_tf.files import check_replaceable, replacing
 
-_NEEDS = """Loading this SavedModel takes TensorFlow {tensorflow} and ScaNN's operations for it, imported before:
+_NEEDS = """To load this SavedModel, you need TensorFlow {tensorflow} and its ScaNN operations. Import them first:
 
     import tensorflow as tf
     from scann.scann_ops.py import scann_ops
     model = tf.saved_model.load("<this folder>")
 
-"Op type not registered 'Scann>...'" says that they were not: pip install scann, 1.4.2 for TensorFlow 2.20, 1.3.0 for
-2.15.
+The error "Op type not registered 'Scann>...'" means that they were not imported. To install them: pip install scann,
+version 1.4.2 for TensorFlow 2.20 or 1.3.0 for 2.15.
 """
 
 
-def export_retrieval(encoder, index, path, k=10):
-    """Writes a SavedModel that finds the k nearest of an index's items for images.
+def export_retrieval(encoder: str | os.PathLike, index: Index, path: str | os.PathLike, k: int = 10) -> None:
+    """Writes a SavedModel that finds the k nearest items of an index for images.
 
-    Its signatures give `{"ids", "labels"}`, strings `(batch, k)`, and `"scores"`, float32 `(batch, k)`: cosine
-    similarities, or minus the Euclidean distances. Where there are no more, the id is empty and the score -inf.
+    All signatures return `{"ids", "labels"}`, strings `(batch, k)`, and `"scores"`, float32 `(batch, k)`: cosine
+    similarities or negative Euclidean distances. If fewer items are found, the remaining ids are empty and the
+    remaining scores -inf.
 
-    - "serving_default": `images`, float32 `(batch, h, w, channels)` of any size, white being 1;
+    - "serving_default": `images`, float32 `(batch, h, w, channels)` of any size, where white is 1;
     - "encoded_images": `encoded_images`, strings `(batch,)`, each an encoded PNG, JPEG, BMP or GIF image;
     - "embeddings": `embeddings`, float32 `(batch, dim)`.
 
-    Loading it takes TensorFlow and ScaNN alone; `load_retrieval` says so where the latter is missing. The index is
-    built anew with TensorFlow's operations, which know no spilling, and is tuned to the same recall.
+    Only TensorFlow and ScaNN are needed to load it; `load_retrieval` reports if ScaNN is missing. The index is rebuilt
+    with ScaNN's TensorFlow operations, which do not support spilling, and tuned to the same recall.
 
     Args:
-        encoder: folder of a SavedModel of `export_encoder`.
-        index: `evaluation.Index`; an exact one is searched by brute force.
-        path: folder to write, whole or not at all.
-        k: int >= 1; an index of fewer items gives as many as it has.
+        encoder: SavedModel folder that `export_encoder` wrote.
+        index: the index; an exact index becomes a brute-force search.
+        path: folder to write; a new folder, or a SavedModel to replace. It is written completely or not at all.
+        k: >= 1; if the index has fewer items, all of them are returned.
 
     Raises:
-        ValueError: an encoder of another dimension than the index, or a folder that is there and is something else.
+        ValueError: encoder and index have different dimensions, or `path` exists and is neither an empty folder nor a
+            SavedModel.
         ImportError: ScaNN is missing or does not fit TensorFlow.
     """
     k = checked_int("k", k, 1)
@@ -54,12 +58,12 @@ def export_retrieval(encoder, index, path, k=10):
             file.write(_NEEDS.format(tensorflow=tf.__version__))
 
 
-def load_retrieval(path):
-    """What `export_retrieval` wrote, loaded: call its `signatures`.
+def load_retrieval(path: str | os.PathLike) -> Any:
+    """Loads a SavedModel that `export_retrieval` wrote; call its `signatures`.
 
     Raises:
-        FileNotFoundError: no SavedModel there.
-        ValueError: one that is broken, or that `load_saved_model` refuses.
+        FileNotFoundError: `path` is not a SavedModel.
+        ValueError: the SavedModel is damaged, or `load_saved_model` refuses it.
         ImportError: ScaNN's operations are missing or do not fit TensorFlow; the message says what to install.
     """
     if not tf.saved_model.contains_saved_model(os.fspath(path)):
@@ -69,22 +73,22 @@ def load_retrieval(path):
 
 
 class _Retrieval(tf.Module):
-    def __init__(self, encoder, index, k):
+    def __init__(self, encoder: Any, index: Index, k: int) -> None:
         super().__init__()
         self._ops = import_scann("scann.scann_ops.py.scann_ops")
         self._encoder = encoder
         self._k = k
         found = encoder.signatures["encoded_images"].structured_outputs["embedding"].shape[-1]
         if found != index.dim:
-            raise ValueError(f"index: expected one of the encoder's dimension {found}. Received: {index.dim}")
+            raise ValueError(f"index: expected an index of the encoder's dimension {found}. Received: {index.dim}")
         searcher, self._metric, self._numbers = index_for_graphs(index, k)
         self._state = searcher.serialize_to_module()
-        # Variables, as constants of a graph may take 2 GiB at most.
+        # Variables, because the constants of a graph are limited to 2 GiB.
         self._ids = tf.Variable(index.ids, trainable=False, dtype=tf.string)
         self._labels = tf.Variable(index.labels or [""] * len(index), trainable=False, dtype=tf.string)
 
-    def signatures(self):
-        """The functions to export, by name."""
+    def signatures(self) -> dict[str, Any]:
+        """Returns the functions to export, by signature name."""
         images = self._encoder.signatures["serving_default"].structured_input_signature[1]["images"]
 
         @tf.function(input_signature=[tf.TensorSpec(images.shape, tf.float32, "images")])

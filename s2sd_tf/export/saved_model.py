@@ -1,7 +1,8 @@
-"""Loading of SavedModels whose graphs only compute."""
+"""Loads SavedModels, and refuses those that do more than compute."""
 
 import os
 import re
+from typing import Any
 
 import tensorflow as tf
 from google.protobuf.message import DecodeError
@@ -15,44 +16,46 @@ _OUTWARD = re.compile(
 )
 
 
-def load_saved_model(argument, path):
-    """`tf.saved_model.load(path)` of a model whose graphs do nothing but compute.
+def load_saved_model(argument: str, path: str | os.PathLike) -> Any:
+    """Loads a SavedModel like `tf.saved_model.load`, if its graphs only compute.
 
-    A SavedModel is a program, and TensorFlow runs what it says. Here one is refused, before anything of it runs, of
-    which a function that can be called reads or writes files, reaches other machines or calls Python.
+    A SavedModel is a program that TensorFlow runs. This function refuses it, before any of it runs, if a function that
+    can be called reads or writes files, reaches other machines or calls Python.
 
     Args:
-        argument: str, name of the argument that `path` is, for messages.
+        argument: name of the argument that `path` was passed as, for error messages.
         path: folder of a SavedModel.
 
     Raises:
-        FileNotFoundError: no SavedModel there.
-        ValueError: one that is broken, or does more than compute.
+        FileNotFoundError: `path` is not a SavedModel.
+        ValueError: the SavedModel is damaged or does more than compute.
     """
     path = os.fspath(path)
     if not tf.saved_model.contains_saved_model(path):
         raise FileNotFoundError(f"{argument}: expected the folder of a SavedModel. Received: {path!r}")
     outward = sorted(name for name in _callable_operations(argument, path) if _OUTWARD.search(name))
     if outward:
-        raise ValueError(f"{argument}: expected a model that only computes. Received: {path!r}, with {outward}")
+        raise ValueError(
+            f"{argument}: expected a model that only computes. Received: {path!r}, with the operations {outward}"
+        )
     try:
         return tf.saved_model.load(path)
     except (tf.errors.OpError, OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{argument}: expected a whole SavedModel. Received: {path!r}: {error}") from error
+        raise ValueError(f"{argument}: expected an undamaged SavedModel. Received: {path!r}: {error}") from error
 
 
 def _callable_operations(argument, path):
-    """Names of the operations in all functions that the objects of a SavedModel have."""
-    found, wanted = saved_model_pb2.SavedModel(), f"{argument}: expected a whole SavedModel of TensorFlow 2"
+    """Returns the names of the operations that the functions of a SavedModel's objects can run."""
+    found, wanted = saved_model_pb2.SavedModel(), f"{argument}: expected an undamaged SavedModel of TensorFlow 2"
     try:
-        # In this form alone: TensorFlow knows others, and prefers one of them.
+        # TensorFlow would prefer another format, such as saved_model.cpb, to the saved_model.pb that is checked here.
         if sorted(name for name in os.listdir(path) if name.startswith("saved_model.")) != ["saved_model.pb"]:
-            raise OSError("saved_model.pb is not the only form of it")
+            raise OSError("saved_model.pb is not its only saved_model.* file")
         with open(os.path.join(path, "saved_model.pb"), "rb") as file:
             found.ParseFromString(file.read())
     except (OSError, DecodeError) as error:
         raise ValueError(f"{wanted}. Received: {path!r}: {error}") from error
-    # What TensorFlow 1 wrote runs its graph when it is loaded.
+    # A SavedModel of TensorFlow 1 runs its graph when it is loaded.
     if len(found.meta_graphs) != 1 or not found.meta_graphs[0].HasField("object_graph_def"):
         raise ValueError(f"{wanted}. Received: {path!r}")
     (meta,) = found.meta_graphs

@@ -1,4 +1,4 @@
-"""The S2SD model, its heads and poolings, its presets, a regulariser, and backbones by name."""
+"""The S2SD model and its parts: heads, poolings, presets, a regulariser, and backbones by name."""
 
 from s2sd_tf.models import backbones
 from s2sd_tf.models.adversarial_separation import AdversarialSeparation

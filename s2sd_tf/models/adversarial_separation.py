@@ -1,4 +1,7 @@
-"""Adversarial separation: a regulariser that makes two embeddings carry different things."""
+"""Adversarial separation: a regulariser that makes two embeddings encode different information."""
+
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
@@ -9,19 +12,21 @@ from s2sd_tf.objectives.base import unit_rows
 
 @keras.utils.register_keras_serializable("s2sd_tf")
 class AdversarialSeparation(keras.layers.Layer):
-    """Adversarial separation of two embeddings (Roth et al., "MIC: Mining Interclass Characteristics for Improved
-    Metric Learning", ICCV 2019). A two-layer network R maps the other embedding y into the space of x and learns
-    to agree with it, while both embeddings get the reversed gradient and learn to be unlike:
+    """A loss that makes two embeddings of the same images differ.
 
-        -weight * mean |x * R(y)|^2,  entry by entry, on l2-normalised x and R(y)
+    A two-layer network R maps the other embedding y into the space of x and learns to predict x. Both embeddings get
+    the reversed gradient and learn to be unlike (Roth et al., "MIC: Mining Interclass Characteristics for Improved
+    Metric Learning", ICCV 2019). The loss is
 
-    The gradients of x and y come out reversed: add the loss to that of the model as it is.
+        -weight * mean |x * R(y)|^2,  elementwise product of l2-normalised x and R(y)
+
+    The layer itself reverses the gradients of x and y: add its output to the loss of the model unchanged.
 
     Args:
-        embedding_dim: int >= 1, dimension of x.
-        other_dim: int >= 1, dimension of y.
-        hidden_dim: int >= 1, width of R.
-        weight: float >= 0.
+        embedding_dim: >= 1, dimension of x.
+        other_dim: >= 1, dimension of y.
+        hidden_dim: >= 1, width of R.
+        weight: >= 0, factor on the loss.
         name: name of the layer.
         dtype: "float32" (default) or "float64".
 
@@ -30,7 +35,16 @@ class AdversarialSeparation(keras.layers.Layer):
         >>> loss = objective(x, labels) + other_objective(y, other_labels) + separate(x, y)
     """
 
-    def __init__(self, embedding_dim, other_dim, hidden_dim=512, weight=1.0, name=None, dtype="float32", **kwargs):
+    def __init__(
+        self,
+        embedding_dim: int,
+        other_dim: int,
+        hidden_dim: int = 512,
+        weight: float = 1.0,
+        name: str | None = None,
+        dtype: str = "float32",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(name=name, dtype=dtype, **kwargs)
         if self.compute_dtype not in ("float32", "float64"):
             raise ValueError(f"dtype: expected 'float32' or 'float64'. Received: {dtype!r}")
@@ -42,17 +56,17 @@ class AdversarialSeparation(keras.layers.Layer):
         self.hidden = keras.layers.Dense(hidden_dim, activation="relu", dtype=self.dtype_policy, name="hidden")
         self.projection = keras.layers.Dense(embedding_dim, dtype=self.dtype_policy, name="projection")
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         self.hidden.build((None, self.other_dim))
         self.projection.build((None, self.hidden_dim))
         super().build(input_shape)
 
-    def call(self, embeddings, others):
-        """The regulariser of a batch.
+    def call(self, embeddings: tf.Tensor, others: tf.Tensor) -> tf.Tensor:
+        """Computes the loss of a batch.
 
         Args:
-            embeddings: float tensor `(batch, embedding_dim)`.
-            others: float tensor `(batch, other_dim)`.
+            embeddings: x, float `(batch, embedding_dim)`.
+            others: y, float `(batch, other_dim)`.
 
         Returns:
             Scalar tensor in `[-weight, 0]`.
@@ -63,7 +77,7 @@ class AdversarialSeparation(keras.layers.Layer):
         agreement = tf.reduce_sum(tf.square(embeddings * predicted), axis=1)
         return -self.weight * tf.reduce_mean(agreement)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "embedding_dim": self.embedding_dim,
@@ -74,6 +88,6 @@ class AdversarialSeparation(keras.layers.Layer):
 
 
 @tf.custom_gradient
-def reverse_gradient(values):
-    """The values; their gradient goes on with the opposite sign (Ganin and Lempitsky, ICML 2015)."""
+def reverse_gradient(values: tf.Tensor) -> tuple[tf.Tensor, Callable[[tf.Tensor], tf.Tensor]]:
+    """Returns `values` unchanged and flips the sign of their gradient (Ganin and Lempitsky, ICML 2015)."""
     return tf.identity(values), lambda upstream: -upstream

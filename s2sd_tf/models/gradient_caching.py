@@ -1,31 +1,42 @@
-"""Gradients of a loss over a whole batch in the memory of a part of it (gradient caching).
+"""Gradient caching: gradients of a loss over a whole batch, with the memory of a part of the batch.
 
-Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021, arXiv 2101.06983:
-the outputs of the whole batch are computed part by part, without keeping what their gradients need; the loss gives the
-gradients with respect to the outputs; and each part is computed once more, to go on from these to the weights.
+Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", RepL4NLP 2021, arXiv 2101.06983.
+The outputs of the whole batch are computed part by part, without keeping what their gradients need. Then the loss is
+differentiated with respect to the outputs. Finally each part is computed again, and these gradients are backpropagated
+to the weights.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tensorflow as tf
 
-from s2sd_tf.keras_compat import restores_random_layers
+from s2sd_tf.keras_compat import keras, restores_random_layers
 from s2sd_tf.models.updates import leaves
 
 
 class GradientCaching:
-    """The gradients of a step, of which a backbone computes `size` images at a time.
+    """Computes the gradients of a step while the backbone processes only `size` images at a time.
 
     Args:
-        backbone: built `keras.Model`.
-        compute: function from a part's images to a list of float tensors `(rows, dim)`, through the backbone.
-        size: int >= 1, images at a time.
-        dims: list of int, the dims of what `compute` gives.
-        dtype: its dtype.
+        backbone: built model.
+        compute: function from images to a list of float tensors `(rows, dim)`; it calls the backbone.
+        size: >= 1, images at a time.
+        dims: the dim of each output of `compute`.
+        dtype: the dtype of these outputs.
 
     Raises:
-        ValueError: a backbone that does not compute the same twice.
+        ValueError: the backbone does not compute the same twice.
     """
 
-    def __init__(self, backbone, compute, size, dims, dtype):
+    def __init__(
+        self,
+        backbone: keras.Model,
+        compute: Callable[[Any], list[tf.Tensor]],
+        size: int,
+        dims: Sequence[int],
+        dtype: str | tf.DType,
+    ) -> None:
         _check_repeats(backbone)
         self._backbone = backbone
         self._compute = compute
@@ -33,17 +44,23 @@ class GradientCaching:
         self._dims = dims
         self._dtype = dtype
 
-    def gradients(self, inputs, loss_of, variables, computing):
-        """`(terms, gradients)` of a batch.
+    def gradients(
+        self,
+        inputs: Any,
+        loss_of: Callable[[list[tf.Tensor]], tuple[Any, tf.Tensor]],
+        variables: Sequence[tf.Variable],
+        computing: Sequence[tf.Variable],
+    ) -> tuple[Any, list[Any]]:
+        """Returns `(terms, gradients)` of a batch, the gradients in the order of `variables`.
 
         Args:
             inputs: images of the batch.
-            loss_of: function from the list of `compute`'s outputs `(batch, dim)` to `(terms, loss)`; the scalar loss is
-                differentiated.
-            variables: list of trainable variables.
-            computing: those of them that `compute` depends on.
+            loss_of: function from the outputs of `compute` for the batch, each `(batch, dim)`, to `(terms, loss)`; the
+                scalar loss is differentiated.
+            variables: trainable variables.
+            computing: those `variables` that `compute` depends on.
         """
-        # Statistics and random numbers of the second time shall be those of the first.
+        # The second pass must use the same statistics and random numbers as the first.
         state = self._backbone.non_trainable_variables
         before = [tf.identity(variable) for variable in state]
         outputs = outputs_in_parts(self._compute, inputs, self._size, self._dims, self._dtype)
@@ -63,18 +80,24 @@ class GradientCaching:
         return terms, gradients
 
 
-def outputs_in_parts(compute, inputs, size, dims, dtype):
-    """`compute(inputs)`, computed `size` rows at a time.
+def outputs_in_parts(
+    compute: Callable[[Any], list[tf.Tensor]],
+    inputs: Any,
+    size: int,
+    dims: Sequence[int],
+    dtype: str | tf.DType,
+) -> list[tf.Tensor]:
+    """Computes `compute(inputs)`, `size` rows at a time.
 
     Args:
-        compute: function from tensors of `(rows, ...)` to a list of float tensors `(rows, dim)`.
+        compute: function from tensors `(rows, ...)` to a list of float tensors `(rows, dim)`.
         inputs: tensor, or structure of tensors, `(batch, ...)`.
-        size: int >= 1.
-        dims: list of int, the dims of the outputs.
+        size: >= 1, rows at a time.
+        dims: the dim of each output.
         dtype: floating dtype of the outputs.
 
     Returns:
-        The list of tensors `(batch, dim)`.
+        List of tensors `(batch, dim)`.
     """
     parts, part, even = _parts(inputs, size)
     arrays = tuple(
@@ -86,26 +109,32 @@ def outputs_in_parts(compute, inputs, size, dims, dtype):
 
     _, *arrays = tf.while_loop(lambda k, *_: k < parts, body, (tf.constant(0), *arrays), parallel_iterations=1)
     batch = tf.nest.flatten(inputs)[0].shape[0]
-    # XLA can stack them, and not concatenate.
+    # XLA can stack a TensorArray but not concatenate it.
     return [
         tf.reshape(array.stack(), [batch, dim]) if even else tf.ensure_shape(array.concat(), [batch, dim])
         for array, dim in zip(arrays, dims)
     ]
 
 
-def gradients_in_parts(compute, inputs, size, upstream, variables):
-    """The gradients of `compute(inputs)` by variables, computed `size` rows at a time.
+def gradients_in_parts(
+    compute: Callable[[Any], list[tf.Tensor]],
+    inputs: Any,
+    size: int,
+    upstream: Sequence[tf.Tensor],
+    variables: Sequence[tf.Variable],
+) -> list[tf.Tensor | None]:
+    """Backpropagates the gradients of a loss from `compute(inputs)` to `variables`, `size` rows at a time.
 
     Args:
         compute, inputs, size: see `outputs_in_parts`.
-        upstream: list of float tensors `(batch, dim)`, the gradients of a loss by the outputs.
-        variables: list of variables.
+        upstream: the gradients of the loss with respect to each output, float `(batch, dim)`.
+        variables: the variables to differentiate with respect to.
 
     Returns:
-        List of tensors of the variables' shapes and dtypes; None for a variable that the outputs do not depend on.
+        A tensor of the shape and dtype of each variable; None if the outputs do not depend on the variable.
     """
     parts, part, _ = _parts((inputs, upstream), size)
-    unused = set()
+    unused: set[int] = set()
 
     def body(k, sums):
         rows, gradients = part(k)
@@ -124,7 +153,7 @@ def gradients_in_parts(compute, inputs, size, upstream, variables):
 
 
 def _parts(inputs, size):
-    """How many parts there are, the function that cuts the k-th one out, and whether all are known to be of `size`."""
+    """Returns the number of parts, a function that slices out part k, and whether all are known to have `size` rows."""
     first = tf.nest.flatten(inputs)[0]
     batch = tf.shape(first)[0] if first.shape[0] is None else first.shape[0]
     even = first.shape[0] is not None and batch % size == 0
@@ -134,7 +163,7 @@ def _parts(inputs, size):
 
         def cut(values):
             rest = values.shape[1:]
-            # XLA wants to know the size.
+            # XLA needs to know the size.
             sizes = rest if rest.is_fully_defined() else [-1] * rest.rank
             piece = tf.slice(values, [k * size, *[0] * rest.rank], [rows, *sizes])
             return tf.ensure_shape(piece, [size if even else None, *rest])
@@ -151,7 +180,7 @@ def _check_repeats(backbone):
                 "micro_batch_size: expected a backbone without activity regularizers. "
                 f"Received: one with {layer.name!r}"
             )
-        if not restores_random_layers() and getattr(layer, "rate", 0) and "rate" in layer.get_config():
+        if not restores_random_layers() and getattr(layer, "rate", None) and "rate" in layer.get_config():
             raise ValueError(
                 "micro_batch_size: expected a backbone without dropout or noise with Keras 2, which cannot draw "
                 f"the same random numbers twice. Received: one with {layer.name!r}"

@@ -1,4 +1,7 @@
-"""From pooled features to l2-normalised embeddings."""
+"""Heads that turn pooled features into l2-normalised embeddings."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -6,9 +9,9 @@ from s2sd_tf.keras_compat import keras, loss_dtype
 
 
 class _Head(keras.layers.Layer):
-    """What both heads share: an output dimension, and unit-norm rows in at least float32."""
+    """Base class of the heads: an output dimension, and unit-norm rows in at least float32."""
 
-    def __init__(self, dim, **kwargs):
+    def __init__(self, dim: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.dim = dim
 
@@ -22,45 +25,45 @@ class _Head(keras.layers.Layer):
     def _normalize(self, embeddings):
         return tf.math.l2_normalize(tf.cast(embeddings, loss_dtype(self)), axis=-1, epsilon=1e-12)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
         return (*input_shape[:-1], self.dim)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "dim": self.dim}
 
 
 @keras.utils.register_keras_serializable("s2sd_tf")
 class EmbeddingHead(_Head):
-    """The base embedding: one linear layer, then l2 normalisation. `(batch, features)` to `(batch, dim)`."""
+    """Computes the base embedding: a linear layer and l2 normalisation. `(batch, features)` to `(batch, dim)`."""
 
-    def __init__(self, dim, **kwargs):
+    def __init__(self, dim: int, **kwargs: Any) -> None:
         super().__init__(dim, **kwargs)
         self.linear = self._dense("linear")
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int | None]) -> None:
         self.linear.build(input_shape)
         super().build(input_shape)
 
-    def call(self, features):
+    def call(self, features: tf.Tensor) -> tf.Tensor:
         return self._normalize(self.linear(features))
 
 
 @keras.utils.register_keras_serializable("s2sd_tf")
 class TargetHead(_Head):
-    """A target embedding: Linear-ReLU-Linear, both of `dim` units, then l2 normalisation (S2SD, section 3).
+    """Computes a target embedding: Linear-ReLU-Linear with `dim` units each, l2 normalisation (S2SD, section 3).
 
     `(batch, features)` to `(batch, dim)`.
     """
 
-    def __init__(self, dim, **kwargs):
+    def __init__(self, dim: int, **kwargs: Any) -> None:
         super().__init__(dim, **kwargs)
         self.hidden = self._dense("hidden", activation="relu")
         self.linear = self._dense("linear")
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int | None]) -> None:
         self.hidden.build(input_shape)
         self.linear.build((*input_shape[:-1], self.dim))
         super().build(input_shape)
 
-    def call(self, features):
+    def call(self, features: tf.Tensor) -> tf.Tensor:
         return self._normalize(self.linear(self.hidden(features)))

@@ -1,8 +1,9 @@
 """The variants of the S2SD paper as settings of `S2SDModel`."""
 
 import copy
+from typing import Any
 
-_BASE = {
+_BASE: dict[str, Any] = {
     "target_dims": (512, 1024, 1536, 2048),
     "target_pooling": "avg",
     "temperature": 1.0,
@@ -12,7 +13,7 @@ _BASE = {
     "feature_distill_delay": 1000,
 }
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "plain": {**_BASE, "target_dims": ()},
     "dsd": {**_BASE, "target_dims": (2048,)},
     "msd": _BASE,
@@ -22,18 +23,18 @@ PRESETS = {
 }
 
 
-def preset(name):
-    """Settings of `S2SDModel` for a variant of the paper (S2SD, section 3; the published hyperparameters).
+def preset(name: str) -> dict[str, Any]:
+    """Returns the `S2SDModel` settings for a variant of the paper (S2SD, section 3; the published hyperparameters).
 
     Args:
         name: "dsd" (one target space), "msd" (several), "msda" (+ average and max pooling for the targets), "msdf"
-            (+ feature distillation), "msdfa" (both), or "plain" (the objective alone). Case does not matter.
+            (+ feature distillation), "msdfa" (both), or "plain" (only the objective). Case does not matter.
+
+    Raises:
+        ValueError: unknown name.
 
     Example:
         >>> model = s2sd_tf.S2SDModel(backbone, 128, **s2sd_tf.preset("msdfa"))
-
-    Raises:
-        ValueError: an unknown name.
     """
     if str(name).lower() not in PRESETS:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}. Received: {name!r}")

@@ -1,5 +1,8 @@
 """The model that trains an embedding by simultaneous similarity-based self-distillation."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import tensorflow as tf
 
@@ -23,9 +26,9 @@ from s2sd_tf.models.step_metrics import StepMetrics
 from s2sd_tf.models.updates import Updates
 from s2sd_tf.registry import constructor_arguments
 
-# Of what `get_config` returns; saved models of another one are refused.
+# The format of the config; saved models of another format are refused.
 _FORMAT = 2
-# Names in a saved model of what Keras does not save of an optimizer.
+# The prefix of names in a saved model for the optimizer state that Keras does not save.
 _LEGACY_OPTIMIZER = "legacy_optimizer_"
 
 
@@ -33,45 +36,47 @@ _LEGACY_OPTIMIZER = "legacy_optimizer_"
 class S2SDModel(keras.Model):
     """An image-retrieval embedding trained with S2SD (Roth et al., ICML 2021, arXiv 2009.08348).
 
-    A backbone, an embedding head, a head for each target embedding, and an `S2SDLoss`. With the backbone's pooled
-    features f, the base embedding is z = norm(W f + b), and the targets are q_k = norm(MLP_k(f')); the loss trains them
-    together and distils the targets, and f', into z. Calling the model and `predict` give z, `(batch, embedding_dim)`
-    with unit-norm rows. `fit` takes batches `(images, labels)`, labels being integers `(batch,)`.
+    The model has a backbone, an embedding head, a head for each target embedding, and an `S2SDLoss`. With f and f', the
+    features pooled by `pooling` and by `target_pooling`, the base embedding is z = norm(W f + b) and the targets are
+    q_k = norm(MLP_k(f')). The loss trains them together and distils the targets, and f', into z. Calling the model and
+    `predict` return z, `(batch, embedding_dim)` with unit-norm rows. `fit` takes batches `(images, labels)`; labels are
+    integers `(batch,)`.
 
     Args:
-        backbone: `keras.Model` from images to feature maps `(batch, h, w, features)` or to pooled features
-            `(batch, features)`.
-        embedding_dim: int >= 1, dimension of the base embedding.
-        loss: `S2SDLoss`. Default: one that is made of `loss_settings`.
-        pooling: "avg", "max", "avg+max" (their sum) or "gem" (`GeM`): how feature maps become the f of the base
+        backbone: model from images to feature maps `(batch, h, w, features)` or to pooled features `(batch, features)`.
+        embedding_dim: >= 1, dimension of the base embedding.
+        loss: the loss; by default, one with `loss_settings`.
+        pooling: "avg", "max", "avg+max" (their sum) or "gem" (`GeM`); turns feature maps into the f of the base
             embedding.
-        target_pooling: the same for f', which feeds the targets and is the feature teacher. Where both are "gem", they
-            are one layer, so that f' is f, as with other equal poolings.
-        l2: float >= 0; adds `l2 * weight` to the gradient of every trainable weight of backbone and heads: L2 coupled
-            to the optimizer, as opposed to the decoupled decay of AdamW. The power of `GeM`, which is trained with the
-            heads, is left out, as in its authors' code.
-        learning_rate_multipliers: factors on the updates of the groups "backbone", "heads" and "objectives" (the
-            latter on top of each objective's own multiplier), and of "backbone/<shell pattern>": the layers of the
-            backbone of such names, on top of the backbone's factor; the first pattern that matches counts. They scale
-            what the optimizer does to a weight, so they mean the same with every Keras optimizer; an update below the
-            float32 spacing of the weight (1e-7 of it) is lost before it is scaled. Default: 1 each.
-        micro_batch_size: int >= 0. Images of a replica that the backbone takes at a time in training, 0: all of them.
-            The memory is that of such a part, while the loss is that of the whole batch and its gradients are exact,
-            except for BatchNorm that trains, whose statistics are the part's. The backbone computes every image twice
-            forward and once backward (Gao et al., RepL4NLP 2021, arXiv 2101.06983).
-        log_per_target: bool, log every target's objective and divergence beside their means.
+        target_pooling: the same for f', which feeds the targets and is the feature teacher. If both are "gem", they
+            share one layer. Equal poolings make f' = f.
+        l2: >= 0; adds `l2 * weight` to the gradient of every trainable weight of backbone and heads. This L2 is coupled
+            to the optimizer, unlike the decoupled decay of AdamW. It excludes the power of `GeM`, which is trained with
+            the heads, as in its authors' code.
+        learning_rate_multipliers: factors on the updates of the groups "backbone", "heads" and "objectives", and of
+            "backbone/<shell pattern>", the backbone's layers with a matching name; the first pattern that matches
+            counts. Each objective's own multiplier is applied on top of the factor of "objectives", and the factor of
+            a pattern on top of that of "backbone". The factors scale the updates that the optimizer makes, so they mean
+            the same with every Keras optimizer. An update below the float32 spacing of the weight (1e-7 of it) is lost
+            before it is scaled. Default: 1 each.
+        micro_batch_size: >= 0, how many images of a replica the backbone processes at a time in training; 0: all.
+            Only one part needs memory at a time, but the loss is that of the whole batch and its gradients are exact.
+            The exception is BatchNorm that is not frozen: it uses the statistics of each part. The backbone computes
+            every image twice forward and once backward (Gao et al., RepL4NLP 2021, arXiv 2101.06983).
+        log_per_target: whether to log every target's objective and divergence, in addition to their means.
         name, trainable, dtype: as for any Keras model.
         **loss_settings: arguments of `S2SDLoss` (`objective`, `target_dims`, `temperature`, ...). With
-            `diagnostics=True` the norm of the gradients of all weights is logged too, as "gradient_norm".
+            `diagnostics=True`, the norm of the gradients of all weights is logged too, as "gradient_norm".
 
     Attributes:
         s2sd_loss: the `S2SDLoss`; its `step` counts the training steps.
         embedding_head, target_heads: the heads.
-        gem: the `GeM` layer; None where neither pooling is "gem".
+        gem: the `GeM` layer; None if neither pooling is "gem".
         weight_updates: the `Updates`, with the groups of `learning_rate_multipliers`.
 
     Raises:
-        ValueError: an argument out of its range; the message names it.
+        ValueError: an argument is out of range; the message names it.
+        TypeError: `loss_settings` has an unknown argument.
 
     Example:
         >>> model = s2sd_tf.S2SDModel(backbone, 128, objective="multi_similarity", **s2sd_tf.preset("msdfa"))
@@ -79,23 +84,25 @@ class S2SDModel(keras.Model):
         >>> model.fit(batches, epochs=50)
     """
 
+    built: bool
+
     def __init__(
         self,
-        backbone,
-        embedding_dim,
-        loss=None,
+        backbone: keras.Model,
+        embedding_dim: int,
+        loss: S2SDLoss | None = None,
         *,
-        pooling="avg",
-        target_pooling="avg",
-        l2=0.0,
-        learning_rate_multipliers=None,
-        micro_batch_size=0,
-        log_per_target=False,
-        name=None,
-        trainable=True,
-        dtype=None,
-        **loss_settings,
-    ):
+        pooling: str = "avg",
+        target_pooling: str = "avg",
+        l2: float = 0.0,
+        learning_rate_multipliers: Mapping[str, float] | None = None,
+        micro_batch_size: int = 0,
+        log_per_target: bool = False,
+        name: str | None = None,
+        trainable: bool = True,
+        dtype: Any = None,
+        **loss_settings: Any,
+    ) -> None:
         super().__init__(name=name, trainable=trainable, dtype=dtype)
         report_first_replica(self)
         self.embedding_dim = checked_int("embedding_dim", embedding_dim, 1)
@@ -111,7 +118,7 @@ class S2SDModel(keras.Model):
         self.backbone = backbone
         self.s2sd_loss = _checked_loss(loss, loss_settings, loss_dtype(self))
         has_teachers = self.s2sd_loss.target_dims or self.s2sd_loss.feature_distill
-        # Of f and f', each once.
+        # The poolings of f and f', without duplicates.
         self._poolings = tuple(dict.fromkeys((pooling, target_pooling) if has_teachers else (pooling,)))
         uses_gem = "gem" in self._poolings
         self.gem = GeM(dtype=loss_dtype(self), name="gem") if uses_gem else None
@@ -128,8 +135,13 @@ class S2SDModel(keras.Model):
         if backbone.built:
             self.build(backbone.input_shape)
 
-    def build(self, input_shape):
-        """Makes all weights, for images of `input_shape` `(batch, ...)`."""
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        """Creates all weights, for images of the shape `input_shape`, `(batch, ...)`.
+
+        Raises:
+            ValueError: the backbone does not fit the poolings or `micro_batch_size`, or a pattern of
+                `learning_rate_multipliers` matches no trainable layer.
+        """
         if self.built:
             return
         if not self.backbone.built:
@@ -141,8 +153,8 @@ class S2SDModel(keras.Model):
             )
         if len(shape) == 2 and self._poolings != ("avg",):
             raise ValueError(
-                f"pooling: expected 'avg' for a backbone that gives pooled features {shape}; the others need feature "
-                f"maps. Received: pooling={self.pooling!r}, target_pooling={self.target_pooling!r}"
+                f"pooling: expected 'avg' for a backbone that outputs pooled features {shape}; the others need "
+                f"feature maps. Received: pooling={self.pooling!r}, target_pooling={self.target_pooling!r}"
             )
         if self.gem is not None and not self.gem.built:
             self.gem.build(shape)
@@ -151,10 +163,10 @@ class S2SDModel(keras.Model):
             *((head, shape[-1]) for head in self.target_heads),
             (self.s2sd_loss, self.embedding_dim),
         ):
-            # A loaded loss comes built.
+            # A loaded loss is already built.
             if not layer.built:
                 layer.build((None, dim))
-        self.weight_updates.groups()  # refuses patterns that match no layer
+        self.weight_updates.groups()  # raises if a pattern matches no layer
         if self.micro_batch_size:
             dtype, dims = loss_dtype(self), [shape[-1]] * len(self._poolings)
             self._caching = GradientCaching(
@@ -166,47 +178,48 @@ class S2SDModel(keras.Model):
             )
         self.built = True
 
-    def compile(self, *args, jit_compile="auto", **kwargs):
-        """As for any Keras model; `jit_compile="auto"` jits where there is a GPU, and no other one beside it.
+    def compile(self, *args: Any, jit_compile: bool | str = "auto", **kwargs: Any) -> None:
+        """Compiles the model like any Keras model.
 
-        The steps rely on it: a function of one's own with `jit_compile=True` around `train_step` wants a model that is
-        compiled with `jit_compile=True` too.
+        `jit_compile="auto"` uses XLA with Keras 3 on a single replica with a GPU. If you wrap `train_step` in your own
+        function with `jit_compile=True`, compile the model with `jit_compile=True` too: the loss depends on it.
 
         Raises:
-            ValueError: `jit_compile=True` on several replicas: XLA knows no collectives of TensorFlow's strategies.
+            ValueError: `jit_compile=True` on several replicas: XLA does not support the collectives of TensorFlow's
+                strategies.
         """
         several = self.distribute_strategy.num_replicas_in_sync > 1
         if several and jit_compile is True:
             raise ValueError(
-                "jit_compile: expected False or 'auto' under a distribution strategy of several replicas. Received: "
-                f"True, and {self.distribute_strategy.num_replicas_in_sync} replicas"
+                "jit_compile: expected False or 'auto' under a distribution strategy with several replicas. Received: "
+                f"True with {self.distribute_strategy.num_replicas_in_sync} replicas"
             )
         jit_compile = False if several else resolve_jit_compile(jit_compile)
         super().compile(*args, jit_compile=jit_compile, **kwargs)
         self.s2sd_loss.jit_compile = bool(self.jit_compile)
 
-    def compile_from_config(self, config):
-        """Compiles a loaded model; Keras leaves that to classes with a `compile` of their own."""
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles a loaded model. Keras requires this method of classes that override `compile`."""
         if "tensorflow_addons" in repr(config):
             import_addons("the optimizer of the saved model", "load it with compile=False")
         self.compile(**keras.utils.deserialize_keras_object(config))
         if self.built:
             build_optimizer(self)
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> Any:
         """Keras's hook before training. Creates the optimizer's variables, so that a step is traced only once."""
         if self.built:
             build_optimizer(self)
         return super().make_train_function(force)
 
-    def save_own_variables(self, store):
-        """Keras's hook for saving: the model's own variables, and what Keras does not save of a legacy optimizer."""
+    def save_own_variables(self, store: Any) -> None:
+        """Saves the model's own variables and the legacy optimizer state that Keras does not save (Keras hook)."""
         super().save_own_variables(store)
         for k, array in enumerate(legacy_optimizer_state(getattr(self, "optimizer", None))):
             store[f"{_LEGACY_OPTIMIZER}{k}"] = array
 
-    def load_own_variables(self, store):
-        """Keras's hook for loading, the inverse of `save_own_variables`."""
+    def load_own_variables(self, store: Any) -> None:
+        """Loads what `save_own_variables` saved (Keras hook)."""
         names = list(store.keys())
         of_optimizer = [name for name in names if name.startswith(_LEGACY_OPTIMIZER)]
         if not of_optimizer:
@@ -216,24 +229,24 @@ class S2SDModel(keras.Model):
         state = [np.array(store[f"{_LEGACY_OPTIMIZER}{k}"]) for k in range(len(of_optimizer))]
         restore_legacy_optimizer_state(getattr(self, "optimizer", None), self.trainable_variables, state)
 
-    def call(self, inputs, training=None):
-        """The base embedding z, `(batch, embedding_dim)`, of images."""
+    def call(self, inputs: Any, training: bool | None = None) -> tf.Tensor:
+        """Returns the base embedding z of images, `(batch, embedding_dim)`."""
         return self.embedding_head(pool(self.backbone(inputs, training=training), self.pooling, self.gem))
 
-    def compute_losses(self, inputs, labels, training=False):
-        """Every term of the loss of one batch, a dict of tensors: what `S2SDLoss` returns.
+    def compute_losses(self, inputs: Any, labels: tf.Tensor, training: bool = False) -> dict[str, tf.Tensor]:
+        """Returns all terms of the loss of one batch, as `S2SDLoss` returns them.
 
         Args:
-            inputs: images, as the backbone takes them.
-            labels: integer tensor `(batch,)`.
-            training: bool, for backbone and loss.
+            inputs: images, in the backbone's input format.
+            labels: integers `(batch,)`.
+            training: whether backbone and loss run in training mode.
         """
         if not self.built:
             self.build(inputs.shape)
         return self._losses_of(self._pooled(inputs, training), labels, training)
 
-    def train_step(self, data):
-        """One optimizer step on a batch `(images, labels)`; returns the running means of the logged terms."""
+    def train_step(self, data: Any) -> dict[str, tf.Tensor]:
+        """Runs one optimizer step on a batch `(images, labels)`; returns the running means of the logged terms."""
         inputs, labels = _unpack(data)
         if not self.built:
             self.build(inputs.shape)
@@ -254,17 +267,17 @@ class S2SDModel(keras.Model):
         norm = self.weight_updates.apply(self.optimizer, gradients, variables, norm=self.s2sd_loss.diagnostics)
         return self._step_metrics.update(terms if norm is None else {**terms, "gradient_norm": norm})
 
-    def test_step(self, data):
-        """The terms of the loss of a batch `(images, labels)`, without training."""
+    def test_step(self, data: Any) -> dict[str, tf.Tensor]:
+        """Evaluates a batch `(images, labels)`; returns the running means of the logged terms."""
         inputs, labels = _unpack(data)
         return self._step_metrics.update(self.compute_losses(inputs, labels, training=False))
 
     @property
-    def metrics(self):
+    def metrics(self) -> list[keras.metrics.Metric]:
         """Running means of the logged terms."""
         return self._step_metrics.metrics
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "format": _FORMAT,
@@ -281,25 +294,25 @@ class S2SDModel(keras.Model):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: dict[str, Any], custom_objects: Mapping[str, Any] | None = None) -> "S2SDModel":
         config = dict(config)
         found = config.pop("format", 1)
         if found != _FORMAT:
             raise ValueError(
-                f"S2SDModel: expected a saved model of format {_FORMAT}. Received: format {found}, written by "
-                "another version of s2sd_tf, which can read it"
+                f"S2SDModel: expected a saved model of format {_FORMAT}. Received: format {found}; load it with the "
+                "version of s2sd_tf that wrote it"
             )
         for key in ("backbone", "loss"):
             config[key] = keras.utils.deserialize_keras_object(config[key], custom_objects=custom_objects)
         return cls(**config)
 
     def _pooled(self, inputs, training):
-        """`[f, f']`, the pooled features of images, or `[f]` where they are the same."""
+        """Returns the pooled features of images, `[f, f']`, or `[f]` if both are the same."""
         features = self.backbone(inputs, training=training)
         return [pool(features, pooling, self.gem) for pooling in self._poolings]
 
     def _losses_of(self, pooled, labels, training):
-        """The terms of the loss, from `_pooled` features."""
+        """Returns the terms of the loss, given the features that `_pooled` returns."""
         targets = [head(pooled[-1]) for head in self.target_heads]
         features = pooled[-1] if self.s2sd_loss.feature_distill else None
         return self.s2sd_loss(self.embedding_head(pooled[0]), targets, features, labels, training=training)
@@ -310,10 +323,10 @@ def _checked_loss(loss, settings, dtype):
         known = set(constructor_arguments([S2SDLoss])) - {"name", "dtype"}
         unknown = sorted(settings.keys() - known)
         if unknown:
-            raise TypeError(f"S2SDModel: expected arguments of its own or of S2SDLoss. Received: {unknown}")
+            raise TypeError(f"S2SDModel: expected arguments of S2SDModel or S2SDLoss. Received: {unknown}")
         return S2SDLoss(**settings, name="s2sd_loss", dtype=dtype)
     if not isinstance(loss, S2SDLoss):
-        raise ValueError(f"loss: expected an S2SDLoss, or its settings by name. Received: {loss!r}")
+        raise ValueError(f"loss: expected an S2SDLoss, or its settings as keyword arguments. Received: {loss!r}")
     if settings:
         raise ValueError(
             f"loss: expected an S2SDLoss or its settings, not both. Received: {loss!r} and {sorted(settings)}"
@@ -322,8 +335,8 @@ def _checked_loss(loss, settings, dtype):
 
 
 def _output_shape(backbone, input_shape):
-    # A functional model knows its outputs, where Keras 2 could not compute their shape: it asks every layer, and
-    # multi-head attention and the operations in ConvNeXt cannot tell.
+    # A functional model knows its outputs. Keras 2 cannot always compute their shape: it calls every layer's
+    # `compute_output_shape`, which fails for multi-head attention and for the operations in ConvNeXt.
     outputs = getattr(backbone, "outputs", None)
     return tuple(outputs[0].shape if outputs else backbone.compute_output_shape(input_shape))
 
@@ -331,7 +344,7 @@ def _output_shape(backbone, input_shape):
 def _unpack(data):
     inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     if labels is None:
-        raise ValueError("data: expected batches (images, labels); received batches without labels")
+        raise ValueError("data: expected batches (images, labels). Received: batches without labels")
     if sample_weight is not None:
-        raise ValueError("data: expected batches (images, labels); sample weights are not supported")
+        raise ValueError("data: expected batches (images, labels). Received: sample weights, which are not supported")
     return inputs, labels

@@ -1,23 +1,27 @@
-"""The running means that a model's steps report."""
+"""Running means of the terms that a training or test step logs."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.keras_compat import keras
+from s2sd_tf.losses import S2SDLoss
 
 
 class StepMetrics:
     """Running means of the terms of an `S2SDLoss`, by name.
 
     Args:
-        loss: `S2SDLoss`.
-        per_target: bool, whether every target's objective and divergence have means of their own.
+        loss: the loss whose terms are logged.
+        per_target: whether to log the objective and the divergence of every target too.
 
     Attributes:
         metrics: list of `keras.metrics.Mean`.
     """
 
-    def __init__(self, loss, per_target):
+    def __init__(self, loss: S2SDLoss, per_target: bool) -> None:
         self._targets = [f"target{k}_{dim}" for k, dim in enumerate(loss.target_dims)] if per_target else []
         names = ["loss", "objective"]
         if loss.target_dims:
@@ -30,8 +34,8 @@ class StepMetrics:
             names += ["target_mean_similarity", "target_embedding_rank"] if loss.target_dims else []
         self.metrics = [_RunningMean(name=name) for name in names]
 
-    def update(self, terms):
-        """Takes a step's `terms`, a dict of tensors; the running means of those that it holds."""
+    def update(self, terms: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """Adds the terms of a step and returns their running means by name."""
         values = dict(terms)
         if "target_objectives" in terms:
             values["target_objective"] = tf.reduce_mean(terms["target_objectives"])
@@ -46,9 +50,9 @@ class StepMetrics:
 
 
 class _RunningMean(keras.metrics.Mean):
-    """A mean that can be loaded in the scope of a strategy: Keras 2 would share out the file's array over replicas."""
+    """A mean that loads in the scope of a strategy, where Keras 2 would split the saved array across replicas."""
 
-    def load_own_variables(self, store):
-        # Keras 3 stores none.
+    def load_own_variables(self, store: Any) -> None:
+        # With Keras 3, the store is empty.
         for key in list(store.keys()):
             self.variables[int(key)].assign(np.array(store[key]))

@@ -1,38 +1,48 @@
-"""From gradients to new weights: coupled L2, sums over replicas, and factors on the updates of groups of weights."""
+"""Turns gradients into new weights: coupled L2, sums over replicas, and factors on the updates of groups of weights."""
 
 import fnmatch
 import types
+from collections.abc import Iterable, Mapping, Sequence
 
 import tensorflow as tf
 
 from s2sd_tf.checks import check_at_least
-from s2sd_tf.keras_compat import apply_gradients, apply_summed_gradients, scale_loss, sums_gradients_too_late
+from s2sd_tf.keras_compat import apply_gradients, apply_summed_gradients, keras, scale_loss, sums_gradients_too_late
 from s2sd_tf.losses import replicas
+from s2sd_tf.objectives.base import Objective
 
 GROUPS = ("backbone", "heads", "objectives")
-# How the key of a factor begins that goes on with a pattern of layer names.
+# The prefix of keys that end in a pattern of layer names.
 _LAYERS = "backbone/"
 
 
 class Updates:
-    """How the weights of a model change in a step, around any Keras optimizer.
+    """Updates the weights of a model in a step, with any Keras optimizer.
 
     Args:
-        backbone: `keras.Model`.
+        backbone: the model's backbone.
         heads: layers of the group "heads".
-        decayed: those of them whose weights L2 is for, beside the backbone's.
-        objectives: `objectives.Objective`s; each has a `learning_rate_multiplier` of its own on top.
-        l2: float >= 0, see `S2SDModel`.
-        multipliers: dict, the `learning_rate_multipliers` of `S2SDModel`.
+        decayed: those `heads` whose weights get L2; the weights of the backbone always do.
+        objectives: layers of the group "objectives"; each one's `learning_rate_multiplier` applies too.
+        l2: >= 0, see `S2SDModel`.
+        multipliers: the `learning_rate_multipliers` of `S2SDModel`.
 
     Attributes:
-        l2, multipliers: as given; groups that were not named have the factor 1.
+        l2, multipliers: as passed; groups without a multiplier have 1.
 
     Raises:
-        ValueError: a bad argument; the message names it.
+        ValueError: an invalid argument; the message names it.
     """
 
-    def __init__(self, backbone, heads, decayed, objectives, l2, multipliers):
+    def __init__(
+        self,
+        backbone: keras.Model,
+        heads: Iterable[keras.layers.Layer],
+        decayed: Iterable[keras.layers.Layer],
+        objectives: Iterable[Objective],
+        l2: float,
+        multipliers: Mapping[str, float] | None,
+    ) -> None:
         check_at_least("l2", l2, 0)
         multipliers = dict(multipliers or {})
         for key, value in multipliers.items():
@@ -49,11 +59,13 @@ class Updates:
         self._decayed = tuple(decayed)
         self._objectives = tuple(objectives)
 
-    def groups(self):
-        """`(key, trainable variables, factor)` of every group; each objective and each pattern of layer names is one.
+    def groups(self) -> list[tuple[str, list[tf.Variable], float]]:
+        """Returns `(key, trainable variables, factor)` of every group of weights.
+
+        Each head, each objective and each pattern of layer names is a group.
 
         Raises:
-            ValueError: a pattern that no layer of the backbone that trains matches.
+            ValueError: a pattern matches no trainable layer of the backbone.
         """
         found = self._backbone_groups()
         for head in self._heads:
@@ -63,29 +75,40 @@ class Updates:
             found.append(("objectives", objective.trainable_variables, factor))
         return found
 
-    def loss_to_differentiate(self, optimizer, loss, regularizers):
-        """The scalar whose gradient `apply` wants: `loss` with the L2 and the model's own `regularizers`, scaled as the
-        optimizer wants it."""
+    def loss_to_differentiate(
+        self, optimizer: keras.optimizers.Optimizer, loss: tf.Tensor, regularizers: Iterable[tf.Tensor]
+    ) -> tf.Tensor:
+        """Returns the scalar whose gradients `apply` takes.
+
+        It is `loss` plus L2 plus the model's own `regularizers`, scaled for the optimizer (mixed precision) and for the
+        number of replicas.
+        """
         for term in regularizers:
             loss += tf.cast(term, loss.dtype)
         if self.l2:
             for layer in (self._backbone, *self._decayed):
                 for variable in layer.trainable_variables:
                     loss += self.l2 * tf.cast(tf.nn.l2_loss(tf.convert_to_tensor(variable)), loss.dtype)
-        # Keras sums the gradients of the replicas of a distribution strategy.
+        # With a distribution strategy, Keras sums the gradients of the replicas.
         return scale_loss(optimizer, loss / tf.cast(replicas.count(), loss.dtype))
 
-    def apply(self, optimizer, gradients, variables, norm=False):
-        """Takes the step of `optimizer`.
+    def apply(
+        self,
+        optimizer: keras.optimizers.Optimizer,
+        gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
+        variables: Sequence[tf.Variable],
+        norm: bool = False,
+    ) -> tf.Tensor | None:
+        """Runs the optimizer and scales its updates by the factors of the groups.
 
         Args:
-            optimizer: Keras optimizer.
-            gradients: those of `loss_to_differentiate`, in the order of `variables`.
-            variables: list of the trainable variables.
-            norm: bool, whether the norm of the gradients is wanted.
+            optimizer: the optimizer.
+            gradients: the gradients of `loss_to_differentiate`, in the order of `variables`.
+            variables: the trainable variables.
+            norm: whether to compute the norm of the gradients.
 
         Returns:
-            The norm of the gradients of all replicas, a scalar tensor, or None.
+            The norm of the gradients, summed over all replicas and unscaled, as a scalar tensor; None without `norm`.
         """
         gradients = [_dense(gradient) for gradient in gradients]
         scaled = [(variable, factor) for _, group, factor in self.groups() if factor != 1.0 for variable in group]
@@ -102,10 +125,10 @@ class Updates:
             variable.assign(old + factor * (tf.convert_to_tensor(variable) - old))
         return found
 
-    def _backbone_groups(self):
+    def _backbone_groups(self) -> list[tuple[str, list[tf.Variable], float]]:
         patterns = [key for key in self.multipliers if key.startswith(_LAYERS)]
         own = self.multipliers["backbone"]
-        found = {key: [] for key in patterns}
+        found: dict[str, list[tf.Variable]] = {key: [] for key in patterns}
         for layer in dict.fromkeys(leaves(self._backbone)) if patterns else ():
             match = [key for key in patterns if fnmatch.fnmatchcase(layer.name, key[len(_LAYERS) :])][:1]
             for key in match:
@@ -114,8 +137,8 @@ class Updates:
         if unused:
             names = [layer.name for layer in leaves(self._backbone) if layer.trainable_variables]
             raise ValueError(
-                f"learning_rate_multipliers: expected patterns of names of layers that train, out of {names}. "
-                f"Received: {unused}, which match none, or only what others match before them"
+                f"learning_rate_multipliers: expected patterns that match trainable layers of the backbone, {names}. "
+                f"Received: {unused}, which match none, or only layers that an earlier pattern matches"
             )
         taken = {id(variable) for variables in found.values() for variable in variables}
         rest = [variable for variable in self._backbone.trainable_variables if id(variable) not in taken]
@@ -123,8 +146,8 @@ class Updates:
         return [*groups, ("backbone", rest, own)]
 
 
-def leaves(layer):
-    """The layers that a model is made of, and those of models in it."""
+def leaves(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """Returns the layers of a model and of the models nested in it; for any other layer, the layer itself."""
     parts = getattr(layer, "layers", None)
     if not parts:
         return [layer]
@@ -132,7 +155,7 @@ def leaves(layer):
 
 
 def _dense(gradient):
-    # Keras 3's optimizers square the entries of a sparse gradient before they add up repeated ones.
+    # Keras 3's optimizers would square the entries of a sparse gradient before summing repeated ones.
     return tf.convert_to_tensor(gradient) if isinstance(gradient, tf.IndexedSlices) else gradient
 
 

@@ -1,4 +1,4 @@
-"""From images to searchable embeddings with an exported encoder: in this process, or on many machines."""
+"""Embeds images with an exported encoder, in this process or on many machines, and writes searchable embeddings."""
 
 from s2sd_tf.serving.embed import Item, embed_images, list_images
 from s2sd_tf.serving.encoder import Encoder

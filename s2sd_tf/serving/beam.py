@@ -1,12 +1,14 @@
 """An Apache Beam pipeline that embeds images on as many machines as the runner has.
 
-It writes what `embed_images` writes, shards of embeddings with an index each; `evaluation.load_index` searches all of
-them and merges what they find. The output is a folder on a file system that all workers share.
+Like `embed_images`, it writes shards of embeddings, each with an index. `evaluation.load_index` searches all shards and
+merges the results. The output is a folder on a file system that all workers share.
 """
 
 import hashlib
 import itertools
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
@@ -19,33 +21,40 @@ from s2sd_tf.files import read_json, write_json
 from s2sd_tf.serving.embed import Item, read_item, write_items_as_shard
 from s2sd_tf.serving.encoder import Encoder
 
-# Names of the features of a TFRecord's examples: encoded image, id, and label where there is one.
+# Names of the features in a TFRecord example: encoded image, id, and optional label.
 FEATURES = ("image", "id", "label")
 
 
 class EmbedImages(beam.PTransform):
-    """From images to shards in a folder; gives a dict for every shard: "shard", "embedded" and "failed".
+    """Embeds images into shards in a folder; outputs a dict for every shard: "shard", "embedded" and "failed".
 
-    The input is a collection of `Item`s, whose files are read by the workers, or of `(Item, bytes)`. An image belongs
-    to the shard that its id's hash names, whatever worker embeds it; in a shard the order is that of the ids. A shard
-    is written whole under another name and renamed, so a worker's second try does no harm. An image that cannot be read
-    or decoded is reported in the shard's `failed.json` and goes no further.
+    The input is a collection of `Item`s, whose files the workers read, or of `(Item, bytes)`. The hash of its id
+    determines the shard of an image, whichever worker embeds it; within a shard, images are sorted by id. A shard is
+    written under a temporary name and then renamed, so a worker can safely retry. An image that cannot be read or
+    decoded is only reported in the shard's `failed.json`.
 
     Args:
-        encoder: folder of a SavedModel of `export_encoder`, which the workers can read.
+        encoder: SavedModel folder that `export_encoder` wrote; the workers must be able to read it.
         folder: folder to write.
-        shards: int >= 1, shards at most; one that no image belongs to is not written.
-        batch_size: int >= 1, images embedded at a time.
-        index: dict of arguments of `build_index`, or None for shards without.
+        shards: >= 1, the maximum number of shards; shards without images are not written.
+        batch_size: >= 1, images embedded at a time.
+        index: arguments of `build_index`, or None for shards without an index.
     """
 
-    def __init__(self, encoder, folder, shards=16, batch_size=64, index=None):
+    def __init__(
+        self,
+        encoder: str | os.PathLike,
+        folder: str | os.PathLike,
+        shards: int = 16,
+        batch_size: int = 64,
+        index: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.encoder, self.folder, self.shards, self.batch_size, self.index = encoder, folder, shards, batch_size, index
-        # Told here, and not by a worker, where it is no encoder.
+        # An invalid encoder is reported here, not by a worker.
         self.dim = Encoder(encoder).dim
 
-    def expand(self, images):
+    def expand(self, images: beam.PCollection) -> beam.PCollection:
         embedded = (
             images
             | "Batch" >> beam.BatchElements(min_batch_size=self.batch_size, max_batch_size=self.batch_size)
@@ -58,27 +67,38 @@ class EmbedImages(beam.PTransform):
         )
 
 
-def examples_to_images(records):
-    """`(Item, bytes)` of serialized `tf.train.Example`s with the features `image`, `id` and, or empty, `label`."""
+def examples_to_images(records: beam.PCollection) -> beam.PCollection:
+    """Parses serialized `tf.train.Example`s with the features `image`, `id` and maybe `label` to `(Item, bytes)`."""
     return records | "Parse" >> beam.Map(_parse)
 
 
-def run(source, encoder, folder, shards=16, batch_size=64, index=None, options=None):
+def run(
+    source: Sequence[Item] | str,
+    encoder: str | os.PathLike,
+    folder: str | os.PathLike,
+    shards: int = 16,
+    batch_size: int = 64,
+    index: dict[str, Any] | None = None,
+    options: list[str] | None = None,
+) -> dict[str, Any]:
     """Runs the pipeline and writes `summary.json`.
 
     Args:
-        source: list of `Item`s, or a str, the pattern of TFRecord files (see `examples_to_images`).
+        source: the items, or the pattern of TFRecord files (see `examples_to_images`).
         encoder, folder, shards, batch_size, index: see `EmbedImages`.
-        options: list of str, options of the pipeline ("--runner=..."), or None for the DirectRunner.
+        options: options of the pipeline ("--runner=..."), or None for the DirectRunner.
 
     Returns:
-        dict: "embedded", "failed" (a list of `{"id", "error"}`) and "shards".
+        The content of `summary.json`: "images", "embedded", "failed" (a list of `{"id", "error"}`), "dim", "shards".
+
+    Raises:
+        ValueError: `folder` is not empty, or `encoder` is invalid.
     """
     if os.path.isdir(folder) and os.listdir(folder):
         raise ValueError(f"folder: expected a new or empty one. Received: {folder!r}")
     embed = EmbedImages(encoder, folder, shards, batch_size, index)
     os.makedirs(folder, exist_ok=True)
-    # Until there is a summary, what is there counts as unfinished.
+    # A folder with a plan and without a summary counts as unfinished.
     write_json(os.path.join(folder, "plan.json"), {"shards": shards, "index": index})
     with beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(options or [])) as pipeline:
         if isinstance(source, str):
@@ -87,7 +107,7 @@ def run(source, encoder, folder, shards=16, batch_size=64, index=None, options=N
         else:
             images = pipeline | "List" >> beam.Create(source) | "Spread" >> beam.Reshuffle()
         done = images | embed
-        # The workers may be elsewhere: what they tell comes back as files.
+        # The workers may be on other machines, so the summary comes back as a file.
         (
             done
             | "One" >> beam.combiners.ToList()
@@ -97,10 +117,10 @@ def run(source, encoder, folder, shards=16, batch_size=64, index=None, options=N
 
 
 class _Embed(beam.DoFn):
-    def __init__(self, encoder, shards):
+    def __init__(self, encoder: str | os.PathLike, shards: int) -> None:
         super().__init__()
         self._path, self._shards = encoder, shards
-        # One for all threads of a worker.
+        # All threads of a worker share one encoder.
         self._shared = Shared()
 
     def setup(self):
@@ -138,7 +158,7 @@ def _write(group, folder, index, dim):
     failed = sorted(found["failed"], key=lambda row: row["id"])
     repeated = sorted({a.id for a, b in itertools.pairwise(items) if a.id == b.id})
     if repeated:
-        raise ValueError(f"images: expected different ids. Received more than once: {repeated[:5]}")
+        raise ValueError(f"images: expected unique ids. Received more than once: {repeated[:5]}")
     path = os.path.join(folder, shard_name(shard))
     vectors = np.stack([row for _, row in rows]) if rows else np.empty((0, dim), np.float32)
     write_items_as_shard(path, vectors, items, failed, index)
@@ -149,10 +169,12 @@ def _parse(record):
     try:
         features = tf.train.Example.FromString(record).features.feature
     except DecodeError as error:
-        raise ValueError(f"tfrecords: expected examples. Received: {error}") from error
+        raise ValueError(f"tfrecords: expected serialized tf.train.Examples. Received: {error}") from error
     image, name, label = (features[key] for key in FEATURES)
     if not image.bytes_list.value or not name.bytes_list.value:
-        raise ValueError(f"tfrecords: expected examples with bytes {FEATURES[:2]}. Received: {sorted(features)}")
+        raise ValueError(
+            f"tfrecords: expected examples with the bytes features {FEATURES[:2]}. Received: {sorted(features)}"
+        )
     label = label.bytes_list.value[0].decode() if label.bytes_list.value else "".join(map(str, label.int64_list.value))
     return Item(name.bytes_list.value[0].decode(), "", label), image.bytes_list.value[0]
 

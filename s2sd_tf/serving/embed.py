@@ -1,9 +1,10 @@
-"""Embeds images into shards that are written whole, and goes on where it was."""
+"""Embeds images into shards; after an interruption, it resumes with the missing shards."""
 
 import concurrent.futures
 import hashlib
 import os
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -14,7 +15,7 @@ from s2sd_tf.data.image_folder import EXTENSIONS, walk_folders
 from s2sd_tf.evaluation.embeddings import read_items, shard_name, write_shard
 from s2sd_tf.evaluation.search import build_index
 from s2sd_tf.files import LEFTOVER, read_json, remove_leftovers, replacing, write_json
-from s2sd_tf.serving.encoder import first_line
+from s2sd_tf.serving.encoder import Encoder, first_line
 from s2sd_tf.untrusted import image_excess, read_json_object
 
 
@@ -22,9 +23,9 @@ class Item(NamedTuple):
     """An image to embed.
 
     Attributes:
-        id: str, unlike all others.
-        path: file of the image.
-        label: str, its class; empty for none.
+        id: unique id.
+        path: image file.
+        label: class; empty for none.
     """
 
     id: str
@@ -32,13 +33,15 @@ class Item(NamedTuple):
     label: str
 
 
-def list_images(root):
-    """The `Item`s of all image files under a folder, sorted: the id is the path under the folder, the label the folder
-    that the file is in, empty for the first one. Links are followed, but for one to a folder that it is in.
+def list_images(root: str | os.PathLike) -> list[Item]:
+    """Lists all image files under a folder as `Item`s, sorted by id.
+
+    The id is the path relative to `root`. The label is the file's folder relative to `root`, and empty for files in
+    `root` itself. Links are followed, except a link to a folder that contains it.
 
     Raises:
         FileNotFoundError: `root` is not a folder.
-        ValueError: no image file under it.
+        ValueError: there is no image file under `root`.
     """
     if not os.path.isdir(root):
         raise FileNotFoundError(f"images: expected a folder. Received: {root!r}")
@@ -56,31 +59,39 @@ def list_images(root):
     return sorted(items)
 
 
-def embed_images(items, encoder, folder, shard_size=4096, batch_size=64, index=None, progress=True):
-    """Embeds images into `folder`, a shard at a time; called again after an interruption, goes on with what is missing.
+def embed_images(
+    items: Iterable[Item],
+    encoder: Encoder,
+    folder: str | os.PathLike,
+    shard_size: int = 4096,
+    batch_size: int = 64,
+    index: dict[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Embeds images into `folder`, one shard at a time. If you call it again after an interruption, it resumes.
 
-    Every shard is a folder `shard-00000` of `embeddings.npy`, `items.json` (ids and labels), `failed.json` where images
-    could not be read, and with `index` an index. Which images go into which shard is settled by their order, so none is
-    embedded twice and none is lost. `summary.json` is written at the end.
+    Every shard is a folder such as `shard-00000`. It has `embeddings.npy`, `items.json` (ids and labels), `failed.json`
+    if images could not be read, and an index if `index` is set. The order of the images determines their shards, so no
+    image is embedded twice and none is lost. `summary.json` is written at the end.
 
     Args:
-        items: `Item`s with different ids.
-        encoder: `Encoder`.
-        folder: folder to write; a new one, or that of an earlier call with the same arguments.
-        shard_size, batch_size: int >= 1, images.
-        index: dict of arguments of `build_index` (method, metric, recall, k) for an index in every shard, or None.
-        progress: bool, show a progress bar.
+        items: the images, with unique ids.
+        encoder: the encoder.
+        folder: folder to write; a new folder, or that of an earlier call with the same arguments.
+        shard_size, batch_size: >= 1, images per shard and images embedded at a time.
+        index: arguments of `build_index` (method, metric, recall, k) for an index in every shard, or None.
+        progress: whether to show a progress bar.
 
     Returns:
         The content of `summary.json`: "images", "embedded", "failed" (a list of `{"id", "error"}`), "dim", "shards".
 
     Raises:
-        ValueError: bad arguments, or a folder that other images or another encoder wrote.
+        ValueError: an argument is invalid, or `folder` was written for other images, settings or another encoder.
     """
     items = list(items)
     shard_size, batch_size = checked_int("shard_size", shard_size, 1), checked_int("batch_size", batch_size, 1)
     if len({item.id for item in items}) < len(items) or not items:
-        raise ValueError("items: expected at least one, with different ids. Received: none, or duplicates")
+        raise ValueError("items: expected at least one item, and unique ids. Received: none, or duplicate ids")
     shards = -(-len(items) // shard_size)
     plan = {
         "images": len(items),
@@ -95,7 +106,7 @@ def embed_images(items, encoder, folder, shard_size=4096, batch_size=64, index=N
     names = [shard_name(number) for number in range(shards)]
     missing = [number for number, name in enumerate(names) if not os.path.isdir(os.path.join(folder, name))]
     if len(missing) < shards:
-        logging.info("%s has %d of %d shards; going on", folder, shards - len(missing), shards)
+        logging.info("%s has %d of %d shards; resuming", folder, shards - len(missing), shards)
     done = len(items) - sum(len(items[n * shard_size : (n + 1) * shard_size]) for n in missing)
     bar = tqdm(total=len(items), initial=done, desc="Embedding", unit="image", disable=not progress)
     with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -112,11 +123,11 @@ def _start(folder, plan):
         differing = sorted(key for key in plan if there.get(key) != plan[key])
         if differing:
             raise ValueError(
-                f"folder: expected a new one, or one of the same images, encoder and settings. Received: {folder!r}, "
+                f"folder: expected a new one, or one with the same images, encoder and settings. Received: {folder!r}, "
                 f"which differs in {', '.join(differing)}"
             )
     elif os.path.isdir(folder) and any(not name.startswith(LEFTOVER) for name in os.listdir(folder)):
-        raise ValueError(f"folder: expected a new or empty one, or that of an earlier call. Received: {folder!r}")
+        raise ValueError(f"folder: expected a new or empty one, or the folder of an earlier call. Received: {folder!r}")
     os.makedirs(folder, exist_ok=True)
     remove_leftovers(folder)
     write_json(path, plan)
@@ -125,7 +136,7 @@ def _start(folder, plan):
 def _write(folder, number, items, encoder, batch_size, index, pool, bar):
     rows, kept, failed = [], [], []
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
-    # The next batch is read while one is embedded.
+    # While one batch is embedded, the next is read.
     reading = [pool.submit(read_item, item) for item in batches[0]]
     for position, batch in enumerate(batches):
         read = [future.result() for future in reading]
@@ -149,8 +160,22 @@ def _write(folder, number, items, encoder, batch_size, index, pool, bar):
     )
 
 
-def write_items_as_shard(path, rows, items, failed, index):
-    """Writes a shard of embedded `Item`s with what failed, and its index where one is asked for and there is a row."""
+def write_items_as_shard(
+    path: str | os.PathLike,
+    rows: np.ndarray,
+    items: Sequence[Item],
+    failed: Sequence[Mapping[str, str]],
+    index: dict[str, Any] | None,
+) -> None:
+    """Writes a shard, completely or not at all.
+
+    Args:
+        path: folder of the shard.
+        rows: the embeddings, float `(n, dim)`.
+        items: the n embedded items.
+        failed: `{"id", "error"}` of every image that failed.
+        index: arguments of `build_index`, or None for no index. A shard without embeddings gets none.
+    """
     ids = [item.id for item in items]
     labels = [item.label for item in items]
     built = None
@@ -162,8 +187,8 @@ def write_items_as_shard(path, rows, items, failed, index):
             write_json(os.path.join(temporary, "failed.json"), failed)
 
 
-def read_item(item):
-    """`(content, error)` of an image file, one of them None. Errors that are not the file's own are raised."""
+def read_item(item: Item) -> tuple[bytes | None, str | None]:
+    """Returns `(content, error)` of an image file, one of them None. Raises errors that are not the file's fault."""
     try:
         if reason := image_excess(item.path):
             return None, reason

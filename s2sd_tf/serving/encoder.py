@@ -1,7 +1,8 @@
-"""An exported encoder, from encoded images to embeddings."""
+"""Runs an exported encoder: encoded images in, embeddings out."""
 
 import glob
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -16,45 +17,50 @@ _SIGNATURE = "encoded_images"
 
 
 class Encoder:
-    """The SavedModel of `export.export_encoder`, for images in batches that may hold broken ones.
+    """Embeds batches of images, some of which may be damaged, with a SavedModel that `export_encoder` wrote.
 
     Args:
         path: folder of the SavedModel.
 
     Attributes:
-        dim: int, dimension of the embeddings.
+        dim: dimension of the embeddings.
 
     Raises:
-        FileNotFoundError: no SavedModel there.
-        ValueError: one without the signature "encoded_images", broken, or refused by `load_saved_model`.
+        FileNotFoundError: `path` is not a SavedModel.
+        ValueError: the SavedModel has no signature "encoded_images", is damaged, or `load_saved_model` refuses it.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | os.PathLike) -> None:
         self.path = os.fspath(path)
-        # The functions need the model to stay.
+        # Kept, because its functions stop working when the model is deleted.
         self._model = load_saved_model("encoder", self.path)
         if _SIGNATURE not in self._model.signatures:
             raise ValueError(
                 f"encoder: expected a SavedModel of export_encoder, with the signature {_SIGNATURE!r}. Received: "
-                f"{sorted(self._model.signatures)} in {self.path!r}"
+                f"{self.path!r} with the signatures {sorted(self._model.signatures)}"
             )
         self._encode = self._model.signatures[_SIGNATURE]
         self.dim = int(self._encode.structured_outputs["embedding"].shape[-1])
 
-    def __call__(self, encoded):
-        """float32 `(n, dim)` of n encoded images (bytes).
+    def __call__(self, encoded: Sequence[bytes]) -> np.ndarray:
+        """Embeds n encoded images; returns float32 `(n, dim)`.
 
         Raises:
-            tf.errors.OpError: one cannot be decoded.
+            tf.errors.OpError: an image cannot be decoded.
         """
         return self._encode(encoded_images=tf.constant(encoded, tf.string))["embedding"].numpy()
 
-    def embed(self, encoded):
-        """`(embeddings, errors)` of n encoded images: float32 `(n, dim)`, NaN where one cannot be decoded, and a dict
-        from its position to a str that says why. One of more than 64 MiB or 89 million pixels is not decoded.
+    def embed(self, encoded: Sequence[bytes]) -> tuple[np.ndarray, dict[int, str]]:
+        """Embeds n encoded images, some of which may be damaged.
+
+        Images of more than 64 MiB or 89 million pixels are not decoded.
+
+        Returns:
+            `(embeddings, errors)`: float32 `(n, dim)`, and the reason of each failure by position. The embedding of an
+            image that cannot be decoded is NaN.
 
         Raises:
-            tf.errors.OpError: something fails that is not the image's fault, as a device.
+            tf.errors.OpError: something other than an image fails, such as a device.
         """
         rows = np.full((len(encoded), self.dim), np.nan, np.float32)
         errors = {
@@ -68,33 +74,34 @@ class Encoder:
         try:
             rows[there] = self([encoded[position] for position in there])
         except tf.errors.InvalidArgumentError:
-            # Which one it is the error does not tell.
+            # The error does not say which image failed.
             for position in there:
                 try:
                     rows[position] = self([encoded[position]])[0]
                 except tf.errors.InvalidArgumentError as error:
                     errors[position] = first_line(error)
-        for position in np.flatnonzero(~np.isfinite(rows).all(axis=1)):
-            errors.setdefault(int(position), "its embedding is not finite")
+        for row in np.flatnonzero(~np.isfinite(rows).all(axis=1)):
+            errors.setdefault(int(row), "its embedding is not finite")
         return rows, errors
 
-    def fingerprint(self):
-        """SHA-256 of the SavedModel's graph and weights, str."""
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of the SavedModel's graph and weights."""
         variables = sorted(glob.glob(os.path.join(glob.escape(self.path), "variables", "*")))
         return sha256(os.path.join(self.path, "saved_model.pb"), *variables)
 
 
-def read_image(path):
-    """An image file as float RGB `(h, w, 3)` up to 1, or None where it cannot be read."""
+def read_image(path: str | os.PathLike) -> np.ndarray | None:
+    """Reads an image file as float RGB `(h, w, 3)` in [0, 1]; returns None if it cannot be read."""
     try:
         return None if image_excess(path) else decode_image(tf.io.read_file(path))
     except (OSError, tf.errors.OpError):
         return None
 
 
-def read_image_under(root, name):
-    """The image file `name` under the folder `root`, as `read_image`; None where the name leads out of it. Links in
-    `root` are followed.
+def read_image_under(root: str | os.PathLike, name: str) -> np.ndarray | None:
+    """Reads the image file `name` under the folder `root` like `read_image`; returns None if the name leads out of it.
+
+    Links in `root` are followed.
     """
     try:
         return read_image(path_under(root, name, "name"))
@@ -102,15 +109,15 @@ def read_image_under(root, name):
         return None
 
 
-def decode_image(encoded):
-    """An encoded image as float RGB `(h, w, 3)` up to 1."""
+def decode_image(encoded: bytes | tf.Tensor) -> np.ndarray:
+    """Decodes an image to float RGB `(h, w, 3)` in [0, 1]."""
     return decode_rgb(encoded).numpy()
 
 
-def first_line(error):
-    """The first line of an error's text that says what is wrong, at most 200 characters."""
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message that says what is wrong, at most 200 characters."""
     lines = str(getattr(error, "message", error)).splitlines()
-    # What graphs say of where in them it was.
+    # Lines that only say where in the graph it happened.
     where = ("Graph execution error", "Detected at node", "<stack traces", "[[")
-    told = [line.strip() for line in lines if line.strip() and not line.strip().startswith(where)]
-    return (told or [type(error).__name__])[0][:200]
+    reasons = [line.strip() for line in lines if line.strip() and not line.strip().startswith(where)]
+    return (reasons or [type(error).__name__])[0][:200]

@@ -1,4 +1,4 @@
-"""Backbones by name: models from images to feature maps, with weights of files and frozen batch normalisation."""
+"""Backbones by name: models from images to feature maps, with optional pretrained weights and frozen BatchNorm."""
 
 from s2sd_tf.models.backbones.conv_net import conv_blocks
 from s2sd_tf.models.backbones.frozen_norm import freeze_batch_norm

@@ -1,10 +1,14 @@
-"""The backbones of `keras.applications`, without the normalisation that some of them have in front."""
+"""The backbones of `keras.applications`, without the normalisation layers that some of them start with."""
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
 
 from s2sd_tf.keras_compat import keras
 
-# Whether the model has a normalisation of its own to leave out.
+# The class in `keras.applications`, and whether its model starts with a normalisation to leave out.
 APPLICATIONS = {
     "resnet50": ("ResNet50", False),
     "convnext_tiny": ("ConvNeXtTiny", True),
@@ -19,53 +23,53 @@ APPLICATIONS = {
 }
 
 
-def builder(name):
-    """The function from `input_shape` to the `keras.Model` of that name in `APPLICATIONS`, with random weights."""
+def builder(name: str) -> Callable[[Sequence[int]], keras.Model]:
+    """Returns the function that builds the model `name` of `APPLICATIONS` with random weights, given `input_shape`."""
     return functools.partial(_build, name, None)
 
 
-def pretrained(name, input_shape):
-    """The model of that name with Keras's ImageNet weights, which are downloaded unless they are in Keras's cache.
+def pretrained(name: str, input_shape: Sequence[int]) -> keras.Model:
+    """Builds the model `name` with Keras's ImageNet weights; downloads them unless they are in Keras's cache.
 
     Raises:
-        ValueError: they cannot be had; the message says what to do instead.
+        ValueError: the weights cannot be downloaded; the message says what to do instead.
     """
     try:
         return _build(name, "imagenet", input_shape)
-    # Keras raises a bare `Exception` for a download that fails.
+    # Keras raises a bare `Exception` if the download fails.
     except Exception as error:
         raise ValueError(
-            f"weights: expected 'imagenet' in Keras's cache or a download of it; or a file of Keras weights of {name}, "
-            f"got by other means, as weights=<file>.h5. Received: {error}"
+            f"weights: expected 'imagenet' to be in Keras's cache or to be downloaded; otherwise pass a file of Keras "
+            f"weights of {name}, weights=<file>.h5. Received: {error}"
         ) from error
 
 
 @keras.utils.register_keras_serializable("s2sd_tf")
 class ResidualSum(keras.layers.Layer):
-    """x + y of two tensors of one shape, in place of the bare operation in Keras 2's ConvNeXt."""
+    """x + y of two tensors of the same shape; replaces the bare operation in Keras 2's ConvNeXt."""
 
-    def call(self, x, y, name=None):
+    def call(self, x: tf.Tensor, y: tf.Tensor, name: str | None = None) -> tf.Tensor:
         return x + y
 
 
 @keras.utils.register_keras_serializable("s2sd_tf")
 class LayerScale(keras.layers.Layer):
-    """A learned factor for each feature (Touvron et al., ICCV 2021), in place of the unregistered class of Keras 2."""
+    """A learned factor for each feature (Touvron et al., ICCV 2021); replaces the unregistered class of Keras 2."""
 
-    def __init__(self, init_values, projection_dim, **kwargs):
+    def __init__(self, init_values: float, projection_dim: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.init_values = init_values
         self.projection_dim = projection_dim
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int | None]) -> None:
         initializer = keras.initializers.Constant(self.init_values)
         self.gamma = self.add_weight(name="gamma", shape=(self.projection_dim,), initializer=initializer)
         super().build(input_shape)
 
-    def call(self, features):
+    def call(self, features: tf.Tensor) -> tf.Tensor:
         return features * self.gamma
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "init_values": self.init_values, "projection_dim": self.projection_dim}
 
 
@@ -78,7 +82,7 @@ def _build(name, weights, input_shape):
 
 
 def _loadable(model):
-    """`model`, or a copy that can be loaded once it is saved, as Keras 2 cannot load what its ConvNeXt is made of."""
+    """Returns `model`, or for Keras 2's ConvNeXt a copy without the layers that Keras 2 saves but cannot load."""
     if not any(_is_sum(layer) for layer in model.layers):
         return model
 

@@ -1,10 +1,12 @@
-"""BN-Inception of the metric-learning literature."""
+"""BN-Inception, the standard backbone of older metric-learning papers."""
+
+from collections.abc import Sequence
 
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models.backbones.layers import batch_norm, ceil_max_pool, convolution, image_input, relu, zero_padding
 
-# Features of the branches: 1 x 1; 3 x 3 and the reduction before it; double 3 x 3 likewise; after the pooling. Without
-# the first and the last, the block has stride 2.
+# Features of the branches: 1 x 1; reduction and 3 x 3; reduction and double 3 x 3; pooling. A block without the first
+# and the last branch (0) has stride 2.
 BLOCKS = {
     "3a": (64, 64, 64, 64, 96, 32),
     "3b": (64, 64, 96, 64, 96, 64),
@@ -19,20 +21,21 @@ BLOCKS = {
 }
 
 
-def bn_inception(input_shape):
-    """Inception with batch normalisation (Ioffe and Szegedy, ICML 2015) as the Caffe model that the metric-learning
-    literature starts from has it: convolutions with bias, pooling windows that go over the edge.
+def bn_inception(input_shape: Sequence[int]) -> keras.Model:
+    """Builds Inception with batch normalisation (Ioffe and Szegedy, ICML 2015).
 
-    Its layers take the parameters of the PyTorch port in `pretrainedmodels` by name. It wants BGR images.
+    It follows the Caffe model that metric-learning papers start from: convolutions have a bias, and pooling windows
+    extend past the edge. Its layers load the parameters of the PyTorch port in `pretrainedmodels` by name. It expects
+    BGR images.
 
     Args:
-        input_shape: `(height, width, 3)`; sides that are even wherever the network halves them, as multiples of 32 are.
+        input_shape: `(height, width, 3)`. Sides must be even wherever the network halves them; multiples of 32 are.
 
     Returns:
-        A `keras.Model` from `(batch, height, width, 3)` to `(batch, h, w, 1024)`; 7 x 7 maps of 224 x 224 images.
+        A model from `(batch, height, width, 3)` to `(batch, h, w, 1024)`; 7 x 7 maps for 224 x 224 images.
 
     Raises:
-        ValueError: a bad `input_shape`.
+        ValueError: `input_shape` is invalid.
     """
     images = image_input(input_shape, 15)
     features = ceil_max_pool(_unit(images, 64, 7, "conv1_7x7_s2", stride=2), 3, "pool1_3x3_s2")
@@ -40,7 +43,7 @@ def bn_inception(input_shape):
     features = ceil_max_pool(features, 3, "pool2_3x3_s2")
     for name, widths in BLOCKS.items():
         if not widths[0] and any(side % 2 for side in features.shape[1:3]):
-            # Convolution and pooling would round the halves differently.
+            # Convolution and pooling would round half the side differently.
             raise ValueError(f"input_shape: expected sides that are multiples of 32. Received: {input_shape!r}")
         features = _inception(features, *widths, f"inception_{name}")
     return keras.Model(images, features, name="bn_inception")
@@ -64,7 +67,7 @@ def _inception(features, one, reduced3, three, reduced_double, double, pooled, n
 def _pool(features, name):
     if name == "inception_5b_pool":
         return keras.layers.MaxPooling2D(3, 1, padding="same", name=name)(features)
-    # The zeros of the padding count in the average.
+    # The average includes the zeros of the padding.
     return keras.layers.AveragePooling2D(3, 1, name=name)(zero_padding(features, 1, f"{name}.pad"))
 
 

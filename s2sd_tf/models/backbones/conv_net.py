@@ -1,22 +1,27 @@
 """A small convolutional network."""
 
+from collections.abc import Sequence
+
 from s2sd_tf.keras_compat import keras
 
 
-def conv_blocks(input_shape, filters=(64, 64, 64, 64), pools=None):
-    """A small convolutional network: one block of 3 x 3 convolution, batch normalisation, ReLU and 2 x 2 max pooling
-    for every entry of `filters` (the 4 x 64 "Conv-4" of the few-shot literature: Vinyals et al., NeurIPS 2016).
+def conv_blocks(
+    input_shape: Sequence[int], filters: Sequence[int] = (64, 64, 64, 64), pools: int | None = None
+) -> keras.Model:
+    """Builds a small convolutional network; by default, "Conv-4" of few-shot learning (Vinyals et al., NeurIPS 2016).
+
+    Each block is a 3 x 3 convolution, batch normalisation, ReLU and 2 x 2 max pooling.
 
     Args:
         input_shape: `(height, width, channels)`.
-        filters: ints >= 1, output channels of each block.
-        pools: int >= 0, the blocks that pool, from the first on. Default: all. A block never pools a side of 1.
+        filters: >= 1 each, output channels of every block.
+        pools: >= 0, how many blocks pool, counted from the first; by default all. No block pools maps with a side of 1.
 
     Returns:
-        A `keras.Model` from `(batch, height, width, channels)` to `(batch, h, w, filters[-1])`.
+        A model from `(batch, height, width, channels)` to `(batch, h, w, filters[-1])`.
     """
     if not filters or not all(isinstance(count, int) and count >= 1 for count in filters):
-        raise ValueError(f"filters: expected one int >= 1 a block. Received: {filters!r}")
+        raise ValueError(f"filters: expected an int >= 1 for each block. Received: {filters!r}")
     pools = len(filters) if pools is None else pools
     images = keras.Input(input_shape, name="images")
     features = images

@@ -1,6 +1,8 @@
-"""PyTorch weights to a file of Keras weights, with proof that it is the same network."""
+"""Converts PyTorch weights to a file of Keras weights and checks that the features stay the same."""
 
-from typing import NamedTuple
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -8,8 +10,8 @@ from s2sd_tf.files import replacing
 from s2sd_tf.models.backbones.registry import get
 from s2sd_tf.models.backbones.state_dict import read_state_dict
 
-# torchvision's constructor, its arguments, and the module that gives what the backbone gives.
-_REFERENCES = {
+# torchvision's constructor, its arguments, and the module whose output equals the backbone's output.
+_REFERENCES: dict[str, tuple[str, dict[str, Any], str]] = {
     "resnet50_v1_5": ("resnet50", {}, "layer4"),
     "googlenet": ("googlenet", {"aux_logits": False, "transform_input": False, "init_weights": False}, "inception5b"),
     "vit_b16": ("vit_b_16", {}, "encoder"),
@@ -17,41 +19,40 @@ _REFERENCES = {
 
 
 class Converted(NamedTuple):
-    """What came of a conversion.
+    """The result of a conversion.
 
     Attributes:
-        parameters: int, numbers in the file, moving statistics included.
-        features: float32 `(1, h, w, features)` of `probe_images`.
-        difference: float, the largest difference of these to what torchvision's model gives, or None where it was not
+        parameters: how many numbers the file has, moving statistics included.
+        features: features of `probe_images`, float32 `(1, h, w, features)`.
+        difference: the largest difference between `features` and those of torchvision's model; None if they were not
             compared.
     """
 
     parameters: int
     features: np.ndarray
-    difference: float
+    difference: float | None
 
 
-def convert_weights(name, weights, output, input_size=224):
-    """Writes the Keras weights of a backbone from a PyTorch file, and loads them to see that they give the same.
+def convert_weights(
+    name: str, weights: str | os.PathLike, output: str | os.PathLike, input_size: int = 224
+) -> Converted:
+    """Converts a PyTorch file to Keras weights of a backbone, and checks that the written file gives the same features.
 
-    Where PyTorch and torchvision are installed and torchvision has the backbone, its features are compared too.
+    If PyTorch and torchvision are installed and torchvision has the backbone, compares the features with its model too.
 
     Args:
-        name: of the backbone.
-        weights: file that `backbones.get` takes.
+        name: name of the backbone.
+        weights: file that `backbones.get` accepts.
         output: `.weights.h5` file to write.
-        input_size: int >= 1, side of the images; for transformers, the position embeddings are for it.
-
-    Returns:
-        `Converted`.
+        input_size: >= 1, side of the images; transformers get position embeddings for this size.
 
     Raises:
-        FileNotFoundError: no file `weights`.
-        ValueError: another extension of `output`, or weights that do not fit; see `backbones.get`.
-        RuntimeError: what was written gives other features.
+        FileNotFoundError: the file `weights` does not exist.
+        ValueError: `output` has another extension, or the weights do not fit; see `backbones.get`.
+        RuntimeError: the written file gives other features.
     """
     if not str(output).endswith(".weights.h5"):
-        raise ValueError(f"output: expected a file .weights.h5. Received: {output!r}")
+        raise ValueError(f"output: expected a .weights.h5 file. Received: {output!r}")
     shape = (input_size, input_size, 3)
     model = get(name, shape, weights)
     images = probe_images(shape)
@@ -60,19 +61,19 @@ def convert_weights(name, weights, output, input_size=224):
         model.save_weights(temporary)
         written = np.asarray(get(name, shape, temporary)(images, training=False))
         if not np.allclose(written, features, rtol=0, atol=1e-5 * np.abs(features).max()):
-            raise RuntimeError(f"output: expected the features of {weights!r} from what was written. Received: others")
+            raise RuntimeError(f"output: expected the same features as from {weights!r}. Received: other features")
     expected = _reference_features(name, weights, images)
     difference = None if expected is None else float(np.abs(features - expected).max())
     return Converted(model.count_params(), features, difference)
 
 
-def probe_images(shape):
-    """Fixed random normalised images `(1, *shape)`, float32."""
+def probe_images(shape: Sequence[int]) -> np.ndarray:
+    """Returns a batch of one random, normalised image, float32 `(1, *shape)`; the same on every call."""
     return np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
 
 
 def _reference_features(name, weights, images):
-    """What torchvision's model gives; None where there is none, or no PyTorch."""
+    """Returns the features of torchvision's model; None if torchvision has none, or PyTorch is not installed."""
     if name not in _REFERENCES or str(weights).endswith(".h5"):
         return None
     try:
@@ -88,10 +89,10 @@ def _reference_features(name, weights, images):
     try:
         left_out = reference.load_state_dict(state, strict=False).missing_keys
     except RuntimeError:
-        # Position embeddings of another size.
+        # The position embeddings are for another size.
         return None
     if any(not key.startswith(("fc.", "heads.")) and not key.endswith("num_batches_tracked") for key in left_out):
-        # timm's names.
+        # The parameters have timm's names.
         return None
     found = []
     reference.get_submodule(module).register_forward_hook(lambda module, inputs, output: found.append(output))

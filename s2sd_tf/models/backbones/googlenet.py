@@ -1,11 +1,13 @@
 """GoogLeNet with batch normalisation."""
 
+from collections.abc import Sequence
+
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models.backbones.layers import batch_norm, ceil_max_pool, convolution, image_input, relu
 
-# Features of the branches: 1 x 1; 3 x 3 and the reduction before it; "5 x 5" likewise; after the pooling (table 1 of
-# the paper). A number is the size of a max pooling with stride 2.
-BLOCKS = {
+# Features of the branches: 1 x 1; reduction and 3 x 3; reduction and "5 x 5"; pooling (table 1 of the paper). A single
+# number is the window size of a max pooling with stride 2.
+BLOCKS: dict[str, int | tuple[int, int, int, int, int, int]] = {
     "3a": (64, 96, 128, 16, 32, 32),
     "3b": (128, 128, 192, 32, 96, 64),
     "maxpool3": 3,
@@ -20,20 +22,20 @@ BLOCKS = {
 }
 
 
-def googlenet(input_shape):
-    """GoogLeNet (Szegedy et al., CVPR 2015) as torchvision has it: with batch normalisation, 3 x 3 convolutions in the
-    branches of the paper's 5 x 5, and pooling windows that go over the edge; without auxiliary classifiers.
+def googlenet(input_shape: Sequence[int]) -> keras.Model:
+    """Builds torchvision's variant of GoogLeNet (Szegedy et al., CVPR 2015), without auxiliary classifiers.
 
-    Its layers take the parameters of torchvision by name.
+    It has batch normalisation, 3 x 3 convolutions where the paper has 5 x 5, and pooling windows that extend past the
+    edge. Its layers load the parameters of torchvision by name.
 
     Args:
         input_shape: `(height, width, 3)`, sides >= 15.
 
     Returns:
-        A `keras.Model` from `(batch, height, width, 3)` to `(batch, h, w, 1024)`; 7 x 7 maps of 224 x 224 images.
+        A model from `(batch, height, width, 3)` to `(batch, h, w, 1024)`; 7 x 7 maps for 224 x 224 images.
 
     Raises:
-        ValueError: a bad `input_shape`.
+        ValueError: `input_shape` is invalid.
     """
     images = image_input(input_shape, 15)
     features = _unit(images, 64, 7, "conv1", stride=2)

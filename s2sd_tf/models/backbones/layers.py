@@ -1,13 +1,16 @@
-"""What the backbones with PyTorch weights are made of, with the arithmetic of PyTorch.
+"""Building blocks of the backbones that load PyTorch weights; they compute what PyTorch computes.
 
-Layers bear the names of the PyTorch modules whose parameters they take, as `torch_weights` maps them by name.
+Every layer has the name of the PyTorch module whose parameters it loads: `torch_weights` maps parameters by name.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 from s2sd_tf.keras_compat import keras
 
 
-def image_input(input_shape, least=1):
-    """The input of a backbone for images `(batch, height, width, 3)` of sides >= `least`.
+def image_input(input_shape: Sequence[int], least: int = 1) -> Any:
+    """Returns the Keras input of a backbone: images `(batch, height, width, 3)` with sides >= `least`.
 
     Raises:
         ValueError: `input_shape` is not such a `(height, width, 3)`.
@@ -18,11 +21,13 @@ def image_input(input_shape, least=1):
     return keras.Input(shape, name="images")
 
 
-def convolution(features, filters, size, name, stride=1, use_bias=False):
-    """A convolution of odd `size`, padded by `size // 2` on all sides; He initialisation of the outputs' scale (He et
-    al., ICCV 2015), as PyTorch's ResNet has it."""
+def convolution(features: Any, filters: int, size: int, name: str, stride: int = 1, use_bias: bool = False) -> Any:
+    """Applies a convolution of odd `size`, padded by `size // 2` on all sides.
+
+    The kernel has He initialisation by fan-out (He et al., ICCV 2015), as in torchvision's ResNet.
+    """
     if stride > 1:
-        # Keras's own "same" padding of a strided convolution is not symmetric.
+        # Keras's "same" padding of a strided convolution is not symmetric.
         features = zero_padding(features, size // 2, f"{name}.pad") if size > 1 else features
     return keras.layers.Conv2D(
         filters,
@@ -35,24 +40,24 @@ def convolution(features, filters, size, name, stride=1, use_bias=False):
     )(features)
 
 
-def batch_norm(features, name, epsilon=1e-5, gamma="ones"):
-    """Batch normalisation with PyTorch's momentum, which it calls 0.1."""
+def batch_norm(features: Any, name: str, epsilon: float = 1e-5, gamma: str = "ones") -> Any:
+    """Applies batch normalisation with momentum 0.9, PyTorch's default (PyTorch calls it 0.1)."""
     return keras.layers.BatchNormalization(momentum=0.9, epsilon=epsilon, gamma_initializer=gamma, name=name)(features)
 
 
-def relu(features, name):
-    """ReLU, under the name of the layer before it."""
+def relu(features: Any, name: str) -> Any:
+    """Applies ReLU; `name` is the name of the preceding layer."""
     return keras.layers.ReLU(name=f"{name}.relu")(features)
 
 
-def zero_padding(features, padding, name):
-    """`padding` rows and columns of 0: an int, or `((top, bottom), (left, right))`."""
+def zero_padding(features: Any, padding: int | tuple[tuple[int, int], ...], name: str) -> Any:
+    """Adds `padding` rows and columns of 0 to each side: an int, or `((top, bottom), (left, right))`."""
     return keras.layers.ZeroPadding2D(padding, name=name)(features)
 
 
-def ceil_max_pool(features, size, name):
-    """Max pooling with stride 2 of maps >= 0, whose last windows may go over the edge (`ceil_mode`)."""
-    # The windows that fit leave (side - size) % 2 rows over. After a ReLU, padding by 0 changes no maximum.
+def ceil_max_pool(features: Any, size: int, name: str) -> Any:
+    """Max-pools maps >= 0 with stride 2; the last windows may extend past the edge (PyTorch's `ceil_mode`)."""
+    # The windows that fit leave (side - size) % 2 rows. All maps are >= 0, so padding by 0 changes no maximum.
     rest = [(side - size) % 2 for side in features.shape[1:3]]
     if any(rest):
         features = zero_padding(features, tuple((0, extra) for extra in rest), f"{name}.pad")

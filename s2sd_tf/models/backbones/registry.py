@@ -1,10 +1,11 @@
-"""The table of backbones, and what can be asked of one by its name."""
+"""The table of backbones: how to build each one by name, and how to normalise its images."""
 
 import inspect
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+from s2sd_tf.keras_compat import keras
 from s2sd_tf.models.backbones import applications, state_dict
 from s2sd_tf.models.backbones.bn_inception import bn_inception
 from s2sd_tf.models.backbones.conv_net import conv_blocks
@@ -16,22 +17,22 @@ from s2sd_tf.models.backbones.vit import torchvision_state, vit_b16, vit_s16
 
 _IDENTITY = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "channel_order": "rgb"}
 _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "channel_order": "rgb"}
-# From -1 to 1.
+# Scales images to [-1, 1].
 _SYMMETRIC = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "channel_order": "rgb"}
-# The bytes from -1 to 127/128.
-_OF_128 = {"mean": (128 / 255,) * 3, "std": (128 / 255,) * 3, "channel_order": "rgb"}
+# (byte - 128) / 128.
+_CENTERED_BYTES = {"mean": (128 / 255,) * 3, "std": (128 / 255,) * 3, "channel_order": "rgb"}
 
 
-def _caffe(*mean):
-    """Bytes in BGR order without their mean, as Caffe's networks want them."""
+def _caffe(*mean: float) -> dict[str, Any]:
+    """Bytes in BGR order minus `mean`, as Caffe's networks expect."""
     return {"mean": tuple(value / 255 for value in mean), "std": (1 / 255,) * 3, "channel_order": "bgr"}
 
 
 class _Backbone(NamedTuple):
-    """How a backbone is built, what its images are normalised by, and which PyTorch file its weights are in."""
+    """How to build a backbone and normalise its images, and which PyTorch file has its weights (empty: none)."""
 
     build: Callable
-    normalization: dict
+    normalization: dict[str, Any]
     torch_file: str = ""
 
 
@@ -45,44 +46,52 @@ _BACKBONES = {
 }
 _BACKBONES.update((name, _Backbone(applications.builder(name), _IMAGENET)) for name in applications.APPLICATIONS)
 _BACKBONES.update(
-    (name, _BACKBONES[name]._replace(normalization=_OF_128)) for name in ("efficientnet_v2_s", "efficientnet_v2_m")
+    (name, _BACKBONES[name]._replace(normalization=_CENTERED_BYTES))
+    for name in ("efficientnet_v2_s", "efficientnet_v2_m")
 )
 _BACKBONES["resnet50"] = _BACKBONES["resnet50"]._replace(normalization=_caffe(103.939, 116.779, 123.68))
 
 
-def names():
-    """Names that `get` knows."""
+def names() -> list[str]:
+    """Returns the names of all backbones, sorted."""
     return sorted(_BACKBONES)
 
 
-def get(name, input_shape, weights=None, frozen_bn=None, **settings):
-    """The backbone of that name: a model from images to feature maps, without pooling and classifier.
+def get(
+    name: str,
+    input_shape: Sequence[int],
+    weights: str | os.PathLike | None = None,
+    frozen_bn: str | None = None,
+    **settings: Any,
+) -> keras.Model:
+    """Builds a backbone by name: a model from images to feature maps, without pooling or a classifier.
 
     Args:
-        name: one of `names()`. "resnet50" is that of `keras.applications`, which takes its strides in the first 1 x 1
-            convolution of a stage, and "resnet50_v1_5" that of torchvision and of the published S2SD code, which takes
-            them in the 3 x 3 one.
-        input_shape: `(height, width, channels)`; 3 channels for all but "conv_blocks".
-        weights: None (random), "imagenet" (what `keras.applications` downloads) or a file: `.weights.h5` or `.h5` of
-            Keras, or `.pth`, `.pt`, `.safetensors` or `.npz` with the parameters of the PyTorch model (torchvision's;
-            `pretrainedmodels`' for "bn_inception"; also timm's for "resnet50_v1_5" and the transformers).
-        frozen_bn: None, or the kind of `freeze_batch_norm`.
-        **settings: further arguments of the backbone's function: `filters` and `pools` of "conv_blocks"; `depth`,
-            `dim`, `heads` and `mlp_dim` of the transformers.
+        name: one of `names()`. "resnet50" is the `keras.applications` model, which strides in the first 1 x 1
+            convolution of a stage. "resnet50_v1_5" is the model of torchvision and of the published S2SD code, which
+            strides in the 3 x 3 convolution.
+        input_shape: `(height, width, channels)`; 3 channels, except for "conv_blocks".
+        weights: None (random), "imagenet" (downloaded by `keras.applications`) or a file. The file is Keras weights
+            (`.weights.h5` or `.h5`), or parameters of the PyTorch model (`.pth`, `.pt`, `.safetensors` or `.npz`): from
+            torchvision, from `pretrainedmodels` for "bn_inception", also from timm for "resnet50_v1_5" and the
+            transformers.
+        frozen_bn: None, or the `kind` of `freeze_batch_norm`.
+        **settings: further arguments of the function that builds the backbone: `filters` and `pools` for "conv_blocks";
+            `depth`, `dim`, `heads` and `mlp_dim` for the transformers.
 
     Returns:
-        A functional `keras.Model` from float images `(batch, height, width, channels)`, normalised as `normalization`
-        says, to `(batch, h, w, features)`.
+        A functional model from float images `(batch, height, width, channels)`, normalised as `normalization` says, to
+        `(batch, h, w, features)`.
 
     Raises:
-        FileNotFoundError: no file `weights`.
-        ValueError: an unknown name, setting or kind; weights that cannot be had or do not fit; `frozen_bn` for a
-            backbone without batch normalisation.
+        FileNotFoundError: the file `weights` does not exist.
+        ValueError: unknown name, setting or kind; the weights cannot be downloaded or do not fit; `frozen_bn` is set
+            for a backbone without batch normalisation.
     """
     backbone = _lookup(name)
     unknown = set(settings) - set(inspect.signature(backbone.build).parameters)
     if unknown:
-        raise ValueError(f"backbone: expected arguments that {name} has. Received: {sorted(unknown)}")
+        raise ValueError(f"backbone: expected arguments of {name}. Received: {sorted(unknown)}")
     if frozen_bn is not None:
         check_kind("frozen_bn", frozen_bn)
     if weights == "imagenet" and name in applications.APPLICATIONS:
@@ -96,24 +105,25 @@ def get(name, input_shape, weights=None, frozen_bn=None, **settings):
     return model if frozen_bn is None else freeze_batch_norm(model, frozen_bn)
 
 
-def normalization(name, weights=None):
-    """What images are to be normalised by for a backbone: (x - mean) / std, white being 1.
+def normalization(name: str, weights: str | os.PathLike | None = None) -> dict[str, Any]:
+    """Returns how to normalise images for a backbone: (x - mean) / std, where white is 1.
 
-    It is what the pretrained weights were trained with, and the same without them; but "resnet50" with random weights
-    gets ImageNet's mean and deviation in place of Caffe's. For "googlenet" it is 0.5 and 0.5: torchvision normalises by
-    ImageNet's mean and deviation, and its pretrained model undoes that for these (`transform_input`). For "vit_s16"
-    it is that of DeiT and DINO; the weights of timm named "augreg" want 0.5 and 0.5.
+    These are the values that the pretrained weights were trained with, and random weights use the same. The exception
+    is "resnet50" with random weights, which uses ImageNet's mean and deviation instead of Caffe's. "googlenet" uses 0.5
+    and 0.5: torchvision normalises by ImageNet's mean and deviation, and its pretrained model converts from these to
+    0.5 (`transform_input`). "vit_s16" uses the values of DeiT and DINO; timm's "augreg" weights need 0.5 and 0.5
+    instead.
 
     Args:
         name: one of `names()`.
         weights: as for `get`.
 
     Returns:
-        dict of "mean" and "std", 3 floats each in the order that comes out, and "channel_order", "rgb" or "bgr": the
-        arguments of `data.Preprocessing`.
+        Arguments of `data.Preprocessing`: "mean" and "std", 3 floats each in the order of the output channels, and
+        "channel_order", "rgb" or "bgr".
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: unknown name.
     """
     found = _lookup(name).normalization
     return dict(_IMAGENET if name == "resnet50" and weights is None else found)
@@ -125,24 +135,26 @@ def _lookup(name):
     return _BACKBONES[name]
 
 
-def _check_weights(name, weights):
+def _check_weights(name: str, weights: str | os.PathLike) -> None:
     torch_file = _BACKBONES[name].torch_file
     if weights == "imagenet":
-        advice = f"a file, such as {torch_file} or what s2sd-convert makes of it" if torch_file else "None or a file"
-        raise ValueError(f"weights: expected {advice} for {name}, which has none to download. Received: 'imagenet'")
+        advice = f"a file, such as {torch_file} or its conversion by s2sd-convert" if torch_file else "None or a file"
+        raise ValueError(
+            f"weights: expected {advice} for {name}, which has no weights to download. Received: 'imagenet'"
+        )
     extension = os.path.splitext(weights)[1].lower()
     known = (".h5", *(state_dict.EXTENSIONS if torch_file else ()))
     if extension not in known:
         raise ValueError(f"weights: expected 'imagenet' or a file {', '.join(known)} for {name}. Received: {weights!r}")
     if not os.path.isfile(weights):
-        raise FileNotFoundError(f"weights: expected a file. Received: {weights!r}")
+        raise FileNotFoundError(f"weights: expected an existing file. Received: {weights!r}")
 
 
 def _load(model, name, path):
     if os.path.splitext(path)[1].lower() == ".h5":
         try:
             model.load_weights(path)
-        # For a file that does not fit Keras raises ValueError, KeyError or OSError, by its version and the format.
+        # If the file does not fit, the error depends on the Keras version and on the file format.
         except (ValueError, KeyError, OSError) as error:
             raise ValueError(f"weights: expected Keras weights of {name}. Received: {path!r}: {error}") from error
         return

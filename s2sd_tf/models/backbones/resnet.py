@@ -1,26 +1,28 @@
 """ResNet-50 v1.5."""
 
+from collections.abc import Sequence
+
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models.backbones.layers import batch_norm, convolution, image_input, relu, zero_padding
 
-# Blocks of each stage and their inner width; a block gives four times as many features.
+# The number of blocks of each stage and their inner width; a block outputs four times as many features.
 STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))
 
 
-def resnet50_v1_5(input_shape):
-    """ResNet-50 (He et al., CVPR 2016) that takes its strides in the 3 x 3 convolutions: "v1.5", which is torchvision's
-    and timm's ResNet-50 and that of the published S2SD code.
+def resnet50_v1_5(input_shape: Sequence[int]) -> keras.Model:
+    """Builds ResNet-50 (He et al., CVPR 2016) with the strides in the 3 x 3 convolutions ("v1.5").
 
-    Its layers take the parameters of torchvision by name.
+    torchvision, timm and the published S2SD code use this variant. Its layers load the parameters of torchvision by
+    name.
 
     Args:
         input_shape: `(height, width, 3)`.
 
     Returns:
-        A `keras.Model` from `(batch, height, width, 3)` to `(batch, h, w, 2048)`, where h = ceil(height / 32).
+        A model from `(batch, height, width, 3)` to `(batch, h, w, 2048)`, where h = ceil(height / 32).
 
     Raises:
-        ValueError: a bad `input_shape`.
+        ValueError: `input_shape` is invalid.
     """
     images = image_input(input_shape)
     features = relu(batch_norm(convolution(images, 64, 7, "conv1", stride=2), "bn1"), "bn1")

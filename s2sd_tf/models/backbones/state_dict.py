@@ -1,4 +1,4 @@
-"""The parameters in a PyTorch checkpoint as numpy arrays, without PyTorch and without running what a file says."""
+"""Reads the parameters of a PyTorch checkpoint as NumPy arrays, without PyTorch and without running code from it."""
 
 import collections
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import pickle
 import zipfile
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -14,11 +14,11 @@ from s2sd_tf.untrusted import open_archive
 
 EXTENSIONS = (".pth", ".pt", ".safetensors", ".npz")
 
-# First of the pickles of a file that PyTorch wrote before 1.6.
+# The first pickle in a file written by PyTorch before 1.6.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# What a checkpoint keeps its parameters under, where it has more in it.
+# The keys that a checkpoint with other content keeps its parameters under.
 _NESTED = ("state_dict", "model")
-# "bf16" is none of numpy's: it is read as the upper half of a float32.
+# NumPy has no bfloat16: "bf16" is read as the upper half of a float32.
 _STORAGES = {
     "DoubleStorage": "<f8",
     "FloatStorage": "<f4",
@@ -45,45 +45,45 @@ _SAFETENSORS = {
 }
 
 
-def read_state_dict(path):
-    """The tensors of a PyTorch checkpoint.
+def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads the tensors of a PyTorch checkpoint.
 
-    A pickle in it is read by an unpickler that knows tensors and dictionaries and refuses every other name, so that a
-    file can do no harm. A state dict under "state_dict" or "model" is taken out, and a "module." that begins all names
-    (`torch.nn.DataParallel`) is left out.
+    Pickles are read by an unpickler that knows only tensors and dictionaries and refuses every other name, so a file
+    cannot run code. If the checkpoint has the state dict under "state_dict" or "model", that part is returned. If all
+    names start with "module." (`torch.nn.DataParallel`), the prefix is removed.
 
     Args:
-        path: `.pth` or `.pt` as `torch.save` writes it, since PyTorch 1.6 (a zip archive) or before; `.safetensors`;
-            or `.npz`.
+        path: `.pth` or `.pt` written by `torch.save`, in the format since PyTorch 1.6 (a zip archive) or before;
+            `.safetensors`; or `.npz`.
 
     Returns:
-        dict from name to array, bfloat16 as float32 and everything else in its own dtype.
+        Name to array: bfloat16 as float32, everything else in its own dtype.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another extension, a broken file, or one with something else in it than tensors; the message names
-            the file and what is wrong.
+        FileNotFoundError: the file does not exist.
+        ValueError: the extension is another one, the file is damaged, or it holds something other than tensors. The
+            message names the file and says what is wrong.
     """
     path = os.fspath(path)
     extension = os.path.splitext(path)[1].lower()
     if extension not in EXTENSIONS:
         raise ValueError(f"state dict: expected a file {', '.join(EXTENSIONS)}. Received: {path!r}")
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"state dict: expected a file. Received: {path!r}")
+        raise FileNotFoundError(f"state dict: expected an existing file. Received: {path!r}")
     read = {".safetensors": _read_safetensors, ".npz": _read_npz}.get(extension, _read_torch)
     try:
         state = _unwrapped(read(path))
-    # What a broken file makes zipfile, json, numpy and pickle raise.
+    # zipfile, json, numpy and pickle raise these for damaged files.
     except (
         ValueError, OSError, EOFError, KeyError, IndexError, TypeError, AttributeError, OverflowError, MemoryError,
         RecursionError, pickle.UnpicklingError, zipfile.BadZipFile, NotImplementedError,
     ) as error:  # fmt: skip
-        raise ValueError(f"state dict: expected tensors in a whole file. Received: {path!r}: {error}") from error
+        raise ValueError(f"state dict: expected an undamaged file of tensors. Received: {path!r}: {error}") from error
     return state
 
 
 class _Storage(NamedTuple):
-    """A flat array in a file: its key there, dtype, number of elements, and first element."""
+    """A flat array in a file: its key, dtype, number of elements, and first element."""
 
     key: str
     dtype: str
@@ -96,14 +96,14 @@ class _Tensor(NamedTuple):
 
     storage: _Storage
     offset: int
-    shape: tuple
-    strides: tuple
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
-    def array(self, data):
-        """The tensor as an array; `data` are the numbers under the storage's key.
+    def array(self, data: np.ndarray) -> np.ndarray:
+        """Copies the tensor out of `data`, the numbers under the storage's key.
 
         Raises:
-            ValueError: it is not within them.
+            ValueError: the tensor reaches outside `data`.
         """
         measures = (self.storage.start, self.offset, *self.shape, *self.strides)
         if len(self.shape) != len(self.strides) or not all(isinstance(n, int) and n >= 0 for n in measures):
@@ -120,20 +120,20 @@ class _Tensor(NamedTuple):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows dictionaries and tensors; a tensor becomes a `_Tensor`, whose numbers are elsewhere in the file.
+    """Unpickles only dictionaries and tensors; a tensor becomes a `_Tensor`, as its numbers are elsewhere in the file.
 
     Attributes:
-        storages: dict from the key of each storage met so far to its dtype.
+        storages: the dtype of each storage found so far, by key.
     """
 
-    def __init__(self, file):
-        # PyTorch's files of Python 2 have their names as bytes.
+    def __init__(self, file: BinaryIO) -> None:
+        # Files that PyTorch wrote with Python 2 have names as bytes.
         super().__init__(file, encoding="utf-8")
-        self.storages = {}
+        self.storages: dict[str, str] = {}
 
-    def find_class(self, module, name):
-        # Functions made anew and types that are immutable: a pickle can set attributes of what it is given.
-        known = {
+    def find_class(self, module: str, name: str) -> Any:
+        # A pickle can set attributes of what it gets: so only new functions and immutable types.
+        known: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): collections.OrderedDict,
             ("torch", "Size"): tuple,
             ("torch._utils", "_rebuild_tensor"): lambda *arguments: _Tensor(*arguments),
@@ -143,18 +143,18 @@ class _Unpickler(pickle.Unpickler):
         }
         if (module, name) not in known:
             raise pickle.UnpicklingError(
-                f"{module}.{name} in it, which is no tensor; save with torch.save(model.state_dict(), ...)"
+                f"{module}.{name}, which is not a tensor; save the model with torch.save(model.state_dict(), ...)"
             )
         return known[module, name]
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: Any) -> _Storage:
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
-            raise pickle.UnpicklingError(f"{pid!r} in place of a storage")
+            raise pickle.UnpicklingError(f"{pid!r} instead of a storage")
         _, dtype, key, _, size, *view = pid
         if dtype not in _STORAGES.values() or not isinstance(size, int):
             raise pickle.UnpicklingError(f"a storage of {size!r} numbers of dtype {dtype!r}")
         self.storages[str(key)] = dtype
-        # Before 0.4 a storage could be a part of another one.
+        # Before PyTorch 0.4, a storage could be a part of another storage.
         return _Storage(str(key), dtype, size, view[0][1] if view and view[0] else 0)
 
 
@@ -168,7 +168,7 @@ def _read_torch_zip(path):
     with open_archive(path) as archive:
         pickles = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
         if len(pickles) != 1:
-            raise ValueError("a zip archive without the data.pkl of torch.save")
+            raise ValueError("a zip archive without the data.pkl that torch.save writes")
         root = pickles[0].split("/")[0]
         if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder").strip() != b"little":
             raise ValueError("numbers of a big-endian machine")
@@ -203,12 +203,13 @@ def _read_torch_legacy(path):
 
 
 def _with_arrays(found, numbers, done=None):
-    """`found` with an array for every `_Tensor` in its dictionaries; `numbers` are the storages' by key."""
-    # A pickle may name one dictionary many times, and in it another one as often: each is walked once.
+    """Replaces every `_Tensor` in `found` by its array; `numbers` maps the key of a storage to its numbers."""
+    # A pickle can refer to one dictionary many times, at every level: without `done`, this would take exponential time.
     done = {} if done is None else done
     if isinstance(found, dict):
         if id(found) not in done:
-            done[id(found)] = copied = {}
+            copied: dict[str, Any] = {}
+            done[id(found)] = copied
             copied.update((name, _with_arrays(value, numbers, done)) for name, value in found.items())
         return done[id(found)]
     return found.array(numbers[found.storage.key]) if isinstance(found, _Tensor) else found
@@ -227,9 +228,9 @@ def _read_safetensors(path):
                 continue
             first, end = entry["data_offsets"]
             if entry["dtype"] not in _SAFETENSORS:
-                raise ValueError(f"{name} of dtype {entry['dtype']}")
+                raise ValueError(f"{name} has the unknown dtype {entry['dtype']}")
             if not 0 <= first <= end <= size - begin:
-                raise ValueError(f"{name} in the bytes {first} to {end} of {size - begin:,}")
+                raise ValueError(f"{name} is in the bytes {first} to {end} of {size - begin:,}")
             file.seek(begin + first)
             dtype, shape = _SAFETENSORS[entry["dtype"]], tuple(entry["shape"])
             state[name] = _numbers(file.read(end - first), dtype, math.prod(shape)).reshape(shape)
@@ -246,7 +247,7 @@ def _itemsize(dtype):
 
 
 def _numbers(raw, dtype, count):
-    """`count` numbers of little-endian bytes."""
+    """Converts little-endian bytes to an array of `count` numbers."""
     if len(raw) != count * _itemsize(dtype):
         raise ValueError(f"{len(raw):,} bytes for {count:,} numbers of {_itemsize(dtype)} bytes")
     if dtype == "bf16":
@@ -259,10 +260,10 @@ def _unwrapped(found):
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict) or not found:
-        raise ValueError(f"{type(found).__name__} in place of a dictionary of tensors")
+        raise ValueError(f"{type(found).__name__} instead of a dictionary of tensors")
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, np.ndarray):
-            raise ValueError(f"{name!r} is {type(value).__name__}, no tensor")
+            raise ValueError(f"{name!r} is a {type(value).__name__}, not a tensor")
     prefix = "module."
     if all(name.startswith(prefix) for name in found):
         found = {name[len(prefix) :]: value for name, value in found.items()}

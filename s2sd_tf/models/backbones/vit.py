@@ -1,6 +1,8 @@
 """Vision transformers."""
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -9,7 +11,7 @@ from s2sd_tf.keras_compat import keras
 from s2sd_tf.models.backbones.layers import image_input
 
 PATCH = 16
-# From timm's names (also those of DeiT and DINO) and torchvision's former ones to torchvision's.
+# From the names in timm (also DeiT and DINO) and in older torchvision versions to those in current torchvision.
 RENAMED = (
     (r"^cls_token$", "class_token"),
     (r"^pos_embed$", "encoder.pos_embedding"),
@@ -24,43 +26,47 @@ RENAMED = (
 )
 
 
-def vit_b16(input_shape, depth=12, dim=768, heads=12, mlp_dim=3072):
-    """ViT-B/16 (Dosovitskiy et al., ICLR 2021) without dropout, that gives the patches after the last normalisation.
+def vit_b16(
+    input_shape: Sequence[int], depth: int = 12, dim: int = 768, heads: int = 12, mlp_dim: int = 3072
+) -> keras.Model:
+    """Builds ViT-B/16 (Dosovitskiy et al., ICLR 2021) without dropout; it outputs the normalised patch tokens.
 
-    Its layers take the parameters of torchvision and timm by name. It is written here as the transformers of KerasHub
-    need Keras 3 and another TensorFlow than ScaNN does, and KerasCV has but the one of detectors (ViTDet).
+    Its layers load the parameters of torchvision and timm by name. It is implemented here because KerasHub's
+    transformers need Keras 3 and a different TensorFlow than ScaNN, and KerasCV has only the detector variant (ViTDet).
 
     Args:
-        input_shape: `(height, width, 3)`, multiples of 16. There is a position embedding for each patch of that size.
-        depth: int >= 1, blocks.
-        dim: int >= 1, features of a token, a multiple of `heads`.
-        heads: int >= 1, attention heads.
-        mlp_dim: int >= 1, units of the hidden layer of each block.
+        input_shape: `(height, width, 3)`, multiples of 16. There is a position embedding for each 16 x 16 patch.
+        depth: >= 1, the number of blocks.
+        dim: >= 1, features of a token, a multiple of `heads`.
+        heads: >= 1, attention heads.
+        mlp_dim: >= 1, units of the hidden layer of each block.
 
     Returns:
-        A `keras.Model` from `(batch, height, width, 3)` to `(batch, height / 16, width / 16, dim)`.
+        A model from `(batch, height, width, 3)` to `(batch, height / 16, width / 16, dim)`.
 
     Raises:
-        ValueError: a bad `input_shape`, or `dim` is no multiple of `heads`.
+        ValueError: `input_shape` is invalid, or `dim` is not a multiple of `heads`.
     """
     return _vit(input_shape, depth, dim, heads, mlp_dim, "vit_b16")
 
 
-def vit_s16(input_shape, depth=12, dim=384, heads=6, mlp_dim=1536):
-    """ViT-S/16 (Touvron et al., ICML 2021, as DeiT-S); see `vit_b16`. Gives `(batch, height / 16, width / 16, dim)`."""
+def vit_s16(
+    input_shape: Sequence[int], depth: int = 12, dim: int = 384, heads: int = 6, mlp_dim: int = 1536
+) -> keras.Model:
+    """Builds ViT-S/16 (DeiT-S of Touvron et al., ICML 2021); arguments and output shape as for `vit_b16`."""
     return _vit(input_shape, depth, dim, heads, mlp_dim, "vit_s16")
 
 
-def torchvision_state(state, grid):
-    """A state dict of a vision transformer under torchvision's names, with position embeddings for other maps.
+def torchvision_state(state: Mapping[str, np.ndarray], grid: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Renames the parameters of a vision transformer to torchvision's names and fits the position embeddings to `grid`.
 
     Args:
-        state: dict of arrays, under the names of torchvision or timm.
-        grid: `(rows, columns)` of patches. Where the file has other ones, in a square, their embeddings are
-            interpolated (bicubic), as the paper does for other resolutions.
+        state: parameters under the names of torchvision or timm.
+        grid: `(rows, columns)` of patches. If `state` has position embeddings for another grid, which must be square,
+            they are interpolated (bicubic), as in the paper for other resolutions.
 
     Returns:
-        dict of arrays.
+        The renamed parameters.
     """
     renamed = {}
     for name, array in state.items():
@@ -80,23 +86,23 @@ def torchvision_state(state, grid):
 
 @keras.utils.register_keras_serializable("s2sd_tf")
 class ClassTokenAndPositions(keras.layers.Layer):
-    """Puts a learned class token before the patches and adds a learned embedding of each position.
+    """Prepends a learned class token to the patches and adds a learned embedding for each position.
 
     `(batch, patches, dim)` to `(batch, 1 + patches, dim)`.
     """
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[Any]) -> None:
         _, patches, dim = input_shape
         self.class_token = self.add_weight(name="class_token", shape=(1, 1, dim), initializer="zeros")
         self.positions = self.add_weight(name="positions", shape=(1, 1 + patches, dim), initializer=_initializer())
         super().build(input_shape)
 
-    def call(self, patches):
+    def call(self, patches: tf.Tensor) -> tf.Tensor:
         token = tf.cast(tf.convert_to_tensor(self.class_token), patches.dtype)
         token = tf.tile(token, [tf.shape(patches)[0], 1, 1])
         return tf.concat([token, patches], axis=1) + tf.cast(tf.convert_to_tensor(self.positions), patches.dtype)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Sequence[Any]) -> tuple[Any, ...]:
         return (input_shape[0], 1 + input_shape[1], input_shape[2])
 
 
@@ -136,5 +142,5 @@ def _dense(tokens, units, name, activation=None):
 
 
 def _initializer():
-    # timm's; Keras's own would take the heads of an attention kernel for its inputs.
+    # As in timm. Keras's default would count the heads of an attention kernel as inputs.
     return keras.initializers.TruncatedNormal(stddev=0.02)
