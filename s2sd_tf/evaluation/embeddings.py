@@ -3,16 +3,13 @@
 import glob
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.files import replacing, write_json
 from s2sd_tf.untrusted import read_array, read_arrays, read_json_object, reading
-
-if TYPE_CHECKING:
-    from s2sd_tf.evaluation.index import Index
 
 # Names of the features in the examples of a TFRecord file.
 FEATURES = ("embedding", "id", "label")
@@ -113,7 +110,7 @@ def write_shard(
     rows: np.ndarray,
     ids: Sequence[str],
     labels: Sequence[str] | None = None,
-    index: "Index | None" = None,
+    index: Any = None,
 ) -> None:
     """Writes a shard atomically: `embeddings.npy` (float32), `items.json`, and the index if one is given.
 
@@ -122,7 +119,7 @@ def write_shard(
         rows: float array `(n, dim)`.
         ids: n ids.
         labels: n labels, or None.
-        index: an index of the rows, or None.
+        index: an `Index` of the rows, or None.
     """
     with replacing(folder) as temporary:
         os.makedirs(temporary)
