@@ -36,7 +36,7 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
     Yields a temporary path in a folder beside `path`, with the same name. When the block ends, what was written there
     replaces `path` and is flushed to the disk, so that it survives a power cut. If the block raises, it is removed. A
-    folder replaces only a folder.
+    folder replaces only a folder, by two renames.
 
     Raises:
         OutOfSpace: the block, or the flush to the disk, ran out of room.

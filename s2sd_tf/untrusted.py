@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# 1 GiB as float RGB; also Pillow's own limit.
+# 1 GiB as float RGB; also Pillow's default limit.
 MAX_PIXELS = 2**30 // 12
 MAX_IMAGE_BYTES = 2**26
 # An archive may inflate to this many bytes, or to this many times its size if that is more.

@@ -360,7 +360,7 @@ def _grouped(scores):
 
 
 def _most_own(keys, start, stop, offset, width):
-    """The largest number of gallery items in a block that have the key of the same query; 0 without keys."""
+    """The largest number of items in a gallery block that have the key of one query; 0 without keys."""
     if keys is None:
         return 0
     there, counts = np.unique(keys[1][offset : offset + width], return_counts=True)
