@@ -125,7 +125,7 @@ def _flat(rows):
     # t-SNE is undefined if all rows are equal.
     if len(rows) >= 10 and rows.shape[1] > 2 and rows.std(axis=0).max() > 1e-6:
         perplexity = min(30.0, (len(rows) - 1) / 3)
-        # The threads wait for each other a thousand times. On a busy machine they wait many times longer than they work.
+        # Threads wait for each other a thousand times. On a busy machine they wait many times longer than they work.
         with threadpool_limits(1):
             flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine").fit_transform(rows)
         return np.nan_to_num(flat), "t-SNE"
