@@ -1,4 +1,4 @@
-# `make train` and `make test` need Python 3.10-3.13, g++ and make, and nothing else: the virtual environment is made here.
+# `make train` and `make test` need only Python 3.10-3.13, g++ and make: they create the virtual environment.
 
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.10; do \
@@ -8,18 +8,18 @@ RUN := $(VENV)/bin
 .PHONY: train test dryrun soak lint clean
 .DELETE_ON_ERROR:
 
-# Plain objective against S2SD on the embedded digits: a table, and runs/digits with curves, gallery and SavedModel.
+# Compares the plain objective with S2SD on the embedded digits: a table, and curves, gallery and SavedModel in runs/digits.
 train: $(VENV)/installed
 	TF_CPP_MIN_LOG_LEVEL=3 $(RUN)/s2sd-compare --config=configs/digits.py --workdir=runs/digits --seeds=0,1,2
 
 test: $(VENV)/installed
 	$(RUN)/python -m pytest -n 2 --dist=loadfile
 
-# Every config's whole program, two steps long, on generated images in the data sets' layouts.
+# Runs every config end to end for two steps, on generated images in the layouts of the data sets.
 dryrun: $(VENV)/installed
 	TF_CPP_MIN_LOG_LEVEL=3 $(RUN)/python benchmarks/dry_runs.py
 
-# Runs that are killed at random moments and have to end as if nothing had happened; 45 minutes.
+# Kills runs at random moments and checks that they still end as if nothing had happened; 45 minutes.
 soak: $(VENV)/installed
 	$(RUN)/python benchmarks/soak.py
 
@@ -28,7 +28,7 @@ lint: $(VENV)/installed
 	$(RUN)/ruff format --check .
 
 $(VENV)/installed: pyproject.toml setup.py
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.13 found; name one with PYTHON=..."; exit 1; }
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.13 found; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip
 	$(RUN)/python -m pip install --quiet -e '.[dev,jax]'

@@ -1,7 +1,7 @@
-"""What pyproject.toml cannot say: the C++ sources travel with the package, and are built where that is possible.
+"""The part of the build that pyproject.toml cannot express: packages the C++ sources and builds them if possible.
 
-An installation without build isolation (`pip install --no-build-isolation .`) sees TensorFlow and builds the fused op
-then; all others build it at its first use. `S2SD_TF_BUILD_CUDA=1` builds it with CUDA kernels.
+An installation without build isolation (`pip install --no-build-isolation .`) sees TensorFlow and builds the fused op.
+Any other installation builds it at its first use. `S2SD_TF_BUILD_CUDA=1` builds it with CUDA kernels.
 """
 
 import importlib.util
@@ -20,16 +20,18 @@ PREBUILT = pathlib.Path("s2sd_tf", "distillation", "prebuilt")
 
 
 class BuildWithOp(build_py):
-    """Copies the C++ sources into the package, and builds the op where TensorFlow and a compiler are present."""
+    """Copies the C++ sources into the package, and builds the op if TensorFlow and a compiler are present."""
 
-    def run(self):
+    def run(self) -> None:
         super().run()
         if self.editable_mode:
             return
         target = pathlib.Path(self.build_lib, "s2sd_tf") / SOURCES
-        for left_from_before in (target, pathlib.Path(self.build_lib, PREBUILT)):
-            shutil.rmtree(left_from_before, ignore_errors=True)
+        for leftover in (target, pathlib.Path(self.build_lib, PREBUILT)):
+            shutil.rmtree(leftover, ignore_errors=True)
         spec = importlib.util.spec_from_file_location("libraries", HERE / "s2sd_tf" / "distillation" / "libraries.py")
+        assert spec
+        assert spec.loader
         libraries = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(libraries)
         shutil.copytree(HERE / SOURCES, target, ignore=shutil.ignore_patterns(*libraries.NOT_BUILT))
@@ -39,15 +41,15 @@ class BuildWithOp(build_py):
         try:
             for library in (libraries.OP, libraries.XLA):
                 print(f"built {libraries.build(library, pathlib.Path(self.build_lib) / PREBUILT, cuda)}")
-        except Exception as error:  # no reason to fail the installation
-            print(f"s2sd_tf: the fused op is not built now, but at its first use: {error}", file=sys.stderr)
+        except Exception as error:  # not a reason to fail the installation
+            print(f"s2sd_tf: the fused op will be built at its first use, as this failed: {error}", file=sys.stderr)
         pathlib.Path(self.build_lib, PREBUILT, ".lock").unlink(missing_ok=True)
 
 
 class WithOp(Distribution):
-    """A package that may hold libraries for this platform."""
+    """A distribution that is specific to this platform if it may contain the built op."""
 
-    def has_ext_modules(self):
+    def has_ext_modules(self) -> bool:
         return importlib.util.find_spec("tensorflow") is not None
 
 

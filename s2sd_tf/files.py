@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, also after a power cut, and what is said where a disk is full."""
+"""Atomic file writes that survive a power cut, JSON and digests, and the error raised when a disk is full."""
 
 import contextlib
 import errno
@@ -7,34 +7,40 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
-# How the names of folders begin in which something is being written; one that stays is the rest of a killed process.
+# Name prefix of the temporary folders of writes in progress. One that remains was left by a killed process.
 LEFTOVER = ".writing-"
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OutOfSpace(OSError):
-    """Something could not be written: the disk is full, or a quota or a limit of file sizes is reached.
+    """A file or folder could not be written: the disk is full, or a quota or file size limit is reached.
 
     Attributes:
-        path: what was to be written. There is nothing of it, or what was there before.
+        path: what was to be written. Nothing is there, or what was there before.
+        reason: why there is no room.
     """
 
-    def __init__(self, path, reason, advice=""):
-        super().__init__(f"{path}: expected room on its disk. Received: {reason}{advice}")
+    def __init__(self, path: str | os.PathLike, reason: str, advice: str = "") -> None:
+        super().__init__(f"{path}: expected room to write it. Received: {reason}{advice}")
         self.path = path
         self.reason = reason
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Yields a temporary path beside `path`, with its extension; what is written there takes the place of `path` at
-    the end, and is removed if the block raises. A folder takes the place of a folder. What stands under `path` is on
-    the disk, whatever happens to the machine afterwards.
+def replacing(path: str | os.PathLike) -> Iterator[str]:
+    """Writes a file or folder atomically: `with replacing(path) as temporary`.
+
+    Yields a temporary path in a folder beside `path`, with the same name. When the block ends, what was written there
+    replaces `path` and is flushed to the disk, so that it survives a power cut. If the block raises, it is removed. A
+    folder replaces only a folder, by two renames.
 
     Raises:
-        OutOfSpace: the block, or writing to the disk, ran out of room.
+        OutOfSpace: the block, or the flush to the disk, ran out of room.
+        IsADirectoryError: `path` is a folder, but a file was written.
     """
     path = os.path.abspath(path)
     with telling_out_of_space(path):
@@ -45,7 +51,7 @@ def replacing(path):
             yield temporary
             if os.path.isdir(path) and not os.path.isdir(temporary):
                 raise IsADirectoryError(f"{path}: expected a file, or no file, to be replaced. Received: a folder")
-            # Before the name changes: or else a power cut could leave the name without the content.
+            # Flush before the rename, or a power cut could leave the name without the content.
             _sync_all(temporary)
             _move(temporary, path, aside=os.path.join(folder, "old"))
             _sync(os.path.dirname(path))
@@ -54,8 +60,8 @@ def replacing(path):
 
 
 @contextlib.contextmanager
-def telling_out_of_space(path):
-    """Within the block, whatever a library raises where there is no room to write becomes `OutOfSpace` for `path`."""
+def telling_out_of_space(path: str | os.PathLike) -> Iterator[None]:
+    """Turns any error in the block that means "no room to write" into `OutOfSpace` for `path`."""
     try:
         yield
     except Exception as error:
@@ -65,34 +71,34 @@ def telling_out_of_space(path):
         raise OutOfSpace(path, reason) from error
 
 
-def check_replaceable(argument, path, marker):
-    """Raises ValueError where a folder to be written is there and is something else: not empty, and without the file
-    `marker` that its kind has.
+def check_replaceable(argument: str, path: str | os.PathLike, marker: str) -> None:
+    """Raises ValueError if writing a folder to `path` would replace something of another kind: a file, or a folder that
+    is not empty and has no file named `marker`.
     """
     taken = os.path.exists(path) and (not os.path.isdir(path) or bool(os.listdir(path)))
     if taken and not os.path.exists(os.path.join(path, marker)):
         raise ValueError(f"{argument}: expected a new folder, or one of its kind, with {marker}. Received: {path!r}")
 
 
-def remove_leftovers(folder):
-    """Removes what killed writers left in `folder`; nobody else may be writing there."""
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Removes what killed writers left in `folder`. Nothing else may be writing there at the time."""
     for name in os.listdir(folder):
         if name.startswith(LEFTOVER):
             shutil.rmtree(os.path.join(folder, name))
 
 
-def write_json(path, value, indent=2):
-    """Writes `value` as JSON, indented where it is for people too; whole or not at all."""
+def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> None:
+    """Writes `value` as JSON, atomically. `indent=None` writes one line."""
     with replacing(path) as temporary, open(temporary, "w") as file:
         json.dump(value, file, indent=indent)
         file.write("\n")
 
 
-def read_json(path):
-    """What `write_json` wrote.
+def read_json(path: str | os.PathLike) -> Any:
+    """Reads what `write_json` wrote.
 
     Raises:
-        ValueError: something else; the message names the file.
+        ValueError: not JSON; the message names the file.
     """
     with open(path) as file:
         try:
@@ -101,8 +107,8 @@ def read_json(path):
             raise ValueError(f"{path}: expected JSON. Received: {error}") from error
 
 
-def sha256(*paths):
-    """SHA-256 of the content of files, one after another, as hexadecimal digits."""
+def sha256(*paths: str | os.PathLike) -> str:
+    """SHA-256 of the concatenated contents of files, as hexadecimal digits."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
@@ -112,7 +118,7 @@ def sha256(*paths):
 
 
 def _move(temporary, path, aside):
-    """Gives `path` what is at `temporary`, in one step where it is a file."""
+    """Moves `temporary` to `path`, in one step unless `path` is a folder. `aside` is where the old folder goes."""
     if not os.path.isdir(path):
         os.replace(temporary, path)
         return
@@ -126,7 +132,7 @@ def _move(temporary, path, aside):
 
 
 def _sync_all(path):
-    """Writes a file, or a folder with all that is in it, through to the disk."""
+    """Flushes a file, or a folder with everything in it, to the disk."""
     for folder, _, names in os.walk(path):
         for name in names:
             _sync(os.path.join(folder, name))
@@ -140,7 +146,7 @@ def _sync(path):
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and FUSE file systems cannot do it for a folder.
+        # Some network and FUSE file systems cannot flush a folder.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -148,7 +154,7 @@ def _sync(path):
 
 
 def _out_of_space(error):
-    """What an error, or one that it came of, says of a lack of room; None where it is of something else."""
+    """Why there is no room, from an error or one of its causes; None if the error means something else."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -156,7 +162,7 @@ def _out_of_space(error):
             return error.reason
         if getattr(error, "errno", None) in _FULL:
             return os.strerror(error.errno)
-        # h5py, libraries in C++ and TensorFlow hand over the system's words, without its number.
+        # h5py, C++ libraries and TensorFlow keep the system's message but drop its errno.
         for number in _FULL:
             if os.strerror(number).lower() in str(error).lower():
                 return os.strerror(number)

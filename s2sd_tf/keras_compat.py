@@ -1,21 +1,25 @@
-"""Every branch between Keras 2 (classic stack) and Keras 3 (default stack), and why it is there.
+"""Every branch between Keras 2 (classic stack) and Keras 3 (default stack), and the reason for it.
 
-All other code is the same for both. Where it goes around something that one of them cannot do, a comment there names
-that Keras; `models/backbones/applications.py` has layers in place of those of Keras 2's ConvNeXt that cannot be loaded.
+All other code is the same for both. Where it works around a limit of one of them, a comment names that Keras version;
+`models/backbones/applications.py` replaces layers of Keras 2's ConvNeXt that cannot be loaded.
 """
 
 import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-keras = tf.keras
+# This is `tf.keras`, in a form that type checkers accept in annotations.
+from tensorflow import keras
 
 # `keras.version` came with Keras 3; `tf.keras.__version__` is missing in the classic stack.
 IS_KERAS_3 = hasattr(keras, "version")
 
 
-def keras_version():
-    """Version of the Keras behind `tf.keras`, as a string."""
+def keras_version() -> str:
+    """Version of the Keras behind `tf.keras`."""
     if IS_KERAS_3:
         return keras.version()
     from importlib.metadata import version
@@ -23,37 +27,37 @@ def keras_version():
     return version("keras")
 
 
-def loss_dtype(layer):
+def loss_dtype(layer: keras.layers.Layer) -> str:
     """The dtype in which `layer` computes losses: float64 for a float64 layer, else float32.
 
-    Keras 2 keeps the policy's variable and compute dtypes under the same public names, so one rule serves both.
+    Both versions have the dtypes of the policy under the same public names, so one rule serves both.
     """
     return "float64" if layer.compute_dtype == "float64" else "float32"
 
 
-def dtype_policy_config(model):
-    """The dtype policy of a model for its config; Keras 2 leaves it out of a model's own."""
+def dtype_policy_config(model: keras.Model) -> Any:
+    """The dtype policy of a model, serialized for its config. Keras 2's own `get_config` of a model omits it."""
     return keras.utils.serialize_keras_object(model.dtype_policy) if IS_KERAS_3 else model.dtype_policy.name
 
 
-def raw_variable(variable):
-    """The `tf.Variable` that a Keras variable is in Keras 2, and wraps in Keras 3."""
+def raw_variable(variable: Any) -> tf.Variable:
+    """The `tf.Variable` behind a Keras variable: the variable itself in Keras 2, the one it wraps in Keras 3."""
     return variable.value if IS_KERAS_3 else variable
 
 
-def resolve_jit_compile(jit_compile):
-    """What `Model.compile` is handed for `jit_compile="auto"`: Keras's own choice with a GPU, else no XLA.
+def resolve_jit_compile(jit_compile: bool | str) -> bool | str:
+    """The value to pass to `Model.compile`. "auto" leaves the choice to Keras on a GPU and turns XLA off on a CPU.
 
-    Keras 3 jits every model by default; on a CPU XLA runs convolutions at roughly half the speed of the plain graph
-    and compiles for tens of seconds first. Keras 2 knows no "auto" and never jits by itself.
+    Keras 3 jits every model by default. On a CPU, XLA runs convolutions at roughly half the speed of the plain graph
+    and first compiles for tens of seconds. Keras 2 has no "auto" and never jits on its own, so "auto" is False there.
     """
     if jit_compile != "auto":
         return jit_compile
     return "auto" if IS_KERAS_3 and tf.config.get_visible_devices("GPU") else False
 
 
-def scale_loss(optimizer, loss):
-    """The loss whose gradient the optimizer wants: scaled where it is a loss-scaling optimizer (mixed_float16)."""
+def scale_loss(optimizer: Any, loss: tf.Tensor) -> tf.Tensor:
+    """The loss to differentiate: scaled if the optimizer is a loss-scaling one (mixed_float16), else `loss`."""
     if IS_KERAS_3:
         return optimizer.scale_loss(loss)
     if isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
@@ -61,35 +65,38 @@ def scale_loss(optimizer, loss):
     return loss
 
 
-def share_of_loss(loss):
-    """What a `keras.losses.Loss` returns on each of several replicas, so that `fit` has the mean of them: Keras 3
-    divides by their number inside the loss, Keras 2 after it.
+def share_of_loss(loss: tf.Tensor) -> tf.Tensor:
+    """What a `keras.losses.Loss` must return on each replica so that `fit` uses the mean over the replicas.
+
+    In Keras 3 the loss itself divides by the number of replicas, in Keras 2 `fit` does it afterwards.
     """
     return loss / tf.distribute.get_strategy().num_replicas_in_sync if IS_KERAS_3 else loss
 
 
-def apply_gradients(optimizer, gradients, variables):
-    """Applies gradients of `scale_loss(...)`. Keras 3 unscales in the optimizer, Keras 2 leaves that to the step."""
+def apply_gradients(optimizer: Any, gradients: Sequence[tf.Tensor | None], variables: Sequence[Any]) -> None:
+    """Applies gradients of `scale_loss(...)`. Keras 3's optimizer unscales them itself, Keras 2's must be asked to."""
     if not IS_KERAS_3 and isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer):
         gradients = optimizer.get_unscaled_gradients(gradients)
     optimizer.apply_gradients(zip(gradients, variables))
 
 
-def sums_gradients_too_late(optimizer):
-    """Whether the optimizer wants to know of several replicas' gradients what they are together.
+def sums_gradients_too_late(optimizer: Any) -> bool:
+    """Whether gradients must be summed over the replicas before the optimizer gets them.
 
-    Keras 3 clips each replica's own before they are summed, and a loss-scaling optimizer looks for overflows in those
-    of the first replica alone. Keras 2 sums them first.
+    Keras 3 clips the gradients of each replica before it sums them, and its loss-scaling optimizer looks for overflows
+    in the first replica only. Keras 2 sums first.
     """
     scales = hasattr(optimizer, "inner_optimizer")
     return IS_KERAS_3 and (scales or any(_clipping(optimizer)))
 
 
-def apply_summed_gradients(optimizer, gradients, variables, replicas):
-    """`apply_gradients` on several replicas, for gradients that have been summed over them."""
+def apply_summed_gradients(
+    optimizer: Any, gradients: Sequence[tf.Tensor | None], variables: Sequence[Any], replicas: int
+) -> None:
+    """Applies gradients of `scale_loss(...)` that were already summed over the replicas. `replicas` is their number."""
     clipnorm, global_clipnorm, clipvalue = _clipping(optimizer)
     scale = tf.cast(scale_loss(optimizer, tf.ones([])), tf.float32)
-    # Clipped here, so that the optimizer finds nothing to clip in a replica's share of them.
+    # Clip here, so that the optimizer finds nothing left to clip in a replica's share.
     if global_clipnorm:
         gradients, _ = tf.clip_by_global_norm(gradients, global_clipnorm * scale)
 
@@ -98,7 +105,7 @@ def apply_summed_gradients(optimizer, gradients, variables, replicas):
             gradient = tf.clip_by_norm(gradient, tf.cast(clipnorm * scale, gradient.dtype))
         if clipvalue:
             limit = tf.cast(clipvalue * scale, gradient.dtype)
-            # An overflow stays one.
+            # Keep overflows: the loss-scaling optimizer must see them.
             gradient = tf.where(tf.math.is_finite(gradient), tf.clip_by_value(gradient, -limit, limit), gradient)
         return gradient / replicas
 
@@ -107,80 +114,83 @@ def apply_summed_gradients(optimizer, gradients, variables, replicas):
 
 
 def _clipping(optimizer):
-    """`(clipnorm, global_clipnorm, clipvalue)` of an optimizer, None for what it does not do."""
+    """`[clipnorm, global_clipnorm, clipvalue]` of an optimizer, None for those it does not use."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     return [getattr(optimizer, name, None) for name in ("clipnorm", "global_clipnorm", "clipvalue")]
 
 
-def build_optimizer(model):
-    """Makes the optimizer's variables; Keras 2's legacy optimizers make theirs at the first step."""
+def build_optimizer(model: keras.Model) -> None:
+    """Creates the optimizer's variables. Keras 2's legacy optimizers create theirs at the first step instead."""
     if hasattr(model.optimizer, "build"):
         with model.distribute_strategy.scope():
             model.optimizer.build(model.trainable_variables)
 
 
-def optimizer_variables(optimizer):
-    """List of the optimizer's variables; a method in Keras 2's legacy optimizers."""
+def optimizer_variables(optimizer: Any) -> list:
+    """List of the optimizer's variables. In Keras 2's legacy optimizers `variables` is a method."""
     variables = optimizer.variables
     return variables() if callable(variables) else variables
 
 
-def restores_random_layers():
-    """Whether a layer's random numbers come from a variable that can be set back. Keras 2's come from nowhere."""
+def restores_random_layers() -> bool:
+    """Whether the random state of layers is in variables that can be restored. Keras 2 has no such variables."""
     return IS_KERAS_3
 
 
-def report_first_replica(model):
-    """Has `fit` and `evaluate` report the metrics of one replica, which are those of all: Keras 2 would sum them up."""
+def report_first_replica(model: keras.Model) -> None:
+    """Makes `fit` and `evaluate` report the metrics of one replica. All replicas have the same, and Keras 2 would add
+    them up.
+    """
     if not IS_KERAS_3:
         model.distribute_reduction_method = "first"
 
 
-def import_addons(wanted, instead):
-    """The module `tensorflow_addons`, which there is for Keras 2 alone.
+def import_addons(wanted: str, instead: str) -> Any:
+    """Imports the module `tensorflow_addons`, which exists for Keras 2 only.
 
     Args:
-        wanted: str, what it is imported for.
-        instead: str, what does the same without it.
+        wanted: what it is imported for, for the error message.
+        instead: what to use without it, for the error message.
 
     Raises:
-        ImportError: it is missing; the message says what to install, and what to use instead.
+        ImportError: it is missing; the message says what to install and what to use instead.
     """
     cause = None
     if not IS_KERAS_3:
         try:
             with warnings.catch_warnings():
-                # Its import tells that its development has ended; who names something of it has chosen it.
+                # The import warns that TFA is no longer developed. The user has chosen it by name anyway.
                 warnings.filterwarnings("ignore", r"\s*TensorFlow Addons \(TFA\) has ended", UserWarning)
                 import tensorflow_addons
             return tensorflow_addons
         except ImportError as error:
             cause = error
     raise ImportError(
-        f"{wanted}: expected tensorflow-addons, which the classic stack has: pip install 's2sd_tf[addons]' with Python "
-        f"3.10 or 3.11, which brings TensorFlow 2.15.1 and Keras 2.15. Received: TensorFlow {tf.__version__} and Keras "
-        f"{keras_version()} without it. Instead of it: {instead}"
+        f"{wanted}: expected tensorflow-addons, which needs the classic stack: pip install 's2sd_tf[addons]' with "
+        f"Python 3.10 or 3.11, which installs TensorFlow 2.15.1 and Keras 2.15. Received: TensorFlow {tf.__version__} "
+        f"and Keras {keras_version()} without it. Alternative: {instead}"
     ) from cause
 
 
-def legacy_optimizer_state(optimizer):
-    """Arrays that a saved model lacks: the state of a legacy optimizer of Keras 2, as those of tensorflow-addons are.
+def legacy_optimizer_state(optimizer: Any) -> list[np.ndarray]:
+    """State of a Keras 2 legacy optimizer, such as those of tensorflow-addons, which a saved model lacks.
 
-    Empty for any other optimizer, whose state Keras saves, and for a legacy one that was not applied yet.
+    Empty for other optimizers, whose state Keras saves, and for a legacy one that was never applied.
     """
     return optimizer.get_weights() if _is_legacy(optimizer) else []
 
 
-def restore_legacy_optimizer_state(optimizer, variables, arrays):
-    """Gives a legacy optimizer of `variables` its state back. One of another kind, for which `arrays` are not, is left
-    as it is.
+def restore_legacy_optimizer_state(optimizer: Any, variables: Iterable[Any], arrays: Sequence[np.ndarray]) -> None:
+    """Restores what `legacy_optimizer_state` returned to a legacy optimizer of `variables`.
+
+    Other optimizers are left as they are. So is a legacy one whose arrays have other shapes, with a warning.
     """
     if not _is_legacy(optimizer):
         return
-    # A loss-scaling one has no arrays of its own, and would take gradients of zero for ones it forgot to scale.
+    # A loss-scaling wrapper has no arrays of its own, and would take the zero gradients below for unscaled ones.
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if not optimizer.get_weights():
-        # It makes its variables when it is applied; with gradients of zero too it changes weights that it decays.
+        # It creates its variables when first applied. Weight decay changes the weights even with zero gradients.
         before = [tf.identity(variable) for variable in variables]
         optimizer.apply_gradients([(tf.zeros_like(variable), variable) for variable in variables])
         for variable, value in zip(variables, before):
@@ -189,7 +199,7 @@ def restore_legacy_optimizer_state(optimizer, variables, arrays):
     if shapes == [array.shape for array in arrays]:
         optimizer.set_weights(arrays)
     else:
-        warnings.warn("optimizer: the saved state is that of another one and is not loaded", stacklevel=2)
+        warnings.warn("optimizer: the saved state is of another optimizer and is not loaded", stacklevel=2)
 
 
 def _is_legacy(optimizer):

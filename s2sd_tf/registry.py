@@ -1,55 +1,69 @@
-"""Names for classes: what the objective and miner registries share."""
+"""A registry of classes by name, used for objectives, miners and samplers."""
 
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Iterable
+from typing import Any
 
 
 class Registry:
-    """Classes by name, and instances from names.
+    """Finds classes by name and makes instances of them.
 
     Args:
         kind: what the classes are, for error messages ("objective").
-        base: the class an instance must be of.
+        base: base class of all registered classes.
     """
 
-    def __init__(self, kind, base):
+    def __init__(self, kind: str, base: type) -> None:
         self._kind = kind
         self._base = base
-        self._classes = {}
+        self._classes: dict[str, Any] = {}
 
-    def add(self, name, cls):
-        """Registers `cls` under `name`; the class gets it as `registered_name`."""
+    def add(self, name: str, cls: Any) -> Any:
+        """Registers the class `cls` under `name`, sets its `registered_name`, and returns it.
+
+        Raises:
+            ValueError: the name is taken.
+        """
         if name in self._classes:
             raise ValueError(f"{self._kind}: the name {name!r} is taken by {self._classes[name].__name__}")
         cls.registered_name = name
         self._classes[name] = cls
         return cls
 
-    def names(self):
+    def names(self) -> list[str]:
         """Registered names, sorted."""
         return sorted(self._classes)
 
-    def lookup(self, name):
-        """The class registered under `name`."""
+    def lookup(self, name: str) -> Any:
+        """The class registered under `name`.
+
+        Raises:
+            ValueError: no such name.
+        """
         if name not in self._classes:
             raise ValueError(f"{self._kind}: expected one of {self.names()}. Received: {name!r}")
         return self._classes[name]
 
-    def settings(self, name):
-        """Constructor arguments of the class of that name, its bases' included, as a dict to their defaults."""
+    def settings(self, name: str) -> dict[str, Any]:
+        """Constructor arguments of the class registered under `name`, including those of its bases, with defaults."""
         ancestors = self.lookup(name).__mro__
         return constructor_arguments(ancestors[: ancestors.index(self._base) + 1])
 
-    def get(self, identifier, **settings):
-        """An instance: `identifier` itself, or of the class of that name with `settings`."""
+    def get(self, identifier: Any, **settings: Any) -> Any:
+        """Returns `identifier` if it is an instance, else an instance of the class of that name with `settings`.
+
+        Raises:
+            ValueError: neither a registered name nor an instance, unknown settings, or settings for an instance.
+        """
         if isinstance(identifier, self._base):
             if settings:
                 raise ValueError(f"{self._kind}: settings go with a name, not with an instance. Received: {settings}")
             return identifier
         if not isinstance(identifier, str):
             raise ValueError(
-                f"{self._kind}: expected a name out of {self.names()} or an instance of {self._base.__name__}. "
+                f"{self._kind}: expected one of {self.names()} or an instance of {self._base.__name__}. "
                 f"Received: {identifier!r}"
             )
         cls = self.lookup(identifier)
@@ -57,13 +71,13 @@ class Registry:
         unknown = sorted(set(settings) - set(known))
         if unknown:
             raise ValueError(
-                f"{self._kind} {identifier!r}: expected settings out of {sorted(known)}. Received: {unknown}"
+                f"{self._kind} {identifier!r}: expected settings from {sorted(known)}. Received: {unknown}"
             )
         return cls(**settings)
 
 
-def import_modules(package, path):
-    """Imports every module of a package, so that the classes they register are known.
+def import_modules(package: str, path: Iterable[str]) -> None:
+    """Imports every module of a package, so that they register their classes.
 
     Args:
         package: `__name__` of the package.
@@ -73,12 +87,12 @@ def import_modules(package, path):
         importlib.import_module(f"{package}.{name}")
 
 
-def constructor_arguments(classes):
-    """Arguments by name of the constructors of a class and its bases, nearest first, as a dict to their defaults."""
-    found = {}
+def constructor_arguments(classes: Iterable[type]) -> dict[str, Any]:
+    """Constructor arguments of a class and its bases, as a dict from name to default. Put the class itself first."""
+    found: dict[str, Any] = {}
     for cls in classes:
         if "__init__" in vars(cls):
-            for key, parameter in list(inspect.signature(cls.__init__).parameters.items())[1:]:
+            for key, parameter in list(inspect.signature(vars(cls)["__init__"]).parameters.items())[1:]:
                 if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                     found.setdefault(key, parameter.default)
     return found

@@ -1,4 +1,4 @@
-"""Reading of files that others wrote, within limits: what is broken or too large is refused by the file's name."""
+"""Safe reading of files from others: broken or oversized ones are refused with an error that names the file."""
 
 import contextlib
 import io
@@ -6,31 +6,33 @@ import json
 import os
 import stat
 import zipfile
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-# 1 GiB as float RGB; Pillow's own limit.
+# 1 GiB as float RGB; also Pillow's default limit.
 MAX_PIXELS = 2**30 // 12
 MAX_IMAGE_BYTES = 2**26
-# Bytes that an archive may inflate to whatever its size, and how many times its size beyond that.
+# An archive may inflate to this many bytes, or to this many times its size if that is more.
 _INFLATED_BYTES, _INFLATED_RATIO = 2**26, 100
 
 
-def image_excess(image):
-    """Why an encoded image is not to be decoded, by its size and its header; None for no reason.
+def image_excess(image: str | os.PathLike | bytes) -> str | None:
+    """Why an encoded image must not be decoded, judged by its size and header; None if it may be.
 
     Args:
-        image: path of a file, or bytes. What Pillow cannot read has no reason here; its decoder will give one.
+        image: path of a file, or bytes. For an image that Pillow cannot read the result is None; decoding it fails.
 
     Raises:
-        OSError: the file is not there, or cannot be read.
+        OSError: the file does not exist or cannot be read.
     """
     if isinstance(image, bytes):
         size = len(image)
     else:
         status = os.stat(image)
-        # Others, as pipes and devices, may have no end.
+        # Pipes and devices may have no end.
         if not stat.S_ISREG(status.st_mode):
             return "not a regular file"
         size = status.st_size
@@ -42,19 +44,19 @@ def image_excess(image):
                 width, height = header.size
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             return f"more than {MAX_PIXELS:,} pixels"
-        except Exception:  # of every plugin its own
+        except Exception:  # each Pillow plugin raises its own
             return None
     return f"{width} x {height}, more than {MAX_PIXELS:,} pixels" if width * height > MAX_PIXELS else None
 
 
 @contextlib.contextmanager
-def open_archive(path):
-    """Yields the `zipfile.ZipFile` at `path`, none of whose members can be larger than it says.
+def open_archive(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
+    """Opens a zip archive: `with open_archive(path) as archive`. No member can be larger than the archive says.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: no zip archive; one that would inflate to more than 64 MiB and 100 times its size; or, in the block,
-            a member that cannot be read. The message names the file.
+        FileNotFoundError: no such file.
+        ValueError: not a zip archive; it would inflate to more than 64 MiB and more than 100 times its size; or, in the
+            block, a member cannot be read. The message names the file.
     """
     with reading(path, "a zip archive"), zipfile.ZipFile(path) as archive:
         inflated, size = sum(info.file_size for info in archive.infolist()), os.path.getsize(path)
@@ -63,12 +65,12 @@ def open_archive(path):
         yield archive
 
 
-def read_array(path, mmap_mode=None):
-    """The array of a `.npy` file; see `np.load`.
+def read_array(path: str | os.PathLike, mmap_mode: Any = None) -> np.ndarray:
+    """Reads a `.npy` file. For `mmap_mode` see `np.load`.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: another kind of file, a truncated one, or one of objects; the message names it.
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, a truncated one, or one with objects; the message names it.
     """
     with reading(path, "a .npy file of numbers or texts"):
         array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
@@ -77,15 +79,15 @@ def read_array(path, mmap_mode=None):
         return array
 
 
-def read_arrays(path, wanted="a .npz file of numbers or texts"):
-    """The arrays of a `.npz` file, as a dict.
+def read_arrays(path: str | os.PathLike, wanted: str = "a .npz file of numbers or texts") -> dict[str, np.ndarray]:
+    """Reads a `.npz` file as a dict of arrays.
 
     Args:
         path: file.
-        wanted: str, what was expected, for the message.
+        wanted: what was expected, for the message.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: no such file.
         ValueError: another kind of file, a truncated one, one with objects, or one that inflates too far (see
             `open_archive`); the message names it.
     """
@@ -93,12 +95,12 @@ def read_arrays(path, wanted="a .npz file of numbers or texts"):
         return {name: arrays[name] for name in arrays.files}
 
 
-def read_json_object(path):
-    """The dict in a JSON file.
+def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: no JSON, or something else than an object; the message names the file.
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or not an object; the message names the file.
     """
     with reading(path, "a JSON object"), open(path, encoding="utf-8") as file:
         found = json.load(file)
@@ -108,19 +110,20 @@ def read_json_object(path):
 
 
 @contextlib.contextmanager
-def reading(path, wanted):
-    """Around what reads `path`: whatever broken content makes it raise is a ValueError that names the file, or a
-    FileNotFoundError where something is not there.
+def reading(path: str | os.PathLike, wanted: str) -> Iterator[None]:
+    """Turns any error in the block, which reads `path`, into a ValueError that names the file.
+
+    A FileNotFoundError stays one, with a message of the same form.
 
     Args:
-        path: file or folder.
-        wanted: str, what was expected.
+        path: file or folder, or words that end in it; the message starts with it.
+        wanted: what was expected.
     """
     try:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: expected {wanted}. Received: {_short(error)}") from error
-    except Exception as error:  # libraries raise whatever comes of broken content, NameError included
+    except Exception as error:  # broken content makes libraries raise anything, even NameError
         raise ValueError(f"{path}: expected {wanted}. Received: {_short(error)}") from error
 
 

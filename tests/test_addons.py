@@ -172,7 +172,7 @@ class TestOnBothStacks:
 class TestWithoutAddons:
     @pytest.mark.parametrize("name", CLASSES)
     def test_objectives_say_what_to_install_and_what_to_use(self, small_model, name):
-        words = rf"(?s)objective '{name}'.*pip install 's2sd_tf\[addons\]'.*3\.10 or 3\.11.*Instead of it: objective"
+        words = rf"(?s)objective '{name}'.*pip install 's2sd_tf\[addons\]'.*3\.10 or 3\.11.*Alternative: objective"
         with pytest.raises(ImportError, match=words):
             objectives.get(name)
         with pytest.raises(ImportError, match=words):
@@ -180,7 +180,7 @@ class TestWithoutAddons:
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_optimizers_say_what_to_install_and_what_to_use(self, name):
-        words = rf"(?s)config.optimizer.name='{name}'.*pip install 's2sd_tf\[addons\]'.*Instead of it: "
+        words = rf"(?s)config.optimizer.name='{name}'.*pip install 's2sd_tf\[addons\]'.*Alternative: "
         with pytest.raises(ImportError, match=words):
             optimizers.get(name, 0.01, OPTIMIZERS[name])
 
@@ -290,7 +290,7 @@ class TestObjectives:
         [
             ("triplet_hard", {"margin": -1.0}, "margin: expected a number >= 0. Received: -1.0"),
             ("triplet_semihard", {"distance_metric": "L1"}, "distance_metric: expected one of .*'L2'.*Received: 'L1'"),
-            ("contrastive", {"margins": 1.0}, "expected settings out of .*'margin'.*Received: .*margins"),
+            ("contrastive", {"margins": 1.0}, "expected settings from .*'margin'.*Received: .*margins"),
         ],
     )
     def test_errors_name_the_argument(self, name, settings, words):
@@ -403,7 +403,7 @@ class TestOptimizers:
         model.save(tmp_path / "model.keras")
         bare = keras.models.load_model(tmp_path / "model.keras", compile=False)
         other = self.fitted(small_model, optimizers.get("addons/sgdw", 0.01, {"weight_decay": 0.1}), 1)
-        with pytest.warns(UserWarning, match="state is that of another"):
+        with pytest.warns(UserWarning, match="saved state is of another optimizer"):
             other.load_weights(tmp_path / "model.keras")
         for one in (bare, other):
             for a, b in zip(model.get_weights(), one.get_weights()):

@@ -509,7 +509,7 @@ def test_config_round_trip(unit_rows, name, settings):
     ("name", "settings", "message"),
     [
         ("nonsense", {}, "miner: expected one of"),
-        ("hard", {"rho": 1}, "expected settings out of"),
+        ("hard", {"rho": 1}, "expected settings from"),
         ("distance_weighted", {"lower_cutoff": 0.0}, "lower_cutoff"),
         ("distance_weighted", {"upper_cutoff": 0.3}, "upper_cutoff"),
         ("rho_distance", {"lower_cutoff": 0.0}, "lower_cutoff"),

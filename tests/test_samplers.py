@@ -95,7 +95,7 @@ class TestEverySampler:
             assert batches.dtype == np.int64
         with pytest.raises(ValueError, match="sampler: expected one of"):
             samplers.get("nonsense")
-        with pytest.raises(ValueError, match=r"sampler 'random': expected settings out of \['batch_size'\]"):
+        with pytest.raises(ValueError, match=r"sampler 'random': expected settings from \['batch_size'\]"):
             samplers.get("random", classes_per_batch=3)
 
     @pytest.mark.parametrize("name", BY_CLASS)

@@ -1,4 +1,4 @@
-"""Nearest neighbours, indexes, metrics, a Keras callback; all on plain arrays."""
+"""Nearest neighbours, indexes and metrics on plain arrays, and a Keras callback."""
 
 from s2sd_tf.evaluation.callback import RetrievalEvaluation
 from s2sd_tf.evaluation.clustering import clustering_metrics

@@ -1,4 +1,10 @@
-"""Retrieval on unseen classes while a model trains."""
+"""A Keras callback that evaluates retrieval on unseen classes during training."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
 from s2sd_tf.evaluation.metrics import checked_ks, retrieval_metrics
@@ -8,37 +14,38 @@ from s2sd_tf.keras_compat import keras
 class RetrievalEvaluation(keras.callbacks.Callback):
     """Evaluates retrieval every n epochs and adds the metrics to the epoch's logs.
 
-    The logs then hold `val_recall@1`, `val_map@r` and so on, for the progress bar, TensorBoard, `History` and any
-    callback after this one in the list.
+    The logs then have `val_recall@1`, `val_map@r` and so on, for the progress bar, TensorBoard, `History` and the
+    callbacks after this one in the list.
 
     Args:
         images: what `model.predict` takes: an array `(n, height, width, channels)`, or a finite `tf.data.Dataset` of
             image batches in the order of `labels`.
         labels: integer array `(n,)`.
-        every: int >= 1, epochs between evaluations; the last epoch of `fit` is always evaluated.
-        prefix: str, goes before the names of the metrics.
+        every: number of epochs between evaluations, >= 1. The last epoch of `fit` is always evaluated.
+        prefix: goes before the names of the metrics.
         ks: ints >= 1, for recall@k.
         method: "exact" or "scann".
-        gallery_images, gallery_labels: the same of what the images are searched in. Default: among themselves.
+        gallery_images, gallery_labels: the gallery to search, in the same form. By default the images are searched
+            among themselves.
 
     Attributes:
-        latest: the metrics of the last evaluation, without the prefix.
+        latest: dict of the metrics of the last evaluation, without the prefix; None before the first.
     """
 
     def __init__(
         self,
-        images,
-        labels,
-        every=1,
-        prefix="val_",
-        ks=(1, 2, 4, 8),
-        method="exact",
-        gallery_images=None,
-        gallery_labels=None,
-    ):
+        images: tf.Tensor | np.ndarray | tf.data.Dataset,
+        labels: tf.Tensor | np.ndarray,
+        every: int = 1,
+        prefix: str = "val_",
+        ks: Sequence[int] = (1, 2, 4, 8),
+        method: str = "exact",
+        gallery_images: tf.Tensor | np.ndarray | tf.data.Dataset | None = None,
+        gallery_labels: tf.Tensor | np.ndarray | None = None,
+    ) -> None:
         super().__init__()
         if (gallery_images is None) != (gallery_labels is None):
-            raise ValueError("gallery_labels: expected labels with gallery_images, and only then")
+            raise ValueError("gallery_labels: expected labels if gallery_images is given, else None")
         self.images = images
         self.labels = labels
         self.every = checked_int("every", every, 1)
@@ -47,17 +54,17 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         self.method = method
         self.gallery_images = gallery_images
         self.gallery_labels = gallery_labels
-        self.latest = None
+        self.latest: dict[str, float] | None = None
 
-    def is_due(self, epoch, epochs):
-        """Whether epoch `epoch` (from 0) of so many `epochs` is evaluated."""
+    def is_due(self, epoch: int, epochs: int) -> bool:
+        """Whether epoch number `epoch`, counted from 0, of `epochs` in total is evaluated."""
         return (epoch + 1) % self.every == 0 or epoch + 1 == epochs
 
-    def evaluate(self, embed):
-        """The metrics by their names in the logs, for loops without `fit`.
+    def evaluate(self, embed: Callable[[Any], tf.Tensor | np.ndarray]) -> dict[str, float]:
+        """Evaluates now and returns the metrics by their names in the logs. For training loops without `fit`.
 
         Args:
-            embed: function from `images`, and `gallery_images`, to embeddings `(n, dim)`.
+            embed: function from `images` or `gallery_images` to embeddings `(n, dim)`.
         """
         gallery = None if self.gallery_images is None else embed(self.gallery_images)
         metrics = retrieval_metrics(
@@ -66,7 +73,7 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         self.latest = {name: value for name, value in metrics.items() if isinstance(value, float)}
         return {self.prefix + name: value for name, value in self.latest.items()}
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self.is_due(epoch, self.params.get("epochs")):
             found = self.evaluate(lambda images: self.model.predict(images, verbose=0))
             if logs is not None:

@@ -1,32 +1,42 @@
-"""How well k-means finds the classes in the embeddings."""
+"""Clustering metrics: how well k-means clusters of the embeddings match the classes."""
 
 import logging
 
 import numpy as np
+import tensorflow as tf
 
 from s2sd_tf.checks import check_choice, checked_int
+from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.neighbors import METRICS
 from s2sd_tf.evaluation.rows import checked_labels, checked_rows, normalized
 
 
-def clustering_metrics(embeddings, labels, num_clusters=None, metric="cosine", iterations=20, restarts=1, seed=0):
+def clustering_metrics(
+    embeddings: Rows | tf.Tensor,
+    labels: tf.Tensor | np.ndarray,
+    num_clusters: int | None = None,
+    metric: str = "cosine",
+    iterations: int = 20,
+    restarts: int = 1,
+    seed: int = 0,
+) -> dict[str, float]:
     """NMI, AMI and pair F1 between classes and the clusters that k-means finds.
 
-    - `nmi`: normalised mutual information, by the arithmetic mean of the entropies;
-    - `ami`: the same adjusted for chance, 0 for random clusters;
-    - `f1`: F1 of the pairs of items: of those in one cluster, how many are of one class (precision), and of those of
-      one class, how many are in one cluster (recall).
+    - `nmi`: mutual information, normalised by the arithmetic mean of the entropies;
+    - `ami`: mutual information adjusted for chance, 0 for random clusters;
+    - `f1`: F1 over pairs of items. Precision is the share of pairs in one cluster that are of one class, recall the
+      share of pairs of one class that are in one cluster.
 
     Args:
         embeddings: float array `(n, dim)`.
         labels: integer array `(n,)`.
         num_clusters: int >= 1. Default: the number of classes in `labels`.
         metric: "cosine" (unit rows, unit centroids) or "euclidean".
-        iterations, restarts: ints >= 1, of k-means; of the restarts the one with the least error counts.
+        iterations, restarts: ints >= 1, of k-means. The restart with the smallest error is used.
         seed: int >= 0.
 
     Returns:
-        dict of floats by the names above.
+        dict with the names above.
 
     Raises:
         ValueError: a bad argument, or fewer items than clusters.
@@ -45,8 +55,12 @@ def clustering_metrics(embeddings, labels, num_clusters=None, metric="cosine", i
     return cluster_agreement(labels, clusters)
 
 
-def cluster_agreement(labels, clusters):
-    """`nmi`, `ami` and `f1` of a given clustering: integer arrays `(n,)` of classes and of clusters."""
+def cluster_agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    """`nmi`, `ami` and `f1` of a given clustering; see `clustering_metrics`.
+
+    Args:
+        labels, clusters: integer arrays `(n,)`, the class and the cluster of each item.
+    """
     from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
     from sklearn.metrics.cluster import contingency_matrix
 
@@ -55,7 +69,7 @@ def cluster_agreement(labels, clusters):
         np.sum(counts * (counts - 1))
         for counts in (table.data, np.ravel(table.sum(axis=1)), np.ravel(table.sum(axis=0)))
     )
-    # No pair at all, of classes of one in clusters of one: all that there is was found.
+    # Without any pair in a class or a cluster there was nothing to find, so F1 is 1.
     f1 = 2.0 * together / (of_class + of_cluster) if of_class + of_cluster else 1.0
     return {
         "nmi": float(normalized_mutual_info_score(labels, clusters)),
@@ -66,7 +80,7 @@ def cluster_agreement(labels, clusters):
 
 def _kmeans(rows, num_clusters, metric, iterations, restarts, seed):
     """The cluster of every row, int64 `(n,)`, by faiss's k-means; see `clustering_metrics`."""
-    # It tells which of its libraries it loads.
+    # Otherwise faiss logs which of its libraries it loads.
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     try:
         import faiss
@@ -80,7 +94,7 @@ def _kmeans(rows, num_clusters, metric, iterations, restarts, seed):
         nredo=restarts,
         seed=seed,
         spherical=metric == "cosine",
-        # All rows, however few there are for a cluster.
+        # Train on all rows, however few there are for each cluster.
         min_points_per_centroid=1,
         max_points_per_centroid=len(rows),
     )

@@ -1,8 +1,9 @@
-"""Embeddings on disk: shards that were written whole, and what other programs wrote."""
+"""Reads and writes embeddings on disk: our own shards, and the files of other programs."""
 
 import glob
 import os
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -10,52 +11,42 @@ import tensorflow as tf
 from s2sd_tf.files import replacing, write_json
 from s2sd_tf.untrusted import read_array, read_arrays, read_json_object, reading
 
-# Names of the features of a TFRecord's examples.
+# Names of the features in the examples of a TFRecord file.
 FEATURES = ("embedding", "id", "label")
 
 
-class Embeddings(NamedTuple):
-    """Embeddings with what they are of.
-
-    Attributes:
-        rows: what gives float rows `(n, dim)` when sliced: an array, a memory-mapped file, `EmbeddingShards`.
-        ids: list of n str, or None.
-        labels: list of n str or int, or None.
-    """
-
-    rows: np.ndarray
-    ids: list
-    labels: list
-
-
 class EmbeddingShards:
-    """Rows of many memory-mapped files, one after another: `rows[start:stop]` reads what it gives and no more.
+    """Concatenates memory-mapped arrays without loading them: `rows[start:stop]` reads only these rows.
 
     Args:
-        arrays: arrays `(n, dim)` of one dimension and dtype.
+        arrays: arrays `(n, dim)` of the same dimension and dtype.
+
+    Attributes:
+        shape: `(total number of rows, dim)`.
+        dtype: dtype of the arrays.
     """
 
-    def __init__(self, arrays):
+    def __init__(self, arrays: Iterable[np.ndarray]) -> None:
         arrays = list(arrays)
         if not arrays:
             raise ValueError("arrays: expected at least one. Received: none")
         kinds = {(array.shape[1:], array.dtype.str) for array in arrays}
         if len(kinds) > 1:
-            raise ValueError(f"arrays: expected one dimension and dtype. Received: {sorted(kinds)}")
+            raise ValueError(f"arrays: expected the same dimension and dtype. Received: {sorted(kinds)}")
         self._arrays = arrays
         self._ends = np.cumsum([len(array) for array in arrays])
         self.shape = (int(self._ends[-1]), *arrays[0].shape[1:])
         self.dtype = arrays[0].dtype
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.shape[0]
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
 
-    def __getitem__(self, chosen):
+    def __getitem__(self, chosen: Any) -> np.ndarray:
         if isinstance(chosen, (int, np.integer)):
-            return self.take_rows([chosen])[0]
+            return self.take_rows([int(chosen)])[0]
         if not isinstance(chosen, slice):
             return self.take_rows(chosen)
         start, stop, step = chosen.indices(len(self))
@@ -68,20 +59,20 @@ class EmbeddingShards:
                 parts.append(array[max(start - begin, 0) : stop - begin])
         return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self.dtype)
 
-    def take_rows(self, positions):
-        """The rows at some positions, ints or a mask, `(number of positions, dim)`.
+    def take_rows(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The rows at `positions`, ints or a mask, as an array `(number of positions, dim)`.
 
         Raises:
-            IndexError: a position that is not there.
+            IndexError: a position out of range, or a mask of another length.
         """
         positions = np.asarray(positions)
         if positions.dtype == bool:
             if len(positions) != len(self):
-                raise IndexError(f"positions: expected a mask of {len(self)}. Received: one of {len(positions)}")
+                raise IndexError(f"positions: expected a mask of length {len(self)}. Received: {len(positions)}")
             positions = np.flatnonzero(positions)
         positions = np.where(positions < 0, positions + len(self), positions).astype(np.int64)
         if len(positions) and not 0 <= positions.min() <= positions.max() < len(self):
-            raise IndexError(f"positions: expected them in [0, {len(self)}). Received: {positions.max()}")
+            raise IndexError(f"positions: expected values in [0, {len(self)}). Received: {positions.max()}")
         rows = np.empty((len(positions), *self.shape[1:]), self.dtype)
         owner = np.searchsorted(self._ends, positions, "right")
         for shard in np.unique(owner):
@@ -91,19 +82,43 @@ class EmbeddingShards:
         return rows
 
 
-def shard_name(number):
-    """Name of the folder of a shard."""
+# Float rows `(n, dim)` that can be sliced; a memory-mapped file is an `np.ndarray` too.
+Rows = np.ndarray | EmbeddingShards
+
+
+class Embeddings(NamedTuple):
+    """Embeddings with the ids and labels of their items.
+
+    Attributes:
+        rows: float rows `(n, dim)`: an array, a memory-mapped file or `EmbeddingShards`.
+        ids: n ids, or None.
+        labels: n labels, or None.
+    """
+
+    rows: Rows
+    ids: list[str] | None
+    labels: list[str] | list[int] | None
+
+
+def shard_name(number: int) -> str:
+    """Folder name of the shard of that number."""
     return f"shard-{number:05d}"
 
 
-def write_shard(folder, rows, ids, labels=None, index=None):
-    """Writes a shard, whole or not at all: `embeddings.npy` (float32), `items.json`, and an index where one is given.
+def write_shard(
+    folder: str | os.PathLike,
+    rows: np.ndarray,
+    ids: Sequence[str],
+    labels: Sequence[str] | None = None,
+    index: Any = None,
+) -> None:
+    """Writes a shard atomically: `embeddings.npy` (float32), `items.json`, and the index if one is given.
 
     Args:
         folder: folder to write.
         rows: float array `(n, dim)`.
-        ids: n str.
-        labels: n str, or None.
+        ids: n ids.
+        labels: n labels, or None.
         index: an `Index` of the rows, or None.
     """
     with replacing(folder) as temporary:
@@ -114,35 +129,36 @@ def write_shard(folder, rows, ids, labels=None, index=None):
             index.save(os.path.join(temporary, "index"))
 
 
-def write_items(folder, ids, labels):
-    """Writes `items.json`: what each row is."""
+def write_items(folder: str | os.PathLike, ids: Iterable[str], labels: Sequence[str] | None) -> None:
+    """Writes the ids and labels of all rows to `items.json` in `folder`."""
     write_json(os.path.join(folder, "items.json"), {"ids": list(ids), "labels": labels and list(labels)}, indent=None)
 
 
-def read_items(folder):
-    """`(ids, labels)` of `write_items`.
+def read_items(folder: str | os.PathLike) -> tuple[list[str], list[str] | None]:
+    """Reads `(ids, labels)` that `write_items` wrote.
 
     Raises:
-        FileNotFoundError: no `items.json` there.
-        ValueError: one that is broken.
+        FileNotFoundError: no `items.json` in `folder`.
+        ValueError: a broken `items.json`.
     """
     path = os.path.join(folder, "items.json")
     items = read_json_object(path)
-    ids, labels = items.get("ids"), items.get("labels")
+    ids: Any = items.get("ids")
+    labels: Any = items.get("labels")
     for name, values in (("ids", ids), ("labels", [] if labels is None else labels)):
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise ValueError(f"{path}: expected {name}, a list of texts. Received: {type(values).__name__}")
+            raise ValueError(f"{path}: expected {name}, a list of strings. Received: {type(values).__name__}")
     if labels is not None and len(labels) != len(ids):
         raise ValueError(f"{path}: expected {len(ids)} labels. Received: {len(labels)}")
     return ids, labels
 
 
-def read_rows(folder, ids):
-    """The rows of `embeddings.npy` in a folder, memory-mapped.
+def read_rows(folder: str | os.PathLike, ids: Sequence[str]) -> np.ndarray:
+    """Opens the rows of `embeddings.npy` in `folder`, memory-mapped.
 
     Raises:
-        FileNotFoundError: no such file there.
-        ValueError: no float rows `(len(ids), dim)`.
+        FileNotFoundError: no such file.
+        ValueError: not float rows `(len(ids), dim)`.
     """
     path = os.path.join(folder, "embeddings.npy")
     rows = read_array(path, mmap_mode="r")
@@ -151,32 +167,33 @@ def read_rows(folder, ids):
     return rows
 
 
-def shard_folders(folder):
-    """The folders of the shards in `folder`, in their order."""
-    found = sorted(glob.glob(os.path.join(glob.escape(folder), "shard-*")))
+def shard_folders(folder: str | os.PathLike) -> list[str]:
+    """Paths of the shards in `folder`, in order."""
+    found = sorted(glob.glob(os.path.join(glob.escape(os.fspath(folder)), "shard-*")))
     return [path for path in found if os.path.exists(os.path.join(path, "items.json"))]
 
 
-def check_finished(folder):
-    """Raises ValueError where the shards in `folder` are those of an unfinished run."""
+def check_finished(folder: str | os.PathLike) -> None:
+    """Raises ValueError if the run that wrote the shards in `folder` did not finish."""
     if os.path.exists(os.path.join(folder, "plan.json")) and not os.path.exists(os.path.join(folder, "summary.json")):
         raise ValueError(
             f"embeddings: expected a finished run. Received: {folder!r}, which was interrupted; embed again"
         )
 
 
-def read_shards(folder):
-    """`Embeddings` of all shards in `folder`, memory-mapped.
+def read_shards(folder: str | os.PathLike) -> Embeddings:
+    """Opens all shards in `folder`, memory-mapped.
 
     Raises:
-        FileNotFoundError: no shards there.
-        ValueError: an interrupted run, or a file that is broken; the message names it.
+        FileNotFoundError: no shards in `folder`.
+        ValueError: an interrupted run, or a broken file; the message names it.
     """
     check_finished(folder)
     folders = shard_folders(folder)
     if not folders:
         raise FileNotFoundError(f"embeddings: expected a folder with shards. Received: {folder!r}")
-    rows, ids, labels = [], [], []
+    rows, ids = [], []
+    labels: list[str] | None = []
     for path in folders:
         its_ids, its_labels = read_items(path)
         array = read_rows(path, its_ids)
@@ -184,21 +201,21 @@ def read_shards(folder):
             rows.append(array)
             ids += its_ids
             labels = None if its_labels is None or labels is None else labels + its_labels
-    with reading(folder, "shards of one dimension"):
+    with reading(folder, "shards of the same dimension"):
         return Embeddings(EmbeddingShards(rows or [array]), ids, labels)
 
 
-def read_embeddings(path):
-    """`Embeddings` of a file or a folder.
+def read_embeddings(path: str | os.PathLike) -> Embeddings:
+    """Reads embeddings from a file or folder.
 
     - a folder: the shards that `s2sd-embed` and the Beam pipeline write;
-    - `.npy`: float rows, memory-mapped; without ids and labels;
-    - `.npz`: arrays `embeddings` and, where there are any, `labels` and `ids`;
-    - `.tfrecord` or `.tfrecords`: examples with the features `embedding` (floats), `id` (bytes) and `label` (bytes or
-      an int).
+    - `.npy`: float rows, memory-mapped; no ids and labels;
+    - `.npz`: the array `embeddings` and optionally `labels` and `ids`;
+    - `.tfrecord` or `.tfrecords`: examples with the features `embedding` (floats), `id` (bytes or an int) and `label`
+      (bytes or an int).
 
     Raises:
-        FileNotFoundError: nothing there.
+        FileNotFoundError: no such file or folder.
         ValueError: another format, or content that does not fit.
     """
     path = os.fspath(path)
@@ -217,7 +234,7 @@ def read_embeddings(path):
     for name, values in (("ids", found.ids), ("labels", found.labels)):
         if values is not None and len(values) != found.rows.shape[0]:
             raise ValueError(
-                f"embeddings: expected {name} of {found.rows.shape[0]} rows in {path!r}. Received: {len(values)}"
+                f"embeddings: expected {name} for {found.rows.shape[0]} rows in {path!r}. Received: {len(values)}"
             )
     return found
 
@@ -229,7 +246,7 @@ def _read_npy(path):
 def _read_npz(path):
     content = read_arrays(path)
     if "embeddings" not in content:
-        raise ValueError(f"no array named embeddings, but {sorted(content)}")
+        raise ValueError(f"no array named embeddings, only {sorted(content)}")
     labels = content["labels"].reshape(-1).tolist() if "labels" in content else None
     ids = None
     if "ids" in content:
@@ -238,7 +255,9 @@ def _read_npz(path):
 
 
 def _read_tfrecord(path):
-    rows, ids, labels = [], [], []
+    rows: list[np.ndarray] = []
+    ids: list[Any] = []
+    labels: list[Any] = []
     for record in tf.data.TFRecordDataset(path).as_numpy_iterator():
         features = tf.train.Example.FromString(record).features.feature
         rows.append(np.array(features["embedding"].float_list.value, np.float32))

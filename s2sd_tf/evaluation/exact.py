@@ -1,67 +1,85 @@
-"""Exact search: blocked matrix products in float32, in bounded memory, over galleries that may be on disk.
+"""Exact search by blocked matrix products in float32, in bounded memory, also over galleries on disk.
 
-What is handed in was checked before.
+Arguments are not checked here; the callers have done that.
 """
 
 import concurrent.futures
 import contextlib
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
+from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.neighbors import Neighbors, padded
 from s2sd_tf.evaluation.rows import mean_row, normalized, take
 
-# Neighbours that are looked at beyond the k nearest, before distances are computed one by one.
+# Extra candidates beyond the k nearest, whose Euclidean distances are recomputed in float64.
 _MARGIN = 8
-# Columns that are looked at together: only where their maximum is among the best so far are they looked at singly.
+# Columns in a group. Single columns are examined only if the maximum of their group is among the best so far.
 _GROUP = 32
-# Columns of a block of similarities at most, and how many times fewer rows it has: it should stay in the cache.
+# A block of similarities has at most _WIDTH columns and _FLATTER times fewer rows, so that it stays in the cache.
 _WIDTH, _FLATTER = 16_384, 8
 
 
-def exact_neighbors(queries, gallery, k, metric="cosine", keys=None, memory_mib=512, progress=False):
-    """The k nearest gallery items of every query, as `Neighbors`.
+def exact_neighbors(
+    queries: Rows,
+    gallery: Rows,
+    k: int,
+    metric: str = "cosine",
+    keys: tuple[np.ndarray, np.ndarray] | None = None,
+    memory_mib: int = 512,
+    progress: bool = False,
+) -> Neighbors:
+    """Finds the k nearest gallery items of every query.
 
     Args:
-        queries, gallery: float rows `(queries, dim)` and `(gallery, dim)`, finite: an array, a memory-mapped file,
-            `EmbeddingShards`. The same object where the queries are the gallery: half of the work is saved.
+        queries, gallery: finite float rows `(queries, dim)` and `(gallery, dim)`. Pass the same object twice if the
+            queries are the gallery: this saves half of the work.
         k: int >= 1.
         metric: "cosine" or "euclidean".
-        keys: `(query_keys, gallery_keys)`, int64 arrays; equal ones are no neighbours. Or None.
-        memory_mib: what blocks may take, beside the results and what is handed in.
-        progress: bool, show a progress bar.
+        keys: `(query_keys, gallery_keys)`, int64 arrays, or None. Items with the key of the query are skipped.
+        memory_mib: MiB that blocks may take, in addition to the arguments and results.
+        progress: whether to show a progress bar.
 
-    Among equal similarities the lower position goes first. Euclidean distances are computed one by one in float64.
+    Among equal similarities the lower position comes first. Euclidean distances are recomputed in float64.
     """
     left, right = _factors(queries, gallery, metric)
     if metric == "cosine":
         return Neighbors(*_search(left, right, k, keys, memory_mib, progress))
-    # Some more, as those at the end may change places.
+    # Take some more, as those near the end may change places.
     indices, _ = _search(left, right, min(k + _MARGIN, gallery.shape[0]), keys, memory_mib, progress)
     indices, similarities = _exact_distances(queries, gallery, indices)
     return padded(indices[:, :k], similarities[:, :k], k)
 
 
 def positive_ranks(
-    queries, gallery, query_labels, gallery_labels, metric="cosine", keys=None, memory_mib=512, progress=False
-):
-    """The ranks of every query's positives in the whole ranking of the gallery.
+    queries: Rows,
+    gallery: Rows,
+    query_labels: np.ndarray,
+    gallery_labels: np.ndarray,
+    metric: str = "cosine",
+    keys: tuple[np.ndarray, np.ndarray] | None = None,
+    memory_mib: int = 512,
+    progress: bool = False,
+) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """Ranks the whole gallery for every query, and yields the ranks of its positives.
 
     Args:
         queries, gallery, metric, keys, memory_mib, progress: see `exact_neighbors`.
-        query_labels, gallery_labels: int64 arrays `(queries,)` and `(gallery,)`. A positive is an item of the query's
-            label with another key.
+        query_labels, gallery_labels: int64 arrays `(queries,)` and `(gallery,)`. A positive is an item with the label
+            of the query and another key.
 
-    Ranks are those of float32 products: what is nearer to each other than these are exact, about 1e-7 for cosine and
-    1e-7 times the squared distances from the mean row for Euclidean, may change places.
+    The ranks come from float32 products. Items may change places if their similarities differ by less than the
+    rounding error: about 1e-7 for cosine, and 1e-7 times the squared distances from the mean row for Euclidean.
 
     Yields:
-        `(queries, ranks)`, for a block of queries at a time: int64 `(n,)`, their positions, and a list of n int64
-        arrays, the ranks of their positives from 1 on, ascending. Among equal similarities the lower position ranks
-        first, as in `exact_neighbors`.
+        `(queries, ranks)` for one block of queries at a time: their positions, int64 `(n,)`, and a list of n int64
+        arrays, the ranks of their positives, ascending and counted from 1. Queries whose label is not in the gallery
+        are skipped. Among equal similarities the lower position ranks first, as in `exact_neighbors`.
     """
     left, right = _factors(queries, gallery, metric)
     order = np.argsort(gallery_labels, kind="stable")
@@ -69,7 +87,7 @@ def positive_ranks(
     begin, end = np.searchsorted(ordered, query_labels, "left"), np.searchsorted(ordered, query_labels, "right")
     wanted = np.flatnonzero(end > begin)
     size = len(right)
-    # A product as wide as the gallery, twice where it is put together from parts.
+    # Room for a product as wide as the gallery, twice, as it may be assembled from parts.
     height = max(1, min(1024, memory_mib * 2**20 // (8 * max(size, 1))))
     width = _block_width(memory_mib, right.width)
     whole = None
@@ -103,7 +121,7 @@ def positive_ranks(
     with bar, _workers() as pool, _full_precision(bool(tf.config.get_visible_devices("GPU"))):
         for start in range(0, len(wanted), height):
             chosen = wanted[start : start + height]
-            # A slice where possible, as nearly all are wanted, and in order.
+            # Read a slice if possible: usually nearly all queries are wanted, in order.
             begin_row, end_row = int(chosen[0]), int(chosen[-1]) + 1
             near = end_row - begin_row <= 2 * height
             rows = left.left(slice(begin_row, end_row))[chosen - begin_row] if near else left.left(chosen)
@@ -119,39 +137,40 @@ def positive_ranks(
 
 
 class _Factor:
-    """One side of the product `left @ right.T` that gives the similarities of a metric.
+    """One side of the product `left @ right.T` that computes the similarities of a metric.
 
-    Cosine: the product of unit rows. Euclidean: minus the squared distance, as (2x, -|x|^2, 1) times (y, 1, -|y|^2);
-    both sides are moved to the gallery's mean before, so that a distance is not the small rest of large numbers.
+    Cosine: the product of unit rows. Euclidean: minus the squared distance, as (2x, -|x|^2, 1) times (y, 1, -|y|^2).
+    The gallery's mean is subtracted from both sides first, so that a distance is not a small difference of large
+    numbers.
 
     Args:
-        rows: what gives float rows `(n, dim)` when sliced.
+        rows: float rows `(n, dim)`.
         metric: "cosine" or "euclidean".
         center: float64 `(dim,)` for "euclidean".
     """
 
-    def __init__(self, rows, metric, center=None):
+    def __init__(self, rows: Rows, metric: str, center: np.ndarray | None = None) -> None:
         self.rows = rows
         self.metric = metric
-        self.center = center
+        self.center: Any = center
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.rows.shape[0]
 
     @property
-    def width(self):
-        """int, length of the factors' rows."""
+    def width(self) -> int:
+        """Inner dimension of the product."""
         return self.rows.shape[1] + (2 if self.metric == "euclidean" else 0)
 
-    def left(self, chosen):
-        """float32 `(n, width)` of the rows that `chosen` names: a slice, or positions."""
+    def left(self, chosen: slice | np.ndarray) -> np.ndarray:
+        """The left factor of the rows `chosen`, a slice or positions: float32 `(n, width)`."""
         rows, squares = self._prepared(chosen)
         if self.metric == "cosine":
             return rows
         return np.concatenate([2.0 * rows, -squares, np.ones_like(squares)], axis=1)
 
-    def right(self, chosen):
-        """float32 `(width, n)`."""
+    def right(self, chosen: slice | np.ndarray) -> np.ndarray:
+        """The right factor of the rows `chosen`, transposed: float32 `(width, n)`."""
         rows, squares = self._prepared(chosen)
         if self.metric == "euclidean":
             rows = np.concatenate([rows, np.ones_like(squares), -squares], axis=1)
@@ -167,16 +186,16 @@ class _Factor:
 
 
 def _factors(queries, gallery, metric):
-    """`(left, right)` of a search; the same object twice where the queries are the gallery."""
+    """`(left, right)` factors of a search; the same object twice if the queries are the gallery."""
     center = mean_row(gallery) if metric == "euclidean" else None
     right = _Factor(gallery, metric, center)
     return (right if queries is gallery else _Factor(queries, metric, center)), right
 
 
 def _search(left, right, k, keys=None, memory_mib=512, progress=False):
-    """The k nearest of every query: `(indices, similarities)`, int64 and float32 `(queries, k)`.
+    """Finds the k nearest of every query: `(indices, similarities)`, int64 and float32 `(queries, k)`.
 
-    Where fewer than k are left, the rest is -1 and -inf. For the arguments see `exact_neighbors`.
+    If fewer than k are left, the rest is -1 and -inf. For the arguments see `exact_neighbors`.
     """
     best = _Best(len(left), k)
     width = _block_width(memory_mib, right.width)
@@ -184,8 +203,9 @@ def _search(left, right, k, keys=None, memory_mib=512, progress=False):
     on_gpu = bool(tf.config.get_visible_devices("GPU"))
     symmetric = left is right and not on_gpu
     bar = tqdm(total=len(left) * len(right), desc="Searching", unit="pair", unit_scale=True, disable=not progress)
-    # The gallery is read once, and the queries once a block of it. Where they are the same set every product serves
-    # both ways, and what lies before a query has been met as columns: each meets the gallery from its first item on.
+    # The gallery is read once, and the queries once for each block of it. If both are the same set, every product is
+    # used in both directions. The columns before a block of queries were then merged earlier, from transposed products,
+    # so that every query still sees the gallery in ascending order.
     with bar, _workers() as pool, _full_precision(on_gpu):
         for first in range(0, len(right), width):
             last = min(first + width, len(right))
@@ -209,29 +229,43 @@ def _search(left, right, k, keys=None, memory_mib=512, progress=False):
 
 
 class _Best:
-    """The k best of all that was seen so far, for each of some queries."""
+    """The k best items seen so far, for each of `count` queries."""
 
-    def __init__(self, count, k):
+    def __init__(self, count: int, k: int) -> None:
         self.k = k
         self.similarities = np.full((count, k), -np.inf, np.float32)
         self.indices = np.full((count, k), -1, np.int64)
 
-    def update(self, pool, first, scores, offset, keys):
-        """Takes in the scores `(rows, columns)` of the queries from `first` on and the items from `offset` on."""
+    def update(
+        self,
+        pool: concurrent.futures.Executor,
+        first: int,
+        scores: np.ndarray,
+        offset: int,
+        keys: tuple[np.ndarray, np.ndarray] | None,
+    ) -> None:
+        """Merges scores `(rows, columns)` of the queries from `first` on with the items from `offset` on."""
         if not scores.size:
             return
         parts = np.array_split(np.arange(scores.shape[0]), min(_threads(), max(1, scores.shape[0] // 64)))
         list(pool.map(lambda part: self._update(first, scores, offset, keys, part[0], part[-1] + 1), parts))
 
-    def update_on_device(self, first, rows, columns, offset, keys):
-        """As `update` with the product of `rows` and `columns`, by TensorFlow alone, where its kernels run."""
+    def update_on_device(
+        self,
+        first: int,
+        rows: np.ndarray,
+        columns: np.ndarray,
+        offset: int,
+        keys: tuple[np.ndarray, np.ndarray] | None,
+    ) -> None:
+        """Like `update`, with the scores `rows @ columns`. Uses TensorFlow only, so that it runs on the GPU."""
         stop = first + len(rows)
         scores = tf.matmul(rows, columns)
         if keys is not None:
             own = keys[0][first:stop, None] == keys[1][None, offset : offset + columns.shape[1]]
             scores = tf.where(own, -np.inf, scores)
         values, found = tf.math.top_k(scores, min(self.k, columns.shape[1]))
-        # What was there goes first: it has the lower positions, and keeps its place among equals.
+        # The items seen before come first: they have the lower positions and win ties.
         values = tf.concat([self.similarities[first:stop], values], axis=1)
         indices = tf.concat([self.indices[first:stop], tf.cast(found, tf.int64) + offset], axis=1)
         values, chosen = tf.math.top_k(values, self.k)
@@ -251,14 +285,14 @@ class _Best:
             return
         maxima = grouped.max(axis=1)
         if new.any():
-            # Each of the best groups holds an item as good as the worst of their maxima.
+            # Each of the best groups has an item at least as good as the lowest of their maxima.
             lowest = np.partition(maxima[new], groups - self.k - own, axis=1)[:, groups - self.k - own]
             thresholds = thresholds.copy()
             thresholds[new] = np.nextafter(lowest, np.float32(-np.inf))
         rows, group = np.nonzero(maxima > thresholds[:, None])
         most = 8 * (self.k + own) * height
-        values = grouped[rows, :, group] if len(rows) <= most else None
-        above = values > thresholds[rows, None] if len(rows) <= most else None
+        values: Any = grouped[rows, :, group] if len(rows) <= most else None
+        above: Any = values > thresholds[rows, None] if len(rows) <= most else None
         above_rest = rest > thresholds[:, None]
         if above is None or np.count_nonzero(above) + np.count_nonzero(above_rest) > most:
             self._take_best(first + start, scores[start:stop], offset, keys, own)
@@ -276,7 +310,7 @@ class _Best:
             self._merge_lists(first + start, rows[order], columns[order] + offset, values[order])
 
     def _take_best(self, first, scores, offset, keys, own):
-        """Takes the best of whole rows."""
+        """Merges the best of whole rows, without looking at groups."""
         with tf.device("CPU"):
             values, columns = tf.math.top_k(np.ascontiguousarray(scores), min(self.k + own, scores.shape[1]))
         values, columns = values.numpy(), columns.numpy().astype(np.int64)
@@ -286,11 +320,11 @@ class _Best:
         self._merge(queries, values, columns + offset)
 
     def _merge_lists(self, first, rows, indices, values):
-        """Takes in single items, which come in the order of rows, and of indices in a row."""
+        """Merges single items, sorted by row and then by index."""
         changed, counts = np.unique(rows, return_counts=True)
         place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
         line = np.repeat(np.arange(len(changed)), counts)
-        # Lines of about the same length together, as they are filled up to the longest.
+        # Merge rows of similar length together, as all are padded to the longest.
         for low, high in ((0, self.k), (self.k, 16 * self.k), (16 * self.k, np.inf)):
             some = (counts > low) & (counts <= high)
             if not some.any():
@@ -313,9 +347,9 @@ class _Best:
 
 
 def _grouped(scores):
-    """`(grouped, rest)`: views `(rows, _GROUP, groups)` of the scores and `(rows, fewer)` of the columns that are left.
+    """`(grouped, rest)`: views of the scores, `(rows, _GROUP, groups)`, and of the remaining columns, `(rows, fewer)`.
 
-    The columns of a group are `groups` apart, so that a maximum over them is one over whole vectors.
+    The columns of a group are `groups` apart, so that the maximum over them is vectorized over the groups.
     """
     height, width = scores.shape
     groups = width // _GROUP
@@ -326,7 +360,7 @@ def _grouped(scores):
 
 
 def _most_own(keys, start, stop, offset, width):
-    """How many items of a block have the key of a query of another block, at most."""
+    """The largest number of items in a gallery block that have the key of one query; 0 without keys."""
     if keys is None:
         return 0
     there, counts = np.unique(keys[1][offset : offset + width], return_counts=True)
@@ -336,7 +370,7 @@ def _most_own(keys, start, stop, offset, width):
 
 
 def _exact_distances(queries, gallery, indices, block=1024):
-    """Neighbours in the order of distances that were computed one by one in float64."""
+    """Recomputes the distances of neighbours one by one in float64, and sorts by them."""
     ordered = np.empty_like(indices)
     similarities = np.empty(indices.shape, np.float32)
     for start in range(0, len(indices), block):
@@ -347,7 +381,7 @@ def _exact_distances(queries, gallery, indices, block=1024):
             there = np.flatnonzero(found[:, column] >= 0)
             others = take(gallery, found[there, column]).astype(np.float64)
             distances[there, column] = np.linalg.norm(rows[there] - others, axis=1)
-        # Equal distances: the lower position first, and what is missing last.
+        # Equal distances: the lower position first. Missing neighbours are last.
         order = np.lexsort((np.where(found < 0, np.iinfo(np.int64).max, found), distances), axis=1)
         ordered[start : start + block] = np.take_along_axis(found, order, axis=1)
         similarities[start : start + block] = -np.take_along_axis(distances, order, axis=1)
@@ -355,8 +389,8 @@ def _exact_distances(queries, gallery, indices, block=1024):
 
 
 def _block_width(memory_mib, dim):
-    # A block of scores and what is copied of it take about three times its bytes; a column, read, in float64, of unit
-    # length and turned, 28 bytes a dimension: 12 width^2 / _FLATTER + 28 dim width is what there is.
+    # A block of scores and its copies take about three times its bytes. A gallery column takes 28 bytes per dimension:
+    # as read, in float64, normalised and transposed. So 12 width^2 / _FLATTER + 28 dim width must fit into the memory.
     columns, square = 28.0 * dim, 12.0 / _FLATTER
     width = int((np.sqrt(columns**2 + 4 * square * memory_mib * 2**20) - columns) / (2 * square))
     return int(np.clip(width - width % _GROUP, 2 * _GROUP, _WIDTH))
@@ -372,9 +406,8 @@ def _workers():
 
 @contextlib.contextmanager
 def _full_precision(on_gpu):
-    """Products in float32 on a GPU too, which TensorFlow makes in TensorFloat-32 by default."""
+    """Computes products in full float32 on a GPU too, where TensorFlow uses TensorFloat-32 by default."""
     if not on_gpu:
-        # A machine without a GPU has nothing to switch; a matmul on a CPU is float32 as it is.
         yield
         return
     before = tf.config.experimental.tensor_float_32_execution_enabled()

@@ -1,26 +1,32 @@
-"""How classes lie in the embedding space."""
+"""Geometry of the embedding space: distances within and between classes, and use of the dimensions."""
+
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from s2sd_tf.checks import check_choice
+from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.neighbors import METRICS
 from s2sd_tf.evaluation.rows import checked_labels, checked_rows
 
 _BLOCK = 2048
 
 
-def embedding_geometry(embeddings, labels, metric="cosine"):
-    """Distances in and between classes, and how evenly the dimensions are used (Roth et al., "Revisiting Training
+def embedding_geometry(
+    embeddings: Rows | tf.Tensor, labels: tf.Tensor | np.ndarray, metric: str = "cosine"
+) -> dict[str, float]:
+    """Distances within and between classes, and how evenly the dimensions are used (Roth et al., "Revisiting Training
     Strategies and Generalization Performance in Deep Metric Learning", ICML 2020, section 5).
 
-    - `intra`: mean distance over all pairs of different items of one class; NaN where no class has two;
-    - `inter`: mean distance over all pairs of class means; NaN for one class;
+    - `intra`: mean distance over all pairs of different items of one class; NaN if no class has two items;
+    - `inter`: mean distance over all pairs of class means; NaN for a single class;
     - `ratio`: intra / inter;
-    - `rho`: spectral decay, KL(uniform || s) of the singular values s of the rows, scaled to sum 1: 0 where all
-      dimensions are used alike, infinite where one is not used at all.
+    - `rho`: spectral decay, KL(uniform || s), where s are the singular values of the rows scaled to sum 1. It is 0 if
+      all dimensions are used equally, and infinite if one is not used at all.
 
-    The distance is 1 - cosine similarity (class means are brought to unit length) or the Euclidean one; `rho` is of the
-    unit rows or of the rows.
+    For "cosine" the distance is 1 - cosine similarity, class means are normalised, and `rho` is computed from unit
+    rows. For "euclidean" the rows are used as they are.
 
     Args:
         embeddings: float array `(n, dim)`, n >= 1.
@@ -28,7 +34,7 @@ def embedding_geometry(embeddings, labels, metric="cosine"):
         metric: "cosine" or "euclidean".
 
     Returns:
-        dict of floats by the names above.
+        dict with the names above.
 
     Raises:
         ValueError: a bad argument.
@@ -61,8 +67,8 @@ def embedding_geometry(embeddings, labels, metric="cosine"):
     }
 
 
-def spectral_decay(rows):
-    """KL(uniform || s) of the singular values s of rows `(n, dim)`, scaled to sum 1; see `embedding_geometry`."""
+def spectral_decay(rows: np.ndarray) -> float:
+    """KL(uniform || s), where s are the singular values of `rows` scaled to sum 1; see `embedding_geometry`."""
     values = np.linalg.svd(np.asarray(rows, np.float64), compute_uv=False)
     if values[-1] <= values[0] * max(rows.shape) * np.finfo(np.float64).eps:
         return float("inf")
@@ -71,17 +77,17 @@ def spectral_decay(rows):
 
 
 def _pair_sum(rows, metric):
-    """Sum of the distances of all pairs of different rows."""
-    total = 0.0
+    """Sum of the distances over all pairs of different rows."""
+    total: Any = 0.0
     if metric == "cosine":
-        # Of 1 - x y over i < j: what is needed of the products is their sum alone.
+        # The sum of 1 - x y over i < j needs only the sum of the products, which has a closed form.
         size = len(rows)
         return size * (size - 1) / 2 - (np.sum(np.square(rows.sum(axis=0))) - np.sum(np.square(rows))) / 2
     for start in range(0, len(rows), _BLOCK):
         block = rows[start : start + _BLOCK]
         for other in range(start, len(rows), _BLOCK):
             there = rows[other : other + _BLOCK]
-            # Moved to a row of theirs, so that near rows are no small rest of large numbers.
+            # Subtract one of the rows first, so that small distances are not differences of large numbers.
             a, b = block - block[0], there - block[0]
             squares = np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1)[None] - 2.0 * (a @ b.T)
             distances = np.sqrt(np.maximum(squares, 0.0))

@@ -1,43 +1,47 @@
-"""Indexes: a gallery with ids and labels that is built once, saved, searched and changed; and the exact one."""
+"""Index base class (a gallery to build once, save, search and change), and the index for exact search."""
 
 import os
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from s2sd_tf.checks import check_choice, checked_int
-from s2sd_tf.evaluation.embeddings import read_rows, write_items
+from s2sd_tf.evaluation.embeddings import Rows, read_rows, write_items
 from s2sd_tf.evaluation.exact import exact_neighbors
-from s2sd_tf.evaluation.neighbors import METRICS, no_neighbors, padded
+from s2sd_tf.evaluation.neighbors import METRICS, Neighbors, no_neighbors, padded
 from s2sd_tf.evaluation.rows import checked_rows
 from s2sd_tf.files import check_replaceable, replacing, write_json
 
-# Of `index.json` and of what stands beside it.
+# Version of the saved format: `index.json` and the files beside it.
 FORMAT = 1
 
 
 class Index:
-    """A gallery that can be searched, with the id and, where given, the label of every item.
+    """A gallery that can be searched, with an id and optionally a label for every item.
 
     Attributes:
+        method: name of the search method.
         metric: "cosine" or "euclidean".
-        dim: int, dimension of the embeddings.
-        ids: list of str, by position.
-        labels: list of str by position, or None.
+        dim: dimension of the embeddings.
+        ids: ids by position.
+        labels: labels by position, or None.
     """
 
-    method = None
+    method: str | None = None
 
-    def __init__(self, metric, dim, ids, labels):
+    def __init__(self, metric: str, dim: int, ids: Any, labels: list[str] | None) -> None:
         self.metric = metric
         self.dim = dim
         self.ids = ids
         self.labels = labels
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
-    def search(self, queries, k):
-        """`Neighbors` of float rows `(queries, dim)`: positions, of which `ids` and `labels` tell more.
+    def search(self, queries: Rows | tf.Tensor, k: int) -> Neighbors:
+        """Finds the k nearest items of float rows `(queries, dim)`, as positions in `ids` and `labels`.
 
         Raises:
             ValueError: queries of another dimension or with values that are not finite, or k < 1.
@@ -47,45 +51,45 @@ class Index:
             raise ValueError(f"queries: expected dimension {self.dim}. Received: {queries.shape[1]}")
         return self.nearest(queries, checked_int("k", k, 1))
 
-    def nearest(self, queries, k):
-        """`search` of an array and a k that were checked."""
+    def nearest(self, queries: np.ndarray, k: int) -> Neighbors:
+        """`search` without checking the arguments."""
         if not len(queries) or not len(self):
             return no_neighbors(len(queries), k)
         return padded(*self._search(queries, min(k, len(self))), k)
 
-    def add(self, embeddings, ids, labels=None):
-        """Adds items; one whose id is there already takes its place.
+    def add(self, embeddings: Rows | tf.Tensor, ids: Iterable[str], labels: Iterable[str] | None = None) -> None:
+        """Adds items. An item replaces the one that has the same id.
 
         Args:
             embeddings: float array `(n, dim)`.
-            ids: n different str.
-            labels: n str, where the index has labels.
+            ids: n different ids.
+            labels: n labels if the index has labels, else None.
 
         Raises:
-            ValueError: what does not fit.
+            ValueError: arguments that do not fit the index.
         """
         rows, ids, labels = checked_items(embeddings, ids, labels)
         if rows.shape[1] != self.dim:
             raise ValueError(f"embeddings: expected dimension {self.dim}. Received: {rows.shape[1]}")
         if (labels is None) != (self.labels is None):
             has, got = ("none" if value is None else "labels" for value in (self.labels, labels))
-            raise ValueError(f"labels: expected them as the index has them: {has}. Received: {got}")
-        before = dict(zip(self.ids, self.labels)) if labels is not None else None
+            raise ValueError(f"labels: expected the same as in the index: {has}. Received: {got}")
+        before = dict(zip(self.ids, self.labels)) if self.labels is not None else None
         self.ids = self._add(rows, ids)
-        if before is not None:
+        if before is not None and labels is not None:
             before.update(zip(ids, labels))
             self.labels = [before[item] for item in self.ids]
 
-    def remove(self, ids):
-        """Removes the items of some ids; the positions of others may change.
+    def remove(self, ids: Iterable[str]) -> None:
+        """Removes items by id. The positions of the others may change.
 
         Raises:
-            ValueError: an id that is not there, or no item would be left.
+            ValueError: an id that is unknown or given twice, or no item would be left.
         """
         ids = [str(item) for item in ids]
         unknown = sorted(set(ids) - set(self.ids))
         if unknown or len(set(ids)) < len(ids):
-            raise ValueError(f"ids: expected different ids of items of the index. Received: {unknown[:5] or ids[:5]}")
+            raise ValueError(f"ids: expected different ids of items in the index. Received: {unknown[:5] or ids[:5]}")
         if len(ids) == len(self):
             raise ValueError("ids: expected at least one item to be left. Received: all")
         before = dict(zip(self.ids, self.labels)) if self.labels is not None else None
@@ -93,15 +97,15 @@ class Index:
         if before is not None:
             self.labels = [before[item] for item in self.ids]
 
-    def rows(self):
-        """The embeddings of all items, float32 `(n, dim)`, by position; for the cosine metric they may be unit rows."""
+    def rows(self) -> np.ndarray:
+        """Embeddings of all items by position, float32 `(n, dim)`. With the cosine metric they may be normalised."""
         raise NotImplementedError
 
-    def save(self, folder):
-        """Writes the index as a folder, whole or not at all; `load_index` reads it.
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the index as a folder, atomically. `load_index` reads it.
 
         Raises:
-            ValueError: a folder that is there and is something else.
+            ValueError: `folder` exists and is neither empty nor an index.
         """
         check_replaceable("folder", folder, "index.json")
         with replacing(folder) as temporary:
@@ -112,21 +116,39 @@ class Index:
             write_json(os.path.join(temporary, "index.json"), {**about, "size": len(self), **self._about(temporary)})
 
     @classmethod
-    def load(cls, folder, about, ids, labels):
-        """The index that `save` wrote.
+    def load(
+        cls, folder: str | os.PathLike, about: dict[str, Any], ids: list[str], labels: list[str] | None
+    ) -> "Index":
+        """Loads an index that `save` wrote. Called by `load_index`.
 
         Args:
             folder: the folder.
-            about: dict, the content of its `index.json`, of which what all indexes have was checked.
-            ids, labels: of the items.
+            about: the content of its `index.json`. The fields that every index has were checked.
+            ids, labels: those of the items.
 
         Raises:
-            ValueError: files that are broken.
+            ValueError: broken files.
         """
         raise NotImplementedError
 
-    def _about(self, folder):
-        """What `index.json` says beside what it says of every index."""
+    def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """`(indices, similarities)` of the k nearest items, at most `len(self)`."""
+        raise NotImplementedError
+
+    def _add(self, rows: Any, ids: list[str]) -> list[str]:
+        """Adds rows and returns all ids by position."""
+        raise NotImplementedError
+
+    def _remove(self, ids: list[str]) -> list[str]:
+        """Removes items and returns the remaining ids by position."""
+        raise NotImplementedError
+
+    def _save(self, folder: str) -> None:
+        """Writes the files of this kind of index into `folder`."""
+        raise NotImplementedError
+
+    def _about(self, folder: str) -> dict[str, Any]:
+        """Additional fields of `index.json` for this kind of index."""
         return {}
 
 
@@ -135,25 +157,33 @@ class ExactIndex(Index):
 
     method = "exact"
 
-    def __init__(self, rows, metric, ids, labels):
+    def __init__(self, rows: Any, metric: str, ids: list[str], labels: list[str] | None) -> None:
         super().__init__(metric, rows.shape[1], ids, labels)
         self._rows = rows
 
     @classmethod
-    def build(cls, embeddings, ids=None, labels=None, metric="cosine"):
-        """An index of float rows `(n, dim)`, n >= 1, which are kept as they are; see `ScannIndex.build`."""
+    def build(
+        cls,
+        embeddings: Rows | tf.Tensor,
+        ids: Iterable[str] | None = None,
+        labels: Iterable[str] | None = None,
+        metric: str = "cosine",
+    ) -> "ExactIndex":
+        """Builds an index of float rows `(n, dim)`, n >= 1, without copying them; see `ScannIndex.build`."""
         check_choice("metric", metric, METRICS)
         rows, ids, labels = checked_items(embeddings, ids, labels)
         return cls(rows, metric, ids, labels)
 
     @classmethod
-    def load(cls, folder, about, ids, labels):
-        rows = checked_rows(folder, read_rows(folder, ids))
+    def load(
+        cls, folder: str | os.PathLike, about: dict[str, Any], ids: list[str], labels: list[str] | None
+    ) -> "ExactIndex":
+        rows = checked_rows(os.fspath(folder), read_rows(folder, ids))
         if rows.shape[1] != about["dim"]:
             raise ValueError(f"{folder}: expected rows of dimension {about['dim']}. Received: {rows.shape[1]}")
         return cls(rows, about["metric"], ids, labels)
 
-    def rows(self):
+    def rows(self) -> np.ndarray:
         return np.asarray(self._rows[:], np.float32)
 
     def _search(self, queries, k):
@@ -179,11 +209,13 @@ class ExactIndex(Index):
         np.save(os.path.join(folder, "embeddings.npy"), self.rows(), allow_pickle=False)
 
 
-def checked_items(embeddings, ids, labels):
-    """`(rows, ids, labels)` of the items of an index: rows that can be sliced, lists of str, labels or None.
+def checked_items(
+    embeddings: Any, ids: Iterable[Any] | None, labels: Iterable[Any] | None
+) -> tuple[Any, list[str], list[str] | None]:
+    """Checks the items of an index and returns `(rows, ids, labels)`. Ids are the positions by default.
 
     Raises:
-        ValueError: no row, not one id and label for each, or ids that are not different.
+        ValueError: no rows, another number of ids or labels than rows, or duplicate ids.
     """
     rows = checked_rows("embeddings", embeddings)
     if not rows.shape[0]:
@@ -194,5 +226,5 @@ def checked_items(embeddings, ids, labels):
         if values is not None and len(values) != rows.shape[0]:
             raise ValueError(f"{name}: expected one for each of {rows.shape[0]} rows. Received: {len(values)}")
     if len(set(ids)) < len(ids):
-        raise ValueError("ids: expected different ones. Received: duplicates")
+        raise ValueError("ids: expected different ids. Received: duplicates")
     return rows, ids, labels

@@ -1,11 +1,14 @@
 """Retrieval metrics from embeddings and labels."""
 
-import collections.abc
 import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from s2sd_tf.checks import check_choice, checked_int
+from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.exact import positive_ranks
 from s2sd_tf.evaluation.neighbors import check_search
 from s2sd_tf.evaluation.rows import checked_keys, checked_labels, checked_sets
@@ -17,24 +20,24 @@ class RetrievalResult:
     """The retrieval metrics of every query.
 
     Attributes:
-        values: dict from a metric's name to a float64 array `(queries,)`; NaN for a query without a positive.
+        values: dict from a metric's name to a float64 array `(queries,)`; NaN for queries without a positive.
         labels: int64 `(queries,)`.
-        positives: int64 `(queries,)`, the positives of each query in the gallery.
-        first_ranks: int64 `(queries,)`, the rank of the first positive, from 1 on; 0 where none was found.
+        positives: int64 `(queries,)`, the number of positives of each query in the gallery.
+        first_ranks: int64 `(queries,)`, the rank of the first positive, counted from 1; 0 if none was found.
     """
 
-    values: dict
+    values: dict[str, np.ndarray]
     labels: np.ndarray
     positives: np.ndarray
     first_ranks: np.ndarray
 
     @property
-    def answerable(self):
-        """bool `(queries,)`: which queries have a positive."""
+    def answerable(self) -> np.ndarray:
+        """Mask of the queries that have a positive, bool `(queries,)`."""
         return self.positives > 0
 
-    def means(self):
-        """Each metric's mean over the queries that have a positive, and the ints "queries" and
+    def means(self) -> dict[str, float | int]:
+        """The mean of each metric over the queries that have a positive, and the counts "queries" and
         "queries_without_positive".
         """
         return {
@@ -43,9 +46,12 @@ class RetrievalResult:
             "queries_without_positive": int(np.sum(~self.answerable)),
         }
 
-    def per_class(self):
-        """`(labels, counts, means)`: the classes with answerable queries, ascending, int64 `(classes,)`; how many
-        queries each has; and a dict from metric to float64 `(classes,)`.
+    def per_class(self) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """The mean of each metric per class.
+
+        Returns:
+            `(labels, counts, means)`: the classes that have answerable queries, ascending, int64 `(classes,)`; the
+            number of answerable queries of each; and a dict from metric to float64 `(classes,)`.
         """
         classes, inverse = np.unique(self.labels[self.answerable], return_inverse=True)
         counts = np.bincount(inverse, minlength=len(classes))
@@ -55,15 +61,17 @@ class RetrievalResult:
         }
         return classes, counts, means
 
-    def confidence_intervals(self, level=0.95, resamples=1000, seed=0, unit="class"):
+    def confidence_intervals(
+        self, level: float = 0.95, resamples: int = 1000, seed: int = 0, unit: str = "class"
+    ) -> dict[str, tuple[float, float]]:
         """Percentile bootstrap intervals of the means.
 
         Args:
-            level: float in (0, 1).
+            level: confidence level in (0, 1).
             resamples: int >= 1.
             seed: int >= 0.
-            unit: what is drawn with replacement: "class", whole classes, as queries of one class are not independent
-                (a cluster bootstrap); or "query".
+            unit: what to draw with replacement. "class" draws whole classes (a cluster bootstrap), as queries of one
+                class are not independent; "query" draws single queries.
 
         Returns:
             dict from metric to `(low, high)`.
@@ -88,61 +96,67 @@ class RetrievalResult:
         return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
 
 
-def retrieval_metrics(queries, query_labels, gallery=None, gallery_labels=None, **settings):
-    """The means of `evaluate_retrieval`, which has the same arguments: a dict of floats by metric, and of the ints
-    "queries" and "queries_without_positive".
+def retrieval_metrics(
+    queries: Rows | tf.Tensor,
+    query_labels: tf.Tensor | np.ndarray,
+    gallery: Rows | tf.Tensor | None = None,
+    gallery_labels: tf.Tensor | np.ndarray | None = None,
+    **settings: Any,
+) -> dict[str, float | int]:
+    """Evaluates retrieval like `evaluate_retrieval`, with the same arguments, and returns the means only.
+
+    Returns:
+        dict from metric to float, with the ints "queries" and "queries_without_positive".
     """
     return evaluate_retrieval(queries, query_labels, gallery, gallery_labels, **settings).means()
 
 
 def evaluate_retrieval(
-    queries,
-    query_labels,
-    gallery=None,
-    gallery_labels=None,
+    queries: Rows | tf.Tensor,
+    query_labels: tf.Tensor | np.ndarray,
+    gallery: Rows | tf.Tensor | None = None,
+    gallery_labels: tf.Tensor | np.ndarray | None = None,
     *,
-    ks=(1, 2, 4, 8),
-    precision_ks=(1,),
-    map_ks=(),
-    mrr_depth=None,
-    query_ids=None,
-    gallery_ids=None,
-    method="exact",
-    metric="cosine",
-    recall=0.99,
-    memory_mib=512,
-    progress=False,
-):
-    """Retrieval quality.
+    ks: Sequence[int] = (1, 2, 4, 8),
+    precision_ks: Sequence[int] = (1,),
+    map_ks: Sequence[int] = (),
+    mrr_depth: int | None = None,
+    query_ids: np.ndarray | None = None,
+    gallery_ids: np.ndarray | None = None,
+    method: str = "exact",
+    metric: str = "cosine",
+    recall: float = 0.99,
+    memory_mib: int = 512,
+    progress: bool = False,
+) -> RetrievalResult:
+    """Computes the retrieval metrics of every query.
 
-    Without a gallery the queries search among themselves, each without itself. With R the number of a query's positives
-    in the gallery (items of its label that no id leaves out):
+    Without a gallery the queries search among themselves, each excluding itself. R is the number of positives of a
+    query: the gallery items that have its label and are not excluded by ids.
 
-    - `recall@k`: 1 where a positive is among the k nearest, else 0;
-    - `precision@k`: share of positives among the k nearest, or among the whole gallery where that is smaller;
+    - `recall@k`: 1 if a positive is among the k nearest, else 0;
+    - `precision@k`: share of positives among the k nearest, or in the whole gallery if that is smaller;
     - `r_precision`: share of positives among the R nearest;
-    - `map@r`: mean over the first R ranks of the precision at the rank, where that rank is a positive, else 0 (Musgrave
-      et al., "A Metric Learning Reality Check", ECCV 2020);
-    - `map@k`: the same over the first k ranks, divided by min(k, R), so that perfect retrieval has 1 whatever k and R
-      are; a k of the gallery's size makes it the mean average precision of the whole ranking;
-    - `mrr`: 1 / rank of the first positive in the whole ranking; or `mrr@k`, with k = `mrr_depth`: 0 where that is
-      beyond the k nearest.
+    - `map@r`: mean over the first R ranks of the precision at that rank if it is a positive, else of 0 (Musgrave et
+      al., "A Metric Learning Reality Check", ECCV 2020);
+    - `map@k`: the same sum over the first k ranks, divided by min(k, R), so that perfect retrieval scores 1 for any k
+      and R. With k the size of the gallery, this is the mean average precision of the whole ranking;
+    - `mrr`: 1 / rank of the first positive in the whole ranking. With `mrr_depth` = k it is called `mrr@k`, and is 0 if
+      no positive is among the k nearest.
 
-    Exact search gives the true rank of every positive, however far down. ScaNN finds as many neighbours as the largest
-    k or R asks for; what is not among them counts as not found, so its `mrr` has that depth.
+    Exact search finds the true rank of every positive, however low. ScaNN finds only as many neighbours as the largest
+    k or R; positives beyond count as not found, so its `mrr` is limited to that depth.
 
     Args:
-        queries: float rows `(queries, dim)`: an array, a memory-mapped file, `EmbeddingShards`.
+        queries: float rows `(queries, dim)`: an array, a memory-mapped file or `EmbeddingShards`.
         query_labels: integer array `(queries,)`.
-        gallery, gallery_labels: the same of the gallery, or None.
-        ks, precision_ks, map_ks: ints >= 1, for `recall@k`, `precision@k` and `map@k`; `ks` has one at least.
-        mrr_depth: int >= 1 or None.
-        query_ids, gallery_ids: see `find_neighbors`; without a gallery `query_ids` alone, by default the positions.
-        method, metric, recall, memory_mib, progress: see `find_neighbors`. With more than one label for everything the
-            memory also holds the ranks of a block of queries.
-
-    Returns:
-        `RetrievalResult`.
+        gallery, gallery_labels: the same for the gallery, or None.
+        ks, precision_ks, map_ks: ints >= 1, for `recall@k`, `precision@k` and `map@k`. `ks` needs at least one.
+        mrr_depth: int >= 1, or None.
+        query_ids, gallery_ids: see `find_neighbors`. Without a gallery pass `query_ids` only; by default they are the
+            positions.
+        method, metric, recall, memory_mib, progress: see `find_neighbors`. `memory_mib` includes the ranks of a block
+            of queries, unless everything has the same label.
 
     Raises:
         ValueError: no queries, labels that do not fit, or no query that has a positive.
@@ -183,7 +197,8 @@ def evaluate_retrieval(
         found = scann_neighbors(queries, gallery, depth, metric, keys, recall)
         blocks = _ranks_in(found.indices, query_labels, gallery_labels)
 
-    values, first_ranks = {}, np.zeros(len(query_labels), np.int64)
+    values: dict[str, np.ndarray] = {}
+    first_ranks = np.zeros(len(query_labels), np.int64)
     for chosen, ranks in blocks:
         at = (ks, precision_ks, map_ks, mrr_depth)
         per_query = _per_query(ranks, positives[chosen], candidates[chosen], *at)
@@ -195,19 +210,19 @@ def evaluate_retrieval(
     return RetrievalResult(values, query_labels, positives, first_ranks)
 
 
-def checked_ks(name, values):
-    """`values` as a list of ints >= 1.
+def checked_ks(name: str, values: Any) -> list[int]:
+    """Returns `values` as a list of ints >= 1.
 
     Raises:
-        ValueError: something else.
+        ValueError: not a sequence of ints >= 1.
     """
-    if isinstance(values, (str, bytes)) or not isinstance(values, collections.abc.Iterable):
-        raise ValueError(f"{name}: expected ints >= 1, in a sequence. Received: {values!r}")
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected a sequence of ints >= 1. Received: {values!r}")
     return [checked_int(name, k, 1) for k in values]
 
 
 def _counts(query_labels, gallery_labels, keys):
-    """How many positives and how many items each query has in the gallery, without those of its own key."""
+    """The number of positives and of items in the gallery for each query, without those that have its key."""
     classes, inverse = np.unique(np.concatenate([query_labels, gallery_labels]), return_inverse=True)
     of_queries, of_gallery = inverse[: len(query_labels)], inverse[len(query_labels) :]
     positives = np.bincount(of_gallery, minlength=len(classes))[of_queries]
@@ -224,8 +239,10 @@ def _counts(query_labels, gallery_labels, keys):
     return positives, candidates
 
 
-def _ranks_in(neighbors, query_labels, gallery_labels, block=4096):
-    """Blocks as `positive_ranks` gives them, of neighbours that were found."""
+def _ranks_in(
+    neighbors: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray, block: int = 4096
+) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """Yields what `positive_ranks` yields, from the indices of neighbours that were already found."""
     for start in range(0, len(neighbors), block):
         chosen = np.arange(start, min(start + block, len(neighbors)))
         found = neighbors[chosen]
@@ -234,12 +251,12 @@ def _ranks_in(neighbors, query_labels, gallery_labels, block=4096):
 
 
 def _per_query(ranks, positives, candidates, ks, precision_ks, map_ks, mrr_depth):
-    """Each metric for each query `(queries,)`, from the ascending ranks of its positives."""
+    """Dict of each metric per query `(queries,)`, and "first_rank", from the ascending ranks of the positives."""
     size = len(ranks)
     lengths = np.array([len(row) for row in ranks])
     flat = np.concatenate([np.empty(0, np.int64), *ranks])
     query = np.repeat(np.arange(size), lengths)
-    # How many positives there are up to each, itself included.
+    # The number of positives up to and including each one.
     place = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths) + 1
 
     def count(within):

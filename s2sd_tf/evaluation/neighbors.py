@@ -1,4 +1,4 @@
-"""The neighbours of queries, and how they may be searched for."""
+"""The result type of a search, and the names of methods and metrics."""
 
 from typing import NamedTuple
 
@@ -14,17 +14,17 @@ class Neighbors(NamedTuple):
     """The neighbours of queries, nearest first.
 
     Attributes:
-        indices: int64 `(queries, k)`, positions in the gallery; -1 where there are no more.
-        similarities: float32 `(queries, k)`: cosine similarities, or for the Euclidean metric minus the distances; -inf
-            where there are no more.
+        indices: int64 `(queries, k)`, positions in the gallery; -1 if there are no more.
+        similarities: float32 `(queries, k)`, cosine similarities or negative Euclidean distances; -inf if there are no
+            more.
     """
 
     indices: np.ndarray
     similarities: np.ndarray
 
 
-def check_search(method, metric, recall):
-    """Raises ValueError where there is no such method or metric, or the recall is none."""
+def check_search(method: str, metric: str, recall: float) -> None:
+    """Raises ValueError for an unknown method or metric, or a recall outside (0, 1]."""
     check_choice("method", method, METHODS)
     check_choice("metric", metric, METRICS)
     check_number("recall", recall, "a number in (0, 1]")
@@ -32,8 +32,8 @@ def check_search(method, metric, recall):
         raise ValueError(f"recall: expected a number in (0, 1]. Received: {recall!r}")
 
 
-def padded(indices, similarities, k):
-    """`Neighbors` of k columns: what is missing is -1 and -inf."""
+def padded(indices: np.ndarray, similarities: np.ndarray, k: int) -> Neighbors:
+    """`Neighbors` with k columns; missing columns are filled with -1 and -inf."""
     missing = k - indices.shape[1]
     if missing > 0:
         indices = np.pad(indices, ((0, 0), (0, missing)), constant_values=-1)
@@ -41,13 +41,15 @@ def padded(indices, similarities, k):
     return Neighbors(indices, similarities)
 
 
-def no_neighbors(queries, k):
-    """`Neighbors` of so many queries, none of which has any."""
+def no_neighbors(queries: int, k: int) -> Neighbors:
+    """`Neighbors` for a number of queries that found nothing."""
     return Neighbors(np.full((queries, k), -1, np.int64), np.full((queries, k), -np.inf, np.float32))
 
 
-def without_own(neighbors, k, query_keys, gallery_keys):
-    """The first k of neighbours without the items that have the query's key."""
+def without_own(
+    neighbors: tuple[np.ndarray, np.ndarray], k: int, query_keys: np.ndarray, gallery_keys: np.ndarray
+) -> Neighbors:
+    """Removes the items that have the key of the query, and returns the first k of the others."""
     indices, similarities = neighbors
     missing = (indices < 0) | (gallery_keys[np.maximum(indices, 0)] == query_keys[:, None])
     order = np.argsort(missing, axis=1, kind="stable")[:, :k]

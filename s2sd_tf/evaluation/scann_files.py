@@ -1,8 +1,10 @@
-"""A searcher of ScaNN as a folder that can be moved, and whose files are checked before ScaNN reads them."""
+"""Saves a ScaNN searcher as a folder that can be moved, and checks its files before ScaNN loads them."""
 
 import os
 import re
 import tempfile
+from collections.abc import Iterable
+from typing import Any
 
 from s2sd_tf.evaluation.scann_searcher import import_scann
 from s2sd_tf.files import sha256
@@ -11,11 +13,11 @@ from s2sd_tf.untrusted import reading
 _LIST, _CONFIG = "scann_assets.pbtxt", "scann_config.pb"
 
 
-def save_searcher(searcher, folder):
-    """Writes a new folder."""
+def save_searcher(searcher: Any, folder: str) -> None:
+    """Writes a ScaNN searcher into a new folder."""
     os.makedirs(folder)
     searcher.serialize(folder)
-    # ScaNN writes where the files are; names alone let the folder be moved.
+    # ScaNN writes absolute paths. Keep only the file names, so that the folder can be moved.
     path = os.path.join(folder, _LIST)
     with open(path) as file:
         text = file.read()
@@ -23,20 +25,20 @@ def save_searcher(searcher, folder):
         file.write(re.sub(r'asset_path: ".*/([^/"]+)"', r'asset_path: "\1"', text))
 
 
-def digests(folder, names=None):
-    """SHA-256 of the files of some names in a folder, or of all, by name."""
+def digests(folder: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, str]:
+    """SHA-256 by name of the files `names` in a folder, by default of all files."""
     return {name: sha256(os.path.join(folder, name)) for name in sorted(names or os.listdir(folder))}
 
 
-def load_searcher(folder, written=None):
-    """The searcher that `save_searcher` wrote.
+def load_searcher(folder: str | os.PathLike, written: dict[str, str] | None = None) -> Any:
+    """Loads a searcher that `save_searcher` wrote.
 
     Args:
         folder: the folder.
-        written: `digests` of it when it was written, or None.
+        written: `digests` of the folder when it was written, or None to skip that check.
 
     Raises:
-        ValueError: files that are missing, changed or broken, or names that lead elsewhere.
+        ValueError: files that are missing, changed or broken, or file names that point elsewhere.
         ImportError: ScaNN is missing or does not fit TensorFlow.
     """
     scann = import_scann()
@@ -47,14 +49,14 @@ def load_searcher(folder, written=None):
         if os.path.basename(name) != name or name.endswith(".pkl"):
             raise ValueError(f"index: expected names of files in {folder!r}. Received: {name!r}")
     names = {_CONFIG, *(name for _, name in found)}
-    # ScaNN's own code reads them, which ends the process where they are broken.
+    # Check before ScaNN's native code reads the files: it ends the process if they are broken.
     with reading(folder, "the files as they were written"):
         there = digests(folder, {*names, _LIST})
         changed = written and [name for name, digest in there.items() if written.get(name) != digest]
         if changed:
-            raise ValueError(f"another SHA-256 of {changed}")
-    # ScaNN takes names as they were when it wrote them: it gets a folder with where the files are now. Nothing else
-    # is in it, as it would unpickle a file of ids.
+            raise ValueError(f"a different SHA-256 of {changed}")
+    # ScaNN needs absolute paths, so it gets a temporary folder of links and a list of the current paths. The folder has
+    # nothing else in it, because ScaNN would unpickle a file of ids.
     with tempfile.TemporaryDirectory() as links, reading(folder, "what ScaNN writes"):
         for name in names:
             os.symlink(os.path.join(folder, name), os.path.join(links, name))

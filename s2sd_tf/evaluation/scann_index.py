@@ -1,61 +1,84 @@
-"""Approximate search by ScaNN."""
+"""An index for approximate search with ScaNN."""
 
 import os
 import tempfile
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from absl import logging
 
 from s2sd_tf.checks import check_choice, checked_int
+from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.index import Index, checked_items
-from s2sd_tf.evaluation.neighbors import check_search, padded, without_own
+from s2sd_tf.evaluation.neighbors import Neighbors, check_search, padded, without_own
 from s2sd_tf.evaluation.rows import normalized
 from s2sd_tf.evaluation.scann_files import digests, load_searcher, save_searcher
 from s2sd_tf.evaluation.scann_searcher import build_searcher, import_scann, settings_for
 from s2sd_tf.evaluation.scann_tuning import RecallSample, smallest_numbers
 from s2sd_tf.untrusted import read_array, reading
 
-# The folder of what ScaNN writes, in that of an index.
+# Subfolder of an index with the files of ScaNN.
 _ASSETS = "scann"
-# Numbers that each kind of search is tuned by.
+# The numbers in the settings of each kind of search.
 _NUMBERS = {"brute_force": (), "hashing": ("reorder",), "tree": ("reorder", "leaves", "leaves_to_search")}
 
 
 class ScannIndex(Index):
-    """Approximate search by ScaNN, tuned to a recall.
+    """Approximate search with ScaNN, tuned to a recall.
 
-    The gallery's size chooses the kind, as ScaNN's authors advise: brute force below 20,000 items, asymmetric hashing
-    below 100,000, a tree above, for the cosine metric with spilling (SOAR). How many leaves are searched, and how many
-    candidates are scored again exactly, are the smallest numbers with which a sample of the gallery's own items reaches
-    the recall against exact search. Where no numbers do, it is brute force.
+    The size of the gallery determines the kind of search, as ScaNN's authors advise: brute force below 20,000 items,
+    asymmetric hashing below 100,000, and a tree above, with spilling (SOAR) for the cosine metric. The number of leaves
+    to search and of candidates to score again exactly are tuned: the smallest with which a sample of the gallery's own
+    items reaches the recall against exact search. If none does, the search is brute force.
 
     Attributes:
-        settings: dict: "kind" ("brute_force", "hashing" or "tree"), and of the others "reorder", "leaves",
-            "leaves_to_search" and "spilling". A tree with spilling is built anew at its first addition or removal.
-        tuned: dict: "recall" asked for, "k", and "measured", the recall on items that were not tuned on.
+        settings: dict with "kind" ("brute_force", "hashing" or "tree") and the numbers of that kind: "reorder" (hashing
+            and tree), "leaves", "leaves_to_search" and "spilling" (tree). A tree with spilling is rebuilt at its first
+            addition or removal.
+        tuned: dict with the requested "recall", "k", and "measured", the recall on items that were not tuned on.
     """
 
     method = "scann"
 
-    def __init__(self, searcher, metric, dim, ids, labels, settings, tuned):
+    def __init__(
+        self,
+        searcher: Any,
+        metric: str,
+        dim: int,
+        ids: Any,
+        labels: list[str] | None,
+        settings: dict[str, Any],
+        tuned: dict[str, Any],
+    ) -> None:
         super().__init__(metric, dim, ids, labels)
         self._searcher = searcher
-        self._updater = None
+        self._updater: Any = None
         self.settings = settings
         self.tuned = tuned
 
     @classmethod
-    def build(cls, embeddings, ids=None, labels=None, metric="cosine", recall=0.99, k=10, seed=0):
+    def build(
+        cls,
+        embeddings: Rows | tf.Tensor,
+        ids: Iterable[str] | None = None,
+        labels: Iterable[str] | None = None,
+        metric: str = "cosine",
+        recall: float = 0.99,
+        k: int = 10,
+        seed: int = 0,
+    ) -> "ScannIndex":
         """Builds and tunes an index.
 
         Args:
             embeddings: float rows `(n, dim)`, n >= 1; they are copied into memory.
-            ids: n different str, or None for the positions.
-            labels: n str, or None.
+            ids: n different ids, or None to use the positions.
+            labels: n labels, or None.
             metric: "cosine" or "euclidean".
-            recall: float in (0, 1], the share of the k nearest that is to be found.
+            recall: the share of the k nearest to find, in (0, 1].
             k: int >= 1.
-            seed: int >= 0, of the sample.
+            seed: int >= 0, for the sample to tune on.
 
         Raises:
             ValueError: a bad argument.
@@ -69,8 +92,20 @@ class ScannIndex(Index):
         return cls._tuned(ops, rows, metric, ids, labels, settings=settings, recall=recall, k=k, seed=seed)
 
     @classmethod
-    def _tuned(cls, ops, rows, metric, ids, labels, *, settings, recall, k, seed=0):
-        """An index of prepared rows, searched by ScaNN's own interface or by TensorFlow's operations (`ops`)."""
+    def _tuned(
+        cls,
+        ops: Any,
+        rows: np.ndarray,
+        metric: str,
+        ids: Any,
+        labels: list[str] | None,
+        *,
+        settings: dict[str, Any],
+        recall: float,
+        k: int,
+        seed: int = 0,
+    ) -> "ScannIndex":
+        """Builds and tunes an index of prepared rows. `ops` is ScaNN's Python module or its TensorFlow operations."""
         searcher = build_searcher(ops, rows, metric, settings, k)
         tuned = {"recall": recall, "k": k, "measured": 1.0}
         index = cls(searcher, metric, rows.shape[1], ids, labels, settings, tuned)
@@ -78,7 +113,7 @@ class ScannIndex(Index):
             index._tune(ops, rows, seed)
         return index
 
-    def rows(self):
+    def rows(self) -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
             self._searcher.serialize(folder)
             return read_array(os.path.join(folder, "dataset.npy"))
@@ -87,21 +122,21 @@ class ScannIndex(Index):
         return self._found(_prepared(queries, self.metric), k)
 
     def _found(self, queries, k, **numbers):
-        """`(indices, similarities)` of prepared queries, with ScaNN's `numbers` in place of those that were tuned."""
+        """`(indices, similarities)` of prepared queries. `numbers` replace the tuned arguments of ScaNN's search."""
         numbers = numbers or self._numbers(k)
         indices, scores = self._searcher.search_batched_parallel(queries, final_num_neighbors=k, **numbers)
         indices, scores = np.asarray(indices, np.int64), np.array(scores, np.float32)
         missing = ~np.isfinite(scores) | (indices >= len(self))
         if self.metric == "euclidean":
             scores = -np.sqrt(np.maximum(scores, 0.0))
-        # Where the leaves hold fewer than k, the rest is no result.
+        # If the searched leaves have fewer than k items, the rest is not valid.
         order = np.argsort(missing, axis=1, kind="stable")
         missing = np.take_along_axis(missing, order, axis=1)
         indices = np.where(missing, -1, np.take_along_axis(indices, order, axis=1))
         return indices, np.where(missing, np.float32(-np.inf), np.take_along_axis(scores, order, axis=1))
 
     def _numbers(self, k):
-        """Arguments of a search for k neighbours: more leaves and candidates where k is more than was tuned for."""
+        """ScaNN's arguments of a search for k neighbours: more leaves and candidates if k exceeds the tuned k."""
         if self.settings["kind"] == "brute_force":
             return {}
         settings, more = self.settings, max(1.0, k / self.tuned["k"])
@@ -111,7 +146,7 @@ class ScannIndex(Index):
         return numbers
 
     def _tune(self, ops, rows, seed):
-        """Sets the smallest `leaves_to_search` and `reorder` that reach the recall, or brute force."""
+        """Sets the smallest `leaves_to_search` and `reorder` that reach the recall, or falls back to brute force."""
         recall, k, generator = self.tuned["recall"], self.tuned["k"], np.random.default_rng(seed)
         sample = RecallSample(self._found, rows, self.metric, k, recall, generator)
         numbers = smallest_numbers(sample, len(rows), self.settings.get("leaves"))
@@ -134,14 +169,14 @@ class ScannIndex(Index):
 
     def _for_updates(self):
         if self.settings.get("spilling"):
-            # ScaNN breaks where an item that is in two leaves is replaced or removed.
-            logging.info("The first change of the index: it is built anew, without spilling.")
+            # ScaNN breaks if an item that is in two leaves is replaced or removed.
+            logging.info("First change of the index: rebuilding it without spilling.")
             ops, settings = import_scann().scann_ops_pybind, settings_for(len(self), spilling=False)
             asked = {"recall": self.tuned["recall"], "k": self.tuned["k"]}
-            anew = self._tuned(ops, self.rows(), self.metric, self.ids, self.labels, settings=settings, **asked)
-            self._searcher, self.settings, self.tuned = anew._searcher, anew.settings, anew.tuned
+            rebuilt = self._tuned(ops, self.rows(), self.metric, self.ids, self.labels, settings=settings, **asked)
+            self._searcher, self.settings, self.tuned = rebuilt._searcher, rebuilt.settings, rebuilt.tuned
         if self._updater is None:
-            # ScaNN maps every result where it knows ids, so what searches knows none.
+            # ScaNN maps every result to its id if it has ids, so the searcher itself gets none.
             self._updater = type(self._searcher)(self._searcher.searcher, docids=list(self.ids))
         return self._updater
 
@@ -153,15 +188,24 @@ class ScannIndex(Index):
         return {"settings": self.settings, "tuned": self.tuned, "sha256": written}
 
     @classmethod
-    def load(cls, folder, about, ids, labels):
+    def load(
+        cls, folder: str | os.PathLike, about: dict[str, Any], ids: list[str], labels: list[str] | None
+    ) -> "ScannIndex":
         settings, tuned = _checked_settings(os.path.join(folder, "index.json"), about)
         searcher = load_searcher(os.path.join(folder, _ASSETS), about.get("sha256"))
         return cls(searcher, about["metric"], about["dim"], ids, labels, settings, tuned)
 
 
-def scann_neighbors(queries, gallery, k, metric, keys=None, recall=0.99):
-    """As `exact_neighbors`, which describes the arguments, by a `ScannIndex` that is built for it."""
-    # As many more as share one id, so that k remain after the query's own are taken out.
+def scann_neighbors(
+    queries: Rows,
+    gallery: Rows,
+    k: int,
+    metric: str,
+    keys: tuple[np.ndarray, np.ndarray] | None = None,
+    recall: float = 0.99,
+) -> Neighbors:
+    """Builds a temporary `ScannIndex` and searches it. For the arguments see `exact_neighbors`."""
+    # Find as many more as can share a query's key, so that k remain when those are removed.
     own = 0
     if keys is not None:
         counts = np.bincount(keys[1], minlength=int(keys[0].max()) + 1)
@@ -170,12 +214,14 @@ def scann_neighbors(queries, gallery, k, metric, keys=None, recall=0.99):
     wanted, settings = min(k + own, len(rows)), settings_for(len(rows), spilling=metric == "cosine")
     index = ScannIndex._tuned(ops, rows, metric, range(len(rows)), None, settings=settings, recall=recall, k=wanted)
     found = index.nearest(np.asarray(queries), wanted)
-    return padded(*found, k) if keys is None else without_own(found, k, *keys)
+    return padded(found.indices, found.similarities, k) if keys is None else without_own(found, k, *keys)
 
 
-def index_for_graphs(index, k):
-    """`(searcher, metric, numbers)`: an index's items in a searcher of TensorFlow's operations, whose state can be
-    saved, and what it is to be called with to find k of them.
+def index_for_graphs(index: Index, k: int) -> tuple[Any, str, dict[str, int]]:
+    """Rebuilds an index with ScaNN's TensorFlow operations, whose state can be saved in a graph.
+
+    Returns:
+        `(searcher, metric, numbers)`: `numbers` are the arguments to search for k neighbours.
 
     Raises:
         ImportError: ScaNN is missing or does not fit TensorFlow.
@@ -190,7 +236,7 @@ def index_for_graphs(index, k):
 
 
 def _checked_settings(path, about):
-    """`(settings, tuned)` of a ScaNN index."""
+    """Returns `(settings, tuned)` from the `index.json` of a ScaNN index, checked."""
     with reading(path, "what a ScaNN index writes"):
         settings, tuned = about["settings"], about["tuned"]
         check_choice("kind", settings["kind"], ("brute_force", "hashing", "tree"))
@@ -201,6 +247,6 @@ def _checked_settings(path, about):
 
 
 def _prepared(rows, metric):
-    """float32 rows in memory: of unit length for the cosine metric."""
+    """Copies rows into memory as float32, normalised for the cosine metric."""
     rows = np.asarray(rows[:])
     return normalized(rows) if metric == "cosine" else np.ascontiguousarray(rows, np.float32)

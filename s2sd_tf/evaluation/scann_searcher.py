@@ -1,31 +1,32 @@
-"""ScaNN itself: whether it is there, what kind of search a gallery's size asks for, and its searcher."""
+"""Imports ScaNN, chooses its settings for a gallery size, and builds its searcher."""
 
 import importlib
+from typing import Any
 
 import numpy as np
 
-# ScaNN's authors: brute force below the first size, quantisation without a tree below the second, a tree above.
+# ScaNN's authors advise brute force below the first size, quantisation without a tree below the second, a tree above.
 BRUTE_FORCE_SIZE = 20_000
 TREE_SIZE = 100_000
 
 
-def import_scann(module="scann"):
-    """The module `scann`, or one of its own.
+def import_scann(module: str = "scann") -> Any:
+    """Imports ScaNN, or one of its submodules.
 
     Raises:
         ImportError: it is missing or was built for another TensorFlow; the message says what to install.
     """
     try:
         return importlib.import_module(module)
-    except Exception as error:  # a library that does not load raises TensorFlow's errors too
+    except Exception as error:  # a library that fails to load raises errors of TensorFlow too
         raise ImportError(
             "method='scann' needs ScaNN built for this TensorFlow: `pip install scann==1.4.2` for TensorFlow 2.20, "
             "`pip install scann==1.3.0` for 2.15. Or use method='exact'."
         ) from error
 
 
-def settings_for(size, spilling):
-    """How ScaNN is to search a gallery of that size, before it is tuned: see `ScannIndex.settings`."""
+def settings_for(size: int, spilling: bool) -> dict[str, Any]:
+    """ScaNN settings for a gallery of that size, before tuning; see `ScannIndex.settings`."""
     if size < BRUTE_FORCE_SIZE:
         return {"kind": "brute_force"}
     if size < TREE_SIZE:
@@ -35,12 +36,12 @@ def settings_for(size, spilling):
     return {"kind": "tree", **numbers, "spilling": spilling}
 
 
-def build_searcher(ops, rows, metric, settings, k):
-    """ScaNN's searcher of prepared rows.
+def build_searcher(ops: Any, rows: np.ndarray, metric: str, settings: dict[str, Any], k: int) -> Any:
+    """Builds a ScaNN searcher of prepared rows.
 
     Args:
-        ops: ScaNN's module of its own interface, or of TensorFlow's operations; the latter, and the Euclidean metric,
-            know no spilling.
+        ops: ScaNN's Python module `scann_ops_pybind`, or its TensorFlow operations `scann_ops`. The latter and the
+            Euclidean metric do not support spilling.
         rows: float32 array `(n, dim)`, of unit length for the cosine metric.
         metric, settings: see `ScannIndex`.
         k: int >= 1.
@@ -55,6 +56,6 @@ def build_searcher(ops, rows, metric, settings, k):
             training_sample_size=min(len(rows), 250_000),
             **({"soar_lambda": 1.5} if settings["spilling"] else {}),
         )
-    # The threshold is for products: errors along a row count more, as those decide whether it is found.
+    # The threshold is for inner products: errors along a row count more, as those decide whether it is found.
     threshold = {"anisotropic_quantization_threshold": 0.2} if metric == "cosine" else {}
     return builder.score_ah(2, **threshold).reorder(min(settings["reorder"], len(rows))).build()

@@ -1,30 +1,41 @@
-"""How much of a gallery ScaNN has to look at for a recall, measured on the gallery's own items."""
+"""Tunes how much of a gallery ScaNN must search to reach a recall, measured on the gallery's own items."""
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from s2sd_tf.evaluation.exact import exact_neighbors
 from s2sd_tf.evaluation.neighbors import Neighbors, without_own
 
-# Queries on which a search is tuned; on as many others its recall is measured.
+# Number of queries to tune a search on. Its recall is measured on as many others.
 _QUERIES = 1000
 
 
 class RecallSample:
-    """Items of a gallery as queries, with what exact search finds for them.
+    """Items of a gallery that serve as queries to measure recall against exact search.
 
     Args:
-        find: function `(queries, k, **numbers)` to `(indices, similarities)`, ScaNN's search of the rows.
-        rows: float32 `(n, dim)`, n >= 2, as ScaNN was given them.
+        find: ScaNN's search of the rows, a function from `(queries, k, **numbers)` to `(indices, similarities)`.
+        rows: float32 `(n, dim)`, n >= 2, as they were passed to ScaNN.
         metric: "cosine" or "euclidean".
-        k: int >= 1, neighbours of which it is the recall.
-        recall: float in (0, 1], that is to be reached.
-        generator: `np.random.Generator`.
+        k: number of neighbours to find, >= 1.
+        recall: the recall to reach, in (0, 1].
+        generator: draws the items.
 
     Attributes:
-        k: `k`, or as many others as there are.
+        k: `k`, at most n - 1.
     """
 
-    def __init__(self, find, rows, metric, k, recall, generator):
+    def __init__(
+        self,
+        find: Callable[..., Any],
+        rows: np.ndarray,
+        metric: str,
+        k: int,
+        recall: float,
+        generator: np.random.Generator,
+    ) -> None:
         size = len(rows)
         self.k = min(k, size - 1)
         self._find = find
@@ -34,18 +45,18 @@ class RecallSample:
         self._sample = generator.choice(size, min(2 * _QUERIES, size), replace=False)
         keys = (self._sample, self._keys)
         worst = exact_neighbors(rows[self._sample], rows, self.k, metric, keys).similarities[:, -1]
-        # A little below, as products are rounded otherwise elsewhere.
+        # Slightly lower, as ScaNN rounds products differently.
         self._worst = worst - 1e-5 * np.maximum(1.0, np.abs(worst))
         self._tuned_on, self._others = np.array_split(np.arange(len(self._sample)), 2)
 
-    def enough(self, **numbers):
-        """Whether the recall is reached with `reorder` and, for a tree, `leaves_to_search`."""
+    def enough(self, **numbers: int) -> bool:
+        """Whether the search reaches the recall with the given `reorder` and, for a tree, `leaves_to_search`."""
         shares = self._shares(self._tuned_on, **numbers)
-        # One standard error above, so that other queries reach it too.
+        # Require one standard error more, so that other queries reach the recall too.
         return shares.mean() - (self._recall < 1) * shares.std() / np.sqrt(len(shares)) >= self._recall
 
-    def measured(self, **numbers):
-        """The recall on the queries that `enough` does not see, float."""
+    def measured(self, **numbers: int) -> float:
+        """The recall on the queries that `enough` does not use."""
         return float(self._shares(self._others, **numbers).mean())
 
     def _shares(self, part, reorder, **leaves):
@@ -55,17 +66,19 @@ class RecallSample:
         return np.mean(found.similarities >= self._worst[part, None], axis=1)
 
 
-def smallest_numbers(sample, size, leaves=None):
-    """The smallest `reorder` and, for a tree of so many leaves, `leaves_to_search` that are enough for a sample.
+def smallest_numbers(sample: RecallSample, size: int, leaves: int | None = None) -> dict[str, int] | None:
+    """Finds the smallest `reorder` and, for a tree, `leaves_to_search` that are enough for a sample.
 
     Args:
-        sample: `RecallSample` of `size` rows.
+        sample: sample of the gallery's rows.
+        size: number of rows in the gallery.
+        leaves: number of leaves of the tree, or None without a tree.
 
     Returns:
-        dict of ints; None where the quantisation is too coarse for any.
+        dict with "reorder" and, for a tree, "leaves_to_search"; None if the quantisation is too coarse for any.
     """
-    numbers = {} if leaves is None else {"leaves_to_search": leaves}
-    # Many candidates first; as many as it takes where the quantisation is too coarse for these.
+    numbers: dict[str, int] = {} if leaves is None else {"leaves_to_search": leaves}
+    # Start with many candidates, and double their number while the quantisation is too coarse for it.
     reorder = min(max(200, 10 * sample.k), size)
     while not sample.enough(reorder=reorder, **numbers):
         if reorder >= size // 8:
@@ -88,7 +101,7 @@ def _smallest_leaves(leaves, enough):
 
 
 def _smallest(low, high, enough):
-    """The smallest of low..high that is enough, to within a twentieth; None where high is not."""
+    """The smallest number in low..high that is enough, to within 5%; None if high is not enough."""
     if not enough(high):
         return None
     while high - low > max(1, high // 20):

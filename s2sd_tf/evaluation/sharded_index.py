@@ -1,4 +1,8 @@
-"""Many indexes as one."""
+"""An index that searches many indexes as one."""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -6,22 +10,27 @@ from s2sd_tf.evaluation.index import Index
 
 
 class ShardedIndex(Index):
-    """Indexes of parts of a gallery, searched one by one and merged: `ids` and positions go on from one to the next."""
+    """Searches the indexes of the parts of a gallery one by one and merges the results.
+
+    `ids` and positions continue from one index to the next.
+
+    Attributes:
+        indexes: the indexes of the parts.
+    """
 
     method = "sharded"
 
-    def __init__(self, indexes):
+    def __init__(self, indexes: Sequence[Index]) -> None:
         kinds = {(index.metric, index.dim) for index in indexes}
         if len(kinds) != 1:
-            raise ValueError(f"indexes: expected one metric and dimension. Received: {sorted(kinds)}")
+            raise ValueError(f"indexes: expected the same metric and dimension. Received: {sorted(kinds)}")
         ids = [item for index in indexes for item in index.ids]
-        labels = None
-        if all(index.labels is not None for index in indexes):
-            labels = [label for index in indexes for label in index.labels]
+        parts = [index.labels for index in indexes if index.labels is not None]
+        labels = [label for part in parts for label in part] if len(parts) == len(indexes) else None
         super().__init__(indexes[0].metric, indexes[0].dim, ids, labels)
         self.indexes = list(indexes)
 
-    def rows(self):
+    def rows(self) -> np.ndarray:
         return np.concatenate([index.rows() for index in self.indexes])
 
     def _search(self, queries, k):
@@ -34,11 +43,11 @@ class ShardedIndex(Index):
         order = np.argsort(-similarities, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(indices, order, axis=1), np.take_along_axis(similarities, order, axis=1)
 
-    def add(self, embeddings, ids, labels=None):
-        raise ValueError("add: expected an index of one part. Received: many; add to one of `indexes`, and save that")
+    def add(self, embeddings: Any, ids: Iterable[str], labels: Iterable[str] | None = None) -> None:
+        raise ValueError("add: expected an index of one part. Received: many; add to one of `indexes` and save that")
 
-    def remove(self, ids):
+    def remove(self, ids: Iterable[str]) -> None:
         raise ValueError("remove: expected an index of one part. Received: many; remove from one of `indexes`")
 
-    def save(self, folder):
-        raise ValueError("save: expected an index of one part. Received: many; each of `indexes` is saved by itself")
+    def save(self, folder: str | os.PathLike) -> None:
+        raise ValueError("save: expected an index of one part. Received: many; save each of `indexes` separately")

@@ -1,4 +1,4 @@
-"""What people look at: an evaluation as an HTML page, pictures, and files for TensorBoard's projector."""
+"""Output for people: an HTML report of an evaluation, pictures, and files for TensorBoard's projector."""
 
 from s2sd_tf.reporting.pictures import choose_queries, save_curves, save_figure, save_gallery, save_matches
 from s2sd_tf.reporting.projector import save_projector

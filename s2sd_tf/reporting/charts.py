@@ -1,8 +1,9 @@
-"""The charts of a report: matplotlib's SVG, made fit to stand inside an HTML page."""
+"""Charts of a report, drawn by matplotlib as SVG that can be embedded in an HTML page."""
 
 import io
 import math
 import xml.etree.ElementTree
+from collections.abc import Callable
 
 import matplotlib
 import numpy as np
@@ -12,18 +13,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 from threadpoolctl import threadpool_limits
 
+from s2sd_tf.evaluation.embeddings import Rows
+from s2sd_tf.evaluation.metrics import RetrievalResult
 from s2sd_tf.evaluation.rows import normalized, take
 
 _COLORS = ("#1f5fa8", "#d1701f")
 _FAINT, _LINE = "#666677", "#dde2e9"
-# Pairs whose similarities are counted, and points of a map at most.
+# Number of random pairs in the histogram, and the largest number of points in a map.
 _PAIRS, _POINTS = 200_000, 2000
-# The name of the group that holds the points of a map.
+# Name of the SVG group with the points of a map.
 _MARKS = "marks"
 
 
-def recall_curve(result):
-    """SVG of recall@k over k, of a `RetrievalResult`."""
+def recall_curve(result: RetrievalResult) -> str:
+    """Draws recall@k over k and returns the SVG."""
     ranks = result.first_ranks[result.answerable]
     top = 2 ** math.ceil(math.log2(max(2, min(ranks.max(initial=1), 10_000))))
     ks = np.unique(np.round(np.geomspace(1, top, 60)).astype(int))
@@ -36,13 +39,13 @@ def recall_curve(result):
     return _svg(figure, "recall over k")
 
 
-def similarity_histogram(rows, labels, generator):
-    """SVG of how often which cosine similarity is found, for pairs of one class and of different ones.
+def similarity_histogram(rows: Rows, labels: np.ndarray, generator: np.random.Generator) -> str:
+    """Draws histograms of cosine similarities, for pairs of one class and of different classes; returns the SVG.
 
     Args:
         rows: float rows `(n, dim)`.
         labels: int64 `(n,)`.
-        generator: `np.random.Generator`, which draws the pairs.
+        generator: draws the pairs.
     """
     found = {name: _similarities(rows, *pairs) for name, pairs in _pairs(labels, generator).items() if len(pairs[0])}
     low = min((values.min() for values in found.values()), default=-1.0)
@@ -59,34 +62,39 @@ def similarity_histogram(rows, labels, generator):
     return _svg(figure, "similarities of pairs")
 
 
-def embedding_map(rows, labels, describe, generator):
-    """`(svg, text)`: a picture of embeddings in two dimensions, and what it shows.
+def embedding_map(
+    rows: Rows, labels: np.ndarray, describe: Callable[[int], str], generator: np.random.Generator
+) -> tuple[str, str]:
+    """Draws embeddings in two dimensions.
 
     Args:
         rows: float rows `(n, dim)`.
         labels: int64 `(n,)`.
-        describe: function from a position to a str, which the point shows to who points at it.
-        generator: `np.random.Generator`, which chooses the points where there are more than 2,000.
+        describe: function from a position to the text shown when the reader points at that point.
+        generator: chooses the points if there are more than 2,000.
+
+    Returns:
+        `(svg, text)`: the picture and its description.
     """
     chosen = np.sort(generator.choice(len(labels), min(len(labels), _POINTS), replace=False))
     flat, kind = _flat(normalized(take(rows, chosen)))
     codes = np.unique(labels[chosen], return_inverse=True)[1]
-    # Hues a golden angle apart, so that those of any number of classes differ.
+    # Hues a golden angle apart, so that they differ for any number of classes.
     colors = hsv_to_rgb(np.stack([codes * 0.381966 % 1.0, np.full(len(codes), 0.7), 0.85 - codes % 3 * 0.15], axis=1))
     figure = Figure(figsize=(8, 6))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    axes.scatter(*flat.T, s=14, c=colors, alpha=0.75, linewidths=0, gid=_MARKS)
+    axes.scatter(flat[:, 0], flat[:, 1], s=14, c=colors, alpha=0.75, linewidths=0, gid=_MARKS)
     shown = f"{len(chosen):,} of {len(labels):,} embeddings by {kind}"
     text = f"{shown}; the color is the class. Point at one to see what it is."
     return _svg(figure, "map of embeddings", [describe(position) for position in chosen]), text
 
 
 def _pairs(labels, generator):
-    """Positions of random pairs, `(one, other)`, by their kind."""
+    """Positions of random pairs: dict from "same class" and "different classes" to `(one, other)`."""
     size = len(labels)
     order = np.argsort(labels, kind="stable")
-    # Neighbours in the order of labels are the pairs of one class; any two are nearly all of different ones.
+    # Draw pairs of one class from runs of equal labels. Pairs drawn at random are nearly all of different classes.
     starts = np.searchsorted(labels[order], labels[order], "left")
     ends = np.searchsorted(labels[order], labels[order], "right")
     picks = generator.integers(0, size, _PAIRS)
@@ -110,14 +118,14 @@ def _similarities(rows, one, other, block=4096):
 
 
 def _flat(rows):
-    """`(points, kind)`: unit rows in two dimensions `(n, 2)`, and by what."""
+    """Projects unit rows to two dimensions: `(points, kind)`, an array `(n, 2)` and the name of the method."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    # t-SNE has no answer where all are equal.
+    # t-SNE is undefined if all rows are equal.
     if len(rows) >= 10 and rows.shape[1] > 2 and rows.std(axis=0).max() > 1e-6:
         perplexity = min(30.0, (len(rows) - 1) / 3)
-        # Its threads wait for each other a thousand times: on a busy machine many times longer than they compute.
+        # Threads wait for each other a thousand times. On a busy machine they wait many times longer than they work.
         with threadpool_limits(1):
             flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine").fit_transform(rows)
         return np.nan_to_num(flat), "t-SNE"
@@ -139,12 +147,12 @@ def _figure():
 
 
 def _svg(figure, name, titles=()):
-    """An SVG element as text, the same for the same figure, with nothing that reaches into the page around it.
+    """Converts a figure to an SVG element that does not affect the page around it; equal figures give equal text.
 
     Args:
-        figure: matplotlib's `Figure`.
-        name: str that says what it shows.
-        titles: a str for every point of `_MARKS`, which browsers show where one points at it.
+        figure: matplotlib `Figure`.
+        name: what it shows, for screen readers.
+        titles: tooltip of every point in the group `_MARKS`.
     """
     figure.patch.set_visible(False)
     for artist in figure.findobj():
@@ -159,15 +167,17 @@ def _svg(figure, name, titles=()):
         element.tag = _local(element.tag)
         element.attrib = {_local(key): value for key, value in element.attrib.items()}
     for element in root.findall(".//style/.."):
-        # It is for the whole of a document.
-        element.remove(element.find("style"))
+        # It would apply to the whole page.
+        for style in element.findall("style")[:1]:
+            element.remove(style)
     marks = root.find(f".//*[@id='{_MARKS}']")
     if titles:
+        assert marks is not None
         points = [element for element in marks.iter() if "style" in element.attrib and element.tag in ("path", "use")]
         points = [point for point in points if point.tag == points[-1].tag]
         for point, title in zip(points, titles, strict=True):
             xml.etree.ElementTree.SubElement(point, "title").text = title
-    # Names that nothing refers to are the same in every figure; the others are digests.
+    # Remove ids that nothing refers to, as they would be the same in every figure. The others are digests.
     used = {value for element in root.iter() for key, value in element.attrib.items() if key == "href"}
     for element in root.iter():
         if "#" + element.attrib.get("id", "") not in used:

@@ -1,7 +1,10 @@
-"""What people would rather look at: curves over epochs, and queries with their neighbours."""
+"""Pictures of results: curves over epochs, and queries with their neighbours."""
 
 import base64
 import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,13 +18,13 @@ RIGHT, WRONG = "#2e8b57", "#c0392b"
 _CURVES = ("#1f5fa8", "#d1701f", "#2e8b57", "#8e44ad", "#7f8c8d", "#c0392b")
 
 
-def save_curves(path, panels):
+def save_curves(path: str | os.PathLike, panels: Mapping[str, Mapping[str, Sequence]]) -> None:
     """Writes a PNG of line plots side by side.
 
     Args:
         path: file to write.
-        panels: dict from the panel's title to a dict from a curve's label to `(x, y)` or `(x, y, deviation)`, sequences
-            of equal length; a deviation is drawn as a band.
+        panels: maps the title of a panel to its curves, and the label of a curve to `(x, y)` or `(x, y, deviation)`,
+            sequences of equal length. A deviation is drawn as a band.
     """
     figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
     for position, (title, curves) in enumerate(panels.items()):
@@ -40,21 +43,27 @@ def save_curves(path, panels):
     save_figure(path, figure)
 
 
-def save_gallery(path, images, rows, names, title=""):
-    """Writes a PNG of queries, one a row, with their nearest neighbours framed green (same class) or red.
+def save_gallery(
+    path: str | os.PathLike,
+    images: Mapping[int, np.ndarray],
+    rows: np.ndarray,
+    names: Sequence[str],
+    title: str = "",
+) -> None:
+    """Writes a PNG with one query per row and its nearest neighbours, framed green (same class) or red.
 
     Args:
         path: file to write.
-        images: dict from position to float array `(height, width, channels)`; scaled to the range of all values.
+        images: float arrays `(height, width, channels)` by position. Their common range of values is scaled to [0, 1].
         rows: integer array `(queries, 1 + k)` of positions, the query first; -1 for none.
         names: class name of every position.
-        title: str above the picture.
+        title: title above the picture.
     """
     low = min(float(np.min(image)) for image in images.values())
     high = max(float(np.max(image)) for image in images.values())
     cells = []
     for items in rows.tolist():
-        line = []
+        line: list[tuple | None] = []
         for column, item in enumerate(items):
             if item < 0:
                 line.append(None)
@@ -68,13 +77,13 @@ def save_gallery(path, images, rows, names, title=""):
     _save_grid(path, cells, title)
 
 
-def save_matches(path, rows):
-    """Writes a PNG of queries, one a row, and what was found for them.
+def save_matches(path: str | os.PathLike, rows: Sequence[Sequence[tuple[np.ndarray | None, str]]]) -> None:
+    """Writes a PNG with one query per row and its matches.
 
     Args:
         path: file to write.
-        rows: list of rows of `(image, caption)`, the query first; an image is a float array `(h, w)` or `(h, w, c)` up
-            to 1, or None where there is none to show.
+        rows: rows of `(image, caption)`, the query first. An image is a float array `(h, w)` or `(h, w, c)` in [0, 1],
+            or None for a blank.
     """
     _save_grid(
         path,
@@ -89,7 +98,7 @@ def save_matches(path, rows):
 
 
 def _save_grid(path, cells, title=""):
-    """Images in rows: each `(image, caption, color, width of the frame)`, or None."""
+    """Writes a PNG of images in rows. A cell is `(image, caption, color, width of the frame)`, or None."""
     columns = max(len(line) for line in cells)
     figure = Figure(figsize=(1.25 * columns, 1.4 * len(cells) + 0.5), layout="constrained")
     for row, line in enumerate(cells):
@@ -103,17 +112,24 @@ def _save_grid(path, cells, title=""):
             axes.set_yticks([])
             for spine in axes.spines.values():
                 spine.set(color=color, linewidth=width)
-            # Names are no formulas, whatever dollar signs they have.
+            # Names with dollar signs are not formulas.
             axes.set_title(_printable(caption), fontsize=7, color=color, pad=2, parse_math=False)
     if title:
         figure.suptitle(title, fontsize=10)
     save_figure(path, figure)
 
 
-def choose_queries(labels, neighbors, count, seed=0):
-    """Positions of `count` queries to show: half of them among those whose neighbours are not all of their class, where
-    there are so many, in the order of their number of wrong ones. The labels are the queries', and after them those of
-    other positions that may be neighbours.
+def choose_queries(labels: np.ndarray, neighbors: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Chooses queries to show, half of them with wrong neighbours if there are enough such queries.
+
+    Args:
+        labels: integer array: the labels of the queries, followed by those of other positions in `neighbors`.
+        neighbors: integer array `(queries, k)` of positions; -1 for none.
+        count: number of queries to choose.
+        seed: int >= 0.
+
+    Returns:
+        Positions of `count` queries, in ascending order of their number of wrong neighbours.
     """
     wrong = np.sum((labels[np.maximum(neighbors, 0)] != labels[: len(neighbors), None]) & (neighbors >= 0), axis=1)
     order = np.random.default_rng(seed).permutation(len(neighbors))
@@ -124,16 +140,16 @@ def choose_queries(labels, neighbors, count, seed=0):
     return chosen[np.argsort(wrong[chosen], kind="stable")]
 
 
-def as_picture(pixels):
-    """A PIL image of an array `(h, w)` or `(h, w, c)`, uint8 or float up to 1."""
+def as_picture(pixels: Any) -> Image.Image:
+    """Converts an array `(h, w)` or `(h, w, c)`, uint8 or float in [0, 1], to a PIL image."""
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8:
         pixels = np.round(255 * np.clip(pixels, 0.0, 1.0)).astype(np.uint8)
     return Image.fromarray(np.squeeze(pixels))
 
 
-def data_uri(pixels, side=112):
-    """An image `(h, w)` or `(h, w, c)`, uint8 or float up to 1, as a `data:` URI; its longer side becomes `side`."""
+def data_uri(pixels: Any, side: int = 112) -> str:
+    """Converts an image, as in `as_picture`, to a `data:` URI. Its longer side is resized to `side` pixels."""
     picture = as_picture(pixels)
     small = max(picture.size) < side
     size = [max(1, round(length * side / max(picture.size))) for length in picture.size]
@@ -144,8 +160,8 @@ def data_uri(pixels, side=112):
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def save_figure(path, figure):
-    """Writes a matplotlib `Figure` as PNG, whole or not at all."""
+def save_figure(path: str | os.PathLike, figure: Figure) -> None:
+    """Writes a matplotlib figure as PNG, atomically."""
     check_file_to_write("path", path)
     FigureCanvasAgg(figure)
     with replacing(path) as temporary:
@@ -157,7 +173,7 @@ def _cycle(count):
 
 
 def _printable(text):
-    # Bytes of file names that are not UTF-8 are no characters that can be drawn.
+    # Bytes of file names that are not UTF-8 cannot be drawn as characters.
     return text.encode(errors="backslashreplace").decode()
 
 

@@ -1,32 +1,43 @@
-"""Embeddings for TensorBoard's embedding projector."""
+"""Exports embeddings for TensorBoard's embedding projector."""
 
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import tensorflow as tf
 from PIL import Image
 
+from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.rows import checked_rows
 from s2sd_tf.files import check_replaceable, replacing
 from s2sd_tf.reporting.pictures import as_picture
 
-# The largest side of a sprite that the projector shows, and of one of its images.
+# The projector shows sprites with sides of up to _SPRITE pixels. Each image in one is _CELL pixels wide and high.
 _SPRITE, _CELL = 8192, 64
 
 
-def save_projector(folder, embeddings, labels=None, ids=None, image=None, name="embeddings"):
+def save_projector(
+    folder: str | os.PathLike,
+    embeddings: Rows | tf.Tensor,
+    labels: Sequence | np.ndarray | None = None,
+    ids: Sequence | np.ndarray | None = None,
+    image: Callable[[int], Any] | None = None,
+    name: str = "embeddings",
+) -> None:
     """Writes a folder that `tensorboard --logdir=<folder>` shows in its projector.
 
     Args:
-        folder: folder to write, whole or not at all.
+        folder: folder to write, atomically.
         embeddings: float rows `(n, dim)`.
-        labels, ids: n values each, shown beside the points, or None.
-        image: function from a position to an array `(h, w)` or `(h, w, c)`, uint8 or float up to 1, shown as the point,
-            or to None; or None. More than 16,384 images do not fit into the picture that the projector reads, which is
-            left out then.
-        name: str, of the tensor.
+        labels, ids: n values each to show beside the points, or None.
+        image: None, or a function from a position to the image to show as the point: an array `(h, w)` or `(h, w, c)`,
+            uint8 or float in [0, 1], or None. More than 16,384 images do not fit into the projector's sprite, so none
+            are shown then.
+        name: name of the tensor.
 
     Raises:
-        ValueError: a folder that is there and is something else.
+        ValueError: `folder` exists and is neither empty nor a projector folder.
     """
     from google.protobuf import text_format
     from tensorboard.plugins.projector import ProjectorConfig
@@ -43,9 +54,9 @@ def save_projector(folder, embeddings, labels=None, ids=None, image=None, name="
         if columns:
             tensor.metadata_path = "metadata.tsv"
             lines = [[_cell(value) for value in values] for values in zip(*columns.values())]
-            # A single column has no head.
+            # The projector expects no header for a single column.
             head = [list(columns)] if len(columns) > 1 else []
-            # File names may hold what is not UTF-8.
+            # File names may contain bytes that are not UTF-8.
             with open(
                 os.path.join(temporary, "metadata.tsv"), "w", encoding="utf-8", errors="backslashreplace"
             ) as file:

@@ -1,66 +1,82 @@
-"""An evaluation as one HTML page that needs nothing else: no server, no network, no script, no other file."""
+"""Writes an evaluation as a single HTML page that needs no server, no network, no script and no other file."""
 
 import functools
 import html
 import importlib.resources
 import math
+import os
 import re
 import string
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from s2sd_tf.checks import check_file_to_write
+from s2sd_tf.evaluation.embeddings import Rows
+from s2sd_tf.evaluation.metrics import RetrievalResult
+from s2sd_tf.evaluation.neighbors import Neighbors
 from s2sd_tf.files import replacing
 from s2sd_tf.reporting.charts import embedding_map, recall_curve, similarity_histogram
 from s2sd_tf.reporting.pictures import RIGHT, WRONG, data_uri
 
 _QUERY = "#1c2430"
-# Metrics that are no shares of something.
+# Metrics that are not percentages.
 _NOT_PERCENT = ("intra", "inter", "ratio", "rho")
-# Queries of a kind, and classes, that are shown at most.
+# The largest number of queries in a section, and of classes.
 _QUERIES, _CLASSES = 5, 40
 
 
 class EmbeddedImages(NamedTuple):
-    """Embeddings of images, with what people are shown of them.
+    """Embeddings of images, with the names, ids and pictures to show for them.
 
     Attributes:
-        rows: what gives float rows `(n, dim)` when sliced.
+        rows: float rows `(n, dim)`: an array, a memory-mapped file or `EmbeddingShards`.
         labels: int64 `(n,)`.
-        names: dict or sequence from label to str, or None for the numbers.
-        ids: n str, or None.
-        image: function from a position to an array `(h, w)` or `(h, w, c)`, uint8 or float up to 1, or to None where
-            there is none to show; or None.
+        names: class names by label, or None to show the labels themselves.
+        ids: n ids, or None.
+        image: function from a position to an array `(h, w)` or `(h, w, c)`, uint8 or float in [0, 1], or to None if it
+            has no picture; or None for no pictures.
     """
 
-    rows: np.ndarray
+    rows: Rows
     labels: np.ndarray
-    names: dict = None
-    ids: list = None
-    image: object = None
+    names: Mapping[int, str] | Sequence[str] | None = None
+    ids: Sequence[str] | None = None
+    image: Callable[[int], Any] | None = None
 
-    def name(self, label):
-        """The name of a class, str."""
+    def name(self, label: int | np.integer) -> str:
+        """The name of a class."""
         return str(int(label) if self.names is None else self.names[int(label)])
 
 
-def save_report(path, result, neighbors, queries, gallery=None, *, title="Retrieval", about="", table=None, seed=0):
+def save_report(
+    path: str | os.PathLike,
+    result: RetrievalResult,
+    neighbors: Neighbors,
+    queries: EmbeddedImages,
+    gallery: EmbeddedImages | None = None,
+    *,
+    title: str = "Retrieval",
+    about: str = "",
+    table: Mapping[str, Mapping[str, Any]] | None = None,
+    seed: int = 0,
+) -> None:
     """Writes the page: metrics with their intervals, recall over k, similarities of positives and negatives, the best,
     typical and worst queries with their neighbours, recall of every class, and a 2-D projection.
 
     Args:
-        path: file to write, whole or not at all.
-        result: `RetrievalResult` of the queries.
-        neighbors: `Neighbors` of the queries.
-        queries: `EmbeddedImages`.
-        gallery: `EmbeddedImages` that the neighbours are out of; None where the queries search among themselves.
-        title, about: str, heading and the line below it.
-        table: dict from a column's name to a dict of metrics. Default: the result's.
-        seed: int, of what is sampled.
+        path: file to write, atomically.
+        result: metrics of the queries.
+        neighbors: neighbours of the queries.
+        queries: the query images.
+        gallery: the images that the neighbours are from; None if the queries search among themselves.
+        title, about: heading, and the line below it.
+        table: metrics by column name. By default one column with the means of `result`.
+        seed: seed of the samples that charts show.
 
     Raises:
-        ValueError: a folder at `path`.
+        ValueError: `path` is a folder.
     """
     check_file_to_write("path", path)
     gallery = gallery or queries
@@ -89,7 +105,7 @@ def save_report(path, result, neighbors, queries, gallery=None, *, title="Retrie
     chart, text = embedding_map(queries.rows, queries.labels, lambda i: _described(queries, i), generator)
     sections.append(_section("Map", text, chart))
     page = _part("page", title=title, about=about, sections=_joined(sections))
-    # Ids may be file names that are not UTF-8.
+    # Ids may be file names with bytes that are not UTF-8.
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(page)
 
@@ -107,7 +123,7 @@ def _template():
 
 
 def _part(part, /, **values):
-    """A part of the template with values in it, escaped where they are no markup."""
+    """Fills a part of the template. Values that are not `_Markup` are escaped."""
     values = {key: value if isinstance(value, _Markup) else html.escape(str(value)) for key, value in values.items()}
     return _Markup(_template()[part].substitute(values))
 
@@ -144,7 +160,7 @@ def _number(name, value):
 def _choose(result):
     """`(heading, text, positions)` of the queries to show."""
     there = np.flatnonzero(result.answerable)
-    # Among equally good ones those with more positives tell more.
+    # Break ties by the number of positives: among equally good queries, those with more are more informative.
     quality = result.values["map@r"][there]
     order = there[np.lexsort((there, result.positives[there], quality))]
     middle = order[np.searchsorted(np.sort(quality), np.median(quality)) :]
@@ -175,7 +191,7 @@ def _figure(images, position, color, caption):
 
 
 def _classes(result, queries):
-    """`(text, bars)` of every class. They are HTML, as there is no foreseeing how long names are and in what script."""
+    """`(text, bars)` of all classes. The bars are HTML, not a chart, because names can have any length and script."""
     classes, counts, means = result.per_class()
     metric = next(iter(means))
     values = means[metric]
