@@ -114,7 +114,7 @@ def products_of_stage(name):
 
 
 def count(code, products):
-    """Counts the instructions of the whole kernel and, if `products` are given, of a stage with so many products."""
+    """Counts the instructions of the whole kernel and, if `products` are given, of a stage with that many products."""
     result = {"instructions": len(code)}
     if not products:
         return result

@@ -554,7 +554,7 @@ inline float RowShift(const Shift& shift, int row) {
   return kGeneral ? shift.rows[row] : shift.constant;
 }
 
-// `student`: the student's logits, or null where the tile is the student's own, whose dots become logits.
+// `student`: the student's logits, or null if the tile is the student's own, whose dots become logits.
 template <bool kGeneral, bool kColumns, bool kTeacher>
 void Sums(const Tile& tile, const Shift& shift, const float* student, float* row_z, float* row_a, float* column_z,
           float* column_a) {

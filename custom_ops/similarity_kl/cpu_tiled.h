@@ -301,7 +301,7 @@ class TiledComputation {
     });
   }
 
-  // Adds the rows' gradient to the columns', of which they are part, in the rectangular form.
+  // In the rectangular form, adds the rows' gradient to the gradient of the same columns.
   Phase AddRowsPhase() {
     return {outputs_.gradient && !grid_.square() ? 1 : 0, [this](int64_t, int) {
               float* to = outputs_.gradient + problem_.row_offset * problem_.student.dim;
