@@ -1,13 +1,13 @@
-"""What the CUDA kernels' machine code costs: instructions, registers, shared memory, spills. Needs no GPU.
+"""The cost of the CUDA kernels' machine code: instructions, registers, shared memory, spills. Needs no GPU.
 
     pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
     python benchmarks/cuda_instructions.py --output=benchmarks/results/cuda_instructions.json
 
-Compiles cuda_kernel.cu for one architecture (sm_90) and reads its SASS. The two kernels that matter work on 128 bytes
-of every row of a tile at a time, a stage. Counted are all instructions of a stage, except those for rows that allow no
-16-byte loads, and how many of them are matrix products (HMMA). A multiprocessor's four schedulers start an instruction
-a clock each: the fewer others there are beside the products, the busier are the tensor cores. `--before` names the
-folder of other sources, such as an earlier commit's, to count beside these.
+Compiles cuda_kernel.cu for one architecture (sm_90) and reads its SASS. The two kernels that matter work in stages, on
+128 bytes of every row of a tile each. For a stage, all instructions are counted, except those for rows that allow no
+16-byte loads, and how many of them are matrix products (HMMA). Each of a multiprocessor's four schedulers starts one
+instruction per clock: the fewer instructions are not products, the busier the tensor cores are. `--before` names a
+folder with other sources, such as an earlier commit's, to compare with.
 """
 
 import itertools
@@ -25,9 +25,9 @@ from s2sd_tf.distillation import libraries
 from s2sd_tf.files import write_json
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("architecture", 90, "Compute capability, without its dot.")
-flags.DEFINE_string("before", None, "Folder of other sources to compare with.")
-flags.DEFINE_string("output", None, "JSON to write; the table gets its name.")
+flags.DEFINE_integer("architecture", 90, "Compute capability without the dot.")
+flags.DEFINE_string("before", None, "Folder with other sources to compare with.")
+flags.DEFINE_string("output", None, "JSON file to write; the table gets the same name.")
 
 MODES = {"0, false": "TF32", "0, true": "float32, compensated", "1, true": "float16", "2, true": "bfloat16"}
 KERNELS = {"SumsKernel": "first pass", "GradientKernel": "second pass"}
@@ -54,17 +54,17 @@ def nvcc_version():
 
 
 def cuobjdump():
-    """Path of cuobjdump: of the toolkit, or of the package of that name."""
+    """Returns the path of cuobjdump, from the toolkit or from the pip package."""
     found = shutil.which("cuobjdump")
     packaged = pathlib.Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin/cuobjdump")
     path = found or next((str(path) for path in packaged), None)
     if path is None:
-        sys.exit("There is no cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+        sys.exit("cuobjdump: not found; pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     return path
 
 
 def measure(sources):
-    """`{kernel: {...}}` for all kernels of the sources."""
+    """Compiles the sources. Returns a dict from every kernel's name to its counts."""
     number = FLAGS.architecture
     with tempfile.TemporaryDirectory() as folder:
         cubin = pathlib.Path(folder, "kernels.cubin")
@@ -98,7 +98,7 @@ def readable(name):
 
 
 def instructions_of(sass):
-    """`[(address, text)]`."""
+    """Returns the instructions of a kernel's SASS as `[(address, text)]`."""
     return [(int(a, 16), t) for a, t in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)]
 
 
@@ -108,13 +108,13 @@ def target(text):
 
 
 def products_of_stage(name):
-    """Of a warp: 16 x 8 tiles, 4 steps of 32 bytes, 3 products each where factors are split; None for other kernels."""
+    """A warp's products: 16 x 8 tiles, 4 steps of 32 bytes, 3 products each if factors are split. Else None."""
     match = re.match(r"(?:SumsKernel|GradientKernel)<(.*), (\d+)>", name)
     return match and (int(match[2]) // 32) ** 2 * 4 * (3 if match[1] == "0, true" else 1)
 
 
 def count(code, products):
-    """Instructions of the whole kernel, and of a stage where the kernel has `products` in one."""
+    """Counts the instructions of the whole kernel and, if `products` are given, of a stage with that many products."""
     result = {"instructions": len(code)}
     if not products:
         return result
@@ -136,7 +136,7 @@ def count(code, products):
 
 
 def fast_path(code, loop):
-    """The loop's instructions on any way around it that needs no loads of less than 16 bytes."""
+    """The loop's instructions on all paths through it without loads of less than 16 bytes."""
     body = [(address, text) for address, text in code if loop[0] <= address <= loop[1]]
     starts = {body[0][0]}
     for (_, text), (following, _) in itertools.pairwise(body):
@@ -178,7 +178,7 @@ def table(results):
         f"{results['architecture']}, nvcc {results['nvcc']}; a stage is 128 bytes of every row of a tile.",
         "A block has 98,304 bytes of shared memory with tiles of 128 x 128, and 49,152 with 64 x 64.",
         "",
-        "| kernel, tile | | instructions a stage | of these products | a product | registers | spilled bytes |",
+        "| kernel, tile | | instructions per stage | of these products | per product | registers | spilled bytes |",
         "|---|---|---|---|---|---|---|",
     ]
     versions = [name for name in ("before", "after") if name in results]

@@ -1,11 +1,11 @@
-r"""The whole program of every config, on generated data in the layouts of the data sets: `make dryrun`.
+r"""Dry runs of every config, on generated data in the layouts of the data sets: `make dryrun`.
 
     python benchmarks/dry_runs.py --output=benchmarks/results/dry_runs.json
 
 Writes a small copy of every data set (CUB200-2011 with its 200 classes, CARS196 with 196, the others with 200, a few
-images each, as noise), and runs `s2sd-train --dry_run` with every file of configs/, and every setting of published.py,
-in a process of its own: it reads and checks the data, builds the model with random weights, takes two steps with the
-config's own batch, and evaluates a sample. Step times are real; what is retrieved is not. Writes the JSON and a table
+noise images each). Then runs `s2sd-train --dry_run` with every file in configs/ and every setting of published.py, each
+in its own process: it reads and checks the data, builds the model with random weights, takes two steps with the
+config's batch size, and evaluates a sample. Step times are real, retrieval results are not. Writes the JSON and a table
 (.md) of the same name.
 """
 
@@ -33,15 +33,15 @@ from s2sd_tf.training.protocol import published_settings
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = flags.FLAGS
-flags.DEFINE_string("only", "", "A part of the names of configs, as digits or cub200,bn_inception; default: all.")
-flags.DEFINE_integer("images_per_class", 4, "Images of each class.")
-flags.DEFINE_string("output", None, "JSON to write; the table gets its name.")
+flags.DEFINE_string("only", "", "A part of the names of configs, such as digits or cub200,bn_inception; empty: all.")
+flags.DEFINE_integer("images_per_class", 4, "Images per class.")
+flags.DEFINE_string("output", None, "JSON file to write; the table gets the same name.")
 
 CONFIGS = [
     *sorted(path.stem for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "published"),
     *(f"published:{options}" for options in published_settings()),
 ]
-# As many as the data set has, but no more than this.
+# The largest number of classes to write.
 CLASSES = 200
 SIZE = (300, 400)
 SHOWN = {
@@ -53,7 +53,7 @@ SHOWN = {
 
 
 def write_omniglot(root):
-    """Both archives, 40 characters each, 20 drawings of each."""
+    """Writes both archives, each with 40 characters of 20 drawings."""
     rng = np.random.default_rng(0)
     for archive, alphabets in zip(ARCHIVES, (("Greek",), TEST_ALPHABETS)):
         with zipfile.ZipFile(root / archive, "w") as file:
@@ -67,7 +67,7 @@ def write_omniglot(root):
 
 
 def write_data(root):
-    """Every data set; returns the folder of each by its name."""
+    """Writes every data set. Returns a dict from its name to its folder."""
     sys.path.insert(0, str(REPOSITORY / "tests"))
     import dataset_layouts
 
@@ -85,7 +85,7 @@ def write_data(root):
 
 
 def run(config, folders):
-    """What the program printed."""
+    """Dry-runs one config. Returns the program's output."""
     file, _, options = config.partition(":")
     path = REPOSITORY / "configs" / f"{file}.py"
     arguments = [f"--config={path}:{options}" if options else f"--config={path}", "--dry_run"]
@@ -123,9 +123,9 @@ def main(_):
 
 
 def table(results):
-    """A Markdown table of the runs."""
+    """Returns the runs as a Markdown table."""
     lines = [
-        "| config | backbone's parameters | a step, s | images alone, 1/s | largest memory, MiB |",
+        "| config | backbone's parameters | seconds per step | input alone, images/s | peak memory, MiB |",
         "|---|---|---|---|---|",
     ]
     for name, row in results.items():

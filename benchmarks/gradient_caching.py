@@ -1,10 +1,10 @@
-r"""Memory and time of a training step whose backbone takes a part of the batch at a time (`micro_batch_size`).
+r"""Memory and time of a training step whose backbone processes the batch in parts (`micro_batch_size`).
 
     python benchmarks/gradient_caching.py --output=benchmarks/results/gradient_caching.json
 
-One S2SD step (ResNet-50 with frozen statistics, targets of 512 to 2,048 dimensions, multi-similarity) with the whole
-batch at once and in parts, each in a process of its own, of which the peak of resident memory is read. Gradients in
-parts are those of the whole batch: `tests/test_train_step.py`. Writes the JSON and a table (.md) of the same name.
+Takes an S2SD step (ResNet-50 with frozen statistics, targets of 512 to 2,048 dimensions, multi-similarity) with the
+whole batch at once and in parts, each in its own process, and reads the process's peak resident memory. That both give
+the same gradients is tested in `tests/test_train_step.py`. Writes the JSON and a table (.md) of the same name.
 """
 
 import json
@@ -23,11 +23,11 @@ from tqdm import tqdm
 from s2sd_tf.files import replacing, write_json
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("size", 64, "Side of the images.")
+flags.DEFINE_integer("size", 64, "Side of the images in pixels.")
 flags.DEFINE_integer("micro", 64, "Images at a time.")
-flags.DEFINE_list("batches", ["64", "512", "2048", "4096"], "Images of the batches in parts; the first also at once.")
-flags.DEFINE_string("output", None, "JSON to write; the table gets its name.")
-flags.DEFINE_string("one", None, "For the processes: 'batch,micro'.")
+flags.DEFINE_list("batches", ["64", "512", "2048", "4096"], "Batch sizes taken in parts; the first also at once.")
+flags.DEFINE_string("output", None, "JSON file to write; the table gets the same name.")
+flags.DEFINE_string("one", None, "Internal: measure 'batch,micro' in this process.")
 
 
 def main(_):
@@ -46,7 +46,7 @@ def main(_):
     lines = [
         f"ResNet-50, {FLAGS.size} x {FLAGS.size}, one S2SD step; TensorFlow {machine['tensorflow']}, {machine['cpu']}",
         "",
-        "| batch | images at a time | peak MiB | over the whole batch of the first row | seconds a step | images/s |",
+        "| batch | images at a time | peak MiB | relative to the first row | seconds per step | images/s |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:

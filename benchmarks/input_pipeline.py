@@ -1,13 +1,13 @@
-r"""Images a second of the training input, against PyTorch's DataLoader with torchvision's transforms.
+r"""Images per second of the training input, against PyTorch's DataLoader with torchvision's transforms.
 
     pip install torch==2.13.0 torchvision==0.28.0
     python benchmarks/input_pipeline.py --output=benchmarks/results/input_pipeline.json
 
-JPEGs of ImageNet's size (500 x 375, about 110 KiB) are generated; or `--images=<folder>` with your own. The same work
-on both sides: read, random resized crop to 224, flip, (colours,) normalise, batches of 112; two threads here, two
-worker processes there. They take turns, each in a process of its own. Where torchvision is missing, its crop and flip
-are done with Pillow, as torchvision does them. Areas, aspect ratios and places of the crops are compared by their
-distributions. Writes the JSON and a table (.md) of the same name.
+Generates JPEGs of ImageNet's size (500 x 375, about 110 KiB), or reads your own with `--images=<folder>`. Both sides do
+the same work: read, random resized crop to 224, flip, (colours,) normalise, batches of 112; with two threads here and
+two worker processes there. They take turns, each in its own process. Without torchvision, its crop and flip are done
+with Pillow in the same way. The distributions of the crops' areas, aspect ratios and positions are compared. Writes the
+JSON and a table (.md) of the same name.
 """
 
 import contextlib
@@ -27,22 +27,22 @@ from PIL import Image
 from tqdm import tqdm
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("images", "", "Folder of JPEG files; default: generated ones.")
+flags.DEFINE_string("images", "", "Folder of JPEG files; empty: generate them.")
 flags.DEFINE_list("presets", ["base", "adv", "red", "rand", "evaluation"], "Augmentations to measure.")
-flags.DEFINE_integer("count", 3000, "Images a pass.")
-flags.DEFINE_integer("turns", 5, "Passes of each.")
-flags.DEFINE_integer("threads", 2, "Threads here, worker processes there.")
-flags.DEFINE_string("output", None, "JSON to write; the table gets its name.")
-flags.DEFINE_enum("side", "", ["", "s2sd_tf", "torch"], "For the processes of the benchmark itself.")
+flags.DEFINE_integer("count", 3000, "Images per pass.")
+flags.DEFINE_integer("turns", 5, "Passes of each side.")
+flags.DEFINE_integer("threads", 2, "Threads here; worker processes for PyTorch.")
+flags.DEFINE_string("output", None, "JSON file to write; the table gets the same name.")
+flags.DEFINE_enum("side", "", ["", "s2sd_tf", "torch"], "Internal: which side this process measures.")
 
 BATCH, SIZE, RESIZE = 112, 224, 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# What torchvision has the like of.
+# Presets that torchvision can reproduce.
 BOTH = ("base", "adv", "red", "evaluation")
 
 
 def generate(folder, count=64, seed=0):
-    """JPEGs of 500 x 375 and 375 x 500 pixels: clouds of seven octaves and grain, compressed to about 110 KiB."""
+    """Writes JPEGs of 500 x 375 and 375 x 500 pixels, about 110 KiB each: clouds of seven octaves plus grain."""
     rng = np.random.default_rng(seed)
     for number in range(count):
         width, height = (500, 375) if number % 3 else (375, 500)
@@ -59,7 +59,7 @@ def generate(folder, count=64, seed=0):
 
 
 def ours(paths, name):
-    """A function that makes one pass and returns the number of images."""
+    """Returns a function that makes one pass and returns the number of images."""
     import tensorflow as tf
 
     from s2sd_tf import data
@@ -80,7 +80,7 @@ def ours(paths, name):
 
 
 def torchs(paths, name):
-    """The same with PyTorch."""
+    """Returns the same function for PyTorch."""
     import torch
 
     def read(path):
@@ -103,11 +103,11 @@ def torchs(paths, name):
 
 
 def torchvision_transforms_module():
-    """The module, or None."""
+    """Returns `torchvision.transforms`, or None if it cannot be imported."""
     try:
         import torch
 
-        # Its compiled operations do not load beside a PyTorch of another build; these transforms need none of them.
+        # Its compiled ops do not load with a PyTorch of another build. The transforms used here need none of them.
         library = torch.library.Library("torchvision", "FRAGMENT")
         for schema in ("nms(Tensor a, Tensor b, float c) -> Tensor", "qnms(Tensor a, Tensor b, float c) -> Tensor"):
             with contextlib.suppress(RuntimeError):
@@ -134,7 +134,7 @@ def _pillow_transforms(name):
     import torch
 
     if name != "base":
-        raise ValueError(f"presets: expected 'base' without torchvision. Received: {name!r}")
+        raise ValueError(f"presets: expected 'base', because torchvision is not installed. Received: {name!r}")
     rng = np.random.default_rng()
     mean, std = np.float32(MEAN), np.float32(STD)
 
@@ -150,7 +150,7 @@ def _pillow_transforms(name):
 
 
 def loop_crop(rng, height, width):
-    """A random resized crop by the algorithm's words: `(top, left, height, width)`."""
+    """A random resized crop, following the algorithm literally. Returns `(top, left, height, width)`."""
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1.0)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -162,7 +162,7 @@ def loop_crop(rng, height, width):
 
 
 def measure(paths):
-    """In a process of its own: prints the rates of all passes, the first without counting, by preset."""
+    """In a separate process: prints the rate of one pass for every preset on stdin, after an uncounted first pass."""
     if FLAGS.side == "torch":
         import torch
 
@@ -181,7 +181,7 @@ measure.passes = {}
 
 
 def crops(count=4000, height=375, width=500):
-    """Kolmogorov-Smirnov p-values of areas, ratios and places of our crops against torchvision's, or the loop's."""
+    """Kolmogorov-Smirnov p-values of our crops' areas, ratios and positions against torchvision's, or `loop_crop`'s."""
     import scipy.stats
     import tensorflow as tf
 
@@ -263,13 +263,13 @@ def _take_turns(images):
 
 
 def _table(results):
-    lines = ["# Input pipeline: images a second", ""]
+    lines = ["# Input pipeline: images per second", ""]
     lines += [f"- {key}: {value}" for key, value in results["machine"].items()]
     images = results["images"]
     lines += [
         f"- {images['files']} JPEGs, {'generated, ' if images['generated'] else ''}{images['mean_kib']} KiB on average",
         "",
-        f"Median (least to greatest) of {FLAGS.turns} passes over {FLAGS.count} images.",
+        f"Median (minimum to maximum) of {FLAGS.turns} passes over {FLAGS.count} images.",
         "",
         "| augmentation | s2sd_tf | DataLoader, torchvision | ratio |",
         "|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""What the benchmarks say about the machine, and PyTorch where it is installed."""
+"""Helpers shared by the benchmarks: a description of the machine, PyTorch if it is installed, and thread counts."""
 
 import datetime
 import functools
@@ -10,7 +10,7 @@ import tensorflow as tf
 
 
 def describe(threads):
-    """Date, processor, threads and versions, as a dict."""
+    """Returns a dict with the date, processor, threads, GPUs and versions."""
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     versions = {"tensorflow": tf.__version__, "numpy": np.__version__}
@@ -27,7 +27,7 @@ def describe(threads):
 
 @functools.lru_cache(maxsize=1)
 def torch():
-    """The module, or None."""
+    """Returns the module torch, or None if it is not installed."""
     try:
         import torch
     except ImportError:
@@ -36,7 +36,7 @@ def torch():
 
 
 def set_threads(threads):
-    """The same number of threads for TensorFlow and PyTorch; before either has computed anything."""
+    """Sets the number of threads of TensorFlow and PyTorch. Call it before either has computed anything."""
     tf.config.threading.set_intra_op_parallelism_threads(threads)
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     if torch():

@@ -1,11 +1,11 @@
-r"""Time of every objective, loss and gradients, against pytorch-metric-learning.
+r"""Times loss and gradients of every objective against pytorch-metric-learning.
 
     pip install torch pytorch-metric-learning
     python benchmarks/objectives.py --output=benchmarks/results/objectives.json
 
-Embeddings of 128 dimensions, 4 images a class, float32; objectives with proxies with 100 and with 10,000 classes. Each
-objective of this package runs in a `tf.function`, as in `fit`; pytorch-metric-learning runs as it does, eagerly. Both
-do the same work: all pairs or triplets of the batch, where not said otherwise in `counterparts`. They take turns in one
+Embeddings have 128 dimensions in float32, with 4 images per class; proxy objectives have 100 and 10,000 classes. The
+objectives of this package run in a `tf.function`, as in `fit`; pytorch-metric-learning runs eagerly, as usual. Both do
+the same work, all pairs or triplets of the batch, except where `counterparts` says otherwise. They take turns in one
 process, with the same number of threads. Writes the JSON and a table (.md) of the same name.
 """
 
@@ -27,15 +27,15 @@ from s2sd_tf.files import write_json
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("batches", ["112", "1024"], "Batch sizes.")
-flags.DEFINE_list("classes", ["100", "10000"], "Numbers of classes, for objectives with proxies.")
+flags.DEFINE_list("classes", ["100", "10000"], "Numbers of classes for proxy objectives.")
 flags.DEFINE_list("only", [], "Names of objectives; default: all.")
 flags.DEFINE_integer("dim", 128, "Dimension of the embeddings.")
-flags.DEFINE_integer("threads", 2, "Threads of both.")
-flags.DEFINE_float("seconds", 2.0, "Least time of measuring an objective, and at least 5 turns.")
-flags.DEFINE_float("memory_gib", 10.0, "Memory that either may take beside what the process has at the start.")
-flags.DEFINE_string("output", None, "JSON to write; the table gets its name.")
+flags.DEFINE_integer("threads", 2, "Threads of both libraries.")
+flags.DEFINE_float("seconds", 2.0, "Minimum time to measure an objective, with at least 5 turns.")
+flags.DEFINE_float("memory_gib", 10.0, "Memory that either may take on top of what the process has at the start.")
+flags.DEFINE_string("output", None, "JSON file to write; the table gets the same name.")
 
-# The settings under which ours takes all pairs or triplets, where that is not the default.
+# Settings with which our objectives take all pairs or triplets, if that is not the default.
 SETTINGS = {
     "angular": {"miner": "all"},
     "contrastive": {"miner": "all"},
@@ -46,12 +46,12 @@ SETTINGS = {
     "triplet": {"miner": "all"},
 }
 
-# Theirs compares every positive with every negative pair of a batch: at 1,024 images it takes minutes.
+# Theirs compares every positive with every negative pair of a batch, which takes minutes at 1,024 images.
 LARGEST_BATCH = {"histogram": 512}
 
 
 def counterparts():
-    """From a name of ours to a function of (number of classes, dim) that makes pytorch-metric-learning's."""
+    """A dict from our name to a function `(num_classes, dim)` that makes pytorch-metric-learning's objective."""
     from pytorch_metric_learning import distances, losses, miners
 
     def proxies(cls, **settings):
@@ -66,7 +66,7 @@ def counterparts():
 
     squared = distances.LpDistance(power=2)
     return {
-        # Its angular loss alone; ours is that and an N-pair loss, as in the paper.
+        # Its angular loss alone; ours adds an N-pair loss, as in the paper.
         "angular": plain(losses.AngularLoss, alpha=45),
         "arcface": proxies(losses.ArcFaceLoss, margin=28.6, scale=16),
         "circle": plain(losses.CircleLoss),
@@ -78,7 +78,7 @@ def counterparts():
         "lifted_structure": plain(losses.LiftedStructureLoss),
         "margin": lambda classes, dim: losses.MarginLoss(beta=1.2, learn_beta=True, num_classes=classes),
         "multi_similarity": multi_similarity,
-        # One pair a class, as ours.
+        # One pair per class, like ours.
         "n_pair": plain(losses.NPairsLoss),
         "normalized_softmax": proxies(losses.NormalizedSoftmaxLoss),
         "nt_xent": plain(losses.NTXentLoss),
@@ -130,14 +130,14 @@ def main(_):
 
 
 def limit_memory(gib):
-    """Makes an allocation beyond it fail, so that what needs more is told and nothing is killed."""
+    """Makes allocations beyond the limit fail, so that running out of memory is reported and nothing is killed."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + int(gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def measure(name, batch, classes, make_theirs):
-    """Milliseconds of each turn, a list by implementation; None for what does not get the memory it needs."""
+    """Milliseconds of each turn, a list per implementation; None if it runs out of memory."""
     random = np.random.default_rng(0)
     rows = random.standard_normal((batch, FLAGS.dim), dtype=np.float32)
     labels = np.repeat(np.arange(batch // 4), 4) % classes
@@ -156,7 +156,7 @@ def measure(name, batch, classes, make_theirs):
     begin = time.perf_counter()
     while len(times["ours"]) < 5 or time.perf_counter() - begin < FLAGS.seconds:
         for who, run in runs.items():
-            # The threads of the one before may still be spinning, and its data be in the caches.
+            # The previous one's threads may still be spinning, and its data may be in the caches.
             time.sleep(0.01)
             run()
             start = time.perf_counter()
@@ -208,9 +208,9 @@ def pml(loss, rows, labels):
 def table(results):
     lines = ["# Objectives: time of loss and gradients", ""]
     lines += [f"- {key}: {value}" for key, value in results["machine"].items()]
-    lines += [f"- {results['dim']} dimensions, 4 images a class, float32", ""]
-    told = f"{FLAGS.memory_gib:g} GiB do not suffice"
-    lines += [f"Milliseconds, median (quartiles); PML is pytorch-metric-learning, for which in places {told}.", ""]
+    lines += [f"- {results['dim']} dimensions, 4 images per class, float32", ""]
+    limit = f"{FLAGS.memory_gib:g} GiB"
+    lines += [f"Milliseconds, median (quartiles). PML is pytorch-metric-learning; both may take {limit} of memory.", ""]
     lines += ["| objective | batch | classes | s2sd_tf | PML | PML / s2sd_tf |", "|---|---|---|---|---|---|"]
     for row in results["time_ms"]:
         cells = [cell(row[who]) if who in row else "" for who in ("ours", "pml")]
@@ -221,7 +221,7 @@ def table(results):
         ratios = [r["pml"][1] / r["ours"][1] for r in results["time_ms"] if r["batch"] == batch and r.get("pml")]
         if ratios:
             twice = sum(ratio >= 2 for ratio in ratios)
-            lines += ["", f"Batch {batch}: {twice} of {len(ratios)} at least 2x faster, the least {min(ratios):.2f}x."]
+            lines += ["", f"Batch {batch}: {twice} of {len(ratios)} at least 2x faster, minimum {min(ratios):.2f}x."]
     return "\n".join(lines) + "\n"
 
 

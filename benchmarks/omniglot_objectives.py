@@ -1,13 +1,13 @@
-r"""What S2SD adds to different objectives: Omniglot, 16 dimensions, plain objective against S2SD.
+r"""How much S2SD improves different objectives: Omniglot, 16 dimensions, plain objective against S2SD.
 
     python benchmarks/omniglot_objectives.py --data_dir=<folder with Omniglot's two small archives> \
         --workdir=runs/omniglot_objectives
 
 Trains `configs/omniglot.py` (136 characters to train on, 106 unseen ones to retrieve) with every objective, plain and
-with S2SD, at the settings of the config and of the objective, but for the learning rates of proxies and boundaries:
-their multipliers are made for a network that learns at 1e-5, this one learns at 1e-3. Writes
-`omniglot_objectives.json`, `.md` and `.png` into `--results`. Runs that are finished in `--workdir` are not trained
-again.
+with S2SD, with the settings of the config and the defaults of the objective, except for the learning rates of proxies
+and boundaries: their default multipliers suit a network with a learning rate of 1e-5, and this one has 1e-3. Writes
+`omniglot_objectives.json`, `.md` and `.png` into `--results`. Runs that are already finished in `--workdir` are not
+trained again.
 """
 
 import os
@@ -22,8 +22,8 @@ from s2sd_tf.reporting import save_figure
 from s2sd_tf.training.compare import run_all, summarize
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with Omniglot's two small archives.", required=True)
-_WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_objectives", "Folder of the runs.")
-_RESULTS = flags.DEFINE_string("results", RESULTS, "Folder of the table and the picture.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_objectives", "Folder for the runs.")
+_RESULTS = flags.DEFINE_string("results", RESULTS, "Folder for the table and the plot.")
 _OBJECTIVES = flags.DEFINE_list(
     "objectives",
     [
@@ -38,14 +38,14 @@ _OBJECTIVES = flags.DEFINE_list(
         "normalized_softmax",
         "proxy_anchor",
     ],
-    "Objectives.",
+    "Objectives to train with.",
 )
 _DIM = flags.DEFINE_integer("dim", 16, "Embedding dimension.")
-_EPOCHS = flags.DEFINE_integer("epochs", 30, "Epochs a run.", lower_bound=1)
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds.", lower_bound=1)
-_JOBS = flags.DEFINE_integer("jobs", 0, "Runs at a time, one thread each; 0: one a core.", lower_bound=0)
+_EPOCHS = flags.DEFINE_integer("epochs", 30, "Epochs per run.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds per objective and kind.", lower_bound=1)
+_JOBS = flags.DEFINE_integer("jobs", 0, "Parallel runs, one thread each; 0: one per core.", lower_bound=0)
 
-# Multipliers that give proxies and boundaries about the rate that their authors gave them.
+# Multipliers that give proxies and boundaries about their authors' learning rates.
 MULTIPLIERS = {"margin": 1.0, "proxy_anchor": 10.0}
 
 
@@ -55,7 +55,7 @@ def main(_):
         for name in _OBJECTIVES.value
         for kind in KINDS
     }
-    # All objectives once before any of them again.
+    # One seed of everything before the next seed.
     ordered = [runs[seed] for seed in range(_SEEDS.value) for runs in groups.values()]
     results = run_all(dict(ordered), _JOBS.value)
     rows = [

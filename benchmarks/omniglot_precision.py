@@ -1,11 +1,11 @@
-r"""What low precision costs in retrieval: Omniglot with S2SD in float32 and under mixed policies.
+r"""How much low precision costs in retrieval: Omniglot with S2SD in float32 and with mixed precision.
 
     python benchmarks/omniglot_precision.py --data_dir=<folder with Omniglot's two small archives> \
         --workdir=runs/omniglot_precision
 
 Trains `configs/omniglot.py` at dimension 16 with 3 seeds in float32 and mixed_bfloat16 (mixed_float16 is for GPUs: on a
-CPU it takes ten times as long). Writes `omniglot_precision.json` and `.md` into `--results`. Runs that are finished in
-`--workdir` are not trained again.
+CPU it takes ten times as long). Writes `omniglot_precision.json` and `.md` into `--results`. Runs that are already
+finished in `--workdir` are not trained again.
 """
 
 import os
@@ -18,12 +18,12 @@ from omniglot_runs import METRICS, RESULTS, arguments, write
 from s2sd_tf.training.compare import run_all, summarize
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with Omniglot's two small archives.", required=True)
-_WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_precision", "Folder of the runs.")
-_RESULTS = flags.DEFINE_string("results", RESULTS, "Folder of the table.")
-_PRECISIONS = flags.DEFINE_list("precisions", ["float32", "mixed_bfloat16"], "Policies.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_precision", "Folder for the runs.")
+_RESULTS = flags.DEFINE_string("results", RESULTS, "Folder for the table.")
+_PRECISIONS = flags.DEFINE_list("precisions", ["float32", "mixed_bfloat16"], "Keras dtype policies.")
 _DIM = flags.DEFINE_integer("dim", 16, "Embedding dimension.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds a policy.", lower_bound=1)
-_JOBS = flags.DEFINE_integer("jobs", 0, "Runs at a time, one thread each; 0: one a core.", lower_bound=0)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds per policy.", lower_bound=1)
+_JOBS = flags.DEFINE_integer("jobs", 0, "Parallel runs, one thread each; 0: one per core.", lower_bound=0)
 _FLAGS = flags.DEFINE_multi_string("config_flags", [], "A flag for every run: --config_flags=--config.train.epochs=7")
 
 

@@ -1,4 +1,4 @@
-"""What the studies on Omniglot share: the runs' flags, the rows' cells, and the files of results."""
+"""Shared by the Omniglot studies: the flags of runs, the tables, and the files with results."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ RESULTS = os.path.join(_HERE, "results")
 
 
 def arguments(data_dir, dim, kind, seed):
-    """Flags of `s2sd-train` for one run of configs/omniglot.py, plain or with S2SD."""
+    """Returns the flags of `s2sd-train` for one run of configs/omniglot.py, plain or with S2SD."""
     return [
         f"--config={os.path.join(_HERE, '..', 'configs', 'omniglot.py')}:{'plain' if kind == 'plain' else 'msdfa'}",
         f"--config.data.root={data_dir}",
@@ -25,13 +25,13 @@ def arguments(data_dir, dim, kind, seed):
 
 
 def table(heads, rows, names_of, gain_of):
-    """Lines of a markdown table: the columns `heads`, every metric, and what S2SD gains in recall@1.
+    """Returns the lines of a Markdown table: the columns `heads`, every metric, and S2SD's gain in recall@1.
 
     Args:
-        heads: list of str.
-        rows: list of dicts from metric to `(mean, deviation)`, with the key "kind".
-        names_of: function of a row to the cells under `heads`.
-        gain_of: function of a row with S2SD to its gain in percent.
+        heads: names of the first columns.
+        rows: list of dicts from metric to `(mean, deviation)`, which also have the key "kind".
+        names_of: function from a row to its cells under `heads`.
+        gain_of: function from a row with S2SD to its gain in percentage points.
     """
     head = [*heads, *METRICS, "gain in recall@1"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -46,12 +46,13 @@ def write(folder, name, lines, rows, results, workdir, **settings):
     """Writes `name`.json and `name`.md into `folder`.
 
     Args:
-        folder, name: str.
+        folder: folder to write to.
+        name: file name without extension.
         lines: lines of the table.
-        rows: list of dicts, means over runs.
-        results: dict from a run's folder to its results.
+        rows: list of dicts with means over runs.
+        results: dict from each run's folder to its results.
         workdir: folder of all runs.
-        **settings: what else the JSON should tell.
+        **settings: further entries of the JSON.
     """
     versions = next(iter(results.values()))["versions"]
     content = {

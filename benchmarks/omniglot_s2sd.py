@@ -1,12 +1,12 @@
-r"""What S2SD gains on real images: Omniglot, plain objective against S2SD over embedding dimensions.
+r"""How much S2SD gains on real images: Omniglot, plain objective against S2SD, at several embedding dimensions.
 
     python benchmarks/omniglot_s2sd.py --data_dir=<folder with Omniglot's two small archives> \
         --workdir=runs/omniglot_study
 
-Trains every run of `configs/omniglot.py` (136 characters to train on, 106 unseen ones to retrieve; 50 epochs of 24
-batches of 28 x 4): at dimension 16 with 5 seeds, at 4, 8, 32 and 64 with 3, plain and with S2SD, and the plain
+Trains `configs/omniglot.py` (136 characters to train on, 106 unseen ones to retrieve; 50 epochs of 24 batches of
+28 x 4), plain and with S2SD: at dimension 16 with 5 seeds, at 4, 8, 32 and 64 with 3 seeds. Also trains the plain
 objective at 512 dimensions with 3 seeds. Writes `omniglot_s2sd.json`, `.md` and `.png` into `--results`. Runs that are
-finished in `--workdir` are not trained again.
+already finished in `--workdir` are not trained again.
 """
 
 import os
@@ -21,14 +21,14 @@ from s2sd_tf.reporting import save_figure
 from s2sd_tf.training.compare import run_all, summarize
 
 _DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with Omniglot's two small archives.", required=True)
-_WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_study", "Folder of the runs.")
-_RESULTS = flags.DEFINE_string("results", RESULTS, "Folder of the tables and the picture.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_study", "Folder for the runs.")
+_RESULTS = flags.DEFINE_string("results", RESULTS, "Folder for the table and the plot.")
 _DIMS = flags.DEFINE_list("dims", ["4", "8", "16", "32", "64"], "Embedding dimensions.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds a dimension.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds per dimension.", lower_bound=1)
 _MAIN_DIM = flags.DEFINE_integer("main_dim", 16, "The dimension that gets more seeds.")
-_MAIN_SEEDS = flags.DEFINE_integer("main_seeds", 5, "Seeds of that dimension.", lower_bound=1)
+_MAIN_SEEDS = flags.DEFINE_integer("main_seeds", 5, "Seeds at that dimension.", lower_bound=1)
 _REFERENCE_DIM = flags.DEFINE_integer("reference_dim", 512, "Dimension of a plain model for comparison; 0: none.")
-_JOBS = flags.DEFINE_integer("jobs", 0, "Runs at a time, one thread each; 0: one a core.", lower_bound=0)
+_JOBS = flags.DEFINE_integer("jobs", 0, "Parallel runs, one thread each; 0: one per core.", lower_bound=0)
 _FLAGS = flags.DEFINE_multi_string("config_flags", [], "A flag for every run: --config_flags=--config.seed=7")
 
 
@@ -42,7 +42,7 @@ def main(_):
         groups[_REFERENCE_DIM.value, "plain"] = [
             _run(_REFERENCE_DIM.value, "plain", seed) for seed in range(_SEEDS.value)
         ]
-    # The most wanted first.
+    # The main dimension first.
     ordered = sorted(groups, key=lambda group: group[0] != _MAIN_DIM.value)
     results = run_all(dict(run for group in ordered for run in groups[group]), _JOBS.value)
 

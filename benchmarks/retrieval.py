@@ -1,11 +1,12 @@
-r"""Exact search and ScaNN of this package against faiss-cpu and scikit-learn: time, memory, recall.
+r"""This package's exact search and ScaNN against faiss-cpu and scikit-learn: time, memory, recall.
 
     python benchmarks/retrieval.py --output=benchmarks/results/retrieval.json
 
-Clustered rows of unit length, at the size of Stanford Online Products' test set (60,502 images of 11,316 classes, 128
-and 512 dimensions), and a million rows of 50,000 clusters. Every row searches among all (at a million: 4,000 rows). The
-programs take turns in one process with as many threads; the first turn is not counted. Memory is what a run of its own
-takes at its peak beside the rows. `--part` runs one part: search, large, metrics. Writes the JSON and a table (.md).
+Searches clustered unit rows of the size of Stanford Online Products' test set (60,502 images of 11,316 classes, 128 and
+512 dimensions), and a million rows of 50,000 clusters. All rows are queries, or 4,000 of the million. The programs take
+turns in one process with the same number of threads. The first turn is not counted. Memory is the peak of a separate
+run, besides the rows. `--part` chooses parts: search, large, metrics. Writes the JSON and a table (.md) of the same
+name.
 """
 
 import json
@@ -30,22 +31,22 @@ from s2sd_tf.files import read_json, write_json
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("part", ["search", "large", "metrics"], "Parts to run.")
-flags.DEFINE_integer("threads", 2, "Threads of all.")
-flags.DEFINE_integer("turns", 3, "Turns that count.", lower_bound=1)
+flags.DEFINE_integer("threads", 2, "Threads of every program.")
+flags.DEFINE_integer("turns", 3, "Turns that are counted.", lower_bound=1)
 flags.DEFINE_integer("size", 60_502, "Rows of the smaller set.")
 flags.DEFINE_integer("large_size", 1_000_000, "Rows of the larger set.")
 flags.DEFINE_integer("large_queries", 4_000, "Queries of the larger set.")
-flags.DEFINE_float("noise", 0.6, "Deviation around the centres, which have deviation 1, in every dimension.")
-flags.DEFINE_string("output", None, "JSON to write, part by part; the table gets its name.")
-flags.DEFINE_string("memory_of", None, "Of this file and program: run alone and print the peak (used by itself).")
+flags.DEFINE_float("noise", 0.6, "Standard deviation around the centres in every dimension; theirs is 1.")
+flags.DEFINE_string("output", None, "JSON file to write after every part; the table gets the same name.")
+flags.DEFINE_string("memory_of", None, "Internal: run PATH:PROGRAM alone and print its peak memory.")
 
 K = 11
-# One turn of these is enough.
+# These take one turn only.
 SLOW = ("scikit-learn brute",)
 
 
 def rows_of(size, dim, classes, seed=0):
-    """`(rows, labels)`: unit rows around centres."""
+    """Returns `(rows, labels)`: unit rows around class centres."""
     generator = np.random.default_rng(seed)
     centres = generator.standard_normal((classes, dim), dtype=np.float32)
     labels = generator.integers(0, classes, size)
@@ -54,7 +55,7 @@ def rows_of(size, dim, classes, seed=0):
 
 
 def programs(rows, queries):
-    """From a name to a function that returns the indices `(queries, K)`."""
+    """Returns a dict from name to a function that returns the neighbours' indices, `(queries, K)`."""
 
     def ours():
         return evaluation.find_neighbors(queries, rows, K).indices
@@ -85,7 +86,7 @@ def programs(rows, queries):
 
 
 def compare(rows, queries, without=()):
-    """Seconds of each turn and agreement with faiss, of exact programs and of tuned ScaNN."""
+    """Times the exact programs and tuned ScaNN. Returns each one's seconds per turn and agreement with faiss."""
     runs = {name: run for name, run in programs(rows, queries).items() if name not in without}
     start = time.perf_counter()
     index = evaluation.build_index(rows, recall=0.99, k=K)
@@ -96,7 +97,7 @@ def compare(rows, queries, without=()):
         for name, run in runs.items():
             if name in SLOW and turn != 1:
                 continue
-            # The threads of the one before may still be spinning.
+            # The previous one's threads may still be spinning.
             time.sleep(0.2)
             start = time.perf_counter()
             found[name] = run()
@@ -107,7 +108,7 @@ def compare(rows, queries, without=()):
     results = {}
     for name, indices in found.items():
         indices = np.asarray(indices, np.int64)
-        # The nearest beside itself; one that is as near counts.
+        # The nearest row besides the query itself; an equally near one counts too.
         nearest = np.einsum("ij,ij->i", queries, rows[indices[:, 1]])
         results[name] = {
             "seconds": times[name],
@@ -135,7 +136,7 @@ def large_part():
 
 
 def add_memory(results, rows):
-    """Peak memory of each program in a process of its own, in MiB beside the rows."""
+    """Adds each program's peak memory in a separate process, in MiB besides the rows."""
     path = f"/tmp/retrieval_{os.getpid()}.npy"
     np.save(path, rows)
     try:
@@ -161,13 +162,13 @@ def print_memory():
 
 
 def peak():
-    """Peak memory of this process so far in MiB; `getrusage` would begin with that of the process that started it."""
+    """This process's peak memory so far in MiB. `getrusage` would start with the parent process's peak."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def metrics_part():
-    """The whole set of metrics against faiss with NumPy and scikit-learn that compute the same."""
+    """Times all metrics against the same ones computed with faiss, NumPy and scikit-learn."""
     rows, labels = rows_of(FLAGS.size, 128, 11_316)
     noisy = rows + 2.0 * FLAGS.noise * rows_of(FLAGS.size, 128, 1, seed=1)[0]
     rows = (noisy / np.linalg.norm(noisy, axis=1, keepdims=True)).astype(np.float32)
@@ -193,7 +194,7 @@ def metrics_part():
         for start in range(0, len(rows), 1000):
             part = slice(start, start + 1000)
             found = index.search(rows[part], depth + 1)[1]
-            # The row itself goes; it need not be the first where others are equal.
+            # Drop the row itself, which need not come first if others are equal to it.
             own = found == np.arange(len(rows))[part, None]
             own[~own.any(axis=1), -1] = True
             found = found[~own].reshape(-1, depth)
@@ -206,7 +207,7 @@ def metrics_part():
             values["r_precision"] = (hits & in_r).sum(axis=1) / np.maximum(r, 1)
             values["map@r"] = (precision * in_r).sum(axis=1) / np.maximum(r, 1)
             values[f"map@{depth}"] = precision.sum(axis=1) / np.maximum(np.minimum(r, depth), 1)
-            # Only as deep as was searched.
+            # Only within the searched depth.
             values["mrr"] = np.where(hits.any(axis=1), 1 / (1 + np.argmax(hits, axis=1)), 0)
             for name, value in values.items():
                 sums[name] = sums.get(name, 0) + value[r > 0].sum()
@@ -230,7 +231,7 @@ def metrics_part():
 def table(results):
     lines = ["# Retrieval: time, memory and recall", ""]
     lines += [f"- {key}: {value}" for key, value in results["machine"].items()]
-    lines += [f"- the {K} nearest of every row, itself among them; clustered rows, noise {results['noise']}", ""]
+    lines += [f"- the {K} nearest of every row, including itself; clustered rows, noise {results['noise']}", ""]
     for title, found in {**results.get("search", {}), **results.get("large", {})}.items():
         base = np.median(found["faiss-cpu IndexFlatIP"]["seconds"])
         exact = np.median(found["s2sd_tf exact"]["seconds"])
@@ -253,7 +254,7 @@ def table(results):
     if "metrics" in results:
         found = results["metrics"]
         lines += ["## All metrics at the size of Stanford Online Products' test set", ""]
-        lines += ["Without k-means, which a given clustering stands for.", "", "| | s2sd_tf | faiss and NumPy |"]
+        lines += ["Without k-means: both sides get the same given clustering.", "", "| | s2sd_tf | faiss and NumPy |"]
         lines += ["|---|---|---|"]
         ours, theirs = found["s2sd_tf"], found["faiss"]
         lines.append(f"| seconds | {ours['seconds']:.1f} | {theirs['seconds']:.1f} |")

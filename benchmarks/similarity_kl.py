@@ -1,12 +1,12 @@
-r"""Time, memory and error of the similarity-KL: fused against composed graph, composed XLA and PyTorch eager.
+r"""Time, memory and error of the similarity-KL: the fused op against the composed graph, composed XLA and PyTorch.
 
     python benchmarks/similarity_kl.py --output=benchmarks/results/similarity_kl.json
 
-One process times everything, turn by turn on the same inputs, with the same number of threads: loss and gradient for a
-student of 128 dimensions and five teachers of 512 to 2048. Beside it the time that the products alone would take at the
-speed of a dense matrix product measured in the same run: all of them, and half, as the matrices are symmetric. Memory
-is measured in processes of their own. PyTorch takes part where it is installed. Writes the JSON, a table (.md) and a
-plot (.png) of the same name; takes about 5 minutes on 2 cores.
+One process times everything in alternation, on the same inputs and with the same number of threads: loss and gradient
+for a student of 128 dimensions and five teachers of 512 to 2048. For comparison it reports the time that the products
+alone would take at the speed of a dense matrix product measured in the same run: all of them, and half of them, because
+the matrices are symmetric. Memory is measured in separate processes. PyTorch is included if it is installed. Writes the
+JSON, a table (.md) and a plot (.png) of the same name. Takes about 5 minutes on 2 cores.
 """
 
 import json
@@ -28,15 +28,15 @@ from s2sd_tf import similarity_kl
 from s2sd_tf.files import write_json
 
 FLAGS = flags.FLAGS
-flags.DEFINE_list("sizes", ["112", "512", "2048", "4096"], "Batch sizes whose time is measured.")
-flags.DEFINE_list("error_sizes", ["112", "512", "2048"], "Batch sizes whose error against float64 is measured.")
-flags.DEFINE_list("memory_sizes", ["4096", "16384", "32768"], "Batch sizes whose memory is measured.")
-flags.DEFINE_integer("composed_memory_limit", 16384, "The largest batch whose memory is measured for the composed one.")
-flags.DEFINE_integer("student_dim", 128, "Dimension of the student.")
-flags.DEFINE_list("teacher_dims", ["512", "1024", "1536", "2048", "2048"], "Dimensions of the teachers.")
+flags.DEFINE_list("sizes", ["112", "512", "2048", "4096"], "Batch sizes at which time is measured.")
+flags.DEFINE_list("error_sizes", ["112", "512", "2048"], "Batch sizes at which the error against float64 is measured.")
+flags.DEFINE_list("memory_sizes", ["4096", "16384", "32768"], "Batch sizes at which memory is measured.")
+flags.DEFINE_integer("composed_memory_limit", 16384, "Largest batch at which the composed memory is measured.")
+flags.DEFINE_integer("student_dim", 128, "Dimension of the student's embeddings.")
+flags.DEFINE_list("teacher_dims", ["512", "1024", "1536", "2048", "2048"], "Dimensions of the teachers' embeddings.")
 flags.DEFINE_integer("threads", 2, "Threads of every implementation.")
-flags.DEFINE_integer("repeats", 9, "Turns of each, of one measurement; of more for small batches.")
-flags.DEFINE_string("output", None, "JSON to write; table and plot get its name.")
+flags.DEFINE_integer("repeats", 9, "Turns of each, with one measurement or, for small batches, several.")
+flags.DEFINE_string("output", None, "JSON file to write; table and plot get the same name.")
 flags.DEFINE_string("memory_of", None, "Internal: measure the memory of IMPLEMENTATION:BATCH in this process.")
 
 LABELS = {
@@ -72,7 +72,7 @@ def main(_):
 
 
 def inputs(batch):
-    """Student and teachers, float32 arrays of unit rows."""
+    """Returns `(student, teachers)`: float32 arrays with unit rows."""
     random = np.random.default_rng(0)
 
     def rows(dim):
@@ -83,7 +83,7 @@ def inputs(batch):
 
 
 def make(implementation, student, teachers):
-    """A function without arguments that computes loss and gradient once and waits for them."""
+    """Returns a function without arguments that computes loss and gradient once and waits for them."""
     if implementation == "pytorch":
         return make_torch(student, teachers)
     dtype = tf.bfloat16 if "bfloat16" in implementation else tf.float32
@@ -98,7 +98,7 @@ def make(implementation, student, teachers):
             loss, _ = similarity_kl(student, teachers, implementation=implementation.split()[0], jit_compile=jit)
         return loss, tape.gradient(loss, student)
 
-    # In training one function holds the whole step: what its call costs is not the implementation's.
+    # In training one function holds the whole step, so the cost of calling it is not counted.
     concrete = step.get_concrete_function(student, teachers)
 
     def run():
@@ -128,7 +128,7 @@ def make_torch(student, teachers):
 
 
 def make_product(batch=4096, dim=2048):
-    """A dense product a b^T, by which the machine's speed is judged."""
+    """A dense product a b^T, to measure the machine's speed. Returns `(run, floating-point operations)`."""
     random = np.random.default_rng(0)
     a, b = (tf.constant(random.standard_normal((batch, dim), dtype=np.float32)) for _ in range(2))
     product = tf.function(lambda: tf.matmul(a, b, transpose_b=True))
@@ -149,7 +149,7 @@ def time_all(batch):
     calls = max(1, 2048 // batch)
     for _ in tqdm(range(FLAGS.repeats), desc=f"time, batch {batch}", leave=False):
         for name, run in runs.items():
-            # The threads of the one before may still be spinning, and its data be in the caches.
+            # The previous one's threads may still be spinning, and its data may be in the caches.
             time.sleep(0.05)
             with workspace(name):
                 run()
@@ -170,7 +170,7 @@ def time_all(batch):
 
 
 class workspace:
-    """The workspace budget that an implementation's name stands for."""
+    """Sets the workspace budget that an implementation's name stands for."""
 
     def __init__(self, name):
         self.name = name
@@ -184,7 +184,7 @@ class workspace:
 
 
 def errors(batch):
-    """Distances from the composed version in float64: of the loss, and of the gradient relative to its norm."""
+    """Distances from the composed version in float64: the loss's, and the gradient's relative to its norm."""
     student, teachers = inputs(batch)
     reference_loss, reference = make_float64(student, teachers)
     found = {}
@@ -221,13 +221,13 @@ def memory_of_all(batch):
 
 
 def measure_memory(name, batch):
-    """Peak resident memory during one computation, less what was resident before it."""
+    """Peak resident memory during one computation, minus what was resident before."""
     data = inputs(int(batch))
     run = make(name, *data)
     make(name, *[values[:64] if isinstance(values, np.ndarray) else [v[:64] for v in values] for values in data])()
     with workspace(name):
         before = status("VmRSS")
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         start = time.perf_counter()
         run()
         seconds = time.perf_counter() - start
@@ -235,7 +235,7 @@ def measure_memory(name, batch):
 
 
 def status(field):
-    """A number of /proc/self/status in MiB: VmRSS, what is resident, or VmHWM, its peak."""
+    """A field of /proc/self/status in MiB: VmRSS (resident memory) or VmHWM (its peak)."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
@@ -258,7 +258,7 @@ def table(results):
     lines += [
         "| dense product, GFLOP/s | " + " | ".join(cells) + " |",
         "",
-        "Times that the fused op is faster than:",
+        "Speed-up of the fused op over:",
         "",
     ]
     lines += [f"| | {' | '.join(sizes)} |", "|---" * (len(sizes) + 1) + "|"]
@@ -269,10 +269,10 @@ def table(results):
         f"{results['time_ms'][s]['quartiles']['fused'][1] / results['time_ms'][s]['symmetric_floor']:.2f}"
         for s in sizes
     ]
-    lines += ["| its time over the symmetric floor | " + " | ".join(cells) + " |"]
+    lines += ["| its time / symmetric floor | " + " | ".join(cells) + " |"]
     cells = [f"{1 / ratio(results, s, 'fused bfloat16'):.2f}" for s in sizes]
     lines += ["| gain of bfloat16 inputs | " + " | ".join(cells) + " |", ""]
-    lines += ["Distance from float64: loss; gradient, relative to its norm.", ""]
+    lines += ["Distance from float64: loss; gradient relative to its norm.", ""]
     sizes = list(results["error"])
     if sizes:
         lines += [f"| | {' | '.join(sizes)} |", "|---" * (len(sizes) + 1) + "|"]
@@ -280,7 +280,7 @@ def table(results):
             cells = [results["error"][size][name] for size in sizes]
             row = " | ".join(f"{c['loss']:.1e}; {c['gradient']:.1e}" for c in cells)
             lines.append(f"| {LABELS[name]} | {row} |")
-    lines += ["", "Peak memory beside inputs, MiB (seconds of that one run).", ""]
+    lines += ["", "Peak memory besides the inputs, MiB (seconds of that run).", ""]
     sizes = list(results["memory_mib"])
     lines += [f"| | {' | '.join(sizes)} |", "|---" * (len(sizes) + 1) + "|"]
     for name in ("fused", "fused budget 0", "composed"):
@@ -318,7 +318,7 @@ def plot(results, path):
     for offset, name in enumerate(("fused", "fused budget 0", "composed")):
         values = [memory[s][name]["extra_mib"] if isinstance(memory[s].get(name), dict) else 0 for s in memory]
         right.bar(np.arange(len(memory)) + 0.27 * (offset - 1), values, 0.25, label=LABELS[name])
-    right.set(yscale="log", xlabel="batch", ylabel="peak memory beside inputs, MiB")
+    right.set(yscale="log", xlabel="batch", ylabel="peak memory besides the inputs, MiB")
     right.set_xticks(range(len(memory)), list(memory))
     right.legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -1,12 +1,12 @@
-r"""Runs that are killed again and again, and have to end as if nothing had happened: `make soak`.
+r"""Kills runs again and again, and checks that they end as if nothing had happened: `make soak`.
 
     python benchmarks/soak.py --runs=30 --output=benchmarks/results/soak.json
 
-One small run on digits is left alone. Then every run of the same config is killed at random moments, by SIGTERM and
-SIGKILL by turns: some while it starts, most after training has begun. After every kill each file in its folder has to
-be whole, and the exit status of SIGTERM 75; then it is called again, until it ends. Its weights, optimizer and averages
-have to be those of the run that was left alone, bit by bit, and its history but for the columns of times. Writes the
-JSON and a table (.md) of the same name; ends with an error where anything is not so.
+One small run on digits is not interrupted. Then every further run of the same config is killed at random moments, by
+SIGTERM and SIGKILL in alternation: some while it starts, most after training has begun. After every kill, each file in
+its folder must be intact, and the exit status after SIGTERM must be 75. Then the run is started again, until it ends.
+Its weights, optimizer state and averages must equal those of the uninterrupted run, bit by bit. So must its history,
+except for the columns of times. Writes the JSON and a table (.md) of the same name. Fails if any check fails.
 """
 
 import concurrent.futures
@@ -39,13 +39,13 @@ from s2sd_tf.training.interruption import EXIT_STATUS
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("runs", 30, "Runs that are killed.")
-flags.DEFINE_integer("kills", 4, "Kills of a run, at most.")
-flags.DEFINE_integer("jobs", 1, "Runs at a time, of a thread each.")
-flags.DEFINE_integer("seed", 0, "Of the moments.")
-flags.DEFINE_string("output", None, "JSON to write; the table gets its name.")
+flags.DEFINE_integer("runs", 30, "Runs to kill.")
+flags.DEFINE_integer("kills", 4, "Kills per run, at most.")
+flags.DEFINE_integer("jobs", 1, "Parallel runs, one thread each.")
+flags.DEFINE_integer("seed", 0, "Seed of the moments.")
+flags.DEFINE_string("output", None, "JSON file to write; the table gets the same name.")
 
-# Everything that has a state: a miner that draws, augmentation, a schedule, averages, a best checkpoint.
+# Everything that has state: a random miner, augmentation, a schedule, averages, a best checkpoint.
 CONFIG = (
     f"--config={REPOSITORY}/configs/digits.py",
     "--config.model.filters=(8,8)",
@@ -64,37 +64,37 @@ CONFIG = (
     "--config.train.threads=1",
     "--config.eval.every=2",
 )
-# Share of the kills that come before training begins.
+# The share of kills before training begins.
 EARLY = 0.2
 PATIENCE = 600
 
 
 def start(workdir):
-    """The program, in a process of its own, which writes to a log beside the folder."""
+    """Starts the program in its own process, which logs to a file next to the folder."""
     command = [sys.executable, "-m", "s2sd_tf.cli.train", *CONFIG, f"--workdir={workdir}"]
     with open(f"{workdir}.log", "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
 def sessions(workdir):
-    """How many times training has begun."""
+    """The number of times training has begun."""
     path = workdir / "run.json"
     return len(read_json(path)["sessions"]) if path.exists() else 0
 
 
 def run_alone(workdir):
-    """`(seconds until training begins, seconds from there to the end)` of a run that is left alone."""
+    """Runs without interruption. Returns `(seconds until training begins, seconds from there to the end)`."""
     begin = time.monotonic()
     process = start(workdir)
     while not sessions(workdir) and process.poll() is None:
         time.sleep(0.02)
     begun = time.monotonic()
-    check(process.wait(PATIENCE) == 0, f"the run that was left alone failed; its log ends with:\n{log_end(workdir)}")
+    check(process.wait(PATIENCE) == 0, f"the uninterrupted run failed; its log ends with:\n{log_end(workdir)}")
     return begun - begin, time.monotonic() - begun
 
 
 def run_killed(workdir, seed, times):
-    """What happened to a run that was killed until it had been often enough, or ended."""
+    """Kills a run `--kills` times or until it ends, then lets it finish. Returns a dict for every kill."""
     moments = random.Random(seed)
     happened = []
     for number in range(FLAGS.kills):
@@ -105,7 +105,7 @@ def run_killed(workdir, seed, times):
         else:
             while sessions(workdir) == before and process.poll() is None:
                 time.sleep(0.02)
-            # What is left of the run gets shorter.
+            # The remaining run gets shorter.
             wait(process, moments.uniform(0, times[1] / (1 + number / 2)))
         begun, ended = sessions(workdir) > before, (workdir / "results.json").exists()
         process.send_signal(number_of_signal)
@@ -122,11 +122,11 @@ def run_killed(workdir, seed, times):
         )
         allowed = {0, -number_of_signal}
         if number_of_signal == signal.SIGTERM:
-            # Before the program has begun, and after it has ended, a signal does what it does to any process.
+            # Before the program handles signals, and after it has finished, SIGTERM kills it like any process.
             allowed = {0, EXIT_STATUS} if begun and not ended else {0, EXIT_STATUS, -number_of_signal}
         check(
             status in allowed,
-            f"exit status {status} of {number_of_signal.name}; its log ends with:\n{log_end(workdir)}",
+            f"exit status {status} after {number_of_signal.name}; its log ends with:\n{log_end(workdir)}",
         )
         check(
             status != 0 or (workdir / "results.json").exists(),
@@ -134,7 +134,7 @@ def run_killed(workdir, seed, times):
         )
         if status == 0:
             break
-    check(start(workdir).wait(PATIENCE) == 0, f"the run could not be ended; its log ends with:\n{log_end(workdir)}")
+    check(start(workdir).wait(PATIENCE) == 0, f"the run could not be finished; its log ends with:\n{log_end(workdir)}")
     check_files(workdir)
     return happened
 
@@ -146,7 +146,7 @@ def log_end(workdir):
 
 
 def wait(process, seconds):
-    """Sleeps, unless the process ends before."""
+    """Waits for some seconds, or until the process ends."""
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -154,14 +154,14 @@ def wait(process, seconds):
 
 
 def place(workdir):
-    """The name of the last checkpoint."""
+    """The name of the last checkpoint, or `-`."""
     folder = workdir / "checkpoints"
     names = sorted(path.name for path in folder.glob("epoch_*")) if folder.exists() else []
     return names[-1] if names else "-"
 
 
 def check_files(workdir):
-    """Reads every file in a run's folder, but for TensorBoard's and what is being written; returns how many."""
+    """Reads every file in a run's folder, except TensorBoard's and unfinished ones. Returns how many."""
     count = 0
     for path in sorted(workdir.rglob("*")):
         parts = path.relative_to(workdir).parts
@@ -186,32 +186,32 @@ def check_files(workdir):
 
 
 def check_equal(one, other):
-    """Compares what two runs left."""
+    """Checks that two runs have equal models, histories and results."""
     models = [load_model(str(workdir / "best.keras")) for workdir in (one, other)]
     for kind in ("variables", "optimizer.variables"):
         groups = [values(model, kind) for model in models]
-        check(len(groups[0]) == len(groups[1]), f"{other}: another number of {kind}")
+        check(len(groups[0]) == len(groups[1]), f"{other}: a different number of {kind}")
         for a, b in zip(*groups):
-            check(np.array_equal(a, b), f"{other}: other {kind}")
+            check(np.array_equal(a, b), f"{other}: different {kind}")
     histories = [
         [{key: value for key, value in row.items() if key not in TIMES} for row in read_history(workdir)]
         for workdir in (one, other)
     ]
-    check(histories[0] == histories[1], f"{other}: another history")
+    check(histories[0] == histories[1], f"{other}: a different history")
     results = [read_json(workdir / "results.json") for workdir in (one, other)]
     for result in results:
         result.pop("train_seconds")
-    check(results[0] == results[1], f"{other}: other results")
+    check(results[0] == results[1], f"{other}: different results")
 
 
 def values(model, kind):
-    """Arrays of a model's or an optimizer's variables."""
+    """The variables of a model (kind "variables") or of its optimizer, as arrays."""
     found = model.variables if kind == "variables" else model.optimizer.variables
     return [tf.convert_to_tensor(variable).numpy() for variable in (found() if callable(found) else found)]
 
 
 def check(holds, message):
-    """Raises where something is not as it has to be."""
+    """Raises a RuntimeError if a condition does not hold."""
     if not holds:
         raise RuntimeError(message)
 
@@ -233,23 +233,23 @@ def main(_):
             check_equal(folder / "alone", folder / f"run{number:03d}")
     minutes = (time.monotonic() - begin) / 60
     text = table(results)
-    print(f"{text}\n\nAll equal to the run that was left alone; {minutes:.1f} minutes")
+    print(f"{text}\n\nAll equal to the uninterrupted run; {minutes:.1f} minutes")
     if FLAGS.output:
         machine = {**describe(1), "jobs": FLAGS.jobs, "minutes": round(minutes, 1)}
         write_json(FLAGS.output, {"machine": machine, "runs": results})
-        told = "".join(f"- {key}: {value}\n" for key, value in machine.items())
+        about = "".join(f"- {key}: {value}\n" for key, value in machine.items())
         title = (
-            f"# {FLAGS.runs} runs, killed {sum(map(len, results))} times\n\nAll ended with the weights, the state of "
-            "the optimizer and the history of a run that was left alone, bit by bit.\n\n"
+            f"# {FLAGS.runs} runs, killed {sum(map(len, results))} times\n\nAll ended with the same weights, optimizer "
+            "state and history as an uninterrupted run, bit by bit.\n\n"
         )
-        pathlib.Path(FLAGS.output).with_suffix(".md").write_text(f"{title}{told}\n{text}\n")
+        pathlib.Path(FLAGS.output).with_suffix(".md").write_text(f"{title}{about}\n{text}\n")
 
 
 def table(results):
-    """A Markdown table: kills by signal and by what the run was doing."""
+    """Returns a Markdown table of the kills, by signal and by what the run was doing."""
     kills = [kill for run in results for kill in run]
     lines = [
-        "| signal | while it | kills | exit status: times | stood within an epoch | files read |",
+        "| signal | while it | kills | exit status: times | last checkpoint within an epoch | files read |",
         "|---|---|---|---|---|---|",
     ]
     phases = {"start": "starts", "training": "trains and evaluates", "end": "has ended"}
@@ -259,10 +259,10 @@ def table(results):
             if not chosen:
                 continue
             statuses = [kill["status"] for kill in chosen]
-            told = ", ".join(f"{status}: {statuses.count(status)}" for status in sorted(set(statuses)))
+            exits = ", ".join(f"{status}: {statuses.count(status)}" for status in sorted(set(statuses)))
             within = sum("step" in kill["stands at"] for kill in chosen)
             files = sum(kill["files"] for kill in chosen)
-            lines.append(f"| {name} | {words} | {len(chosen)} | {told} | {within} | {files:,} |")
+            lines.append(f"| {name} | {words} | {len(chosen)} | {exits} | {within} | {files:,} |")
     return "\n".join(lines)
 
 

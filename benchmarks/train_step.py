@@ -3,17 +3,17 @@ r"""Time of a training step: what S2SD adds to the plain objective, where it goe
     pip install torch==2.13.0
     python benchmarks/train_step.py --output=benchmarks/results/train_step.json
 
-Two networks in float32, multi-similarity and Adam: four convolution blocks on 112 drawings of 28 x 28, and ResNet-50
-with frozen batch statistics on 32 images of 224 x 224. S2SD is the variant "msdfa", whose features teach from the first
-step on. PyTorch, where it is installed, takes a step that is written here: the same network, heads, losses and
-optimizer, with the memory format and the Adam that suit a CPU. Before anything is timed, all take steps from equal
-weights on the same images, and must have the same loss.
+Trains two networks in float32 with multi-similarity and Adam: four convolution blocks on 112 drawings of 28 x 28, and
+ResNet-50 with frozen batch statistics on 32 images of 224 x 224. S2SD is the variant "msdfa", with features that teach
+from the first step on. If PyTorch is installed, it takes a step that is written here: the same network, heads, losses
+and optimizer, with the memory format and the Adam that suit a CPU. Before anything is timed, all implementations take
+steps from equal weights on the same images and must have the same losses.
 
-One process times everything, turn by turn, in an order that is reversed every time, with the same number of threads;
-ratios are of times of one turn. So are timed: the variants of the step; the parts of a step, each alone; a dense
-product and a pass over memory, whose speeds give a floor for the cost of the target heads; and for ResNet-50 the
-input pipeline alone, on generated JPEGs. Writes the JSON and a table (.md) of the same name; with ResNet-50 and PyTorch
-it needs 13 GiB of memory.
+One process times everything in turns, with the same number of threads. Every turn reverses the order, and ratios are of
+times in the same turn. Timed are the variants of the step; the parts of a step, each alone; a dense product and a pass
+over memory, whose speeds give a lower bound for the cost of the target heads; and for ResNet-50 the input pipeline
+alone, on generated JPEGs. Writes the JSON and a table (.md) of the same name. ResNet-50 with PyTorch needs 13 GiB of
+memory.
 """
 
 import contextlib
@@ -44,14 +44,14 @@ from s2sd_tf.models import backbones
 from s2sd_tf.models.pooling import pool
 
 FLAGS = flags.FLAGS
-flags.DEFINE_bool("small_only", False, "Leave out ResNet-50, and with it the input pipeline.")
+flags.DEFINE_bool("small_only", False, "Skip ResNet-50 and the input pipeline.")
 flags.DEFINE_integer("threads", 2, "Threads of every implementation.", lower_bound=1)
-flags.DEFINE_integer("repeats", 9, "Turns of each.", lower_bound=1)
-flags.DEFINE_string("output", None, "JSON to write; the table gets its name.")
+flags.DEFINE_integer("repeats", 9, "Turns.", lower_bound=1)
+flags.DEFINE_string("output", None, "JSON file to write; the table gets the same name.")
 
 
 class Network(NamedTuple):
-    """A backbone, its batches, and the dimensions of the embeddings."""
+    """A network to time: backbone, batches and embedding dimensions."""
 
     backbone: str
     settings: dict
@@ -61,8 +61,8 @@ class Network(NamedTuple):
     embedding_dim: int
     target_dims: tuple
     learning_rate: float
-    options: bool = False  # whether S2SD's options are timed too, which keep models of their own
-    input_batches: int = 0  # a turn of the input pipeline; 0: it is not timed
+    options: bool = False  # whether S2SD's options are timed too; each needs its own model
+    input_batches: int = 0  # per turn of the input pipeline; 0: not timed
 
     @property
     def batch(self):
@@ -104,13 +104,13 @@ DIAGNOSTICS, MICRO_BATCHES = "S2SD, diagnostics", "S2SD, two micro-batches"
 TORCH, TORCH_COMPILED = "S2SD, PyTorch eager", "S2SD, PyTorch compiled"
 REFERENCES = {PLAIN: "plain", TORCH: "PyTorch eager", TORCH_COMPILED: "PyTorch compiled"}
 
-# Steps from equal weights, whose losses may be so far apart, relative to losses above 1.
+# Number of steps from equal weights, and how far apart their losses may be, relative to losses above 1.
 AGREEMENT_STEPS, TOLERANCE = 3, 1e-4
-# Small, as Keras and PyTorch add it in different places.
+# Small, because Keras and PyTorch add it in different places.
 EPSILON = 1e-10
 PRODUCT, MEMORY, INPUT = "dense product", "pass over memory", "input pipeline"
 PRODUCT_SIDE, MEMORY_FLOATS = 2048, 2**25
-# What takes less is called several times in a turn, for about so long.
+# Shorter calls are repeated within a turn, for about this long.
 MS_A_TURN = 500
 
 
@@ -131,12 +131,12 @@ def main(_):
 
 
 def measure(name, network):
-    """The figures of a network, as a dict: losses, milliseconds of every turn, parameters and FLOPs."""
+    """Measures a network. Returns a dict with losses, milliseconds of every turn, parameters and FLOPs."""
     images, labels = batch_of(network)
     models = {variant: make_model(network, settings) for variant, settings in variants(network).items()}
     steps = {variant: make_step(model, images, labels) for variant, model in models.items()}
     if torch():
-        # Now, as its weights are those that all the models still have.
+        # Now, while all models still have equal weights.
         for variant in (TORCH, TORCH_COMPILED):
             steps[variant] = make_torch_step(network, models[FUSED], images, labels, variant == TORCH_COMPILED)
     losses, failed = first_losses(name, models, steps)
@@ -169,9 +169,9 @@ def measure(name, network):
 
 
 def share_freed_memory():
-    """Lets all threads allocate from one arena of glibc, so that what one variant has freed serves the next one.
+    """Lets all threads allocate from one glibc arena, so that memory freed by one variant serves the next.
 
-    With an arena a thread, each keeps gigabytes of freed activations of ResNet-50.
+    With one arena per thread, each would keep gigabytes of ResNet-50's freed activations.
     """
     m_arena_max = -8
     with contextlib.suppress(AttributeError):
@@ -179,7 +179,7 @@ def share_freed_memory():
 
 
 def batch_of(network):
-    """Images and labels: noise, that of a class around a common mean."""
+    """Returns `(images, labels)`: noise around a mean image per class."""
     random = np.random.default_rng(0)
     labels = np.repeat(np.arange(network.classes, dtype=np.int32), network.samples)
     means = random.standard_normal((network.classes, *network.image_shape), dtype=np.float32)
@@ -188,7 +188,7 @@ def batch_of(network):
 
 
 def variants(network):
-    """Settings of `S2SDModel`, by variant."""
+    """Returns a dict from variant to settings of `S2SDModel`."""
     s2sd = {**preset("msdfa"), "target_dims": network.target_dims, "feature_distill_delay": 0}
     fused = {**s2sd, "similarity_kl_implementation": "fused"}
     found = {
@@ -203,7 +203,7 @@ def variants(network):
 
 
 def make_model(network, settings):
-    """A compiled model; the weights that two have in common are equal."""
+    """Returns a compiled model. Weights that two models share have equal values."""
     keras.utils.set_random_seed(0)
     backbone = backbones.get(network.backbone, network.image_shape, **network.settings)
     model = S2SDModel(backbone, network.embedding_dim, objective="multi_similarity", **settings)
@@ -217,7 +217,7 @@ def make_step(model, images, labels):
 
 
 def make_torch_step(network, model, images, labels, compiled):
-    """The same step in PyTorch, from the weights that `model` has now."""
+    """Returns the same step in PyTorch, starting from the current weights of `model`."""
     module = make_torch_module(network)
     missing, unexpected = module.load_state_dict(torch_state(model), strict=False)
     if unexpected or any(not name.endswith("num_batches_tracked") for name in missing):
@@ -240,7 +240,7 @@ def make_torch_step(network, model, images, labels, compiled):
 
 
 def make_torch_module(network):
-    """`S2SDModel` as a PyTorch module from images and labels to the loss; its names are those of `torch_state`."""
+    """`S2SDModel` as a PyTorch module from images and labels to the loss. Its names match `torch_state`."""
     library = torch()
     nn, functional = library.nn, library.nn.functional
 
@@ -352,7 +352,7 @@ def make_torch_module(network):
 
 
 def torch_state(model):
-    """The weights of an `S2SDModel` as the state dict of `make_torch_module`."""
+    """Returns the weights of an `S2SDModel` as a state dict for `make_torch_module`."""
     layers = {f"backbone.{layer.name}": layer for layer in model.backbone.layers if layer.weights}
     layers["embedding_head.linear"] = model.embedding_head.linear
     for k, head in enumerate(model.target_heads):
@@ -365,25 +365,25 @@ def torch_state(model):
             names = ("weight", "bias", "running_mean", "running_var")
         else:
             names = ("weight", "bias")
-            # Convolutions and dense layers have their outputs last, and there first.
+            # Keras kernels have their output axis last, PyTorch's have it first.
             arrays[0] = np.ascontiguousarray(np.moveaxis(arrays[0], (-1, -2), (0, 1)))
         state.update({f"{name}.{parameter}": torch().from_numpy(array) for parameter, array in zip(names, arrays)})
     return state
 
 
 def first_losses(name, models, steps):
-    """Losses of the first steps by variant, and why a variant has none. Compiles and warms up what is timed later."""
+    """Takes the first steps, which also compile and warm up. Returns losses and error messages, by variant."""
     losses, failed = {}, {}
     for variant, step in tqdm(steps.items(), desc=f"{name}, first steps", leave=False):
         found = []
         try:
             for _ in range(AGREEMENT_STEPS):
                 if variant in models:
-                    # What Keras returns are means since then.
+                    # Keras returns means since the last reset.
                     models[variant].reset_metrics()
                 found.append(step())
         except RuntimeError as error:
-            # A compiler that is missing, or does not know the processor.
+            # The compiler is missing or does not know the processor.
             if variant != TORCH_COMPILED:
                 raise
             failed[variant] = str(error).splitlines()[0]
@@ -393,12 +393,12 @@ def first_losses(name, models, steps):
 
 
 def distances_of(network, losses):
-    """The largest distance from the loss of `FUSED` in each of the first steps.
+    """Returns the largest distance from the loss of `FUSED` for each of the first steps.
 
     Raises:
-        RuntimeError: a variant that computes the same is further away than `TOLERANCE`.
+        RuntimeError: if a variant that computes the same loss is further away than `TOLERANCE`.
     """
-    # Batch normalisation takes its statistics from a micro-batch, unless they are frozen.
+    # Unless statistics are frozen, batch normalisation takes them from a micro-batch.
     others = (PLAIN,) if network.frozen else (PLAIN, MICRO_BATCHES)
     expected = np.array(losses[FUSED])
     distances = {variant: np.abs(values - expected) for variant, values in losses.items() if variant not in others}
@@ -409,7 +409,7 @@ def distances_of(network, losses):
 
 
 def make_parts(model, images, labels):
-    """Functions that compute parts of the step of `model`, by name. The weights stay as they are."""
+    """Returns functions that compute parts of the step of `model`, by name. They leave the weights unchanged."""
     images, labels = tf.constant(images), tf.constant(labels)
 
     def backbone(images):
@@ -454,7 +454,7 @@ def make_parts(model, images, labels):
 
 
 def _gradients(function, inputs, variables, watched=None):
-    """A call that computes the gradients of `function` in `variables` and in the first `watched` of its inputs."""
+    """A call that computes the gradients of `function` for `variables` and for its first `watched` inputs."""
     watched = len(inputs) if watched is None else watched
 
     @tf.function
@@ -468,7 +468,7 @@ def _gradients(function, inputs, variables, watched=None):
 
 
 def _adam(variables):
-    # A learning rate of 0 takes as long, and leaves the weights.
+    # A learning rate of 0 takes as long and leaves the weights unchanged.
     optimizer = keras.optimizers.Adam(0.0)
     optimizer.build(variables)
     gradients = [tf.random.stateless_normal(tuple(variable.shape), [0, 0]) for variable in variables]
@@ -488,7 +488,7 @@ def make_product():
 
 
 def make_memory_pass():
-    """A call that reads two rows of `MEMORY_FLOATS` and writes one."""
+    """Returns a call that reads two arrays of `MEMORY_FLOATS` floats and writes one."""
     values, variable = tf.ones(MEMORY_FLOATS), tf.Variable(tf.zeros(MEMORY_FLOATS))
 
     @tf.function
@@ -500,12 +500,12 @@ def make_memory_pass():
 
 @contextlib.contextmanager
 def input_pipeline(network):
-    """A function that reads and augments `input_batches` batches of generated JPEGs; None where these are 0."""
+    """A function that reads and augments `input_batches` batches of generated JPEGs, or None if these are 0."""
     if not network.input_batches:
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
-        # A process of its own, as both programs have flags of the same names.
+        # A separate process, because both programs define flags of the same names.
         command = "import sys, input_pipeline; input_pipeline.generate(sys.argv[1])"
         subprocess.run([sys.executable, "-c", command, folder], cwd=pathlib.Path(__file__).parent, check=True)
         paths = sorted(str(path) for path in pathlib.Path(folder).glob("*.jpg"))
@@ -524,18 +524,18 @@ def input_pipeline(network):
 
 
 def take_turns(name, calls):
-    """Milliseconds of each of `calls` in every turn: where it is called several times, their median."""
+    """Returns the milliseconds of each call in every turn, the median if it is repeated within a turn."""
     counts = {}
     for key, call in tqdm(calls.items(), desc=f"{name}, how often", leave=False):
         ms = timed(call)
-        # The first call of what is quick may be slow.
+        # The first call of a quick function may be slow.
         ms = ms if ms > 4 * MS_A_TURN else timed(call)
         counts[key] = int(np.clip(MS_A_TURN / ms, 1, 100))
     times = {key: [] for key in calls}
     order = list(calls)
     for _ in tqdm(range(FLAGS.repeats), desc=f"{name}, turns", leave=False):
         for key in order:
-            # The threads of the one before may still be spinning, and its data be in the caches.
+            # The previous one's threads may still be spinning, and its data may be in the caches.
             time.sleep(0.05)
             if counts[key] > 1:
                 calls[key]()
@@ -546,7 +546,7 @@ def take_turns(name, calls):
 
 
 def timed(call):
-    """Milliseconds of a call."""
+    """Runs `call` and returns its milliseconds."""
     start = time.perf_counter()
     call()
     return 1000 * (time.perf_counter() - start)
@@ -561,7 +561,7 @@ def count(variables):
 
 
 def gflop(network, model):
-    """Arithmetic of a step, forward and backward, of each kind of product."""
+    """The arithmetic of a step in GFLOP, forward and backward, for each kind of product."""
     kernels = {
         layer: np.prod(layer.output.shape[1:3])
         for layer in model.backbone.layers
@@ -569,7 +569,7 @@ def gflop(network, model):
     }
     backbone = sum(positions * count([layer.kernel]) for layer, positions in kernels.items())
     dims = [*network.target_dims, model.backbone.output_shape[-1]]
-    # Forward, and the gradients of both factors; the teachers' similarities have no gradient.
+    # Forward, plus the gradients of both factors. The teachers' similarities have no gradient.
     similarities = sum(dims) + 3 * network.embedding_dim
     return {
         "backbone": 6e-9 * network.batch * float(backbone),
@@ -579,10 +579,10 @@ def gflop(network, model):
 
 
 def floor_ms(found):
-    """The least that the target heads cost: `(products, Adam)` in ms, at the speeds of the same turns.
+    """The minimum cost of the target heads at the speeds of the same turns. Returns `(products, Adam)` in ms.
 
-    The products take their arithmetic, or the weights' way through memory: read forward and backward, the gradient
-    written. Adam reads the gradient, the weight and both moments, and writes the latter three.
+    The products are bound by arithmetic or by memory traffic: the weights are read forward and backward, and the
+    gradient is written. Adam reads the gradient, the weight and both moments, and writes the latter three.
     """
     gflops, gigabytes = speeds(found)
     gigabyte = 4e-9 * found["parameters"]["target heads"]
@@ -591,7 +591,7 @@ def floor_ms(found):
 
 
 def speeds(found):
-    """GFLOP/s of the dense product and GB/s of the pass over memory."""
+    """Returns the GFLOP/s of the dense product and the GB/s of the pass over memory."""
     product, memory = (np.median(found["speeds_ms"][key]) / 1000 for key in (PRODUCT, MEMORY))
     return 2e-9 * PRODUCT_SIDE**3 / product, 3 * 4e-9 * MEMORY_FLOATS / memory
 
@@ -603,7 +603,7 @@ def table(results):
         shape = " x ".join(map(str, found["image_shape"]))
         dims = f"dimension {found['embedding_dim']}, targets {list(found['target_dims'])}"
         lines += ["", f"## {name}: {found['batch']} images of {shape}, {dims}", ""]
-        lines += [f"Median (least to greatest) of {results['turns']} turns; ratios are of times of the same turn.", ""]
+        lines += [f"Median (minimum to maximum) of {results['turns']} turns. Ratios are of times in the same turn.", ""]
         lines += _steps_table(found) + _parts_table(found) + _floor_lines(found) + _input_lines(found)
     return "\n".join(lines) + "\n"
 
@@ -612,13 +612,13 @@ def _steps_table(found):
     times = {variant: np.array(values) for variant, values in found["step_ms"].items()}
     references = [variant for variant in REFERENCES if variant in times]
     header = " | ".join(f"over {REFERENCES[variant]}" for variant in references)
-    lines = [f"| | ms a step | {header} |", "|---" * (2 + len(references)) + "|"]
+    lines = [f"| | ms per step | {header} |", "|---" * (2 + len(references)) + "|"]
     for variant, values in times.items():
         ratios = ["" if other == variant else _spread(values / times[other], ".2f") for other in references]
         lines.append(f"| {variant} | {_spread(values)} | {' | '.join(ratios)} |")
     lines += [f"\n{variant}: failed, {why}" for variant, why in found["failed"].items()]
-    told = ", ".join(f"{distance:.1e}" for distance in found["distances"])
-    return [*lines, "", f"Before: losses of {AGREEMENT_STEPS} steps from equal weights, at most {told} apart.", ""]
+    apart = ", ".join(f"{distance:.1e}" for distance in found["distances"])
+    return [*lines, "", f"Before: losses of {AGREEMENT_STEPS} steps from equal weights differ by at most {apart}.", ""]
 
 
 def _parts_table(found):
@@ -631,8 +631,8 @@ def _parts_table(found):
     step = np.array(found["step_ms"][FUSED])
     rows["the rest of the step"] = step - sum(rows.values())
     lines = [
-        "Parts of the step with the fused op, each timed alone with its gradients. The rest is what the step takes "
-        "beyond their sum; it is negative where they take longer alone.",
+        "Parts of the step with the fused op, each timed alone with its gradients. The rest is the time of the step "
+        "minus their sum. It is negative if the parts take longer alone.",
         "",
     ]
     lines += ["| | ms | % of the step |", "|---|---|---|"]
@@ -648,10 +648,10 @@ def _floor_lines(found):
     share = 100 * arithmetic["target heads"] / arithmetic["backbone"]
     return [
         f"The target heads have {parameters['target heads']:,} parameters, the backbone "
-        f"{parameters['backbone']:,}. Their products are {arithmetic['target heads']:.3g} GFLOP a step, "
-        f"{share:.2g}% of the backbone's {arithmetic['backbone']:.3g}; those of the similarities are "
+        f"{parameters['backbone']:,}. Their products are {arithmetic['target heads']:.3g} GFLOP per step, "
+        f"{share:.2g}% of the backbone's {arithmetic['backbone']:.3g}; the similarities' are "
         f"{arithmetic['similarities']:.2g}. At {gflops:.0f} GFLOP/s and {gigabytes:.1f} GB/s, measured in the same "
-        f"turns, the heads' products take {products:.3g} ms at least and their Adam {adam:.3g} ms: together "
+        f"turns, the heads' products take at least {products:.3g} ms and their Adam {adam:.3g} ms: together "
         f"{100 * (products + adam) / plain:.2f}% of a plain step.",
     ]
 
@@ -663,7 +663,7 @@ def _input_lines(found):
     taken = {variant: 1000 * found["batch"] / np.array(found["step_ms"][variant]) for variant in (PLAIN, FUSED)}
     ratio = np.median(read / taken[FUSED])
     bound = "compute" if ratio > 1 else "input"
-    lines = ["", "| | images a second |", "|---|---|", f"| input pipeline alone | {_spread(read)} |"]
+    lines = ["", "| | images per second |", "|---|---|", f"| input pipeline alone | {_spread(read)} |"]
     lines += [f"| step, {variant} | {_spread(rate)} |" for variant, rate in taken.items()]
     return [*lines, "", f"The input is {ratio:.3g} times as fast as the step with S2SD: training is bound by {bound}."]
 

@@ -1,4 +1,4 @@
-r"""Handwritten digits, embedded in scikit-learn: trains on 0-4, retrieves the unseen 5-9. Nothing to download.
+r"""Handwritten digits from scikit-learn: trains on 0-4, retrieves the unseen 5-9. Nothing to download.
 
     s2sd-train --config=configs/digits.py --workdir=runs/digits
 
@@ -14,12 +14,12 @@ def get_config(variant="msdfa"):
     config.data.classes_per_batch = 5
     config.data.samples_per_class = 16
     config.model.filters = (32, 64, 64)
-    # 8 x 8 pixels leave little to halve.
+    # Images of 8 x 8 pixels leave little to pool.
     config.model.pools = 1
     config.model.embedding_dim = 8
     config.objective.name = "multi_similarity"
     config.s2sd.target_dims = (64, 128, 256)
-    # Five classes are learned at once, and then only the distillation teaches: it counts more than in the paper.
+    # The five classes are learned quickly; then only the distillation teaches, so it weighs more than in the paper.
     config.s2sd.distill_weight = 200.0
     config.s2sd.feature_distill_weight = 1000.0
     config.s2sd.distill_warmup_steps = 300

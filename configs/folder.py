@@ -1,8 +1,8 @@
-r"""Your own images, a folder for every class; the last half of the classes is retrieved.
+r"""Your own images, one folder per class: trains on the first half of the classes, retrieves the other half.
 
     s2sd-train --config=configs/folder.py --config.data.root=<folder> --workdir=runs/mine
 
-Choose the classes to test on with `--config.data.folder.test_classes='birds/*,cats'`, or a second folder
+Choose the test classes with `--config.data.folder.test_classes='birds/*,cats'`, or a second folder
 with `--config.data.folder.test_root=<folder>`.
 `--config=configs/folder.py:msd` trains another variant (plain, dsd, msd, msda, msdf, msdfa).
 """
@@ -16,7 +16,7 @@ def get_config(variant="msdfa"):
     config.data.folder.on_corrupt = "skip"
     config.data.image_size = 64
     config.data.resize_size = 72
-    # The best checkpoint is chosen on 4 classes that are not trained on.
+    # 4 classes are held out from training to choose the best checkpoint.
     config.data.validation_classes = 4
     config.data.classes_per_batch = 8
     config.data.samples_per_class = 4

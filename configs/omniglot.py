@@ -1,4 +1,4 @@
-r"""Zero-shot retrieval of handwritten characters: Omniglot's two small archives, 136 characters to 106 unseen ones.
+r"""Zero-shot retrieval of handwritten characters, Omniglot's two small archives: trains on 136, retrieves 106 others.
 
     s2sd-train --config=configs/omniglot.py --config.data.root=<folder with the two zip files> \
         --workdir=runs/omniglot
@@ -21,7 +21,7 @@ def get_config(variant="msdfa"):
     config.model.embedding_dim = 16
     config.objective.name = "multi_similarity"
     config.s2sd.target_dims = (128, 256, 512)
-    # Without the ramps the untrained targets teach from the first step on, and the base embedding loses ten epochs.
+    # Without these ramps, untrained targets teach from the first step on, which costs the base embedding ten epochs.
     config.s2sd.distill_warmup_steps = 300
     config.s2sd.feature_distill_delay = 300
     config.s2sd.feature_distill_warmup_steps = 300

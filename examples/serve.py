@@ -1,9 +1,9 @@
-"""Serves a retrieval SavedModel over HTTP, with TensorFlow and ScaNN alone.
+"""Serves a retrieval SavedModel over HTTP, with only TensorFlow and ScaNN.
 
     python examples/serve.py <folder of the SavedModel> 8501
     curl --data-binary @query.jpg http://localhost:8501/
 
-answers {"matches": [{"id": ..., "label": ..., "score": ...}, ...]}, or {"error": ...} with status 400 or 413.
+Answers {"matches": [{"id": ..., "label": ..., "score": ...}, ...]}, or {"error": ...} with status 400 or 413.
 """
 
 import http.server
@@ -11,7 +11,7 @@ import json
 import sys
 
 import tensorflow as tf
-from scann.scann_ops.py import scann_ops  # noqa: F401  registers the operations of the index
+from scann.scann_ops.py import scann_ops  # noqa: F401  registers the index's ops
 
 MODEL, MAX_BYTES = tf.saved_model.load(sys.argv[1]), 2**24
 

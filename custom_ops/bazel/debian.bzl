@@ -1,11 +1,11 @@
-"""What Bazel 4 fetches from the network at its start, from Debian's packages bazel-bootstrap and bazel-rules-java instead.
+"""Takes what Bazel 4 fetches from the network at its start from Debian's bazel-bootstrap and bazel-rules-java instead.
 
-Debian's Bazel is told by its lack of a version number. Others fetch, as they would without this file.
+Debian's Bazel is recognised by its missing version number. Other versions fetch, as they would without this file.
 """
 
 _SHARE = "/usr/share/bazel/"
 
-# Debian's own rules_cc is for a later Bazel than Debian's.
+# Debian's rules_cc package needs a later Bazel than Debian has.
 _RULES_CC = """
 cc_binary = native.cc_binary
 cc_import = native.cc_import
@@ -25,7 +25,7 @@ py_runtime_pair = _py_runtime_pair
 py_test = native.py_test
 """
 
-# Every test names these two, coverage or not.
+# Every test refers to these two, with or without coverage.
 _REMOTE_COVERAGE_TOOLS = """
 package(default_visibility = ["//visibility:public"])
 
@@ -44,9 +44,9 @@ _stand_in = repository_rule(
 )
 
 def repositories():
-    """Defines the repositories; to be called first in WORKSPACE."""
+    """Defines the repositories. Call it first in WORKSPACE."""
 
-    # Every Bazel that reads WORKSPACE has these rules built in.
+    # These rules are built into every Bazel that reads WORKSPACE.
     _stand_in(name = "rules_python", files = {"python/BUILD": "", "python/defs.bzl": _RULES_PYTHON})
     if native.bazel_version:
         return

@@ -1,4 +1,4 @@
-"""The module extension of MODULE.bazel, in a file of its own: Bazel 4 has none."""
+"""The module extension for MODULE.bazel, in a separate file because Bazel 4 has no module extensions."""
 
 load("//custom_ops/bazel:tensorflow.bzl", "installed_tensorflow")
 

@@ -1,4 +1,4 @@
-"""Runs pytest with the fused similarity-KL op as Bazel built it; the arguments are pytest's."""
+"""Runs pytest with the fused similarity-KL op that Bazel built. Passes its arguments on to pytest."""
 
 import os
 import pathlib
@@ -13,13 +13,13 @@ import pytest  # noqa: E402
 
 from s2sd_tf.distillation import fused, libraries  # noqa: E402
 
-# The package finds them where it would have put its own.
+# Put them where the package would have put its own.
 for library in (libraries.OP, libraries.XLA):
     built = pathlib.Path("custom_ops", "similarity_kl", f"{library}.so").resolve(strict=True)
     pathlib.Path(folder.name, libraries.file_name(library, cuda=False)).symlink_to(built)
 reason = fused.unavailable(xla=True)
 written = [path.name for path in pathlib.Path(folder.name).iterdir() if not path.is_symlink()]
 if reason or written:
-    sys.exit(reason or f"the package built its own: {written}")
+    sys.exit(reason or f"expected Bazel's libraries to be used, but the package built its own: {written}")
 
 sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[1:]]))

@@ -1,20 +1,20 @@
-"""The TensorFlow that is installed, as the repository @installed_tensorflow.
+"""Makes the installed TensorFlow available as the repository @installed_tensorflow.
 
-It is asked of the Python that the environment variable PYTHON_BIN_PATH names, from the root of this repository where the
-path is relative; else of python3. A change of that variable is noticed. An upgrade of TensorFlow in place is not:
-`bazel sync --configure`, or `bazel fetch --configure --all` from Bazel 8 on, looks again.
+Uses the TensorFlow of the Python that the environment variable PYTHON_BIN_PATH names (relative paths start at the root of
+this repository), by default of python3. A change of the variable is detected. An upgrade of TensorFlow in place is not:
+run `bazel sync --configure` after it, or `bazel fetch --configure --all` with Bazel 8 or later.
 """
 
-# TensorFlow is imported, for the flags of its own ABI; it may print whatever it likes before the last line.
+# Imports TensorFlow to get the flags of its ABI. It may print anything before the last line.
 _QUESTION = """
 import json, sys
 import tensorflow as tf
 print(json.dumps([sys.executable, tf.sysconfig.get_include(), tf.sysconfig.get_lib(), tf.sysconfig.get_compile_flags()]))
 """
 
-# The headers of Eigen have no extension.
+# The headers are what is not excluded, because Eigen's have no extension.
 #
-# The interpreter is a toolchain, so that Python targets run where TensorFlow is installed, a virtual environment or not.
+# The interpreter is a toolchain, so that Python targets run with this TensorFlow, in a virtual environment or not.
 _BUILD = """
 load("@rules_cc//cc:defs.bzl", "cc_import", "cc_library")
 load("@rules_python//python:defs.bzl", "py_runtime", "py_runtime_pair")
@@ -62,7 +62,7 @@ def _python(ctx):
         return chosen
     if "/" in chosen:
         return str(ctx.path(Label("//:pyproject.toml")).dirname) + "/" + chosen
-    return ctx.which(chosen) or fail("There is no {}: set PYTHON_BIN_PATH.".format(chosen))
+    return ctx.which(chosen) or fail("Python: expected {} on the PATH, found none; set PYTHON_BIN_PATH.".format(chosen))
 
 def _installed_tensorflow_impl(ctx):
     python = _python(ctx)

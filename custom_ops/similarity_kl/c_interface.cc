@@ -1,4 +1,4 @@
-// The CUDA kernel by C calls, for Python's ctypes. All pointers are to device memory, except `teachers` and
+// A C interface to the CUDA kernel, for Python's ctypes. All pointers are to device memory, except `teachers` and
 // `teacher_dims`.
 
 #include <cstdint>
@@ -42,7 +42,7 @@ extern "C" int64_t s2sd_workspace_bytes(int scalar, int64_t columns, int64_t row
   return s2sd::PlanCuda(call.problem, call.options, /*gradient=*/true).workspace_bytes;
 }
 
-// Returns null, or what went wrong.
+// Returns null, or an error message.
 extern "C" const char* s2sd_run(int scalar, int64_t columns, int64_t row_offset, int64_t rows, int64_t dim,
                                 const void* student, int num_teachers, const void* const* teachers,
                                 const int64_t* teacher_dims, const float* temperature, const float* weights,

@@ -1,4 +1,4 @@
-// Where a tiled computation's numbers live.
+// The memory of a tiled computation.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_BUFFERS_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_BUFFERS_H_
@@ -42,7 +42,7 @@ struct ThreadBuffers {
   float *student, *teacher, *weights, *packed_student, *product, *sums;
 };
 
-// One allocation for what is kept of tiles from pass 1 on, and for the buffers of all threads.
+// One allocation for what pass 1 keeps of tiles for pass 2, and for the buffers of all threads.
 class Workspace {
  public:
   Workspace(const CpuPlan& plan, int matrices, int num_threads)
@@ -60,7 +60,7 @@ class Workspace {
     }
   }
 
-  // Of a tile that is kept: the student's logits (matrix 0), and a teacher's exponentials.
+  // A kept tile's values: the student's logits (matrix 0) or a teacher's exponentials.
   float* Kept(int64_t tile, int matrix) const { return arena_.floats() + (tile * matrices_ + matrix) * tile_ * tile_; }
   int64_t matrix_stride() const { return tile_ * tile_; }
   TileSums KeptSums(int64_t tile, int matrix) const {

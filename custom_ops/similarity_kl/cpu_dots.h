@@ -1,8 +1,8 @@
-// The dot products of a tile: rows of one matrix with rows of the same matrix.
+// The dot products of a tile, between rows of one matrix.
 //
-// There are two ways. Few rows are multiplied as they lie in memory, word by word of both, and every dot product is the
-// sum of a vector's lanes. To transpose ("pack") one side first, so that a vector's lanes are different dot products,
-// costs time per row, which pays where every packed row meets many others.
+// There are two ways. If rows are few, they are multiplied as they lie in memory, and every dot product is the sum of a
+// vector's lanes. Otherwise one side is transposed ("packed") first, so that a vector's lanes are different dot
+// products. Packing costs time per row, which pays off if every packed row meets many others.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_DOTS_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_DOTS_H_
@@ -15,7 +15,7 @@
 
 namespace s2sd {
 
-// A thread's operands that cannot be used as they lie in memory.
+// A thread's copies of operands that cannot be used as they lie in memory.
 struct DotBuffers {
   float* rows;
   float* columns;
@@ -23,12 +23,12 @@ struct DotBuffers {
 
 class DotProducts {
  public:
-  // Words of a row that are multiplied at a time: a page of memory, so that the processor foresees what is next.
-  // Shorter pieces of rows that lie pages apart come from memory one by one.
+  // Words of a row that are multiplied at a time: a page of memory, so that the hardware prefetcher can follow. Shorter
+  // pieces of rows that lie pages apart would be fetched one by one.
   static constexpr int64_t kDepth = 1024;
 
-  // Up to so many columns are multiplied unpacked, in tiles of at most kLargestUnpackedTile. Vectors must be long:
-  // their lanes are summed up for every dot product.
+  // Up to this many columns are multiplied unpacked, in tiles of at most kLargestUnpackedTile. This needs wide vectors,
+  // because their lanes are summed for every dot product.
   static constexpr int64_t kUnpackedColumns = 128;
   static constexpr int kLargestUnpackedTile = 48;
 
@@ -38,13 +38,13 @@ class DotProducts {
         packs_(problem.columns > kUnpackedColumns || kernels.width < kTileGranularity),
         pairs_(kernels.bfloat16 && problem.scalar == Scalar::kBfloat16) {}
 
-  // Floats of DotBuffers::rows, for tiles of `tile` rows, and of DotBuffers::columns, packed or not.
+  // The sizes in floats of DotBuffers::rows, for tiles of `tile` rows, and of DotBuffers::columns, packed or not.
   static int64_t RowFloats(int64_t tile) { return tile * kDepth; }
   static constexpr int64_t kColumnFloats = kPackedPanels * kTileGranularity * kDepth;
   static_assert(kLargestUnpackedTile <= kPackedPanels * kTileGranularity);
 
-  // tile = a b^T, where a are the tile's rows from `first_row` of the matrix on, and b its columns from `first_column`.
-  // Where the two are the same, the rows' dot products with each other are made once.
+  // tile = a b^T, where a are the matrix's rows from `first_row` on and b its rows from `first_column` on. If these are
+  // the same rows, each dot product is computed once and mirrored.
   void operator()(const Matrix& matrix, int64_t first_row, int64_t first_column, const Tile& tile,
                   const DotBuffers& buffers) const {
     const bool same = first_row == first_column && tile.rows == tile.columns;
@@ -57,7 +57,7 @@ class DotProducts {
     if (same) kernels_.mirror(tile);
   }
 
-  // The dot products of all rows with each other, over some of their words, on and above the diagonal.
+  // The dot products of all rows with each other, on and above the diagonal, over the given words only.
   void Part(const Matrix& matrix, int64_t first_word, int64_t words, const Tile& tile,
             const DotBuffers& buffers) const {
     const char* rows = RowAt(matrix, 0);
@@ -71,7 +71,7 @@ class DotProducts {
     return static_cast<const char*>(matrix.data) + row * matrix.dim * ScalarBytes(problem_.scalar);
   }
 
-  // Whether words are multiplied as they lie in memory: floats, or whole pairs.
+  // Whether words can be multiplied as they lie in memory: they are floats, or whole pairs.
   bool PlainWords(const Matrix& matrix) const {
     return problem_.scalar == Scalar::kFloat32 || (pairs_ && matrix.dim % 2 == 0);
   }

@@ -1,4 +1,4 @@
-// Products of the gradient's weights with the student's rows.
+// Multiplies the gradient's weights with the student's rows.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_GRADIENT_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_GRADIENT_H_
@@ -12,15 +12,15 @@
 
 namespace s2sd {
 
-constexpr int64_t kGradientWidth = 192;  // columns of the student that weights are multiplied with at once
+constexpr int64_t kGradientWidth = 192;  // columns of the student that are multiplied at a time
 
 class GradientProducts {
  public:
   GradientProducts(const Problem& problem, const SimdKernels& kernels) : problem_(problem), kernels_(kernels) {}
 
-  // product = weights * the student's rows from `student_row` on, or transposed weights * these: up to kGradientWidth
-  // columns from `begin` on. Returns the floats from one row of the product to the next. `packed` is room for as many
-  // columns of the rows.
+  // product = weights (or transposed weights) * the student's rows from `student_row` on, for up to kGradientWidth
+  // columns from `begin` on. Returns the product's row stride in floats. `packed` has room for that many columns of the
+  // student's rows.
   int operator()(const Tile& weights, bool transpose, int64_t student_row, int64_t begin, float* packed,
                  float* product) const {
     const int64_t dim = problem_.student.dim;

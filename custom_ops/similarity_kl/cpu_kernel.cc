@@ -23,8 +23,8 @@ namespace s2sd {
 namespace {
 
 constexpr int kTileSizes[] = {192, 144, 96, 48, 32};
-constexpr int64_t kSmallColumns = 192;               // up to so many, everything fits into the caches
-constexpr int kItemsPerThread = 8;                   // at least, for an even load, where the batch is large enough
+constexpr int64_t kSmallColumns = 192;               // up to this many, everything fits into the caches
+constexpr int kItemsPerThread = 8;                   // at least, for an even load, if the batch is large enough
 constexpr int64_t kThreadBytes = int64_t{40} << 20;  // of all threads' buffers together
 
 const SimdKernels& KernelsOf(Simd simd) {

@@ -1,5 +1,5 @@
-// Tests of the CPU kernel against loops in double precision, on randomised problems. Free of TensorFlow and of any test
-// framework, so that it runs wherever a C++ compiler does, sanitizers included.
+// Tests the CPU kernel on randomised problems against loops in double precision. Uses neither TensorFlow nor a test
+// framework, so that it runs wherever a C++ compiler does, also under sanitizers.
 //
 //   cpu_kernel_test [cases] [seed]
 
@@ -42,7 +42,7 @@ float FromHalf(uint16_t half) {
   return half & 0x8000 ? -magnitude : magnitude;
 }
 
-uint16_t ToHalf(float value) {  // the nearest by search: slow, and independent of how the kernel converts
+uint16_t ToHalf(float value) {  // the nearest, by search: slow, but independent of the kernel's conversion
   const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
   const float magnitude = std::fabs(value);
   uint16_t low = 0, high = 0x7BFF;
@@ -72,8 +72,8 @@ uint16_t ToBfloat(float value) {
 
 struct Data {
   int64_t dim;
-  std::vector<float> exact;   // what the scalars stand for
-  std::vector<char> scalars;  // exactly as long as needed: a sanitizer sees whoever reads further
+  std::vector<float> exact;   // the scalars' values
+  std::vector<char> scalars;  // exactly as long as needed, so that a sanitizer sees reads beyond the end
 
   Matrix matrix() const { return {scalars.data(), dim}; }
 };
@@ -164,7 +164,7 @@ Case MakeCase(std::mt19937& random, int64_t columns, Rows kind) {
   return c;
 }
 
-// ---- What is right ----
+// ---- The reference ----
 
 HostResults Reference(const Case& c) {
   HostProblem problem{c.columns, c.row_offset, c.rows, c.temperature, c.weights, {c.student.exact}};
@@ -172,7 +172,7 @@ HostResults Reference(const Case& c) {
   return Composed<double>(problem);
 }
 
-// ---- What the kernel says ----
+// ---- The kernel ----
 
 void RunTasks(int count, const std::function<void(int)>& task) {
   std::vector<std::thread> threads;
@@ -213,7 +213,7 @@ double Difference(const std::vector<float>& got, const std::vector<double>& expe
 
 void CheckCase(const Case& c, std::mt19937& random, double scale) {
   const HostResults expected = Reference(c);
-  // Logits are known to float32's 6e-8 of the largest, and a divergence scales with T^2.
+  // Logits are accurate to 6e-8 (float32) of the largest, and a divergence scales with T^2.
   const double weights = 1 + std::fabs(expected.total);
   const double loss_tolerance = 4e-6 * scale * std::max(c.temperature, 1.0f) * weights;
   const double gradient_tolerance = 4e-6 * scale * std::max(1.0f, 1 / c.temperature) * weights;
@@ -226,7 +226,7 @@ void CheckCase(const Case& c, std::mt19937& random, double scale) {
     const std::string name = c.name + ", " + SimdName(options.simd) + ", " + std::to_string(options.num_threads) +
                              " threads, workspace " + std::to_string(options.workspace_bytes);
     const double loss = std::max(Difference(got.per_teacher, expected.per_teacher),
-                                 std::fabs(got.total - expected.total) / 10);  // of up to 8 teachers of weight 3
+                                 std::fabs(got.total - expected.total) / 10);  // for up to 8 teachers of weight 3
     const double gradient = Difference(got.gradient, expected.gradient);
     largest = std::max({largest, loss / loss_tolerance, gradient / gradient_tolerance});
     Expect(loss <= loss_tolerance, name + ": loss off by " + std::to_string(loss / loss_tolerance) + " tolerances");
@@ -251,7 +251,7 @@ void TestRandomised(int cases, unsigned seed) {
     const Rows kind = static_cast<Rows>(random() % 3);
     CheckCase(MakeCase(random, columns, kind), random, 1);
   }
-  std::printf("randomised: %d cases, the largest error %.2f tolerances\n", cases, largest);
+  std::printf("randomised: %d cases, largest error %.2f tolerances\n", cases, largest);
 }
 
 void TestAnyLength(int cases, unsigned seed) {
@@ -274,7 +274,7 @@ void TestAnyLength(int cases, unsigned seed) {
   std::printf("rows of any length: %d cases\n", cases);
 }
 
-// The result does not depend on which task begins first, nor on whether they overlap.
+// The result does not depend on which task begins first, or on whether they overlap.
 void TestTaskOrder() {
   const std::vector<std::function<void(int, const std::function<void(int)>&)>> orders = {
       [](int count, const std::function<void(int)>& task) {
@@ -283,7 +283,7 @@ void TestTaskOrder() {
       [](int count, const std::function<void(int)>& task) {
         for (int i = count - 1; i >= 0; --i) task(i);
       },
-      [](int count, const std::function<void(int)>& task) {  // one begins when the others have long begun
+      [](int count, const std::function<void(int)>& task) {  // one begins long after the others
         std::thread others([&] { RunTasks(count - 1, task); });
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
         task(count - 1);
@@ -340,7 +340,7 @@ void TestErrors() {
     float total = 7;
     std::vector<float> per_teacher(good.teachers.size());
     const std::string error = SimilarityKlCpu(problem, {}, {&total, per_teacher.data(), nullptr});
-    Expect(total == 7, "an output was written beside an error");
+    Expect(total == 7, "an output was written despite an error");
     const std::string prefix = "similarity_kl: ";
     return error.find(prefix) == 0 ? error.substr(prefix.size()) : error;
   };
@@ -357,7 +357,7 @@ void TestErrors() {
   std::printf("errors\n");
 }
 
-// The choice of the plan, at its borders.
+// The plan on both sides of its thresholds.
 void TestPlan() {
   std::vector<Matrix> teachers(5, Matrix{nullptr, 512});
   Problem problem{Scalar::kFloat32, 4096, 0, 4096, {nullptr, 128}, teachers.data(), 5, nullptr, nullptr};
@@ -374,7 +374,7 @@ void TestPlan() {
         Expect(all.kept == 0 && all.kept_bytes == 0, "few rows need no workspace");
         continue;
       }
-      Expect(all.kept == all.tiles && all.kept_bytes == all.tiles * tile_bytes, "all are kept where there is room");
+      Expect(all.kept == all.tiles && all.kept_bytes == all.tiles * tile_bytes, "all are kept if there is room");
       const CpuPlan most = PlanCpu(problem, all.kept_bytes - 1, threads, true);
       Expect(most.kept == all.tiles - 1 && most.kept_bytes <= all.kept_bytes - 1, "one byte less, one tile less");
       Expect(PlanCpu(problem, tile_bytes, threads, true).kept == 1, "room for one");

@@ -1,4 +1,4 @@
-// Memory of the CPU kernel that outlives a call.
+// Memory that the CPU kernel reuses across calls.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_MEMORY_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_MEMORY_H_
@@ -16,7 +16,7 @@
 
 namespace s2sd {
 
-// Memory that is aligned for vectors, and in huge pages where it is large.
+// Memory that is aligned for vectors, and in huge pages if it is large.
 class Arena {
  public:
   explicit Arena(int64_t bytes) : bytes_((bytes + kAlignment - 1) / kAlignment * kAlignment) {
@@ -59,8 +59,8 @@ class Arena {
   int64_t mapped_bytes_ = 0;
 };
 
-// Borrows the arena that the last call left, if it is large enough: clearing 256 MiB of fresh pages takes the system a
-// third of the time of a computation with 4,096 rows. One arena is kept for the next call, not more.
+// Borrows the arena that the last call left, if it is large enough: zeroing 256 MiB of fresh pages takes the system a
+// third of the time of a computation with 4,096 rows. Only one arena is kept for the next call.
 class ArenaLoan {
  public:
   explicit ArenaLoan(int64_t bytes) {

@@ -1,4 +1,4 @@
-// Sums over the columns of the similarity matrices, and what follows from them: the loss, and the gradient's factors.
+// Sums over the columns of the similarity matrices, and what follows from them: the loss and the gradient's factors.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_ROW_SUMS_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_ROW_SUMS_H_
@@ -15,8 +15,8 @@
 
 namespace s2sd {
 
-// What one tile adds to the sums of its rows and, as its mirror image, of its columns: the exponentials (z), and the
-// exponentials * (logit - student's logit) (a).
+// What one tile adds to its rows' sums and, for its mirror image, to its columns' sums: z sums the exponentials, a sums
+// exponential * (logit - student's logit).
 struct TileSums {
   TileSums(float* floats, int64_t tile)
       : row_z(floats), row_a(floats + tile), column_z(floats + 2 * tile), column_a(floats + 3 * tile) {}
@@ -25,10 +25,10 @@ struct TileSums {
   float *row_z, *row_a, *column_z, *column_a;
 };
 
-// Normalisers within these bounds come from exponentials that neither left the range of float32 nor lost their largest.
+// If a normaliser is within these bounds, no exponential overflowed float32 and the largest did not underflow.
 constexpr double kSmallestZ = 1e-13, kLargestZ = 1e30;
 
-// The sums of all tiles for every row of the similarity matrices, and what follows from them.
+// The sums over all tiles for every row of the similarity matrices, and the gradient's factors that follow from them.
 struct RowSums {
   RowSums(int64_t rows, int teachers)
       : stride(RoundUp(rows, kTileGranularity)),
@@ -41,7 +41,7 @@ struct RowSums {
     std::fill(a.begin(), a.end(), 0);
   }
 
-  // Adds what a tile found in `matrix` for `count` rows from `first` on.
+  // Adds a tile's sums for `count` rows of `matrix` from `first` on.
   void Add(int matrix, int64_t first, int count, const float* tile_z, const float* tile_a) {
     double* to_z = Z(matrix) + first;
     for (int i = 0; i < count; ++i) to_z[i] += tile_z[i];
@@ -61,26 +61,26 @@ struct RowSums {
   std::vector<float> factors;  // of every teacher; see Factors
 };
 
-// What the exponentials of all matrices were shifted by.
+// The shifts of all exponentials.
 struct LogitShifts {
   const float* constants;  // of every matrix
-  const float* maxima;     // null, or instead of the constants that of every row: (matrices, RowSums::stride)
+  const float* maxima;     // null, or every row's own, used instead of the constants: (matrices, RowSums::stride)
 
   double Of(int matrix, int64_t row, int64_t stride) const {
     return maxima ? maxima[matrix * stride + row] : constants[matrix];
   }
 };
 
-// From the sums of the rows [first, last): the sum of every teacher's divergences, into `divergences`, and the factors
-// of the gradient's exponentials. Returns whether all normalisers are within the bounds.
+// Computes, from the sums of the rows [first, last), the sum of every teacher's divergences (into `divergences`) and
+// the factors of the gradient's exponentials. Returns whether all normalisers are within the bounds.
 //
-// The weights G of a row add up to 0, teacher by teacher, and what rounding leaves of that sum would go into the
-// gradient with the mean of all rows. So the student's factors follow from the rounded ones of the teachers.
+// For each teacher, a row's weights G add up to 0. A rounding error in that sum would add the mean of all rows to the
+// gradient, so the student's factors are computed from the teachers' rounded ones.
 inline bool Normalise(const Problem& problem, const LogitShifts& shifts, int64_t first, int64_t last, RowSums& sums,
                       double* divergences) {
   const double temperature = *problem.temperature, scale = temperature / problem.rows;
   bool in_range = true;
-  // The sum of log Z over the rows. A product of eight has one logarithm, and stays within the range of float64.
+  // The sum of log Z over the rows. A product of eight needs one logarithm and stays within the range of float64.
   const auto log_z = [&](int matrix) {
     const double* z = sums.Z(matrix);
     double shift = 0, logs = 0;
@@ -95,7 +95,7 @@ inline bool Normalise(const Problem& problem, const LogitShifts& shifts, int64_t
     }
     return logs + shift / temperature;
   };
-  // The logits of the sums A are shifted by the constants, or not at all.
+  // The logits in the sums A are shifted by the constants or not at all.
   const auto logit_shift = [&](int matrix) {
     return shifts.maxima ? 0 : double{shifts.constants[matrix]} / temperature;
   };
@@ -117,7 +117,7 @@ inline bool Normalise(const Problem& problem, const LogitShifts& shifts, int64_t
   return in_range;
 }
 
-// The loss from what `Normalise` found, `blocks` times the teachers.
+// Writes the loss from the `divergences` that `Normalise` found, (blocks, teachers).
 inline void WriteLoss(const Problem& problem, const std::vector<double>& divergences, const Outputs& outputs) {
   const double scale = double{*problem.temperature} * *problem.temperature / problem.rows;
   double total = 0;

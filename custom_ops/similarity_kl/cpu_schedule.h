@@ -1,5 +1,5 @@
-// Who does what, and when: the tiles of the similarity matrices, the order in which they add to shared sums, and the
-// phases of a computation.
+// Scheduling: the tiles of the similarity matrices, the order in which they add to shared sums, and the phases of a
+// computation.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_SCHEDULE_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_SCHEDULE_H_
@@ -22,14 +22,14 @@ inline int64_t RoundUp(int64_t a, int64_t b) { return DivideUp(a, b) * b; }
 
 inline bool IsSquare(const Problem& problem) { return problem.rows == problem.columns; }
 
-// A tile, and its place in the order in which tiles add to its row block and to its column block.
+// A tile, and its turns to add to the sums of its row block and of its column block.
 struct TileTask {
   int row_block, column_block;
   int row_turn, column_turn;
 };
 
-// The similarity matrices cut into tiles. In the square form a tile above the diagonal stands for its mirror image too,
-// and rows and columns are the same blocks.
+// Divides the similarity matrices into tiles. In the square form a tile above the diagonal also stands for its mirror
+// image, and row blocks and column blocks are the same.
 class TileGrid {
  public:
   TileGrid(const Problem& problem, int tile)
@@ -39,8 +39,8 @@ class TileGrid {
         columns_(problem.columns),
         row_blocks_(DivideUp(problem.rows, tile)),
         column_blocks_(DivideUp(problem.columns, tile)) {
-    // Along the rows, so that the threads share one block's rows in the last cache. The diagonal comes last: its tiles
-    // are half the work and even out the load at the end.
+    // Along the rows, so that the threads share one block's rows in the last-level cache. The diagonal comes last: its
+    // tiles are half the work and even out the load at the end.
     tasks_.reserve(Count(problem, tile));
     std::vector<int> turns(square_ ? column_blocks_ : row_blocks_ + column_blocks_, 0);
     const int first_column = square_ ? 0 : row_blocks_;
@@ -67,7 +67,7 @@ class TileGrid {
   int RowsOf(int block) const { return std::min<int64_t>(tile_, rows_ - First(block)); }
   int ColumnsOf(int block) const { return std::min<int64_t>(tile_, columns_ - First(block)); }
   bool OnDiagonal(const TileTask& task) const { return square_ && task.row_block == task.column_block; }
-  // Whether the tile's mirror image is not computed by itself.
+  // Whether the tile also stands for its mirror image.
   bool HasMirrorImage(const TileTask& task) const { return square_ && task.row_block != task.column_block; }
 
  private:
@@ -77,7 +77,7 @@ class TileGrid {
   std::vector<TileTask> tasks_;
 };
 
-// Waits until the condition holds, which another thread is about to make true.
+// Waits for a condition that another thread is about to make true.
 template <class Condition>
 void WaitUntil(const Condition& condition) {
   for (int round = 0; !condition(); ++round) {
@@ -91,8 +91,8 @@ void WaitUntil(const Condition& condition) {
   }
 }
 
-// Ordered accumulation: every sum is added to in the order of the turns, whichever thread comes first, so that the
-// rounding is always the same.
+// Ordered accumulation: threads add to a sum in the order of the turns, whichever comes first, so that the rounding is
+// always the same.
 class Turns {
  public:
   explicit Turns(int sums) : next_(new std::atomic<int>[sums]), sums_(sums) { Reset(); }
@@ -101,7 +101,7 @@ class Turns {
     for (int sum = 0; sum < sums_; ++sum) next_[sum].store(0, std::memory_order_relaxed);
   }
 
-  // One turn that nobody takes.
+  // Passes over one turn that nobody takes.
   void Skip(int sum) { next_[sum].fetch_add(1, std::memory_order_relaxed); }
 
   template <class Add>
@@ -116,14 +116,14 @@ class Turns {
   int sums_;
 };
 
-// Part of a computation: independent items, to be done when all items of the phases before it are.
+// Part of a computation: independent items, to be done when all items of the earlier phases are done.
 struct Phase {
   int64_t items;
   std::function<void(int64_t item, int thread)> run;
 };
 
-// Every thread takes item after item, in order. Nobody waits for an item that no thread has begun, so neither the order
-// nor the overlap of the tasks matters, and one thread can do it all.
+// Every thread takes item after item, in order. No thread waits for an item that has not been started, so neither the
+// order nor the overlap of the tasks matters, and one thread can do it all.
 inline void RunPhases(const std::vector<Phase>& phases, const CpuOptions& options) {
   std::vector<int64_t> ends;
   ends.reserve(phases.size());

@@ -1,6 +1,6 @@
-// The implementation of SimdKernels, written once over the compiler's vector types. A file that includes it defines
-// first: S2SD_WIDTH, the floats of a vector; S2SD_MICRO_ROWS, the rows of a micro tile; S2SD_KERNELS, the table's name;
-// and, where there are instructions for pairs of bfloat16, S2SD_BFLOAT16_PAIRS.
+// Implements SimdKernels once, with the compiler's vector types. A file that includes it must first define S2SD_WIDTH
+// (floats per vector), S2SD_MICRO_ROWS (rows per micro tile), S2SD_KERNELS (the table's name) and, if there are
+// instructions for pairs of bfloat16, S2SD_BFLOAT16_PAIRS.
 
 #include <cstdint>
 #include <cstring>
@@ -62,7 +62,7 @@ inline Vector Exp(Vector x) {
   p = p * r + 0.5f;
   p = (r * r) * p + r;
   p = p + 1.0f;
-  // 2^n by two factors: n = 128 is not an exponent of its own.
+  // 2^n as two factors: n = 128 is not a valid exponent.
   const Ints bits = (reinterpret_cast<Ints>(rounded) - 0x4B400000);
   const Ints half = bits >> 1;
   const Vector scale1 = reinterpret_cast<Vector>((half + 127) << 23);
@@ -80,7 +80,7 @@ inline float HalfToFloat(uint16_t half) {
   if (magnitude >= 0x7C00) {
     bits = 0x7F800000 | (magnitude & 0x3FF) << 13;
   } else {
-    // Moved to the exponent's place the value is 2^112 too small, subnormal numbers included.
+    // With the bits moved to the exponent's place, the value is 2^112 times too small, also for subnormal numbers.
     bits = magnitude << 13;
     float scaled;
     __builtin_memcpy(&scaled, &bits, 4);
@@ -93,7 +93,7 @@ inline float HalfToFloat(uint16_t half) {
   return value;
 }
 
-// How the words of a row are read.
+// Reads the words of a row.
 struct FloatWords {
   static constexpr int kScalars = 1;
   static Vector Load(const void* row, int64_t word) { return s2sd::Load(static_cast<const float*>(row) + word); }
@@ -138,7 +138,7 @@ struct BfloatPairWords {
   }
 };
 
-// W words from `word` on; those beyond the row's end, at `dim` scalars, are 0.
+// Loads W words from `word` on; those beyond the row's end, at `dim` scalars, are 0.
 template <class Words>
 inline Vector LoadWords(const void* row, int64_t dim, int64_t word) {
   const int64_t left = dim - word * Words::kScalars;
@@ -151,7 +151,7 @@ inline Vector LoadWords(const void* row, int64_t dim, int64_t word) {
   return Words::Load(buffer, 0);
 }
 
-// Swaps the upper right with the lower left quarters of the blocks of 2 x distance lanes.
+// Swaps the upper right and lower left quarters of the blocks of 2 x distance lanes.
 template <int kDistance>
 inline void Exchange(Vector& a, Vector& b) {
   Ints first, second;
@@ -184,7 +184,7 @@ inline void TransposeStages(Vector (&rows)[W]) {
   }
 }
 
-// The lanes without the bit `kDistance` are sums of two lanes of a, those with it sums of two lanes of b.
+// Lanes whose index lacks the bit `kDistance` are sums of two lanes of a, the others sums of two lanes of b.
 template <int kDistance>
 inline Vector Fold(Vector a, Vector b) {
   Ints own, other;
@@ -235,8 +235,7 @@ void PackWords(const void* rows, int64_t dim, int count, int64_t first_word, int
         }
       }
       if (inside) {
-        // The rows are too far apart for the processor to foresee: ask for the next rows, or for the next words of the
-        // first.
+        // The rows are too far apart for the hardware prefetcher: fetch the next rows, or the first rows' next words.
         const bool more = first + 2 * W <= count;
         const char* next = (more ? base + W * row_bytes : static_cast<const char*>(rows)) +
                            (first_word + word + (more ? 0 : words)) * Words::kScalars * Words::kBytes;
@@ -386,7 +385,7 @@ inline void MicroTiles(int panels, const float* a, int64_t a_row_stride, int64_t
   }
 }
 
-constexpr int64_t kChain = 256;  // words that are added up by themselves: the longer, the larger the rounding error
+constexpr int64_t kChain = 256;  // words that are summed separately: the more, the larger the rounding error
 
 template <class Product>
 void PanelProductsOf(const float* a, int64_t a_stride, const float* b, int columns, int64_t words, bool accumulate,
@@ -394,7 +393,7 @@ void PanelProductsOf(const float* a, int64_t a_stride, const float* b, int colum
   const int panels = (columns + W - 1) / W;
   const int64_t panel_stride = words * W;
   for (int row = 0; row < tile.rows; row += kMicroRows) {
-    // Panels whose columns all lie before the row are below the diagonal.
+    // Skip panels whose columns all come before the row: they are below the diagonal.
     const int below = row > first_row ? (row - first_row) / W : 0;
     if (below >= panels) break;
     for (int64_t word = 0; word < words; word += kChain) {
@@ -455,7 +454,7 @@ template <class Product>
 void RowDotsOf(const float* a, const float* b, int64_t stride, int64_t words, bool accumulate, bool upper,
                const Tile& tile) {
   for (int column = 0; column < tile.columns; column += kDotColumns) {
-    // Where the tile ends, the last row stands in for those that are missing.
+    // At the tile's end, the last row stands in for missing ones.
     const float* others[kDotColumns];
     for (int i = 0; i < kDotColumns; ++i) others[i] = b + Smaller(column + i, tile.columns - 1) * stride;
     const int rows = upper ? Smaller(tile.rows, column + kDotColumns) : tile.rows;
@@ -514,7 +513,7 @@ void Mirror(const Tile& tile) {
 void SymmetricRows(const float* parts, int64_t part_stride, int count, int size, int64_t stride, int first,
                    float* out) {
   for (int column = 0; column < size; column += W) {
-    // What is below the diagonal comes from its mirror image.
+    // Values below the diagonal come from their mirror image.
     const float* from = column < first ? parts + column * stride + first : parts + first * stride + column;
     Vector block[W], mirror[W];
     for (int row = 0; row < W; ++row) {
@@ -539,7 +538,7 @@ void Maxima(const Tile& dots, float* row_max, float* column_max) {
     float most = row_max[row];
     for (int column = 0; column < dots.columns; ++column) {
       const float dot = dots.values[row * dots.stride + column];
-      // A NaN stays, whichever of the two it is.
+      // A NaN stays, in either of the two.
       most = most >= dot || most != most ? most : dot;
       if (column_max) {
         column_max[column] =
@@ -555,7 +554,7 @@ inline float RowShift(const Shift& shift, int row) {
   return kGeneral ? shift.rows[row] : shift.constant;
 }
 
-// `student`: the student's logits, or null where the tile is the student's own, whose dots become logits.
+// `student`: the student's logits, or null if the tile is the student's own, whose dots become logits.
 template <bool kGeneral, bool kColumns, bool kTeacher>
 void Sums(const Tile& tile, const Shift& shift, const float* student, float* row_z, float* row_a, float* column_z,
           float* column_a) {
@@ -577,7 +576,7 @@ void Sums(const Tile& tile, const Shift& shift, const float* student, float* row
       Vector row_sum{}, row_difference{};
       for (int column = 0; column < tile.columns; column += W) {
         const Vector dot = Load(values + column);
-        // Without a common shift the logits are left unshifted, so that rows and columns can share them.
+        // Without a common shift the logits stay unshifted, so that rows and columns can share them.
         const Vector logit = kGeneral ? dot * inverse : (dot - row_shift) * inverse;
         Vector e = kGeneral ? Exp((dot - row_shift) * inverse) : Exp(logit);
         if (tile.columns - column < W) e = Keep(e, tile.columns - column);

@@ -1,4 +1,4 @@
-// Vectors of 128 bits by whatever instructions the compiler's default has.
+// Vectors of 128 bits, with the compiler's default instructions.
 
 #define S2SD_WIDTH 4
 #define S2SD_MICRO_ROWS 4

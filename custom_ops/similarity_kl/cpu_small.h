@@ -1,8 +1,8 @@
-// The computation where all similarity matrices fit into the caches.
+// The computation for batches whose similarity matrices all fit into the caches.
 //
-// There the time goes into bringing the inputs from memory, not into dot products that are kept. So a thread multiplies
-// all rows with each other over some of their words, and no two threads read the same words. All else goes by rows of
-// the similarity matrices, which are complete by then: their sums, their normalisers, and the gradient.
+// Most of its time goes into reading the inputs from memory, not into the dot products, which are kept. So a thread
+// multiplies all rows with each other over some of their words, and no two threads read the same words. The rest works
+// on rows of the similarity matrices, which are then complete: their sums, their normalisers and the gradient.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_SMALL_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_SMALL_H_
@@ -27,7 +27,7 @@ namespace s2sd {
 
 class SmallComputation {
  public:
-  // A problem in the square form.
+  // The problem must be in the square form.
   SmallComputation(const Problem& problem, const CpuOptions& options, const Outputs& outputs,
                    const SimdKernels& kernels)
       : problem_(problem),
@@ -48,7 +48,7 @@ class SmallComputation {
         static_cast<int64_t>(sizeof(float))));
   }
 
-  // Returns whether the outputs are right: whether all normalisers were in range.
+  // Returns whether the outputs are valid, that is, whether all normalisers were in range.
   bool Run() {
     const int64_t parts = parts_.size(), gradient_strips = outputs_.gradient ? strips_ : 0;
     RunPhases({{parts, [this](int64_t item, int thread) { Multiply(by_length_[item], thread); }},
@@ -61,13 +61,13 @@ class SmallComputation {
   }
 
  private:
-  // Some words of all rows of a matrix.
+  // A range of words of all rows of a matrix.
   struct Part {
     int matrix;
     int64_t first, words;
   };
 
-  // Long parts cost the fewest sums over the lanes of vectors, short ones give work to many threads.
+  // Long parts need fewer sums over vector lanes; short parts give work to more threads.
   void CutIntoParts() {
     int64_t words = 0, depth = DotProducts::kDepth;
     for (int matrix = 0; matrix < matrices_; ++matrix) words += dots_.WordsOf(MatrixOf(problem_, matrix));
@@ -93,9 +93,9 @@ class SmallComputation {
   }
   float* ThreadBuffer(int thread) const { return arena_->floats() + thread * ThreadFloats(); }
 
-  // Dot products over the words of a part, on and above the diagonal.
+  // A part's dot products, on and above the diagonal.
   float* Dots(int part) const { return ThreadBuffer(options_.num_threads) + part * stride_ * stride_; }
-  // The student's logits (matrix 0), or a teacher's exponentials.
+  // The student's logits (matrix 0) or a teacher's exponentials.
   float* Values(int matrix) const { return Dots(parts_.size() + matrix); }
 
   Tile StripOf(int64_t strip, float* values) const {
@@ -117,7 +117,7 @@ class SmallComputation {
     std::vector<float> shifts(matrices_);
     for (int matrix = 0; matrix < matrices_; ++matrix) {
       const int first_part = first_part_[matrix], parts = first_part_[matrix + 1] - first_part;
-      // The first row's dot product with itself, as `symmetric_rows` adds it up; see TiledComputation::FindShifts.
+      // The first row's dot product with itself, summed as in `symmetric_rows`; see TiledComputation::FindShifts.
       shifts[matrix] = Dots(first_part)[0];
       for (int part = 1; part < parts; ++part) shifts[matrix] += Dots(first_part + part)[0];
       const Shift shift{1.0f / *problem_.temperature, shifts[matrix], nullptr, nullptr};
@@ -162,13 +162,13 @@ class SmallComputation {
   const SimdKernels& kernels_;
   const DotProducts dots_;
   const GradientProducts gradient_products_;
-  const int matrices_;  // the student's, and the teachers'
+  const int matrices_;  // the student's and the teachers'
   const int size_;
   const int64_t stride_;
   const int64_t strips_;         // of as many rows as a vector has lanes
   std::vector<Part> parts_;      // matrix by matrix
-  std::vector<int> first_part_;  // of every matrix, and the end
-  std::vector<int> by_length_;   // the parts, longest first, so that the last to end are short
+  std::vector<int> first_part_;  // of every matrix, and the end of the last
+  std::vector<int> by_length_;   // the parts, longest first, so that the last ones to finish are short
   RowSums sums_;
   std::vector<double> divergences_;  // (strips, teachers)
   std::unique_ptr<ArenaLoan> arena_;

@@ -1,12 +1,12 @@
-// The similarity matrices are cut into tiles, and no matrix of columns x columns ever exists.
+// The computation by tiles of the similarity matrices. No columns x columns matrix ever exists.
 //
-// Pass 1 adds up the rows' normalisers Z and the sums A of exponential * difference of logits; pass 2, which needs all
-// of a row's and a column's normalisers, weighs the same exponentials, kept from pass 1 or computed again, and
-// multiplies them with the student's rows. In the square form every tile above the diagonal stands for its mirror image
-// as well.
+// Pass 1 sums the rows' normalisers Z and the sums A of exponential * difference of logits. Pass 2, which needs the
+// complete normalisers of a row and of a column, weights the same exponentials, kept from pass 1 or recomputed, and
+// multiplies them with the student's rows. In the square form every tile above the diagonal also stands for its mirror
+// image.
 //
-// In pass 1 the kept tiles are done matrix by matrix: the threads share one matrix's rows in the caches, and there is
-// work for all of them where the tiles are few. A tile that is not kept is done at once, for all matrices.
+// Pass 1 goes through the kept tiles matrix by matrix: the threads share one matrix's rows in the caches, and all have
+// work even if tiles are few. A tile that is not kept is processed for all matrices at once.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_TILED_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CPU_TILED_H_
@@ -51,7 +51,7 @@ class TiledComputation {
         workspace_(plan_, matrices_, options.num_threads),
         logits_ready_(new std::atomic<bool>[kept_]),
         divergences_(grid_.row_blocks() * problem.num_teachers) {
-    // The dearest first, so that the last items to end are short.
+    // The most expensive first, so that the last items to finish are short.
     order_.resize(matrices_);
     std::iota(order_.begin(), order_.end(), 0);
     std::stable_sort(order_.begin() + 1, order_.end(),
@@ -74,7 +74,7 @@ class TiledComputation {
     WriteLoss(problem_, divergences_, outputs_);
   }
 
-  // With rows shifted by their own maxima, for which there is one pass more.
+  // Shifts every row by its own maximum, which takes one more pass.
   void RunForAnyLength() {
     general_ = true;
     kept_ = 0;
@@ -101,8 +101,8 @@ class TiledComputation {
           tile, buffers.operands);
   }
 
-  // Every logit less the first row's with itself, which is about the largest of a matrix of unit rows. It is computed
-  // as all are: where all rows are equal, the shifted logits are 0, and nothing is lost to rounding.
+  // Every logit is shifted by the first row's similarity with itself, which is about the largest in a matrix of unit
+  // rows. It is computed like all others: if all rows are equal, the shifted logits are exactly 0.
   void FindShifts() {
     const ThreadBuffers& buffers = workspace_.thread(0);
     for (int matrix = 0; matrix < matrices_; ++matrix) {
@@ -124,7 +124,7 @@ class TiledComputation {
   // ---- Ordered accumulation ----
 
   int Blocks() const { return grid_.row_blocks() + (grid_.square() ? 0 : grid_.column_blocks()); }
-  // Of the gradient: in the square form rows and columns are the same blocks.
+  // The gradient's slot of a column block: in the square form row blocks and column blocks are the same.
   int ColumnSlot(int block) const { return grid_.square() ? block : grid_.row_blocks() + block; }
   int SumSlot(int matrix, int block) const { return matrix * grid_.row_blocks() + block; }
 
@@ -164,7 +164,7 @@ class TiledComputation {
             }};
   }
 
-  // The sums wait in the workspace until pass 1 ends: they need no turn.
+  // The sums wait in the workspace until pass 1 ends, so they need no turn.
   void SumKept(int matrix, int64_t index, int thread) {
     const TileTask& task = grid_.tasks()[index];
     const Tile tile = TileOf(task, workspace_.Kept(index, matrix));
@@ -187,7 +187,7 @@ class TiledComputation {
     }
   }
 
-  // From dot products to what they add to the sums of their rows and columns; `logits` are the student's.
+  // Turns dot products into their sums over rows and columns; `logits` are the student's.
   void Sum(int matrix, const TileTask& task, const Tile& tile, const float* logits, const TileSums& sums) {
     const bool columns = grid_.HasMirrorImage(task);
     float* column_z = columns ? sums.column_z : nullptr;
@@ -254,7 +254,7 @@ class TiledComputation {
                ColumnSlot(task.column_block), task.column_turn, buffers);
   }
 
-  // The weights G_ij, and G_ji with them in the square form, of a tile.
+  // A tile's weights G_ij, plus G_ji in the square form.
   void Weigh(int64_t index, const TileTask& task, const Tile& weights, const ThreadBuffers& buffers) {
     const float* factors = sums_.factors.data();
     Factors of_teacher{factors + grid_.First(task.row_block),
@@ -275,8 +275,8 @@ class TiledComputation {
     }
   }
 
-  // gradient = (or +=, after the first turn) weights * the student's rows from `student_row` on, or transposed weights
-  // * these. The first columns are multiplied before it is the tile's turn.
+  // gradient = (or +=, after the first turn) weights (or transposed weights) * the student's rows from `student_row`
+  // on. The first columns are multiplied before the tile's turn comes.
   void AddProduct(const Tile& weights, bool transpose, int64_t student_row, float* gradient, int slot, int turn,
                   const ThreadBuffers& buffers) {
     const int64_t dim = problem_.student.dim;
@@ -301,7 +301,7 @@ class TiledComputation {
     });
   }
 
-  // The rectangular form's rows are columns too.
+  // In the rectangular form, adds the rows' gradient to the gradient of the same columns.
   Phase AddRowsPhase() {
     return {outputs_.gradient && !grid_.square() ? 1 : 0, [this](int64_t, int) {
               float* to = outputs_.gradient + problem_.row_offset * problem_.student.dim;
@@ -317,18 +317,18 @@ class TiledComputation {
   const TileGrid grid_;
   const DotProducts dots_;
   const GradientProducts gradient_products_;
-  const int matrices_;      // the student's, and the teachers'
-  std::vector<int> order_;  // of the matrices in pass 1
+  const int matrices_;      // the student's and the teachers'
+  std::vector<int> order_;  // of the matrices, in pass 1
   int64_t kept_;            // tiles
-  Turns sum_turns_;         // of every matrix and block
-  Turns gradient_turns_;    // of every block
+  Turns sum_turns_;         // one per matrix and block
+  Turns gradient_turns_;    // one per block
   RowSums sums_;
   Workspace workspace_;
-  const std::unique_ptr<std::atomic<bool>[]> logits_ready_;  // of every kept tile
-  std::vector<float> shifts_;                                // of every matrix
-  std::vector<float> maxima_;        // of every row's dot products: (matrices, rows); in the general case only
+  const std::unique_ptr<std::atomic<bool>[]> logits_ready_;  // one per kept tile
+  std::vector<float> shifts_;                                // one per matrix
+  std::vector<float> maxima_;        // every row's largest dot product: (matrices, rows); in the general case only
   std::vector<double> divergences_;  // (row blocks, teachers)
-  std::vector<float> row_gradient_;  // of the rectangular form's rows
+  std::vector<float> row_gradient_;  // the rows' gradient in the rectangular form
   std::atomic<bool> out_of_range_{false};
   bool general_ = false;  // rows are shifted by their own maxima
 };

@@ -18,9 +18,9 @@ constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2E = 1.44269504f;
 
-// Similarities are at most the larger of two squared norms, so that nothing below overflows up to this norm.
+// A similarity is at most the larger of two squared norms, so up to this norm nothing below overflows.
 constexpr float kMaxSquaredNorm = 1e36f;
-// Below, log2(e) / T overflows.
+// Below this, log2(e) / T overflows.
 constexpr float kMinTemperature = 1e-37f;
 
 // The widest load that a matrix's base address and row pitch allow, in bytes.
@@ -33,7 +33,7 @@ struct DeviceMatrix {
   Access access;
 };
 
-// What both paths work on.
+// The parameters of both paths.
 struct Params {
   int columns;
   int row_offset;
@@ -56,9 +56,9 @@ struct Tile {
   int column;
 };
 
-// The pair (i <= j) of position `index` in (0,0), (0,1), (1,1), (0,2), ...
+// The pair (i <= j) at position `index` in (0,0), (0,1), (1,1), (0,2), ...
 inline __host__ __device__ Tile TriangularPair(int index) {
-  // The square root is a first guess; integers settle it.
+  // The square root is a first guess, corrected in integers.
   int j = static_cast<int>((sqrtf(8.0f * static_cast<float>(index) + 1.0f) - 1.0f) * 0.5f);
   while (static_cast<int64_t>(j) * (j + 1) / 2 > index) --j;
   while (static_cast<int64_t>(j + 1) * (j + 2) / 2 <= index) ++j;
@@ -70,7 +70,8 @@ inline __host__ __device__ int64_t NumTiles(bool square, int row_tiles, int colu
   return square ? n * (n + 1) / 2 : row_tiles * n;
 }
 
-// Bands of 8 tile columns, row by row within a band, so that the tiles in flight share their rows in the L2 cache.
+// Tiles go in bands of 8 tile columns, row by row within a band, so that the tiles in flight share
+// their rows in the L2 cache.
 inline __host__ __device__ Tile DecodeTile(bool square, int index, int row_tiles, int column_tiles) {
   constexpr int kBand = 8;
   int band;
@@ -102,11 +103,11 @@ __device__ __forceinline__ bool ValidScalars(const Params& p) {
   return valid;
 }
 
-// Logarithm to base 2 of an exponential's bound, see kNormSlack in cuda_large.cuh.
+// The base-2 logarithm of an exponential's bound; see kNormSlack in cuda_large.cuh.
 constexpr float kMaxLog2Exp = 1.8f;
 
-// exp((s - shift) / T) for scale = log2(e) / T. A product that is computed once more in another order may pass its
-// row's maximum by a rounding, which a tiny T would blow up: hence the cap, which nothing else reaches.
+// exp((s - shift) / T) for scale = log2(e) / T. A product that is recomputed in another order may exceed its row's
+// maximum by a rounding error, which a tiny T would magnify: hence the cap, which nothing else reaches.
 __device__ __forceinline__ float ShiftedExp(float s, float shift, float scale) {
   return Exp2(fminf((s - shift) * scale, kMaxLog2Exp));
 }
@@ -125,8 +126,8 @@ __device__ __forceinline__ float LoadScalar(const DeviceMatrix& x, int64_t row, 
   }
 }
 
-// 16 bytes from `from` on, of which a row has `bytes`, which may be 0 or less; zeros after those. For rows that allow
-// no 16-byte loads.
+// Loads 16 bytes from `from` on, for rows that allow no 16-byte loads. The row has `bytes` of them, which may be 0 or
+// less. The others are zeros.
 __device__ __forceinline__ uint4 LoadChunk(Access access, const char* from, int bytes) {
   uint4 chunk = make_uint4(0, 0, 0, 0);
   if (bytes <= 0) return chunk;
@@ -165,8 +166,8 @@ __device__ __forceinline__ float SquaredNorm(uint4 chunk) {
   return sum;
 }
 
-// What a lane holds of the factors of one mma, 16 x 8 x 8 in TF32 or 16 x 8 x 16 in 16 bits: of a, 16 rows, the rows
-// lane / 4 and lane / 4 + 8 at two words of the depth; of b, 8 rows, the row lane / 4 at the same two words.
+// A lane's part of the factors of one mma, 16 x 8 x 8 in TF32 or 16 x 8 x 16 in 16 bits. Of a (16 rows), it holds the
+// rows lane / 4 and lane / 4 + 8 at two words of the depth; of b (8 rows), the row lane / 4 at the same two words.
 //
 // Split: x = hi + lo with both in TF32, and x y = hi hi + hi lo + lo hi to float32's accuracy (lo lo is beyond it).
 template <bool kSplit, int kWords>
@@ -185,8 +186,8 @@ using FragmentA = Fragment<kSplit, 4>;  // (row, word), (row + 8, word), (row, n
 template <bool kSplit>
 using FragmentB = Fragment<kSplit, 2>;  // word, next word
 
-// Tensor cores drop the lower 13 bits of a TF32 operand, so rounding is half a unit added to what they keep. It is done
-// in integers: the instruction for it is emulated by several, and its NaNs are not needed (the rows' norms tell).
+// Tensor cores drop the lower 13 bits of a TF32 operand, so adding half a unit of what they keep rounds it. This is
+// done in integers: the instruction for it is emulated by several, and its NaNs are not needed (the norms show them).
 constexpr unsigned kHalfTf32Unit = 0x1000;
 constexpr unsigned kTf32Bits = 0xffffe000;
 
@@ -201,7 +202,7 @@ __device__ __forceinline__ Fragment<kSplit, kWords> MakeFragment(const unsigned 
       fragment.hi[e] = words[e] + kHalfTf32Unit;
       if constexpr (kSplit) {
         fragment.hi[e] &= kTf32Bits;
-        // The bits that are dropped of this weigh as much as float32's last.
+        // The dropped bits of this one weigh as much as float32's last bits.
         fragment.lo[e] = __float_as_uint(__uint_as_float(words[e]) - __uint_as_float(fragment.hi[e]));
       }
     }
@@ -209,8 +210,8 @@ __device__ __forceinline__ Fragment<kSplit, kWords> MakeFragment(const unsigned 
   return fragment;
 }
 
-// Where lanes hold 4 consecutive words of rows, mma takes the words 0 and 1 in one step and 2 and 3 in the next: other
-// elements than it asks for, but the same ones of both factors, and a dot product does not mind the order.
+// Lanes hold 4 consecutive words of a row; mma takes words 0 and 1 in one step, 2 and 3 in the next. These are not the
+// elements of its documented layout, but they match in both factors, and the order does not matter to a dot product.
 template <Scalar kScalar, bool kSplit>
 __device__ __forceinline__ void MakeFragments(uint4 top, uint4 bottom, FragmentA<kSplit> (&steps)[2]) {
   const unsigned first[4] = {top.x, bottom.x, top.y, bottom.y};
@@ -240,8 +241,8 @@ __device__ __forceinline__ void Mma(float (&c)[4], const unsigned (&a)[4], unsig
 
 // acc += products of 16 rows with kColumns times 8 columns, over kSteps steps of the depth.
 //
-// Tensor cores truncate when they accumulate, a bias that grows with the depth. So they only sum these steps, or one
-// step of a split product, and the adder of the float32 units, which rounds, does the rest.
+// Tensor cores truncate when they accumulate, a bias that grows with the depth. So they sum only these steps, or one
+// step of a split product, and the float32 units, which round, add the rest.
 template <Scalar kScalar, bool kSplitA, bool kSplitB, int kSteps, int kColumns>
 __device__ __forceinline__ void MultiplySteps(const FragmentA<kSplitA> (&a)[kSteps],
                                               const FragmentB<kSplitB> (&b)[kSteps][kColumns],
@@ -278,9 +279,9 @@ __device__ __forceinline__ T WarpSum(T x) {
   return x;
 }
 
-// The gradient is factor * (H z), where H is formed with the weights' signs and proportions only, so that sizes of
-// weights and temperature cannot overflow it: the teachers' coefficients have magnitudes that sum up to 1, and the
-// student's is what cancels them. To be called by a whole warp; returns the factor.
+// The gradient is factor * (H z). H uses only the signs and proportions of the weights, so that large or small weights
+// and temperatures cannot overflow it: the magnitudes of the teachers' coefficients sum to 1, and the student's
+// coefficient cancels theirs. Must be called by a whole warp. Returns the factor.
 __device__ __forceinline__ double MakeCoefficients(const Params& p, float* coefficients) {
   const int lane = threadIdx.x % 32;
   double magnitude = 0;
@@ -298,14 +299,14 @@ __device__ __forceinline__ double MakeCoefficients(const Params& p, float* coeff
   return magnitude * *p.temperature / p.rows;
 }
 
-// The divergence of a row: `cross` is the sum of exponential * (similarity - student's similarity), and the
-// exponentials of each matrix are shifted by `shift`.
+// A row's divergence. `cross` is the sum of exponential * (similarity - student's similarity). The student's
+// exponentials are shifted by `student_shift`, the teacher's by `shift`.
 __device__ __forceinline__ double RowKl(double cross, double sum, double student_sum, double shift,
                                         double student_shift, double temperature) {
   return (cross / sum - shift + student_shift) / temperature - log(sum / student_sum);
 }
 
-// Writes per_teacher and total, by one block. `partial_kl` is (teachers, count): sums over rows, in part.
+// Writes per_teacher and total, from a single block. `partial_kl` is (teachers, count): partial sums over rows.
 __device__ __forceinline__ void WriteResults(const Params& p, const double* partial_kl, int count, bool invalid,
                                              double* shared) {
   const int lane = threadIdx.x % 32;

@@ -1,10 +1,10 @@
-// Runs CUDA kernel source as plain C++17 on the CPU: a fiber for each CUDA thread, which runs from one barrier or
-// warp-wide instruction to the next. It is strict where a GPU is silent:
+// Runs CUDA kernel source as plain C++17 on the CPU. Every CUDA thread is a fiber, which runs from one barrier or
+// warp-wide instruction to the next. Strict where a GPU is silent:
 //
 //   - shared memory, and the target of an asynchronous copy from its issue until its wait, hold NaNs;
-//   - source addresses of asynchronous copies lie inside arrays made by GuardedArray, whose ends are guard pages;
-//   - lanes that meet at different warp-wide instructions, and barriers that not all threads reach, end the program;
-//   - threads and blocks take turns in an order drawn from a seed, so that a missing barrier shows.
+//   - source addresses of asynchronous copies must lie inside arrays made by GuardedArray, whose ends are guard pages;
+//   - lanes at different warp-wide instructions, and barriers that not all threads reach, end the program;
+//   - threads and blocks run in an order drawn from a seed, so that a missing barrier shows.
 //
 // Tensor cores: documented fragment layouts, low bits of TF32 operands dropped, sums truncated to float32.
 
@@ -65,8 +65,8 @@ namespace harness {
 
 inline void CheckStream(void* stream);
 
-// An array of its own pages, between two pages that cannot be touched. Its end is as near to the upper one as
-// `alignment` allows; the bytes between are NaNs.
+// An array on its own pages, between two inaccessible pages. Its end is as close to the upper one as `alignment`
+// allows; the bytes between are NaNs.
 class GuardedArray {
  public:
   GuardedArray(int64_t bytes, int64_t alignment) : bytes_(bytes) {
@@ -107,12 +107,12 @@ class GuardedArray {
 
 struct Fiber;
 
-// What a group of threads waits at.
+// A barrier for a group of threads.
 struct Barrier {
   int expected = 0;
   std::vector<Fiber*> waiting;
-  int result = 0;       // of the round that ended last
-  int accumulated = 0;  // of the round under way
+  int result = 0;       // of the last complete round
+  int accumulated = 0;  // of the current round
 };
 
 struct Warp {
@@ -151,7 +151,7 @@ constexpr size_t kStackBytes = 256 << 10;
 struct Emulator {
   int multiprocessors = 3;
   int resident_blocks = 1;
-  void* only_stream = nullptr;  // where not null, all else fails
+  void* only_stream = nullptr;  // if not null, work on any other stream fails
   unsigned seed = 1;
 
   std::function<void()> kernel;
@@ -200,7 +200,7 @@ inline void Suspend() {
   if (_setjmp(Current().context) == 0) _longjmp(emulator.scheduler, 1);
 }
 
-// The last to come runs `complete` and lets the others go on.
+// The last thread to arrive runs `complete` and releases the others.
 template <typename Complete>
 void Wait(Barrier& barrier, const Complete& complete) {
   if (static_cast<int>(barrier.waiting.size()) + 1 < barrier.expected) {
@@ -251,7 +251,7 @@ inline void RunBlocks(const std::vector<dim3>& indices, int threads, int shared_
     }
   }
   while (!emulator.ready.empty()) {
-    // A warp mostly goes on to the next barrier while others lie behind: a GPU's worst case.
+    // Mostly, a warp runs ahead to the next barrier while others lag behind: a GPU's worst case.
     if (emulator.random() % 64 == 0) {
       std::swap(emulator.ready[emulator.random() % emulator.ready.size()], emulator.ready.back());
     }
@@ -311,7 +311,7 @@ inline float Float16ToFloat(uint16_t bits) {
   return bits >> 15 ? -magnitude : magnitude;
 }
 
-// Nearest of all finite values by search: slow, but without a rounding rule of its own.
+// The nearest of all finite values, by search: slow, but without its own rounding rule.
 inline uint16_t ToFloat16(float x) {
   const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
   const float magnitude = std::fabs(x);
@@ -337,7 +337,7 @@ struct MmaOperands {
   unsigned b[2];
 };
 
-// `depth` 8 or 16; unpack(word, n) is the n-th of the 16 / depth... numbers in a 32-bit word.
+// `kPerWord` numbers per 32-bit word, 1 or 2; unpack(word, n) is the n-th of them. The depth is 8 * kPerWord.
 template <int kPerWord, typename Unpack>
 void Mma(const char* name, float* c, const unsigned* a, unsigned b0, unsigned b1, const Unpack& unpack) {
   MmaOperands mine = {c, a, {b0, b1}};
@@ -393,7 +393,7 @@ inline void CopyAsync(void* shared, const void* global, bool valid, int bytes) {
 
 }  // namespace harness
 
-// --- What device code calls by CUDA's names.
+// --- What device code calls under CUDA's names.
 
 inline float __uint_as_float(unsigned bits) { return harness::BitsToFloat(bits); }
 inline unsigned __float_as_uint(float x) { return harness::FloatToBits(x); }
@@ -536,7 +536,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
-// --- What cuda_primitives.cuh wraps.
+// --- What cuda_primitives.cuh provides with nvcc.
 
 namespace s2sd {
 namespace cuda {

@@ -9,8 +9,8 @@
 namespace s2sd {
 namespace cuda {
 
-// Tiles of 128 x 128 do more with what they load, once there are enough of them for every multiprocessor of the large
-// GPUs of our day; below that, smaller ones share the work out better, and so do groups of teachers.
+// Tiles of 128 x 128 reuse more of what they load, once there are enough of them for every multiprocessor of today's
+// large GPUs. Below that, smaller tiles and groups of teachers share the work out better.
 constexpr int64_t kEnoughTiles = 132;
 constexpr int64_t kEnoughBlocks = 4 * kEnoughTiles;
 
@@ -40,7 +40,7 @@ CudaPath ChoosePath(const Problem& problem) {
   return CountTiles(problem, 128) >= kEnoughTiles ? CudaPath::kLarge128 : CudaPath::kLarge64;
 }
 
-// Hands out consecutive pieces of the workspace, or, from a null base, just counts.
+// Hands out consecutive pieces of the workspace or, with a null base, only counts bytes.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -69,7 +69,7 @@ void LayOut(const Problem& problem, Arena* arena, SmallParams* p) {
   p->inverse_sums = arena->Take<float>(matrices * problem.rows);
 }
 
-// Returns the bytes from the start that have to be zeroed.
+// Lays out the workspace. Returns how many bytes from its start have to be zeroed.
 int64_t LayOut(const Problem& problem, const CudaPlan& plan, bool gradient, Arena* arena, LargeParams* p) {
   const int64_t teachers = problem.num_teachers;
   const int64_t matrices = teachers + 1;
@@ -93,7 +93,7 @@ DeviceMatrix Describe(const Matrix& matrix, Scalar scalar) {
   return {static_cast<const char*>(matrix.data), static_cast<int>(matrix.dim), static_cast<int>(row_bytes), access};
 }
 
-// All but what lies in the workspace.
+// Fills in everything except what lies in the workspace.
 void Fill(const Problem& problem, const Outputs& outputs, Params* p) {
   p->columns = static_cast<int>(problem.columns);
   p->row_offset = static_cast<int>(problem.row_offset);
@@ -116,7 +116,7 @@ void GroupTeachers(int groups, LargeParams* p) {
   int64_t before = 0;
   int k = 0;
   for (int g = 0; g < groups; ++g) {
-    // A teacher belongs where its middle lies; the last group's end is beyond every middle.
+    // A teacher belongs to the group in which its middle lies; the last group's end is beyond every middle.
     for (; k < teachers && (2 * before + p->matrices[k + 1].dim) * groups < 2 * total * (g + 1); ++k) {
       before += p->matrices[k + 1].dim;
     }
@@ -162,7 +162,7 @@ class Launcher {
     return count;
   }
 
-  // Of a kernel, on one multiprocessor.
+  // How many blocks of a kernel fit on one multiprocessor.
   template <typename KernelParams>
   int ResidentBlocks(void (*kernel)(KernelParams), int shared_bytes) {
     int count = 1;
@@ -255,7 +255,7 @@ CudaPlan PlanCuda(const Problem& problem, const CudaOptions& options, bool gradi
     cuda::SmallParams unused;
     cuda::LayOut(problem, &arena, &unused);
   } else {
-    // The student's products are repeated in every group, but it is small.
+    // Every group repeats the student's products, but these are few.
     plan.groups = static_cast<int>(
         std::min<int64_t>(problem.num_teachers,
                           options.groups > 0 ? options.groups : (cuda::kEnoughBlocks + plan.tiles - 1) / plan.tiles));

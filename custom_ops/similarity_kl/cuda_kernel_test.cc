@@ -1,9 +1,9 @@
-// Runs the CUDA kernels' own source through the emulator, on shapes that are hard to index, against a naive computation
-// in double. Exits with 1 after a failure.
+// Runs the CUDA kernels' own source in the emulator, on shapes that are hard to index, and compares the results with a
+// naive computation in double. Exits with 1 on failure.
 //
 //   g++ -std=c++17 -O2 -Wno-unknown-pragmas cuda_kernel_test.cc -o cuda_kernel_test && ./cuda_kernel_test
 
-// The emulator jumps between stacks, which a fortified longjmp takes for a mistake.
+// The emulator jumps between stacks, which a fortified longjmp rejects.
 #undef _FORTIFY_SOURCE
 
 #include "cuda_kernel.cu"
@@ -37,7 +37,7 @@ struct Case {
   CudaPath path = CudaPath::kAuto;
   int64_t misalignment = 0;  // of every matrix, in scalars
   bool gradient = true;
-  int64_t kept_tiles = 0;  // as many as there is room for
+  int64_t kept_tiles = 0;  // there is room for this many
   int groups = 0;
   float spread = 0;  // of the logarithm of the rows' lengths
 
@@ -45,7 +45,7 @@ struct Case {
 };
 
 struct Results : HostResults {
-  std::vector<uint32_t> bits;  // of all of these
+  std::vector<uint32_t> bits;  // of all the results
   std::string error;
 };
 
@@ -66,7 +66,7 @@ float Round(float x, Scalar scalar) {
   }
 }
 
-// Rows in pairs of one class, so that similarities are spread out.
+// The rows are in pairs of one class, so that similarities are spread out.
 HostProblem MakeInputs(const Case& c, unsigned seed) {
   std::mt19937 random(seed);
   std::normal_distribution<float> normal;
@@ -169,8 +169,9 @@ void Expect(bool condition, const Case& c, const std::string& what) {
   std::printf("FAILED %s: %s\n", Describe(c).c_str(), what.c_str());
 }
 
-// Of a group of cases. Where an error is measured against one that is tiny by luck, a bound for each says little: in
-// TF32, whose errors are large, the root mean square over the group is at most twice the composed computation's.
+// The errors of a group of cases. A bound for each case says little if the composed error, which it is measured
+// against, is tiny by luck. So for TF32, whose errors are large, the root mean square over the group is at most twice
+// the composed computation's.
 class Errors {
  public:
   void Add(const Case& c) {
@@ -184,7 +185,7 @@ class Errors {
       const double t = c.temperature;
       AddSquares(truth.per_teacher, results.per_teacher, composed.per_teacher, t * std::max(1.0, t), &kl_);
       if (!c.gradient) return;
-      // Where student and teachers agree next to nothing is left of a gradient, and nothing is to be seen in its error.
+      // If student and teachers agree, the gradient is nearly zero, and its error means nothing.
       double least = 0;
       for (float w : inputs.weights) least += 1e-3 * std::fabs(w) * t / static_cast<double>(c.rows);
       const double size = std::max(MaxAbs(truth.gradient), least);
@@ -194,16 +195,16 @@ class Errors {
     const Limits limits = ErrorLimits(inputs, truth, composed);
     const double kl = std::max(MaxError(truth.per_teacher, results.per_teacher) / limits.per_teacher,
                                std::fabs(truth.total - results.total) / limits.total);
-    Expect(kl <= 1, c, "KL error " + std::to_string(kl) + " of what is allowed");
+    Expect(kl <= 1, c, "KL error " + std::to_string(kl) + " times the limit");
     worst_kl_ = std::max(worst_kl_, kl);
     if (!c.gradient) return;
     const double gradient = MaxError(truth.gradient, results.gradient) / limits.gradient;
-    Expect(gradient <= 1, c, "gradient error " + std::to_string(gradient) + " of what is allowed");
+    Expect(gradient <= 1, c, "gradient error " + std::to_string(gradient) + " times the limit");
     worst_gradient_ = std::max(worst_gradient_, gradient);
   }
 
   void Report(const char* group) const {
-    std::printf("%-34s %3d cases, worst error over allowed: KL %.2f, gradient %.2f", group, cases_, worst_kl_,
+    std::printf("%-34s %3d cases, worst error / allowed error: KL %.2f, gradient %.2f", group, cases_, worst_kl_,
                 worst_gradient_);
     if (kl_.composed > 0) {
       const double kl = std::sqrt(kl_.kernel / kl_.composed);
@@ -304,7 +305,7 @@ void TestPath(const char* name, CudaPath path, const std::vector<int64_t>& sizes
   errors.Report(name);
 }
 
-// The kernel's own choice of path.
+// The path that the kernel chooses by itself.
 void TestChosen() {
   Errors errors;
   for (int64_t columns : {112, 256, 257}) {
@@ -317,7 +318,7 @@ void TestChosen() {
   errors.Report("paths as chosen");
 }
 
-// Rows of any length, and temperatures at which the rounding of products shows, as on the CPU.
+// Rows of any length, and temperatures so small that the rounding of products shows, as in the CPU kernel's test.
 void TestAnyLength() {
   Errors errors;
   std::mt19937 random(9);
@@ -335,7 +336,7 @@ void TestAnyLength() {
     }
     for (float t : {1e-2f, 1e-3f, 1e-5f}) errors.Add({41, 0, 41, 9, {33, 8}, t, Scalar::kFloat32, false, path});
   }
-  // More tiles than blocks look for the maxima.
+  // More tiles than blocks: blocks of the maxima's kernel take several.
   harness::emulator.multiprocessors = 1;
   Case c = {300, 0, 300, 9, {300}, 1, Scalar::kFloat32, false, CudaPath::kLarge64};
   c.spread = 1;
@@ -344,7 +345,7 @@ void TestAnyLength() {
   errors.Report("rows of any length, tiny T");
 }
 
-// A wide float32 teacher is where truncating sums would show.
+// With a wide float32 teacher, truncated sums would show.
 void TestDepth() {
   Errors errors;
   for (CudaPath path : {CudaPath::kSmall16, CudaPath::kLarge64, CudaPath::kLarge128}) {
@@ -357,7 +358,7 @@ void TestDepth() {
   errors.Report("depth 2048");
 }
 
-// Blocks that share the teachers out have each a part of H that does not cancel.
+// If blocks divide the teachers among themselves, each has a part of H that does not cancel.
 void TestGroups() {
   for (int groups : {1, 2, 5}) {
     Errors errors;
@@ -379,10 +380,10 @@ void TestDeterminism() {
     const Results first = RunKernel(c, inputs);
     for (unsigned seed = 2; seed < 5; ++seed) {
       harness::emulator.seed = seed;
-      // The small path shares its work out among as many blocks as there are.
+      // The small path distributes its work over as many blocks as there are.
       if (small) harness::emulator.resident_blocks = static_cast<int>(seed);
-      c.kept_tiles = seed - 2;  // kept similarities are the computed ones
-      Expect(RunKernel(c, inputs).bits == first.bits, c, "bits depend on the order of blocks, or on what is kept");
+      c.kept_tiles = seed - 2;  // kept similarities equal recomputed ones
+      Expect(RunKernel(c, inputs).bits == first.bits, c, "the bits depend on the order of blocks or on what is kept");
       ++count;
     }
     harness::emulator.seed = 1;
@@ -419,17 +420,17 @@ void TestInvalid() {
     inputs.weights[1] = NAN;
     expect_nan(good, inputs, "weight");
 
-    // Rows that are next to nothing, and nothing.
+    // Rows that are nearly zero, and zero.
     for (float length : {1e-13f, 0.0f}) {
       inputs = MakeInputs(good, 5);
       for (std::vector<float>& matrix : inputs.matrices) {
         for (float& x : matrix) x *= length;
       }
       const Results tiny = RunKernel(good, inputs);
-      Expect(std::fabs(tiny.total) < 1e-6 && MaxAbs(tiny.gradient) < 1e-6, good, "rows of next to no length");
+      Expect(std::fabs(tiny.total) < 1e-6 && MaxAbs(tiny.gradient) < 1e-6, good, "rows that are nearly zero");
       ++count;
     }
-    // Weights of any size, and none.
+    // Weights of any size, and zero.
     for (float w : {1e-30f, 1e30f, 0.0f}) {
       inputs = MakeInputs(good, 5);
       for (float& weight : inputs.weights) weight *= w;
@@ -457,7 +458,7 @@ void TestManyTeachers() {
   errors.Report("64 teachers");
 }
 
-// The choice of the plan, at its borders.
+// The plan on both sides of its thresholds.
 void TestPlan() {
   int count = 0;
   const auto expect = [&](bool condition, int64_t columns, const char* what) {
@@ -486,7 +487,7 @@ void TestPlan() {
     const int64_t tile_bytes = 6 * 4 * tile * tile;
     options.kept_bytes = int64_t{1} << 40;
     const CudaPlan all = plan(columns, columns, options);
-    expect(all.tiles == side * (side + 1) / 2 && all.kept == all.tiles, columns, "all are kept where there is room");
+    expect(all.tiles == side * (side + 1) / 2 && all.kept == all.tiles, columns, "all are kept if there is room");
     options.kept_bytes = all.kept * tile_bytes - 1;
     expect(plan(columns, columns, options).kept == all.tiles - 1, columns, "one byte less, one tile less");
     options.kept_bytes = tile_bytes;
@@ -494,7 +495,7 @@ void TestPlan() {
     expect(plan(columns, columns, options).kept == 1, columns, "room for one");
     options.kept_bytes = tile_bytes - 1;
     expect(plan(columns, columns, options).kept == 0, columns, "room for none");
-    expect(one - plan(columns, columns, options).workspace_bytes == tile_bytes, columns, "what one takes");
+    expect(one - plan(columns, columns, options).workspace_bytes == tile_bytes, columns, "the size of one");
     options.kept_bytes = int64_t{1} << 40;
     expect(plan(columns, columns, options, false).kept == 0, columns, "nothing is kept without a gradient");
   }
@@ -505,7 +506,7 @@ void TestPlan() {
 }  // namespace
 }  // namespace s2sd
 
-// Without arguments all groups; else those whose numbers are given, from 0 on.
+// Runs all groups, or only those whose numbers are given, counting from 0.
 int main(int argc, char** argv) {
   using s2sd::CudaPath;
   using s2sd::TestPath;

@@ -1,18 +1,18 @@
 // The large path: two passes over tiles of the similarity matrices.
 //
-//   CheckKernel      squared norms: is anything not finite, are the rows of about unit length
-//   MaximaKernel     tiles -> row maxima, where they are not
+//   CheckKernel      squared norms: whether anything is not finite, and whether rows are of about unit length
+//   MaximaKernel     tiles -> row maxima, if rows are of other lengths
 //   SumsKernel       tiles -> row sums (and, transposed, column sums) of exp and of exp * (logit difference)
 //   NormalizeKernel  sums -> KL and 1 / sum, by row
-//   GradientKernel   the tiles once more -> H = G + G^T in shared memory -> H z
+//   GradientKernel   the tiles again -> H = G + G^T in shared memory -> H z
 //   FinishKernel     KL by row -> outputs
 //   ConvertKernel    fixed-point gradient -> float32
 //
-// The first tiles' similarities stay in a workspace of bounded size from the first pass to the second; those of the
-// others are computed again.
+// The first tiles' similarities stay in a workspace of bounded size between the two passes; those of the others are
+// recomputed.
 //
-// What tiles have in common they add up in 64-bit fixed point: integer addition is associative, so the order in which
-// tiles finish leaves no trace in the bits.
+// Tiles add to shared sums in 64-bit fixed point. Integer addition is associative, so the order in which tiles finish
+// does not change a bit of the result.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_LARGE_CUH_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_LARGE_CUH_
@@ -34,27 +34,27 @@ constexpr int kGradientChunk = 64;     // columns of z at a time
 template <int kTile>
 constexpr int kStageBytes = 2 * kTile * kStageDepthBytes;
 
-// The pipeline's stages, and after them, in the same place, H and a chunk of z.
+// The pipeline's stages, later reused for H and a chunk of z.
 template <int kTile>
 constexpr int kLargeSharedBytes = kStages * kStageBytes<kTile>;
 
-// With squared norms within T of 1, exp((s - 1) / T) is at most e, and no row's sum is below 1 / e: one shift does for
-// all rows. Rows of other lengths are shifted by their own maxima, and so are all where T is so small that a product's
-// rounding shows.
+// If squared norms are within T of 1, exp((s - 1) / T) is at most e and no row's sum is below 1 / e: one shift works
+// for all rows. Rows of other lengths are shifted by their own maxima, and so are all rows if T is so small that a
+// product's rounding error shows.
 constexpr float kNormSlack = 1.0f;
 constexpr float kMinFixedShiftTemperature = 0.004f;
-constexpr float kMaxExp = 3.5f;  // e, and what rounding in TF32 adds at the smallest such T; 2^kMaxLog2Exp
+constexpr float kMaxExp = 3.5f;  // e, plus TF32 rounding at the smallest such T; 2^kMaxLog2Exp
 
-// At most kMaxExp * 2^17 < 2^18.9, so 2^43 units in 1 stay below 2^62.
+// A row's sum is at most kMaxExp * 2^17 < 2^18.9, so at 2^43 units for 1 it stays below 2^62.
 constexpr float kExpSumScale = 8796093022208.0f;
 
 // Read and written by single threads between kernels.
 struct Header {
   int invalid;           // something is not finite, or T or a weight is not valid: all outputs are NaN
   int shift_by_maxima;   // see kNormSlack
-  int max_student_norm;  // squared norms, as the bits of floats >= 0, which integer maxima order
+  int max_student_norm;  // squared norms as the bits of floats >= 0, so that integer maxima work
   int max_teacher_norm;
-  float gradient_scale;  // fixed-point units in 1
+  float gradient_scale;  // fixed-point units for 1
   double gradient_factor;
   float coefficients[1 + kCudaMaxTeachers];
 };
@@ -67,27 +67,27 @@ struct LargeParams : Params {
   int* maxima;                           // (num_matrices, rows), the bits of floats >= 0
   double* partial_kl;                    // (num_matrices - 1, blocks of the normalising kernel)
   float4* kept;                          // (kept_tiles, num_matrices, kTile * kTile / 4)
-  int kept_tiles;                        // the first of them
-  uint8_t group_ends[kCudaMaxTeachers];  // blocks of y = g see to the teachers up to here, from group_ends[g - 1] on
+  int kept_tiles;                        // how many: the first ones
+  uint8_t group_ends[kCudaMaxTeachers];  // blocks of y = g handle the teachers from group_ends[g - 1] up to here
 };
 
 __device__ __forceinline__ void AddFixed(unsigned long long* sum, float x, float scale) {
   atomicAdd(sum, static_cast<unsigned long long>(__float2ll_rn(x * scale)));
 }
 
-// The power of two that keeps magnitudes up to `bound` below 2^61; float32's largest where rows are next to nothing.
+// The power of two that keeps magnitudes up to `bound` below 2^61; float32's largest if rows are nearly zero.
 __device__ __forceinline__ float FixedPointScale(double bound) {
   const int exponent = 60 - ilogb(bound);
   return ldexpf(1.0f, exponent < 127 ? exponent : 127);
 }
 
-// Of sums over a row of exp * (similarity - student's similarity), which no product of rows exceeds.
+// The scale for a row's sums of exp * (similarity - student's similarity), which the norms bound.
 __device__ __forceinline__ float CrossSumScale(const LargeParams& p) {
   const float norms = __int_as_float(p.header->max_student_norm) + __int_as_float(p.header->max_teacher_norm);
   return FixedPointScale(static_cast<double>(kMaxExp) * p.columns * fmaxf(norms, FLT_MIN));
 }
 
-// One warp a row.
+// One warp per row.
 template <Scalar kScalar>
 __global__ void __launch_bounds__(kThreads) CheckKernel(const __grid_constant__ LargeParams p) {
   const int m = blockIdx.y;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads) CheckKernel(const __grid_constant__ 
   atomicMax(m == 0 ? &p.header->max_student_norm : &p.header->max_teacher_norm, __float_as_int(norm));
 }
 
-// The matrices that a block works on: maybe the student, then the teachers of its group.
+// The matrices that a block works on: the student if asked for, then the teachers of its group.
 struct MatrixRange {
   int first;
   int end;
@@ -139,12 +139,12 @@ __device__ __forceinline__ Tile TileAt(const LargeParams& p, int index) {
   return DecodeTile(p.square, index, CeilDiv(p.rows, kTile), CeilDiv(p.columns, kTile));
 }
 
-// A stage's rows are 128 bytes long. XOR of a byte's position with this, by row, lets the 8 rows of a matrix load meet
-// every bank once.
+// A stage's rows are 128 bytes long. XORing a byte's position with this value of its row makes the 8 rows of a matrix
+// load hit every bank once.
 __device__ __forceinline__ int StageSwizzle(int row) { return (row & 7) << 4; }
 
-// Copies a tile's rows and columns of one matrix after another to shared memory, 128 bytes of each at a time. A thread
-// copies the same 16 of these bytes of every 32nd row; all that this takes is worked out at a matrix's start.
+// Copies a tile's rows and columns to shared memory, one matrix after another, 128 bytes of each row at a time. A
+// thread copies the same 16 of these bytes of every 32nd row. All it needs for this is computed when a matrix starts.
 template <int kTile>
 class StageLoader {
  public:
@@ -203,30 +203,30 @@ class StageLoader {
   }
 
  private:
-  static constexpr int kRows = kTile * 8 / kThreads;  // of a thread, and as many columns
+  static constexpr int kRows = kTile * 8 / kThreads;  // per thread, and as many columns
   static constexpr unsigned kInside = 1u << 16;
   static constexpr int kStride = kThreads / 8 * kStageDepthBytes;
 
   const char* rows_;
   const char* columns_;
-  int left_ = 0;  // bytes of every row
-  // A place in a stage, and above it a bit for every row, then column, that the matrix has. One number, as the kernels
-  // have not a register to spare.
+  int left_ = 0;  // bytes left of every row
+  // The position in a stage and, above it, one bit for every row, then column, that lies in the matrix. They share one
+  // number because the kernels have no register to spare.
   unsigned to_and_inside_;
 };
 
-// Calls epilogue(m, acc) with the tile of each matrix's similarities in turn. 2 x 4 warps; acc[r][c][2 h + v] is row
+// Calls epilogue(m, acc) with each matrix's tile of similarities in turn. 2 x 4 warps; acc[r][c][2 h + v] is row
 // warp_row * kTile / 2 + 16 r + 8 h + lane / 4 and column warp_column * kTile / 4 + 8 c + 2 (lane % 4) + v of the tile.
-// The pipeline runs on through the epilogues: the next matrix arrives meanwhile.
+// The pipeline continues during the epilogues: the next matrix is being loaded meanwhile.
 template <Scalar kScalar, bool kCompensated, int kTile, typename Epilogue>
 __device__ __forceinline__ void ForEachSimilarityTile(const LargeParams& p, Tile tile, MatrixRange range, char* shared,
                                                       const Epilogue& epilogue) {
   constexpr bool kSplit = kCompensated && kScalar == Scalar::kFloat32;
-  constexpr int kUnits = kTile / 32;      // mma tiles of a warp, either way
-  constexpr int kSteps = kSplit ? 1 : 4;  // of the depth at once; split factors need the registers
+  constexpr int kUnits = kTile / 32;      // mma tiles per warp, in both directions
+  constexpr int kSteps = kSplit ? 1 : 4;  // of the depth at a time; split factors need the registers
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
-  // Where a lane's row of a matrix load begins: of a, the rows come first, then the next 16 bytes; of b, the reverse.
+  // Where a lane's row of a matrix load begins. For a, rows come first, then the next 16 bytes; for b, the reverse.
   const int a_row = warp / 4 * (kTile / 2) + lane % 16;
   const int b_row = kTile + warp % 4 * (kTile / 4) + lane / 16 * 8 + lane % 8;
   const int a_offset = a_row * kStageDepthBytes + (lane / 16 * 16 ^ StageSwizzle(a_row));
@@ -303,14 +303,14 @@ struct ThreadTile {
   int first_column;
 };
 
-// A tile of similarities between the passes: every thread reads what it wrote.
+// A tile of similarities kept between the passes: every thread reads back what it wrote.
 template <int kTile>
 __device__ __forceinline__ float4* KeptTile(const LargeParams& p, int tile, int m) {
   return p.kept + (static_cast<int64_t>(tile) * p.num_matrices + m) * (kTile * kTile / 4) + OpaqueThreadIndex();
 }
 
 __device__ __forceinline__ void RaiseMaximum(int* maximum, float x) {
-  atomicMax(maximum, __float_as_int(fmaxf(x, 0.0f)));  // the largest of a row is its own product at least
+  atomicMax(maximum, __float_as_int(fmaxf(x, 0.0f)));  // a row's largest is at least its product with itself
 }
 
 template <Scalar kScalar, bool kCompensated>
@@ -368,8 +368,8 @@ __device__ __forceinline__ float RowShift(const LargeParams& p, int m, int row) 
   return row < p.rows ? __int_as_float(p.maxima[static_cast<int64_t>(m) * p.rows + row]) : 0.0f;
 }
 
-// Adds a matrix's tile to its rows' sums and, where the tile stands for its mirror image too, to its columns'.
-// kCommon: the tile has no border inside, and all rows have the common shift.
+// Adds a matrix's tile to its rows' sums and, if the tile also stands for its mirror image, to its columns' sums.
+// kCommon: the tile lies fully inside the matrix, and all rows have the common shift.
 template <int kTile, bool kCommon>
 __device__ __forceinline__ void AddSums(const LargeParams& p, Tile tile, int m,
                                         const float (&s)[kTile / 32][kTile / 32][4],
@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 2 : 1) SumsKernel(cons
           for (int v = 0; v < 4; ++v) student[r][c][v] = s[r][c][v];
         }
       }
-      if (blockIdx.y != 0) return;  // every group of teachers needs the student, one adds it up
+      if (blockIdx.y != 0) return;  // every group of teachers needs the student, but only one adds it up
     }
     if (static_cast<int>(blockIdx.x) < p.kept_tiles) {
       float4* kept = KeptTile<kTile>(p, blockIdx.x, m);
@@ -487,7 +487,7 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 2 : 1) SumsKernel(cons
   ForEachSimilarityTile<kScalar, kCompensated, kTile>(p, tile, BlockMatrices(p, true), SharedMemory(), add);
 }
 
-// Blocks of y = 0 see to the student and to the gradient's scales, the others to a teacher each.
+// Blocks of y = 0 handle the student and the gradient's scales, the others one teacher each.
 static __global__ void __launch_bounds__(kThreads) NormalizeKernel(const __grid_constant__ LargeParams p) {
   if (p.header->invalid) return;
   double* shared = reinterpret_cast<double*>(SharedMemory());
@@ -513,7 +513,7 @@ static __global__ void __launch_bounds__(kThreads) NormalizeKernel(const __grid_
       p.partial_kl[static_cast<int64_t>(m - 1) * gridDim.x + blockIdx.x] = kl;
     }
   } else if (row < 32) {
-    // Rows of |H| sum up to 2 at most, columns to 2 rows, so an element of H z is below 2 (rows + 1) max |z|.
+    // Rows of |H| sum to 2 at most, columns to 2 rows, so an element of H z is below 2 (rows + 1) max |z|.
     const double factor = MakeCoefficients(p, p.header->coefficients);
     const float max_norm = fmaxf(__int_as_float(p.header->max_student_norm), FLT_MIN);
     const float scale = FixedPointScale(2.0 * (p.rows + 1) * sqrtf(max_norm));
@@ -524,8 +524,8 @@ static __global__ void __launch_bounds__(kThreads) NormalizeKernel(const __grid_
   }
 }
 
-// h += a matrix's part of H. Inside a square, a tile stands for both G and its mirror image's transpose: similarities
-// are symmetric, normalisers are not, nor are the rows' own shifts. kCommon: all rows have the common shift.
+// h += a matrix's part of H. In the square form, a tile stands for both G and its mirror image's transpose:
+// similarities are symmetric, normalisers and the rows' own shifts are not. kCommon: all rows have the common shift.
 template <int kTile, bool kCommon>
 __device__ __forceinline__ void AddWeights(const LargeParams& p, Tile tile, int m,
                                            const float (&s)[kTile / 32][kTile / 32][4],
@@ -573,24 +573,24 @@ __device__ __forceinline__ void AddWeights(const LargeParams& p, Tile tile, int 
   }
 }
 
-// H in shared memory: rows of kTile floats in 16-byte chunks. One swizzle serves 16-byte reads along rows (2 rows, 4
-// chunks a quarter warp) and 4-byte reads down columns (rows 4 apart, 8 columns).
+// Index into H in shared memory: rows of kTile floats in 16-byte chunks. One swizzle serves 16-byte reads along rows (2
+// rows, 4 chunks per quarter warp) and 4-byte reads down columns (rows 4 apart, 8 columns).
 template <int kTile>
 __device__ __forceinline__ int HalfGradientIndex(int row, int column) {
   return row * kTile + (column ^ ((row >> 2 & 3) << 3 ^ (row & 1) << 4));
 }
 
-// A chunk of z: 4-byte reads of 8 columns in 4 rows that are 4 apart. Runs of 8 columns stay together.
+// Index into a chunk of z, for 4-byte reads of 8 columns in 4 rows that are 4 apart. Runs of 8 columns stay together.
 __device__ __forceinline__ int ChunkIndex(int row, int column) {
   return row * kGradientChunk + (column ^ (row >> 2 & 3) << 3);
 }
 
-// Rows [first_row, first_row + kRows) of z, columns from `first_d` on, as floats; zeros beyond the rows and columns.
+// Loads rows [first_row, first_row + kRows) of z, columns from `first_d` on, as floats; zeros outside of z.
 template <Scalar kScalar, int kRows>
 __device__ __forceinline__ void LoadStudentChunk(const DeviceMatrix& z, int first_row, int end_row, int first_d,
                                                  float* chunk) {
   constexpr int kBytes = kScalar == Scalar::kFloat32 ? 4 : 2;
-  constexpr int kLoads = kGradientChunk * kBytes / 16;  // of a row
+  constexpr int kLoads = kGradientChunk * kBytes / 16;  // per row
 #pragma unroll 4
   for (int n = threadIdx.x; n < kRows * kLoads; n += kThreads) {
     const int row = n / kLoads;
@@ -615,14 +615,14 @@ __device__ __forceinline__ void LoadStudentChunk(const DeviceMatrix& z, int firs
   }
 }
 
-// gradient rows of the tile's rows += H z for the rows of z that are the tile's columns; or, transposed, the reverse.
+// Adds H z to the gradient of the tile's rows, with z the rows that are the tile's columns; transposed, the reverse.
 //
-// H is always split: blocks that share the teachers out have each a part of it that is much larger than the whole, and
-// rounded to TF32 the parts would not cancel.
+// H is always split: blocks that divide the teachers among themselves each hold a part of H that is much larger than
+// the whole, and parts rounded to TF32 would not cancel.
 template <Scalar kScalar, bool kCompensated, int kTile, bool kTransposed>
 __device__ __forceinline__ void AddProduct(const LargeParams& p, const float* h, float* chunk, int first_out,
                                            int end_out, int first_z, int end_z) {
-  constexpr bool kSplitZ = kCompensated && kScalar == Scalar::kFloat32;  // halves are TF32 numbers as they are
+  constexpr bool kSplitZ = kCompensated && kScalar == Scalar::kFloat32;  // 16-bit floats are exact in TF32
   constexpr int kRowUnits = kTile / 64;
   constexpr int kColumnUnits = kGradientChunk / 16;
   const DeviceMatrix& z = p.matrices[0];
@@ -733,7 +733,7 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 2 : 1) GradientKernel(
     for (int c = 0; c < kUnits; ++c) {
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
-        // Rows and columns outside the matrix need no zeros: their z is zero, or their product is not kept.
+        // Rows and columns outside the matrix need no zeros: their z is zero, or their product is discarded.
         shared_h[HalfGradientIndex<kTile>(at.Row(r, v / 2), at.Column(c, v % 2))] = h[r][c][v];
       }
     }
@@ -747,7 +747,7 @@ __global__ void __launch_bounds__(kThreads, kTile == 64 ? 2 : 1) GradientKernel(
 }
 
 static __global__ void __launch_bounds__(kThreads) FinishKernel(const __grid_constant__ LargeParams p) {
-  const bool invalid = p.header->invalid != 0;  // then nobody has written the partial sums
+  const bool invalid = p.header->invalid != 0;  // if so, the partial sums were not written
   WriteResults(p, p.partial_kl, invalid ? 0 : CeilDiv(p.rows, kThreads), invalid,
                reinterpret_cast<double*>(SharedMemory()));
 }

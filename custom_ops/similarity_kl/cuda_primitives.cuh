@@ -1,5 +1,5 @@
-// The few instructions and runtime calls that the kernels need beyond plain C++. Without nvcc the same names come from
-// the emulator, so that the kernels' own source runs, indexing and all, on a machine without a GPU.
+// The few instructions and runtime calls that the kernels need beyond plain C++. Without nvcc the emulator provides the
+// same names, so that the kernels' own source, indexing and all, runs on a machine without a GPU.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_PRIMITIVES_CUH_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_PRIMITIVES_CUH_
@@ -21,15 +21,15 @@ __device__ __forceinline__ char* SharedMemory() {
   return reinterpret_cast<char*>(shared_memory);
 }
 
-// threadIdx.x, but what follows from it is computed where it is asked for. The compiler would otherwise carry row
-// numbers, addresses and bounds of an epilogue through the main loop in registers that the loop has no room for.
+// threadIdx.x, opaque to the compiler, so that what depends on it is computed where it is used. Otherwise an epilogue's
+// row numbers, addresses and bounds would go through the main loop in registers that the loop cannot spare.
 __device__ __forceinline__ int OpaqueThreadIndex() {
   int index;
   asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(index));
   return index;
 }
 
-// Copies 16 (or 4) bytes to shared memory without waiting; zeros instead of a read where not `valid`.
+// Copies 16 (or 4) bytes to shared memory without waiting; if not `valid`, writes zeros and reads nothing.
 __device__ __forceinline__ void CopyAsync16(void* shared, const void* global, bool valid) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))),
@@ -46,14 +46,14 @@ __device__ __forceinline__ void CopyAsync4(void* shared, const void* global, boo
 
 __device__ __forceinline__ void CopyAsyncCommit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 
-// Waits for all of this thread's groups but the newest `kPending`.
+// Waits for all of this thread's groups except the newest `kPending`.
 template <int kPending>
 __device__ __forceinline__ void CopyAsyncWait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-// Four matrices of 8 rows of 16 bytes. Lane n gives the address of row n % 8 of matrix n / 8; of every matrix a lane
-// gets the 4 bytes of row lane / 4 at position lane % 4.
+// Loads four matrices of 8 rows of 16 bytes. Lane n gives the address of row n % 8 of matrix n / 8. Of every matrix, a
+// lane gets the 4 bytes of row lane / 4 at position lane % 4.
 __device__ __forceinline__ void LoadMatrices(const void* shared, unsigned (&words)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])

@@ -1,10 +1,10 @@
-// The small path: one cooperative launch, where launches and latencies cost more than arithmetic.
+// The small path: one cooperative launch, for problems where launches and latencies cost more than arithmetic.
 //
-//   similarities, a tile of one matrix a block     -> workspace (at most 256 x 256 a matrix)
-//   sums and KL, a row of one teacher a warp       -> workspace
-//   gradient, a row a block; the last block sums the KL up
+//   similarities, one tile of one matrix per block   -> workspace (at most 256 x 256 per matrix)
+//   sums and KL, one row of one teacher per warp     -> workspace
+//   gradient, one row per block; the last block also sums the KL
 //
-// No two blocks add to the same number, so the order in which they run leaves no trace in the bits.
+// No two blocks add to the same number, so their order does not change a bit of the result.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_SMALL_CUH_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_CUDA_SMALL_CUH_
@@ -20,7 +20,7 @@ namespace cuda {
 constexpr int kSmallColumns = 256;
 constexpr int kSmallGradientChunk = 128;
 constexpr int kSliceBytes = 64;  // of each row
-static_assert(kSmallColumns <= kThreads, "the gradient has a thread a column");
+static_assert(kSmallColumns <= kThreads, "the gradient has one thread per column");
 static_assert(kSmallColumns * (kCudaMaxDim * int64_t{4}) <= int64_t{1} << 32, "offsets in a matrix have 32 bits");
 
 template <int kTile>
@@ -28,12 +28,12 @@ constexpr int kSmallTileBytes = kWarps * (kTile + 1) * kTile * static_cast<int>(
 
 struct SmallParams : Params {
   float* similarities;  // (num_matrices, rows, columns)
-  float* maxima;        // of these, by row: (num_matrices, rows)
+  float* maxima;        // of the similarities, by row: (num_matrices, rows)
   double* row_kl;       // (num_matrices - 1, rows)
   int* invalid;         // (num_matrices, column tiles)
 };
 
-// The last phase's shared memory. The sums of the KL, of the last block, and the gradient's come one after the other.
+// The last phase's shared memory. Its two uses, the last block's sums of the KL and the gradient, follow each other.
 struct SmallShared {
   double factor;
   float coefficients[1 + kCudaMaxTeachers];
@@ -51,14 +51,14 @@ constexpr int kSmallSharedBytes = kSmallTileBytes<kTile> > static_cast<int>(size
                                       ? kSmallTileBytes<kTile>
                                       : sizeof(SmallShared);
 
-// The warps share the depth out, so none reads what another does, and the slices go straight into registers.
-// `kAligned`: the matrix allows 16-byte loads; asked at every load, it would keep them from being in flight together.
+// The warps divide the depth among themselves, so none reads what another reads, and slices go straight into registers.
+// `kAligned`: the matrix allows 16-byte loads. Checking this at every load would keep loads from overlapping.
 template <Scalar kScalar, bool kCompensated, int kTile, bool kAligned>
 __device__ __forceinline__ void StoreSimilarities(const SmallParams& p, int m, Tile tile, float* shared) {
   constexpr bool kSplit = kCompensated && kScalar == Scalar::kFloat32;
   constexpr int kRowUnits = kTile / 16;
   constexpr int kColumnUnits = kTile / 8;
-  constexpr int kBatch = kTile == 16 ? 4 : 1;  // slices to have in flight
+  constexpr int kBatch = kTile == 16 ? 4 : 1;  // slices in flight
   const DeviceMatrix& x = p.matrices[m];
   const int lane = threadIdx.x % 32;
   const int g = lane / 4;
@@ -87,7 +87,7 @@ __device__ __forceinline__ void StoreSimilarities(const SmallParams& p, int m, T
     uint4 b[kBatch][kColumnUnits];
 #pragma unroll
     for (int n = 0; n < kBatch; ++n) {
-      const int slice = first + n * kWarps;  // beyond the depth these are zeros
+      const int slice = first + n * kWarps;  // slices beyond the depth are zeros
 #pragma unroll
       for (int r = 0; r < kRowUnits; ++r) {
         a[n][r][0] = load(first_row + 16 * r + g, end_row, slice);
@@ -149,7 +149,7 @@ __device__ __forceinline__ void StoreSimilarities(const SmallParams& p, int m, T
     similarities[row * p.columns + column] = s;
     if (p.square && tile.row < tile.column) similarities[column * p.columns + row] = s;
   }
-  // Tiles of the first tile row meet every row of the matrix, as columns.
+  // As columns, the tiles of the first tile row cover every row of the matrix.
   if (tile.row == 0 && warp == 0) {
     float norm = 0;
     for (int w = 0; w < kWarps; ++w) norm += shared_norms[w * kTile + lane % kTile];
@@ -171,7 +171,7 @@ __device__ __forceinline__ void StoreRowKl(const SmallParams& p, int row, int m)
   const float exp_scale = kLog2E / temperature;
   const float* student = p.similarities + row * p.columns;
   const float* teacher = student + static_cast<int64_t>(m) * p.rows * p.columns;
-  float student_max = 0;  // the largest of a row is its own product at least
+  float student_max = 0;  // a row's largest is at least its product with itself
   float teacher_max = 0;
   for (int j = lane; j < p.columns; j += 32) {
     student_max = fmaxf(student_max, student[j]);
@@ -208,7 +208,7 @@ __device__ __forceinline__ void WriteGradient(const SmallParams& p, int row, int
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const float exp_scale = kLog2E / *p.temperature;
-  // A row is `local` where its softmax is part of the loss.
+  // A row is `local` if its softmax is part of the loss.
   const int j = threadIdx.x;
   const int local_row = row - p.row_offset;
   const int local_j = j - p.row_offset;
@@ -226,7 +226,7 @@ __device__ __forceinline__ void WriteGradient(const SmallParams& p, int row, int
         term += ShiftedExp(s, maxima[local_row], exp_scale) * inverse_sums[local_row];
       }
       if (j_is_local) {
-        // In the square form that is the same number, read along the row instead of down the column.
+        // In the square form, read the same number along the row instead of down the column.
         const int n = p.square ? row * p.columns + j : local_j * p.columns + row;
         term += ShiftedExp(similarities[n], maxima[local_j], exp_scale) * inverse_sums[local_j];
       }

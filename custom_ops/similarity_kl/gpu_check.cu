@@ -1,12 +1,12 @@
-// Checks the CUDA kernels on a GPU, without TensorFlow; gpu_check.py builds and runs this.
+// Checks the CUDA kernels on a GPU, without TensorFlow. gpu_check.py builds and runs this.
 //
 //   gpu_check [--sanitize] [--quick] [--lines=PATH]
 //
-// Values are compared with the definition in double, on the CPU where it is small, else on the GPU by plain kernels,
-// and errors are put beside those of the definition in float32 or TF32. --sanitize: small problems that reach every
-// kernel, for compute-sanitizer; memory is then not filled before its use, so that a read of what nobody wrote is
-// found. --quick leaves out the problems that are large. --lines: a line of JSON for every check, written when it is
-// done. Exits with 1 after a failure.
+// Values are compared with the definition in double, computed on the CPU if small and otherwise on the GPU by plain
+// kernels. Errors are reported next to those of the definition in float32 or TF32. --sanitize: small problems that
+// reach every kernel, for compute-sanitizer. Memory is then not filled before use, so that reads of uninitialised
+// memory are found. --quick skips the large problems. --lines: writes one line of JSON per check as soon as it is done.
+// Exits with 1 on failure.
 
 #ifdef __CUDACC__
 #include "cuda_primitives.cuh"
@@ -47,7 +47,7 @@ void Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments... a
 
 bool fill_memory = true;
 
-// Filled with NaNs, so that what is used before it is written shows; but a sanitizer would take that for writing.
+// Filled with NaNs, so that use before writing shows. A sanitizer would take the filling for writing.
 template <typename T>
 class DeviceArray {
  public:
@@ -122,8 +122,8 @@ __device__ float Normal(uint64_t key) {
   return sqrtf(-2.0f * logf(Uniform(2 * key))) * cospif(2.0f * Uniform(2 * key + 1));
 }
 
-// One block a row, of length 1 or `length` in turn; rows 2 n and 2 n + 1 are of one class. Values are rounded to
-// `scalar`.
+// One block per row. Rows have length 1 and `length` alternately; rows 2 n and 2 n + 1 are of one class. Values are
+// rounded to `scalar`.
 __global__ void GenerateKernel(uint64_t seed, int64_t dim, Scalar scalar, float length, void* out) {
   __shared__ float sums[256];
   const int64_t row = blockIdx.x;
@@ -160,7 +160,7 @@ __global__ void ToFloatKernel(const void* in, Scalar scalar, int64_t count, floa
                                         : __uint_as_float(static_cast<unsigned>(halves[n]) << 16);
 }
 
-// Everything the kernel needs, on the device.
+// All inputs of the kernel, on the device.
 struct Inputs {
   explicit Inputs(const Case& c)
       : shape(c), temperature(std::vector<float>{c.temperature}), weights(MakeWeights(c.teacher_dims.size())) {
@@ -213,7 +213,7 @@ struct Inputs {
   std::vector<Matrix> matrices;
 };
 
-// One call on a stream of its own, which waits for no other, with memory of its own.
+// One call with its own memory, on its own stream, which waits for no other.
 HostResults RunKernel(Inputs* inputs) {
   const Case& c = inputs->shape;
   CudaOptions options;
@@ -246,8 +246,8 @@ HostResults RunKernel(Inputs* inputs) {
   return results;
 }
 
-// The definition once more, for shapes that take a CPU too long: one plain kernel a step, every number of type T, the
-// factors of products rounded to TF32 first where that is asked for.
+// Computes the definition on the GPU, for shapes that would take a CPU too long: one plain kernel per step, every
+// number of type T, the factors of products rounded to TF32 first if asked for.
 
 template <typename T>
 __device__ T Factor(T x, bool tf32) {
@@ -410,8 +410,9 @@ class Report {
   int failures_ = 0;
 };
 
-// Against twice the error of the definition in the same precision. The gradient's is that of all its numbers together:
-// a single one may be right by luck. In TF32 a divergence may be too, and is not judged alone, but see CheckAll.
+// The limit is twice the error of the definition in the same precision. The gradient's error is taken over all its
+// numbers together, because a single one may be right by luck. So may a divergence in TF32, which is judged with all
+// others in CheckAll.
 struct Tf32Kl {
   double kernel = 0;
   double composed = 0;
@@ -439,7 +440,7 @@ void CheckCase(const Case& c, Report* report, Tf32Kl* tf32_kl) {
   const double size = std::max(Distance(truth.gradient, std::vector<double>(truth.gradient.size(), 0)), 1e-30);
   const double composed_gradient = Distance(truth.gradient, composed.gradient);
   const double gradient = c.gradient ? Distance(truth.gradient, results.gradient) : 0;
-  // Beside twice the composed error the limits have a floor, which is that of every number.
+  // Beyond twice the composed error the limits have a floor, here per number.
   const double floor = limits.gradient - 2 * MaxError(truth.gradient, composed.gradient);
   bool good = same && gradient <= 2 * composed_gradient + floor * std::sqrt(double(c.columns * c.dim));
   if (c.tf32()) {
@@ -452,7 +453,7 @@ void CheckCase(const Case& c, Report* report, Tf32Kl* tf32_kl) {
   const auto text = [](double x) {
     char digits[32];
     std::snprintf(digits, sizeof(digits), "%.2e", x);
-    return std::isfinite(x) ? std::string(digits) : std::string("null");  // which JSON has no number for
+    return std::isfinite(x) ? std::string(digits) : std::string("null");  // JSON has no number for it
   };
   const std::string numbers = "\"kl_error\": " + text(kl) + ", \"composed_kl_error\": " + text(composed_kl) +
                               ", \"gradient_error\": " + text(gradient / size) +

@@ -1,15 +1,15 @@
-"""Checks and times the CUDA kernels on the GPU of this machine, in at most 8 minutes on an H100.
+"""Checks and times the CUDA kernels on this machine's GPU, in at most 8 minutes on an H100.
 
     python custom_ops/similarity_kl/gpu_check.py OUT             # 2 minutes with --quick
     python custom_ops/similarity_kl/gpu_check.py OUT --without_gpu
 
-Needs nvcc, g++ and a GPU; PyTorch for the times, JAX for XLA's handler; not TensorFlow. Every step has a time limit,
-and there is one for all. A step's result is in OUT/gpu_check.json and, as a table, in OUT/gpu_check.md as soon as it is
-there; what it printed is in OUT/gpu_check.log. Exits with 1 where a step failed or could not be run. `--steps` names
+Needs nvcc, g++ and a GPU, PyTorch for the times and JAX for the XLA handler, but not TensorFlow. Every step has a time
+limit, and so has the whole check. As soon as a step ends, its result is in OUT/gpu_check.json and, as a table, in
+OUT/gpu_check.md; its output is in OUT/gpu_check.log. Exits with 1 if a step failed or could not run. `--steps` chooses
 the steps to run, as in `--steps=memcheck,PyTorch`.
 
 --without_gpu does what a machine without a GPU can: it builds everything with nvcc, runs the checks in the emulator and
-XLA's handler on the CPU, and lists the commands of the other steps.
+the XLA handler on the CPU, and lists the commands of the other steps.
 """
 
 import argparse
@@ -35,7 +35,7 @@ FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")
 
 
 def load_libraries():
-    """The module that knows how the package builds the kernels; it imports nothing of the package."""
+    """The package's module that builds the kernels, loaded alone: it imports nothing from the package."""
     package = SOURCES.parents[1] / "s2sd_tf"
     if not package.exists():
         package = pathlib.Path(importlib.util.find_spec("s2sd_tf").origin).parent
@@ -49,11 +49,11 @@ libraries = load_libraries()
 
 
 class Check:
-    """The steps, their results, and the files that show them."""
+    """Runs the steps and writes their results to the files."""
 
     def __init__(self, out, folder, machine):
         self.out = out
-        # Folders of this machine say nothing to others.
+        # Folders of this machine mean nothing to other readers.
         self.names = {f"{folder}/": "", f"{SOURCES}/": "", sys.executable: "python"}
         self.results = {"machine": machine, "steps": []}
         out.mkdir(parents=True, exist_ok=True)
@@ -61,13 +61,13 @@ class Check:
         self.write()
 
     def run(self, name, command, seconds, lines=None):
-        """Runs a step; `lines`: the file of JSON lines that it writes, None for what it prints."""
+        """Runs a step, whose JSON lines are in the file `lines` or else in its output. Returns whether it passed."""
         command = [str(part) for part in command]
         print(f"== {name}: {' '.join(command)}", flush=True)
         start = time.monotonic()
-        # A file, as the output of what is killed at its limit is wanted too.
+        # A file, so that the output of a step that is killed at its limit is kept.
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-            # A session of its own, as some steps have children, which would stay on the GPU under the next step.
+            # A separate session, because children of some steps would otherwise stay on the GPU during the next step.
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             try:
                 status = process.wait(timeout=max(seconds, 1))
@@ -115,10 +115,10 @@ class Check:
 def parse(text):
     found = []
     for line in text.splitlines():
-        if '{"' in line:  # a warning without a line's end may stand before it
+        if '{"' in line:  # a warning without a line break may come before it
             try:
                 found.append(json.loads(line[line.index('{"') :]))
-            except ValueError:  # the last line of what was killed
+            except ValueError:  # the last line of a killed step
                 continue
     return found
 
@@ -162,7 +162,7 @@ def find_gpu():
 
 
 def build(check, folder, architecture, emulate):
-    """The program of the checks and the library for PyTorch and JAX; all files at the same time."""
+    """Builds the check program and the library for PyTorch and JAX, compiling all files in parallel."""
     nvcc, cxx = libraries.cuda_compiler(), libraries.compiler()
     toolkit = libraries.cuda_toolkit(nvcc)
     targets = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
@@ -171,7 +171,7 @@ def build(check, folder, architecture, emulate):
     objects = {"cuda_kernel.cu": on_gpu, "gpu_check.cu": on_gpu, "c_interface.cc": on_cpu}
     objects |= {name: [*on_cpu, *flags] for name, flags in libraries.cpu_kernel_sources(platform.machine()).items()}
     headers = run_quietly([sys.executable, "-c", "import jax; print(jax.ffi.include_dir())"])
-    if headers.returncode == 0:  # else its step fails, and the others are not hurt
+    if headers.returncode == 0:  # otherwise only the JAX step fails
         includes = [f"-I{headers.stdout.split()[-1]}", f"-I{toolkit / 'include'}"]
         objects["jax_handler.cc"] = [*on_cpu, "-w", "-DS2SD_TF_CUDA=1", *includes]
     commands = [[*command, SOURCES / name, "-o", folder / f"{name}.o"] for name, command in objects.items()]
@@ -203,9 +203,9 @@ def run_quietly(command):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("--quick", action="store_true", help="2 minutes: no large problems, no compiled PyTorch")
-    parser.add_argument("--without_gpu", action="store_true", help="only what needs no GPU")
-    parser.add_argument("--steps", type=lambda text: text.split(","), help="names of the steps to run; default: all")
+    parser.add_argument("--quick", action="store_true", help="take 2 minutes: no large problems, no compiled PyTorch")
+    parser.add_argument("--without_gpu", action="store_true", help="run only what needs no GPU")
+    parser.add_argument("--steps", type=lambda text: text.split(","), help="comma-separated steps to run; default: all")
     options = parser.parse_args()
     if libraries.cuda_compiler() is None:
         sys.exit("gpu_check: there is no nvcc; install the CUDA toolkit, or set CUDA_HOME")
@@ -221,7 +221,7 @@ def main():
 
 
 def sanitizer_path():
-    """Of compute-sanitizer: the toolkit has it in a folder that is not always on the PATH."""
+    """The path of compute-sanitizer, which the toolkit has in a folder that is not always on the PATH."""
     toolkit = libraries.cuda_toolkit(libraries.cuda_compiler())
     places = [toolkit / "bin" / "compute-sanitizer", toolkit / "compute-sanitizer" / "compute-sanitizer"]
     found = shutil.which("compute-sanitizer") or next((str(path) for path in places if path.exists()), None)
@@ -233,7 +233,7 @@ def run_steps(check, folder, gpu, options):
     build(check, folder, gpu["compute_cap"].replace(".", "") if gpu else 90, emulate=not gpu)
     program, library, lines = folder / "gpu_check", folder / "libsimilarity_kl.so", folder / "lines"
     quickly = ["--quick"] if options.quick else []
-    # (name, command, time limit, file of its lines, what it needs)
+    # (name, command, time limit, file of its JSON lines, requirements)
     steps = [("correctness", [program, f"--lines={lines}", *quickly], 80, lines, "gpu")]
     sanitizer = sanitizer_path()
     for tool in SANITIZERS[: 1 if options.quick else None]:
@@ -241,21 +241,21 @@ def run_steps(check, folder, gpu, options):
         steps.append((tool, command, 60, None, "gpu"))
     jax_script = [sys.executable, SOURCES / "jax_check.py", library]
     steps.append(("XLA handler", [*jax_script, "CUDA"], 90, None, "gpu jax"))
-    # Last, as it uses all the time that is left; its most informative comparisons come first.
+    # Last, because it uses all the remaining time. Its most informative comparisons come first.
     torch_script = [sys.executable, SOURCES / "gpu_check_torch.py", library, *quickly]
     steps.append(("PyTorch", torch_script, 300, None, "gpu torch"))
     if not gpu:
         emulated = [folder / "gpu_check_emulated", "--sanitize", f"--lines={lines}"]
         steps.insert(0, ("correctness in the emulator", emulated, 300, lines, ""))
         steps.append(("XLA handler on the CPU", [*jax_script, "cpu"], 120, None, "jax"))
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the first GPU is that of nvidia-smi
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # the same first GPU as nvidia-smi
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     for name, command, limit, file, needs in steps:
         if options.steps and name not in options.steps:
             continue
         limit = min(limit, end - time.monotonic()) if gpu else limit
         if name == "PyTorch":
-            # Less what its imports, and one comparison that it begins at the last moment, take.
+            # Minus the time for its imports and for one comparison that it starts at the last moment.
             command = [*command, f"--seconds={max(limit - 45, 1):.0f}"]
         missing = [package for package in ("torch", "jax") if package in needs and not version(package)]
         if not shutil.which(command[0]):
@@ -271,7 +271,7 @@ def run_steps(check, folder, gpu, options):
 def table(results):
     lines = ["# The CUDA kernels on a GPU", ""]
     lines += [f"- {key}: {value}" for key, value in results["machine"].items()]
-    lines += ["", "| step | result | seconds | what it printed last |", "|---|---|---|---|"]
+    lines += ["", "| step | result | seconds | last line of output |", "|---|---|---|---|"]
     for step in results["steps"]:
         result = "passed" if step["status"] == 0 else f"**{step['status']}**"
         lines.append(f"| {step['step']} | {result} | {step['seconds']:.0f} | {step['summary'].replace('|', '/')} |")
@@ -304,7 +304,7 @@ def times_table(rows):
 
 
 def goals(rows):
-    """`(goal, measured, met)` of what was measured."""
+    """Yields `(goal, measured, met)` for every goal that was measured."""
     for row in rows:
         where, ms = f"batch {row['times']}, {row['precision']}", row["ms"]
         if row["times"] == 112 and {"eager", "fused"} <= ms.keys():
@@ -318,7 +318,7 @@ def goals(rows):
             yield f"{where}: at least as fast as compiled PyTorch", f"{ratio:.2f}", ratio >= 1
         if row["times"] == 65536:
             mib = row["mib"]["fused"]
-            yield f"{where}: less than 2,048 MiB beside the inputs", f"{mib:.0f} MiB", mib < 2048
+            yield f"{where}: less than 2,048 MiB besides the inputs", f"{mib:.0f} MiB", mib < 2048
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The CUDA kernel against PyTorch on the same tensors: distance from float64, time and memory. Run by gpu_check.py.
+"""Compares the CUDA kernel with PyTorch on the same tensors: error, time and memory. Run by gpu_check.py.
 
     python gpu_check_torch.py LIBRARY [--quick] [--seconds=200] > lines
 
-LIBRARY holds c_interface.cc and the kernel. Writes a line of JSON for every comparison when it is done, the most
-informative first; after `--seconds` nothing new is begun. Exits with 1 where the kernel's distance from float64 is more
-than twice PyTorch's in the same precision, or two runs differ in a bit.
+LIBRARY holds c_interface.cc and the kernel. Writes one line of JSON after every comparison, the most informative first.
+Starts no new comparison after `--seconds`. Exits with 1 if the kernel's distance from float64 is more than twice
+PyTorch's in the same precision, or if two runs differ in any bit.
 """
 
 import argparse
@@ -23,7 +23,7 @@ PRECISIONS = {"float32": (torch.float32, False), "TF32": (torch.float32, True), 
 
 
 class Fused:
-    """The kernel on given tensors; a call enqueues it on PyTorch's current stream."""
+    """The kernel on given tensors. Calling it enqueues the kernel on PyTorch's current stream."""
 
     def __init__(self, library, student, teachers, temperature, tf32, rows=None):
         self.library = library
@@ -64,7 +64,7 @@ def weights_of(teachers):
 
 
 def inputs(batch, dims, dtype):
-    """Student and teachers of unit rows, in pairs of one class."""
+    """Returns student and teachers with unit rows, in pairs of one class."""
     generator = torch.Generator("cuda").manual_seed(batch)
     tensors = []
     for dim in dims:
@@ -75,7 +75,7 @@ def inputs(batch, dims, dtype):
 
 
 def loss(student, teachers, temperature, rows=None):
-    """As one writes it in PyTorch: softmax in float32 (float64 for such inputs), products in the inputs' precision."""
+    """The loss in plain PyTorch: softmax in float32 (float64 for float64 inputs), products in the inputs' precision."""
     own = slice(None) if rows is None else slice(rows[0], rows[0] + rows[1])
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
     log_student = (student[own] @ student.T / temperature).to(wide).log_softmax(1)
@@ -106,7 +106,7 @@ def median_ms(function, repeats):
 
 
 def graph_of(function):
-    """The function as a CUDA graph, without the cost of launching what it enqueues."""
+    """Captures the function as a CUDA graph, which avoids the launch costs of its kernels."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -131,7 +131,7 @@ def compare_errors(library, batch, dims, precision, temperature, rows=None):
     same = torch.equal(first[0], fused.total) and torch.equal(first[1], fused.gradient)
     truth = value_and_gradient(loss, student.double(), [teacher.double() for teacher in teachers], temperature, rows)
     torch.backends.cuda.matmul.allow_tf32 = tf32
-    # bfloat16 is what the inputs are rounded to; both compute with these in float32.
+    # bfloat16 inputs are only rounded to bfloat16: both compute with them in float32.
     composed = value_and_gradient(loss, student.float(), [teacher.float() for teacher in teachers], temperature, rows)
 
     def distance(gradient):
@@ -159,7 +159,7 @@ def compare_times(library, batch, precision, compiled):
     def measure(name, function):
         try:
             result["ms"][name] = median_ms(function() if name.endswith("_graph") else function, repeats)
-        except Exception as error:  # what one cannot do leaves the others
+        except Exception as error:  # a failure of one leaves the others
             result["ok"] = False
             result.setdefault("not_measured", {})[name] = f"{type(error).__name__}: {error}"[:300]
 
@@ -179,7 +179,7 @@ def compare_times(library, batch, precision, compiled):
     if batch <= 4096:
         measure("fused_graph", lambda: graph_of(fused))
     if batch <= 512 and "compiled" in result["ms"]:
-        measure("compiled_graph", lambda: graph_of(step))  # last: a capture that fails may leave memory in disorder
+        measure("compiled_graph", lambda: graph_of(step))  # last, because a failed capture may corrupt memory
     return result
 
 
@@ -213,7 +213,7 @@ def main():
             break
         try:
             result = step(library, *arguments)
-        except Exception as error:  # what one comparison cannot do leaves the others
+        except Exception as error:  # a failed comparison leaves the others
             result = {step.__name__: str(arguments), "ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
         failed = failed or not result["ok"]
         print(json.dumps(result), flush=True)

@@ -2,11 +2,11 @@
 
     python jax_check.py LIBRARY cpu|CUDA
 
-LIBRARY is a shared library of jax_handler.cc and the kernels. Prints one line of JSON a case: the absolute error of the
-values and the error of the gradient (norm of the difference over the norm), against log-softmaxes in jnp with matrix
-products of the highest precision, and for both the errors against float64 in numpy. Exit status 1 where a value differs
-by more than 1e-6 or a gradient by more than 1e-5 (16-bit inputs: 1e-3 and 1e-2), where the same call gives other bits,
-or where a wrong argument is not refused as such.
+LIBRARY is a shared library of jax_handler.cc and the kernels. Prints one line of JSON per case: the absolute error of
+the values and the relative error of the gradient (norm of the difference / norm), against log-softmaxes in jnp with
+matrix products of the highest precision, and the errors of both against float64 in NumPy. Exits with 1 if a value
+differs by more than 1e-6 or a gradient by more than 1e-5 (16-bit inputs: 1e-3 and 1e-2), if a repeated call gives
+different bits, or if a wrong argument is not rejected with the right message.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 LIMITS = {"float32": (1e-6, 1e-5), "float16": (1e-3, 1e-2), "bfloat16": (1e-3, 1e-2)}
 SYMBOLS = {"cpu": "S2sdSimilarityKlCpu", "CUDA": "S2sdSimilarityKlCuda"}
 TARGET = "s2sd_tf_similarity_kl"
-# Batch, dimensions of the student and of the teachers, (offset, count) of the rows.
+# Batch size, dimensions of student and teachers, (offset, count) of the rows.
 SHAPES = [
     (112, (128, 512, 1024), (0, 112)),
     (300, (33, 65), (0, 300)),
@@ -34,7 +34,7 @@ CASES = [
     *((*shape, temperature, "float32") for shape in SHAPES for temperature in TEMPERATURES),
     *((*SHAPES[-1], 1.0, dtype) for dtype in ("float16", "bfloat16")),
 ]
-# What has to be refused, and by which words. Nothing of this reaches a kernel.
+# Changes that must be rejected, and a part of the message. None of them reaches a kernel.
 WRONG = [
     ({"rows": 113}, r"rows: expected offset >= 0, count >= 1 and offset + count <= 112. Received: (0, 113)"),
     ({"row_offset": -1}, "rows: expected"),
@@ -47,7 +47,7 @@ WRONG = [
 
 
 def fused(student, teachers, temperature, weights, row_offset, rows, gradient=None):
-    """`(total, per_teacher, gradient)` by the kernel."""
+    """Returns the kernel's `(total, per_teacher, gradient)`."""
     results = [(), (len(teachers),), student.shape if gradient is None else gradient]
     call = jax.ffi.ffi_call(TARGET, [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results])
     attributes = {"row_offset": np.int64(row_offset), "rows": np.int64(rows), "allow_tf32": False}
@@ -55,7 +55,7 @@ def fused(student, teachers, temperature, weights, row_offset, rows, gradient=No
 
 
 def composed(student, teachers, temperature, weights, row_offset, rows):
-    """The weighted sum, and the divergence of each teacher."""
+    """Returns `(total, per_teacher)`: the weighted sum, and each teacher's divergence."""
     log_student = _log_softmax(student, temperature, row_offset, rows)
     divergences = []
     for teacher in teachers:
@@ -71,7 +71,7 @@ def _log_softmax(embeddings, temperature, row_offset, rows):
 
 
 def _rows(seed, batch, dim, alike):
-    """l2-normalised; where `alike`, every second row is similar to the one before it."""
+    """l2-normalised random rows. With `alike`, every second row is similar to the one before it."""
     random = np.random.default_rng(seed)
     rows = random.standard_normal((batch, dim))
     if alike:
@@ -80,7 +80,7 @@ def _rows(seed, batch, dim, alike):
 
 
 def exact(student, teachers, temperature, weights, row_offset, rows):
-    """The K divergences and the gradient in float64, by their formulas in similarity_kl.h."""
+    """Returns the K divergences and the gradient in float64, by the formulas in similarity_kl.h."""
     chosen = slice(row_offset, row_offset + rows)
 
     def logs(embeddings):
@@ -99,7 +99,7 @@ def exact(student, teachers, temperature, weights, row_offset, rows):
 
 
 def errors(divergences, gradient, expected_divergences, expected_gradient):
-    """Largest absolute error of the values; error of the gradient, relative to its norm."""
+    """The largest absolute error of the values, and the gradient's error relative to its norm."""
     difference = np.linalg.norm(np.float64(gradient) - np.float64(expected_gradient))
     return {
         "value": float(np.max(np.abs(np.float64(divergences) - np.float64(expected_divergences)))),
@@ -108,8 +108,8 @@ def errors(divergences, gradient, expected_divergences, expected_gradient):
 
 
 def compare(batch, dims, rows, temperature, dtype):
-    """What is printed of one case."""
-    # The teachers see pairs that the student does not: as in training, the gradient is more than rounding leaves of it.
+    """Runs one case. Returns what is printed for it."""
+    # Teachers have similar pairs that the student lacks, so that the gradient is well above rounding errors.
     student, *teachers = (_rows(seed, batch, dim, alike=seed > 0).astype(dtype) for seed, dim in enumerate(dims))
     weights = jnp.linspace(0.5, 1.5, len(teachers), dtype=jnp.float32) / len(teachers)
     arguments = (student, teachers, np.float32(temperature), weights, *rows)
@@ -136,13 +136,13 @@ def compare(batch, dims, rows, temperature, dtype):
 
 
 def refusal(change):
-    """What JAX raises for arguments of which one is wrong."""
+    """Returns the message that JAX raises for one wrong argument."""
     shapes = {"teachers": [(112, 8)], "weights": (1,), "row_offset": 0, "rows": 112, "gradient": None, **change}
     teachers = [jnp.ones(shape) for shape in shapes["teachers"]]
     arguments = (jnp.ones((112, 16)), teachers, jnp.float32(1.0), jnp.ones(shapes["weights"]))
     try:
         jax.block_until_ready(fused(*arguments, shapes["row_offset"], shapes["rows"], shapes["gradient"]))
-    except Exception as error:  # JAX promises no class
+    except Exception as error:  # JAX does not document the exception class
         return str(error)
     return "nothing was raised"
 

@@ -1,4 +1,4 @@
-// The XLA handlers as C symbols, which `jax.ffi.pycapsule` takes: a library without TensorFlow. See jax_check.py.
+// Exports the XLA handlers as C symbols for `jax.ffi.pycapsule`, in a library without TensorFlow. See jax_check.py.
 
 #include "xla_handler.h"
 

@@ -1,4 +1,4 @@
-// The op S2sd>SimilarityKl: its signature, and its kernels for the CPU and, in a build with CUDA, for a GPU.
+// The op S2sd>SimilarityKl: its signature, its CPU kernel and, in a build with CUDA, its GPU kernel.
 
 #if S2SD_TF_CUDA
 #define EIGEN_USE_GPU
@@ -31,7 +31,7 @@ using tf::shape_inference::DimensionHandle;
 using tf::shape_inference::InferenceContext;
 using tf::shape_inference::ShapeHandle;
 
-// TensorFlow 2.15 and 2.20 both have these names for a status, under different types.
+// The type of a status differs between TensorFlow 2.15 and 2.20.
 using Status = decltype(tf::errors::InvalidArgument(""));
 
 Status ShapeFunction(InferenceContext* context) {
@@ -74,17 +74,17 @@ REGISTER_OP("S2sd>SimilarityKl")
     .Attr("allow_tf32: bool = false")
     .SetShapeFn(ShapeFunction)
     .Doc(R"doc(
-The KL divergences from the row-wise softmax of the similarity matrix of every teacher to that of the student, and the
-gradient of their weighted sum by the student. Rows are expected to be l2-normalised.
+The KL divergence between the row-wise softmaxes of a teacher's and the student's similarity matrices, for every
+teacher, and the gradient of the weighted sum with respect to the student. Rows are expected to be l2-normalised.
 
 student: (B, D).
 teachers: K matrices (B, D_k).
 temperature: a scalar T > 0, by which the similarities are divided.
-weights: (K), by which the divergences are summed.
-rows: an offset and a count; the mean is taken over these rows of the similarity matrices, (0, B) for all.
+weights: (K), the weights of the sum.
+rows: (offset, count) of the similarity matrices' rows over which the mean is taken; (0, B) for all.
 total: a scalar, the weighted sum of the divergences.
 per_teacher: (K), the divergences, scaled by T^2.
-student_gradient: (B, D), the derivative of total by student; (0, 0) unless compute_gradient.
+student_gradient: (B, D), the derivative of total with respect to student; (0, 0) unless compute_gradient.
 allow_tf32: whether a GPU may multiply float32 in TF32.
 )doc");
 
@@ -150,9 +150,9 @@ class SimilarityKlOpBase : public tf::OpKernel {
   }
 
   virtual Scalar scalar() const = 0;
-  // Empty, or what is wrong with the problem on this device.
+  // Returns an empty string, or what is wrong with the problem on this device.
   virtual std::string Validate(const Problem& problem) const = 0;
-  // Of a problem that is valid.
+  // The problem is valid.
   virtual void Run(tf::OpKernelContext* context, const Problem& problem, const Outputs& outputs) = 0;
 
   bool compute_gradient_;
@@ -206,7 +206,7 @@ class SimilarityKlCudaOp : public SimilarityKlOpBase {
       return context->allocate_temp(tf::DT_INT8, {bytes}, &workspace, tf::AllocatorAttributes(), patience);
     };
     if (!allocate(/*retry=*/false).ok()) {
-      options.kept_bytes = 0;  // slower, but a device that is full has room for this
+      options.kept_bytes = 0;  // slower, but needs less memory on a device that is nearly full
       OP_REQUIRES_OK(context, allocate(/*retry=*/true));
     }
     const char* failure = SimilarityKlCuda(problem, options, outputs, workspace.flat<tf::int8>().data(),

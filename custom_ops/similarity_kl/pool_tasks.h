@@ -1,4 +1,4 @@
-// The CPU kernel's tasks on a thread pool of TensorFlow's or XLA's.
+// Runs the CPU kernel's tasks on a thread pool of TensorFlow or XLA.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_POOL_TASKS_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_POOL_TASKS_H_
@@ -16,11 +16,11 @@
 
 namespace s2sd {
 
-// Runs task(0), ..., task(num_tasks - 1) on the calling thread and on those that `schedule` finds.
+// Runs task(0), ..., task(num_tasks - 1) on the calling thread and on the threads that `schedule` provides.
 //
-// The caller may be a thread of the very pool that `schedule` fills, and all the others may be here too. So it never
-// waits for a task to begin: it runs whatever nobody has begun, then waits for tasks that are running. What the pool
-// begins later finds no task left and touches the shared state only.
+// The caller may itself be a thread of the pool that `schedule` uses, and all the others may be here too. So it never
+// waits for a task to begin: it runs every task that nobody has begun, then waits for those that are running. Whatever
+// the pool starts later finds no task left and touches only the shared state.
 template <typename Schedule>
 void RunPoolTasks(int num_tasks, const std::function<void(int)>& task, const Schedule& schedule) {
   struct State {
@@ -40,7 +40,7 @@ void RunPoolTasks(int num_tasks, const std::function<void(int)>& task, const Sch
   };
   for (int i = 1; i < num_tasks; ++i) schedule(run);
   run();
-  // The others end at about the same time: to sleep and be woken would take longer than most waits.
+  // The others finish at about the same time: sleeping and being woken would take longer than most waits.
   constexpr int kRounds = 20000;
   for (int round = 0; round < kRounds; ++round) {
     if (state->done.load() == num_tasks) return;
@@ -49,7 +49,7 @@ void RunPoolTasks(int num_tasks, const std::function<void(int)>& task, const Sch
   state->all_done.wait(lock, [&] { return state->done.load() == num_tasks; });
 }
 
-// The options of a kernel whose tasks run on the calling thread and on those of a pool with `num_threads` threads.
+// Options for a kernel whose tasks run on the calling thread and on a pool with `num_threads` threads.
 template <typename Schedule>
 CpuOptions PooledCpuOptions(int64_t num_threads, Schedule schedule) {
   CpuOptions options;

@@ -1,6 +1,6 @@
-// The definition in similarity_kl.h, computed step by step as a framework's graph would, with every number of type T:
-// the truth with T = double, and with T = float what the kernel's error is measured against. `tf32`: the factors of
-// every matrix product are rounded to TF32 first, as a framework does where it is allowed to.
+// Computes the definition in similarity_kl.h step by step, as a framework's graph would, with every number of type T.
+// T = double gives the truth; T = float gives the error that the kernel's error is compared with. `tf32` rounds the
+// factors of every matrix product to TF32 first, as a framework does if it is allowed to.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_REFERENCE_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_REFERENCE_H_
@@ -29,7 +29,7 @@ struct HostResults {
   std::vector<double> gradient;
 };
 
-// The largest difference; NaN where there is one.
+// The largest difference, or NaN if any is NaN.
 inline double MaxError(const std::vector<double>& a, const std::vector<double>& b) {
   double error = 0;
   for (size_t n = 0; n < a.size(); ++n) {
@@ -42,7 +42,7 @@ inline double MaxError(const std::vector<double>& a, const std::vector<double>& 
 
 inline double MaxAbs(const std::vector<double>& a) { return MaxError(a, std::vector<double>(a.size(), 0)); }
 
-// The error to allow: twice the composed computation's, and a floor, as that is sometimes next to none by luck.
+// The allowed errors: twice the composed computation's, plus a floor, because that is sometimes near zero by luck.
 struct Limits {
   double per_teacher;
   double total;
@@ -64,10 +64,10 @@ inline Limits ErrorLimits(const HostProblem& problem, const HostResults& truth, 
   const double epsilon = 1.2e-7 * longest;  // of a similarity
   double weight = 0;
   for (float w : problem.weights) weight += std::fabs(w);
-  // An error of epsilon in a similarity is one of T epsilon in the KL, and one of epsilon / T, relative, in P.
-  // Four: a GPU's exponentials are within 2^-22, relative, and a divergence has the logarithm of two of them.
+  // An error of epsilon in a similarity causes one of T epsilon in the KL and a relative one of epsilon / T in P.
+  // Why 4: a GPU's exponentials have relative errors of up to 2^-22, and a divergence has the logarithms of two.
   const double kl_floor = 4 * epsilon * t * std::max(1.0, t);
-  // The gradient is a difference of sums P z, which this bounds; it has a term a teacher.
+  // The gradient is a difference of sums P z, which this bounds, and has one term per teacher.
   const double size = std::max(MaxAbs(truth.gradient), t / static_cast<double>(problem.rows) * weight);
   const double gradient_floor = epsilon * size * std::max(1.0, std::sqrt(teachers) / 2);
   return {2 * MaxError(truth.per_teacher, composed.per_teacher) + kl_floor,
@@ -75,7 +75,7 @@ inline Limits ErrorLimits(const HostProblem& problem, const HostResults& truth, 
           2 * MaxError(truth.gradient, composed.gradient) + gradient_floor};
 }
 
-// Nearest, halves away from zero.
+// Rounds to nearest, halves away from zero.
 inline float RoundToTf32(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);

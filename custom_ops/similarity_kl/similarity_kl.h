@@ -1,13 +1,13 @@
-// What the op computes, free of TensorFlow and of CUDA.
+// What the op computes. Depends on neither TensorFlow nor CUDA.
 //
 // With S(a) = a a^T and P(a) the row-wise softmax of S(a) / T, for the rows i in [row_offset, row_offset + rows):
 //
 //   KL_k = T^2 / rows * sum_ij P(q_k)_ij * (log P(q_k)_ij - log P(z)_ij)        (S2SD, arXiv 2009.08348, section 3)
 //   total = sum_k w_k KL_k
 //
-// and the derivative of total by every row of z, both as row i and as column j of S(z):
+// and the derivative of total with respect to every row of z, both as row i and as column j of S(z):
 //
-//   d total / d z_i = sum_j (G_ij + G_ji) z_j,   G_ij = T / rows * sum_k w_k (P(z)_ij - P(q_k)_ij) for such rows i,
+//   d total / d z_i = sum_j (G_ij + G_ji) z_j,   G_ij = T / rows * sum_k w_k (P(z)_ij - P(q_k)_ij) for these rows i,
 //   else 0
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_SIMILARITY_KL_H_
@@ -27,8 +27,8 @@ struct Matrix {
   int64_t dim;
 };
 
-// The pointers are to host memory for the CPU kernel and to device memory for the CUDA kernel, but `teachers` itself,
-// which is always a host array.
+// Pointers are to host memory for the CPU kernel and to device memory for the CUDA kernel. `teachers` itself is always
+// a host array.
 struct Problem {
   Scalar scalar;
   int64_t columns;     // B, at least 1
@@ -41,18 +41,18 @@ struct Problem {
   const float* weights;      // K numbers
 };
 
-// The student (0) or a teacher.
+// The student for 0, teacher `matrix` - 1 otherwise.
 inline const Matrix& MatrixOf(const Problem& problem, int matrix) {
   return matrix == 0 ? problem.student : problem.teachers[matrix - 1];
 }
 
-// Of both kernels, for what the first pass leaves to the second.
+// The default size, in both kernels, of the workspace for what the first pass keeps for the second.
 constexpr int64_t kDefaultWorkspaceBytes = int64_t{256} << 20;
 
 struct Outputs {
   float* total;        // one number
   float* per_teacher;  // K numbers
-  float* gradient;     // (columns, student.dim), or null where no gradient is asked for
+  float* gradient;     // (columns, student.dim), or null if no gradient is wanted
 };
 
 }  // namespace s2sd

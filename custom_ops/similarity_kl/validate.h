@@ -1,7 +1,7 @@
-// What the op refuses, in one place for TensorFlow's op, XLA and the kernels. Free of TensorFlow and of CUDA.
+// Checks of the op's arguments, for TensorFlow's op, XLA and the kernels. Depends on neither TensorFlow nor CUDA.
 //
 // Every function returns an empty string, or a message of the form "similarity_kl: name: expected .... Received: ....".
-// `similarity_kl` in Python, which sees arguments earlier and has the composed version too, uses the same words.
+// Python's `similarity_kl`, which checks its arguments earlier and also for the composed version, uses the same words.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_VALIDATE_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_VALIDATE_H_
@@ -16,14 +16,14 @@
 
 namespace s2sd {
 
-// The CUDA kernels' limits. s2sd_tf/distillation/fused.py has them too.
+// The CUDA kernels' limits, which are also in s2sd_tf/distillation/fused.py.
 constexpr int kCudaMaxTeachers = 64;
 constexpr int64_t kCudaMaxColumns = int64_t{1} << 17;
 constexpr int kCudaMaxDim = 1 << 22;
 
 using Shape = std::vector<int64_t>;
 
-// The shapes of the arguments as they come, of any rank.
+// The arguments' shapes as received, of any rank.
 struct ArgumentShapes {
   Shape student;
   std::vector<Shape> teachers;
@@ -86,13 +86,13 @@ inline std::string ValidateShape(const std::string& name, const Shape& expected,
   return received == expected ? "" : Message(name, "shape " + Text(expected), Text(received));
 }
 
-// Of the tensor that holds the offset and the count of rows.
+// Checks the tensor that holds the row offset and the row count.
 inline std::string ValidateShapeOfRows(const Shape& shape) {
   using namespace validate_internal;  // NOLINT
   return shape == Shape{2} ? "" : Message("rows", "(offset, count)", "shape " + Text(shape));
 }
 
-// All that shows without reading what the pointers point to.
+// All checks that do not read the data behind the pointers.
 inline std::string ValidateSizes(const Problem& problem) {
   using namespace validate_internal;  // NOLINT
   const std::string wrong = ValidateShapes(ShapesOf(problem));
@@ -114,7 +114,7 @@ inline std::string ValidateForCpu(const Problem& problem) {
   return Message("temperature", "a finite number > 0", std::to_string(temperature));
 }
 
-// The temperature lies in device memory: where it is wrong the outputs are NaN.
+// The temperature is in device memory and is not checked here: if it is invalid, the outputs are NaN.
 inline std::string ValidateForCuda(const Problem& problem) {
   using namespace validate_internal;  // NOLINT
   const std::string wrong = ValidateSizes(problem);

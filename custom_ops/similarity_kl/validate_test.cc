@@ -1,4 +1,4 @@
-// What validate.h accepts and refuses, and in which words.
+// Tests what validate.h accepts and refuses, and its messages.
 
 #include "validate.h"
 

@@ -1,4 +1,4 @@
-// How TensorFlow 2.15 makes XLA call the CPU kernel: by bare pointers and a text, in which the sizes are written.
+// How TensorFlow 2.15 makes XLA call the CPU kernel: with bare pointers and a string that holds the sizes.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_XLA_CALL_BARE_POINTERS_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_XLA_CALL_BARE_POINTERS_H_
@@ -32,7 +32,7 @@ namespace s2sd {
 constexpr char kTarget[] = "s2sd_tf_similarity_kl";
 constexpr xla::CustomCallApiVersion kApiVersion = xla::CustomCallApiVersion::API_VERSION_STATUS_RETURNING_UNIFIED;
 
-// The numbers in the text of a custom call, in this order, and after them the width of every teacher.
+// The numbers in a custom call's string, in this order. The teachers' dimensions come last.
 enum CallNumber { kScalar, kColumns, kRowOffset, kRows, kStudentDim, kGradient, kNumThreads, kTeacherDims };
 
 inline std::string CallText(const Problem& problem, bool compute_gradient, bool /*allow_tf32*/, int num_threads) {
@@ -50,8 +50,8 @@ inline std::string CallText(const Problem& problem, bool compute_gradient, bool 
   return text;
 }
 
-// This interface gives a custom call no threads. These are as many as TensorFlow's own, which wait meanwhile; they live
-// as long as the process, for a call may come at any time.
+// This interface gives a custom call no threads. These are as many as TensorFlow's own, which wait meanwhile. They live
+// as long as the process, because a call may come at any time.
 inline tensorflow::thread::ThreadPool* Threads(int num_threads) {
   static auto* pool =
       new tensorflow::thread::ThreadPool(tensorflow::Env::Default(), "s2sd_tf", std::max(num_threads - 1, 1));

@@ -1,4 +1,4 @@
-// How TensorFlow 2.20 makes XLA call the kernels: by the typed FFI, which hands over shapes, types, threads and errors.
+// How TensorFlow 2.20 makes XLA call the kernels: by the typed FFI, which passes shapes, types, threads and errors.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_XLA_CALL_TYPED_FFI_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_XLA_CALL_TYPED_FFI_H_
@@ -18,7 +18,7 @@ namespace s2sd {
 constexpr char kTarget[] = "s2sd_tf_similarity_kl";
 constexpr xla::CustomCallApiVersion kApiVersion = xla::CustomCallApiVersion::API_VERSION_TYPED_FFI;
 
-// The text that goes with the custom call: the handler's attributes. Shapes and threads need none.
+// The custom call's string: the handler's attributes. The FFI passes shapes and threads by itself.
 inline std::string CallText(const Problem& problem, bool /*compute_gradient*/, bool allow_tf32, int /*num_threads*/) {
   return absl::StrCat("{row_offset = ", problem.row_offset, " : i64, rows = ", problem.rows,
                       " : i64, allow_tf32 = ", allow_tf32 ? "true" : "false", "}");

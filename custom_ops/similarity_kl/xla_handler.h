@@ -1,10 +1,11 @@
-// The handlers by which XLA calls the kernels: typed FFI, on the CPU and, with S2SD_TF_CUDA, on a GPU.
+// The typed FFI handlers through which XLA calls the kernels, on the CPU and, with S2SD_TF_CUDA, on a GPU.
 //
-// Free of TensorFlow and of JAX, which both ship the one header of XLA that this needs. A custom call has
+// Depends on neither TensorFlow nor JAX: both ship the one XLA header that this needs. A custom call has
 //   the arguments student (B, D), K teachers (B, D_k), temperature () and weights (K),
-//   the results total (), per_teacher (K) and, where it is wanted, gradient (B, D),
+//   the results total (), per_teacher (K) and, if wanted, gradient (B, D),
 //   the attributes row_offset (int64), rows (int64) and allow_tf32 (bool), as in Problem and CudaOptions.
-// Matrices are row-major. A wrong argument is InvalidArgument, a failure of CUDA is Internal.
+// Matrices are row-major. A wrong argument gives InvalidArgument, lack of memory ResourceExhausted, and a CUDA error
+// Internal.
 
 #ifndef S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_XLA_HANDLER_H_
 #define S2SD_TF_CUSTOM_OPS_SIMILARITY_KL_XLA_HANDLER_H_
@@ -34,7 +35,7 @@ namespace s2sd {
 
 namespace ffi = ::xla::ffi;
 
-// What one execution of the custom call works on.
+// The data of one execution of the custom call.
 struct Call {
   Problem problem;
   std::vector<Matrix> teachers;  // `problem.teachers` points here
@@ -46,7 +47,7 @@ Shape ShapeOf(const Buffer& buffer) {
   return Shape(buffer.dimensions().begin(), buffer.dimensions().end());
 }
 
-// All checks but those of the platform.
+// Fills in `call` and makes all checks that do not depend on the platform.
 inline ffi::Error ReadCall(ffi::AnyBuffer student, ffi::RemainingArgs arguments,
                            ffi::Result<ffi::BufferR0<ffi::F32>> total, ffi::Result<ffi::BufferR1<ffi::F32>> per_teacher,
                            ffi::RemainingRets gradient, int64_t row_offset, int64_t rows, Call* call) {
@@ -113,7 +114,7 @@ inline ffi::Error ReadCall(ffi::AnyBuffer student, ffi::RemainingArgs arguments,
   return ffi::Error::Success();
 }
 
-// What both handlers take after the context of their platform.
+// Binds what both handlers take after their platform's context.
 template <typename Binding>
 auto WithCall(Binding binding) {
   return std::move(binding)
@@ -158,7 +159,7 @@ inline ffi::Error RunOnCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, 
   CudaOptions options;
   options.allow_tf32 = allow_tf32;
   options.kept_bytes = WorkspaceBytes();
-  // XLA refuses to promise an alignment of more than 16 bytes.
+  // XLA guarantees no alignment beyond 16 bytes.
   constexpr uintptr_t kAlignment = 256;
   const auto allocate = [&] {
     const bool with_gradient = call.outputs.gradient != nullptr;
@@ -166,7 +167,7 @@ inline ffi::Error RunOnCuda(cudaStream_t stream, ffi::ScratchAllocator scratch, 
   };
   std::optional<void*> memory = allocate();
   if (!memory.has_value()) {
-    options.kept_bytes = 0;  // slower, but a device that is full has room for this
+    options.kept_bytes = 0;  // slower, but needs less memory on a device that is nearly full
     memory = allocate();
   }
   if (!memory.has_value()) {

@@ -1,7 +1,7 @@
-// S2sd>SimilarityKl in TensorFlow's bridge to XLA, that is under jit_compile=True: the op becomes one custom call.
+// Lowers S2sd>SimilarityKl to one custom call of XLA, in functions with jit_compile=True.
 //
-// This is a library of its own, loaded after the one that registers the op: it needs XLA's headers and
-// libtensorflow_cc, which the plain op does without.
+// This is a separate library, loaded after the one that registers the op: it needs XLA's headers and libtensorflow_cc,
+// which the plain op does not.
 
 #include <algorithm>
 #include <cstdint>
@@ -28,7 +28,7 @@
 #include "xla/shape_util.h"
 #include "xla/xla_data.pb.h"
 
-// The headers of TensorFlow 2.20 do not tell its version to the preprocessor.
+// TensorFlow 2.20's headers do not give the preprocessor a version number.
 #if __has_include("xla/ffi/api/ffi.h")
 #include "xla_call_typed_ffi.h"
 #else
@@ -57,7 +57,7 @@ class SimilarityKlXlaOp : public tf::XlaOpKernel {
     const int rows = weights + 1;
 
     std::vector<xla::XlaOp> arguments;
-    // The kernels read row-major matrices; without these shapes XLA might pass the transpose of a product as it is.
+    // The kernels read row-major matrices. Without these shapes XLA might pass a transposed product in another layout.
     std::vector<xla::Shape> argument_shapes;
     for (int i = 0; i < rows; ++i) {
       auto shape = context->InputXlaShape(i);
@@ -80,7 +80,7 @@ class SimilarityKlXlaOp : public tf::XlaOpKernel {
     std::vector<int64_t> range;
     OP_REQUIRES_OK(context, context->ConstantInputAsIntVector(rows, &range));
 
-    // The sizes, without any data.
+    // The sizes only, no data.
     std::vector<Matrix> teachers;
     for (const Shape& teacher : shapes.teachers) teachers.push_back({nullptr, teacher[1]});
     const tf::DataType type = context->input_type(0);
@@ -133,21 +133,21 @@ class SimilarityKlXlaOp : public tf::XlaOpKernel {
 
 tf::OpKernel* MakeKernel(tf::OpKernelConstruction* context) { return new SimilarityKlXlaOp(context); }
 
-// Whether TensorFlow has turned the registrations for XLA into kernels of `device`. It does so once in a process.
+// Whether TensorFlow has already made kernels of `device` from the XLA registrations, which it does once per process.
 bool HasKernels(absl::string_view device) {
-  const tf::KernelList kernels = tf::GetRegisteredKernelsForOp("Neg");  // Every device of XLA has this one.
+  const tf::KernelList kernels = tf::GetRegisteredKernelsForOp("Neg");  // Every XLA device has this one.
   return std::any_of(kernels.kernel().begin(), kernels.kernel().end(),
                      [device](const tf::KernelDef& kernel) { return kernel.device_type() == device; });
 }
 
-// REGISTER_XLA_OP as a function, for two reasons. XLA ends the process over a registration whose op is not there. And
-// it takes no notice of one that comes after the kernels have been made, which the first tensor of a process may cause.
+// A function instead of REGISTER_XLA_OP, for two reasons. XLA ends the process if the registered op does not exist, and
+// it ignores a registration that comes after the kernels have been made, which a process's first tensor may trigger.
 //
-// One registration per device that has a handler: elsewhere TensorFlow then says that the op is not supported there.
+// Registers the op only for devices that have a handler, so that TensorFlow reports it as unsupported on the others.
 bool Register() {
   const tf::OpDef* op = nullptr;
   if (!tf::OpRegistry::Global()->LookUpOpDef(kOp, &op).ok()) {
-    LOG(ERROR) << "The library of " << kOp << " has to be loaded before the one for XLA; XLA does not have the op now.";
+    LOG(ERROR) << "Load the library of " << kOp << " before the one for XLA. The op is not available in XLA now.";
     return false;
   }
   std::vector<const char*> devices = {tf::DEVICE_CPU_XLA_JIT};
@@ -156,7 +156,7 @@ bool Register() {
 #endif
   for (const char* device : devices) {
     const bool late = HasKernels(device);
-    // Where it is too late for a kernel, XLA still learns from this that the input is constant.
+    // Even if it is too late for a kernel, XLA learns from this that the input is a compile-time constant.
     tf::XlaOpRegistrar(
         tf::XlaOpRegistrationBuilder::Name(kOp).Device(device).CompileTimeConstantInput("rows").Build(MakeKernel));
     if (!late) continue;
