@@ -721,7 +721,7 @@ class TestRegistry:
             ("mnist", {}, "name: expected one of"),
             ("sop", {"source": "zip"}, "source: expected one of"),
             ("sop", {"source": "tfds", "on_corrupt": "ignore"}, "on_corrupt"),
-            ("sop", {"test_root": "x"}, r"data set 'sop': expected settings out of .* Received: \['test_root'\]"),
+            ("sop", {"test_root": "x"}, r"data set 'sop': expected settings from .* Received: \['test_root'\]"),
             ("inshop", {"source": "tfds"}, "source: expected 'auto', 'files' or 'shards' for 'inshop'"),
             ("folder", {"source": "tfds"}, "source: expected 'auto', 'files' or 'shards' for 'folder'"),
         ]:

@@ -89,7 +89,7 @@ def load(name: str, root: str | os.PathLike = "", **chosen: Any) -> RetrievalSpl
     function, known = _lookup(name).load, settings(name)
     unknown = sorted(set(chosen) - set(known))
     if unknown:
-        raise ValueError(f"data set {name!r}: expected settings out of {sorted(known)}. Received: {unknown}")
+        raise ValueError(f"data set {name!r}: expected settings from {sorted(known)}. Received: {unknown}")
     return function(root, **chosen) if "root" in inspect.signature(function).parameters else function(**chosen)
 
 
