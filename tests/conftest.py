@@ -1,5 +1,6 @@
 """Shared by all tests: quiet TensorFlow, seeds, processes, and small fixtures."""
 
+import gc
 import os
 import pathlib
 import platform
@@ -12,6 +13,14 @@ import numpy as np
 import processes
 import pytest
 import tensorflow as tf
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector the objects of the imported libraries: it takes a tenth of the tests' time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
+
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 DATA = pathlib.Path(__file__).parent / "data"

@@ -317,12 +317,11 @@ class TestDegenerateBatches:
             assert float(loss) < 0.8 * float(worst)
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["graph", "xla"])
 @pytest.mark.parametrize(("name", "settings"), VARIANTS)
-def test_compiled_equals_eager_without_retracing(unit_rows, name, settings, jit):
+def test_compiled_equals_eager_without_retracing(unit_rows, name, settings):
     eager, compiled = make(name, dtype="float32", **settings), make(name, dtype="float32", **settings)
 
-    @tf.function(jit_compile=jit)
+    @tf.function(jit_compile=True)
     def call(embeddings, labels):
         loss = compiled(embeddings, labels, training=True)
         return loss, tf.gradients(loss, embeddings)[0]
@@ -546,7 +545,7 @@ def test_get_takes_instances_and_refuses_settings_beside_them():
     assert objectives.get(objective) is objective
     with pytest.raises(ValueError, match="not with an instance"):
         objectives.get(objective, alpha=1.0)
-    with pytest.raises(ValueError, match="expected a name"):
+    with pytest.raises(ValueError, match=r"expected one of .* or an instance of Objective\. Received: 3"):
         objectives.get(3)
 
 

@@ -145,7 +145,9 @@ class TestPipelines:
         train, _, preprocessing = data.load_digits()
         sampler = data.samplers.get("class_balanced", classes_per_batch=3, samples_per_class=3)
         context = tf.distribute.InputContext(1, 0, num_replicas_in_sync=2)
-        with pytest.raises(ValueError, match=r"sampler: expected a batch that 2 replicas .* Received: 9 images"):
+        with pytest.raises(
+            ValueError, match=r"sampler: expected a batch size that is a multiple of the 2 replicas\. Received: 9"
+        ):
             data.training_batches(train, preprocessing, sampler, input_context=context)
 
 
