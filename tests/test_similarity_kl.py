@@ -63,7 +63,7 @@ def test_value_against_loops(unit_rows, implementation, batch, temperature, dtyp
 
 # Of one row there is one kind, of two there are two.
 ROWS = [(1, "random"), (2, "random"), (2, "equal")]
-ROWS += [(batch, rows) for batch in (41, 112, 257) for rows in ("random", "duplicates", "equal")]
+ROWS += [(batch, rows) for batch in (41, 112, 401) for rows in ("random", "duplicates", "equal")]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
