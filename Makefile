@@ -26,6 +26,7 @@ soak: $(VENV)/installed
 lint: $(VENV)/installed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/mypy
 
 $(VENV)/installed: pyproject.toml setup.py
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.13 found; set PYTHON=..."; exit 1; }

@@ -25,7 +25,7 @@ LAYERS = {
     "training": {
         "models", "data", "evaluation", "reporting", "export", "losses", "objectives", "mining", "distillation"
     },
-    "cli": {"training", "evaluation", "reporting", "export", "serving", "data", "models"},
+    "cli": {"objectives", "mining", "training", "evaluation", "reporting", "export", "serving", "data", "models"},
 }  # fmt: skip
 
 

@@ -3,15 +3,21 @@
 import csv
 import os
 import shutil
+import subprocess
+import sys
 
 import ml_collections
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl import flags
 from PIL import Image
 
+import s2sd_tf
+from s2sd_tf import data, mining, objectives
 from s2sd_tf.files import read_json, write_json
 from s2sd_tf.keras_compat import keras
+from s2sd_tf.models import backbones
 from s2sd_tf.training import default_config, preset_config, resolve, train
 from s2sd_tf.training.build import build_model
 from s2sd_tf.training.compare import summarize
@@ -341,3 +347,48 @@ def test_variants_of_a_config():
         assert config.model.target_pooling == pooling
     with pytest.raises(ValueError, match="preset"):
         preset_config(default_config(), "xyz")
+
+
+PROGRAMS = ("train", "compare", "evaluate", "export", "convert", "embed", "index", "search", "beam", "shards")
+
+
+class TestHelp:
+    @pytest.mark.parametrize("program", PROGRAMS)
+    def test_is_short_and_needs_no_tensorflow(self, program, tmp_path):
+        # `-c` would not be recognised as the program.
+        (tmp_path / f"s2sd-{program}").write_text(
+            f"import sys\nfrom s2sd_tf.cli.{program} import main\ntry:\n    main()\nfinally:\n"
+            "    assert 'tensorflow' not in sys.modules\n"
+        )
+        command = [sys.executable, tmp_path / f"s2sd-{program}"]
+        done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        assert done.stdout.startswith(f"s2sd-{program}: ")
+        assert done.stdout.count(f"  s2sd-{program} --") >= 2
+        assert "helpfull" not in done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= 120
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith(f"s2sd_tf {s2sd_tf.__version__} (tensorflow {tf.__version__}")
+
+    def test_names_to_choose_from_are_the_librarys(self):
+        """The flags repeat them, as importing the library takes seconds."""
+        from s2sd_tf.cli import shards
+        from s2sd_tf.cli import train as program
+        from s2sd_tf.data import image_files, sources
+        from s2sd_tf.training import strategies
+
+        for flag, expected in (
+            (program._STRATEGY, strategies.STRATEGIES),
+            (shards._SOURCE, sources.SOURCES),
+            (shards._ON_CORRUPT, image_files.ON_CORRUPT),
+            (shards._CHECK, image_files.CHECKS),
+        ):
+            assert tuple(flags.FLAGS[flag.name].parser.enum_values) == expected
+
+    @pytest.mark.parametrize("kind", ["objectives", "miners", "samplers", "backbones", "datasets"])
+    def test_lists(self, call, kind):
+        registries = {"objectives": objectives, "miners": mining, "samplers": data.samplers, "datasets": data.datasets}
+        names = registries.get(kind, backbones).names()
+        lines = call("train", f"--list={kind}").stdout.splitlines()
+        assert [line.split()[0] for line in lines] == names
+        assert all(len(line.split()) > 2 for line in lines)

@@ -1,31 +1,36 @@
-"""What the programs share: errors of the user's making are told in one line."""
+"""What the programs share: help, and user errors that are reported in one line."""
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags
 
-from s2sd_tf.files import OutOfSpace
-from s2sd_tf.training import Interrupted
-from s2sd_tf.training.compare import RunFailed
+from s2sd_tf.cli import help
 
 
-def run(main):
-    """Runs an absl `main(argv)`; a bad argument, config or file ends in one message on stderr and exit status 2, as a
-    loss that is not finite or a full disk does. An interrupted run, which can be called again, says so in one line and
-    ends with exit status 75.
+def run(main: Callable[[list[str]], Any]) -> None:
+    """Runs an absl `main(argv)`.
 
-    With the environment variable `S2SD_TF_TRACEBACK` set, the error is raised instead.
+    `--help` and `--version` are answered before anything else, with exit status 0. Bad arguments, configs and files, a
+    loss that is not finite and a full disk end in one message on stderr and exit status 2. An interrupted run, which
+    can be resumed, reports that in one line and ends with exit status 75.
+
+    If the environment variable `S2SD_TF_TRACEBACK` is set, errors are raised instead.
     """
     program = os.path.basename(sys.argv[0])
+    if help.answers(sys.argv[1:]):
+        print(help.text(sys.modules[main.__module__], sys.argv[1:]))
+        sys.exit(0)
     try:
-        app.run(_told(main, program), flags_parser=_parse)
+        app.run(_reporting_errors(main, program), flags_parser=_parse)
     except (flags.Error, _BadConfig) as error:
         _fail(program, error)
 
 
 class _BadConfig(Exception):
-    """A config file or override that cannot be taken."""
+    """A config file or override that cannot be used."""
 
 
 def _parse(argv):
@@ -34,21 +39,25 @@ def _parse(argv):
     except flags.Error as error:
         if "Error whilst parsing config file" not in str(error):
             raise
-        # ml_collections puts the trace of what a config file raises into the message.
-        cause = error
+        # ml_collections puts the traceback of the config file's error into the message.
+        cause: BaseException = error
         while cause.__context__:
             cause = cause.__context__
         raise _BadConfig(f"config: {cause}") from error
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        # What ml_collections raises for an unknown key: an error around a KeyError, whose argument is the text.
-        text = error
+        # For an unknown key ml_collections raises an error around a KeyError, whose argument is the text.
+        text: Any = error
         while isinstance(text, BaseException) and text.args:
             text = text.args[0]
         raise _BadConfig(f"config: unknown or unusable key {text}") from error
 
 
-def _told(main, program):
-    def told(argv):
+def _reporting_errors(main, program):
+    from s2sd_tf.files import OutOfSpace
+    from s2sd_tf.training import Interrupted
+    from s2sd_tf.training.compare import RunFailed
+
+    def reporting(argv):
         if len(argv) > 1:
             _fail(program, f"unexpected arguments {argv[1:]}")
         try:
@@ -61,7 +70,7 @@ def _told(main, program):
                 raise
             _fail(program, error)
 
-    return told
+    return reporting
 
 
 def _fail(program, error):

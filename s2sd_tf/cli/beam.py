@@ -1,42 +1,53 @@
-"""s2sd-beam: embeds images with Apache Beam, on the machines of the runner, into shards with an index each.
+"""s2sd-beam: embeds images with Apache Beam into shards, each with a search index.
 
-s2sd-beam --encoder=runs/digits8/saved_model --images=<folder> --output=embeddings --shards=16
+The work is shared among the machines of the Beam runner. s2sd-search searches the output folder as one index.
+
+Examples:
+  s2sd-beam --encoder=runs/digits/saved_model --images=photos --output=embeddings
+  s2sd-beam --encoder=/nfs/encoder --tfrecords='/nfs/photos-*' --output=/nfs/embeddings --beam=--runner=FlinkRunner
 """
 
 import logging
+from typing import Any
 
 from absl import flags
 
 from s2sd_tf.cli import app
 from s2sd_tf.cli.tables import embedding_summary
-from s2sd_tf.serving import list_images
 
-_ENCODER = flags.DEFINE_string("encoder", None, "SavedModel of s2sd-export, which the workers can read.", required=True)
-_IMAGES = flags.DEFINE_string("images", None, "Folder of images, which the workers can read.")
-_TFRECORDS = flags.DEFINE_string("tfrecords", None, "Pattern of TFRecord files with features image, id and label.")
+_ENCODER = flags.DEFINE_string(
+    "encoder", None, "SavedModel of s2sd-export, on a file system that the workers can read.", required=True
+)
+_IMAGES = flags.DEFINE_string("images", None, "Folder of images, on a file system that the workers can read.")
+_TFRECORDS = flags.DEFINE_string("tfrecords", None, "Pattern of TFRecord files with the features image, id and label.")
 _OUTPUT = flags.DEFINE_string("output", None, "New folder, on a file system that the workers share.", required=True)
-_SHARDS = flags.DEFINE_integer("shards", 16, "Shards at most.", lower_bound=1)
+_SHARDS = flags.DEFINE_integer("shards", 16, "Maximum number of shards.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images embedded at a time.", lower_bound=1)
-_METHOD = flags.DEFINE_enum("method", "scann", ["scann", "exact", "none"], "Index of every shard.")
+_METHOD = flags.DEFINE_enum("method", "scann", ["scann", "exact", "none"], "Search method of each shard's index.")
 _METRIC = flags.DEFINE_enum("metric", "cosine", ["cosine", "euclidean"], "Metric of the index.")
-_RECALL = flags.DEFINE_float("recall", 0.99, "Recall that an index is tuned to.")
-_OPTIONS = flags.DEFINE_multi_string("beam", [], "An option of the pipeline: --beam=--runner=FlinkRunner")
+_RECALL = flags.DEFINE_float("recall", 0.99, "Recall against exact search that ScaNN is tuned to.")
+_OPTIONS = flags.DEFINE_multi_string(
+    "beam", [], "Option of the Beam pipeline, such as --runner=FlinkRunner. Repeat the flag for several."
+)
 
 
-def main():
+def main() -> None:
+    """The program `s2sd-beam`."""
     app.run(_main)
 
 
 def _main(_):
+    from s2sd_tf.serving import list_images
+
     if (_IMAGES.value is None) == (_TFRECORDS.value is None):
         raise ValueError("--images and --tfrecords: expected exactly one")
     try:
         from s2sd_tf.serving import beam
     except ImportError as error:
         raise ImportError("s2sd-beam needs Apache Beam: pip install 's2sd_tf[beam]'") from error
-    # Beam tells every batch.
+    # Beam logs every batch.
     logging.getLogger("apache_beam").setLevel(logging.WARNING)
-    index = None
+    index: dict[str, Any] | None = None
     if _METHOD.value != "none":
         index = {"method": _METHOD.value, "metric": _METRIC.value}
         if _METHOD.value == "scann":

@@ -1,6 +1,11 @@
-"""s2sd-compare: the plain objective against S2SD under the same budget and seeds.
+"""s2sd-compare: trains the plain objective and S2SD with the same budget and seeds, and compares them.
 
-s2sd-compare --config=configs/digits.py --workdir=runs/digits --seeds=0,1,2
+Prints a table of means and deviations over the seeds. Writes curves, a gallery, the results as JSON and the SavedModel
+of the first S2SD run. Finished runs are reused, interrupted ones resume.
+
+Examples:
+  s2sd-compare --config=configs/digits.py --workdir=runs/digits
+  s2sd-compare --config=configs/omniglot.py --config.data.root=omniglot --workdir=runs/omniglot --seeds=0,1,2,3,4
 """
 
 import os
@@ -11,27 +16,27 @@ from absl import flags
 
 from s2sd_tf.cli import app, configs
 from s2sd_tf.cli.tables import metrics_table
-from s2sd_tf.files import check_replaceable, replacing, write_json
-from s2sd_tf.reporting import save_curves
-from s2sd_tf.training import resolve
-from s2sd_tf.training.compare import mean_and_deviation, run_all, summarize
-from s2sd_tf.training.history import read_history
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the comparison; a run's folder each goes into runs/.", required=True
+    "workdir", None, "Folder of the comparison. Each run gets a folder in its runs/.", required=True
 )
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, separated by commas.")
-_JOBS = flags.DEFINE_integer("jobs", 0, "Runs at a time, one thread each; 0: one a core.", lower_bound=0)
+_JOBS = flags.DEFINE_integer("jobs", 0, "Runs at a time, of one thread each; 0: one per core.", lower_bound=0)
 _CONFIG = configs.define()
 
 PLAIN, S2SD = "plain objective", "with S2SD"
 
 
-def main():
+def main() -> None:
+    """The program `s2sd-compare`."""
     app.run(_main)
 
 
 def _main(_):
+    from s2sd_tf.files import check_replaceable, replacing, write_json
+    from s2sd_tf.training import resolve
+    from s2sd_tf.training.compare import run_all, summarize
+
     if not all(seed.isdecimal() for seed in _SEEDS.value):
         raise ValueError(f"--seeds: expected integers >= 0 separated by commas. Received: {','.join(_SEEDS.value)}")
     check_replaceable("--workdir", os.path.join(_WORKDIR.value, "saved_model"), "saved_model.pb")
@@ -43,7 +48,8 @@ def _main(_):
     passed_on = _config_flags(sys.argv[1:])
     if not config.train.threads:
         passed_on.append("--config.train.threads=1")
-    runs, groups = {}, {PLAIN: [], S2SD: []}
+    runs: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {PLAIN: [], S2SD: []}
     for seed in _SEEDS.value:
         for name, folder, given in ((PLAIN, "plain", _without_teachers(passed_on)), (S2SD, "s2sd", passed_on)):
             workdir = os.path.join(_WORKDIR.value, "runs", f"{folder}_seed{seed}")
@@ -78,6 +84,10 @@ def _main(_):
 
 
 def _draw(groups):
+    from s2sd_tf.reporting import save_curves
+    from s2sd_tf.training.compare import mean_and_deviation
+    from s2sd_tf.training.history import read_history
+
     panels = {}
     for metric in ("recall@1", "map@r"):
         curves = {}
@@ -95,7 +105,7 @@ def _draw(groups):
 
 
 def _config_flags(arguments):
-    """Those of the arguments that are the config's, as `--flag=value`, however they were written."""
+    """Returns the arguments of the config as `--flag=value`, however they were written."""
     found = []
     for position, argument in enumerate(arguments):
         name = argument.lstrip("-")
@@ -105,8 +115,8 @@ def _config_flags(arguments):
 
 
 def _without_teachers(given):
-    """The flags of the plain objective for those of a run with S2SD."""
-    # A tuple that is given twice is the values of both.
+    """Returns the flags of a run with the plain objective, given those of a run with S2SD."""
+    # A tuple flag that is given twice has the values of both.
     kept = [flag for flag in given if not flag.lstrip("-").startswith("config.s2sd.target_dims=")]
     return [*kept, "--config.s2sd.target_dims=()", "--config.s2sd.feature_distill=False"]
 

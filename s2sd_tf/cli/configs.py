@@ -1,31 +1,32 @@
 """The flag of the config file."""
 
-from absl import flags
-from ml_collections import config_flags
+from typing import Any
+
+from ml_collections import ConfigDict, config_flags
 
 
-def define():
-    """Defines `--config`; the result goes to `value`."""
-    flag = config_flags.DEFINE_config_file(
+def define() -> Any:
+    """Defines `--config`; pass the result to `value`."""
+    return config_flags.DEFINE_config_file(
         "config",
         None,
-        "Config file, its options after a colon (published.py:cub200,512); --config.key=value changes a key of it.",
-        # For the section that takes any key; the rest is locked by `default_config`, or checked by `resolve`.
+        "Config file, with options after a colon (published.py:cub200,512). --config.key=value changes a key.",
+        # For the sections that accept any key. `default_config` locks the rest, and `resolve` checks it.
         lock_config=False,
         accept_new_attributes=True,
     )
-    flags.mark_flag_as_required("config")
-    return flag
 
 
-def value(flag):
-    """The `ConfigDict` of the flag.
+def value(flag: Any) -> ConfigDict:
+    """Returns the config of the flag.
 
     Raises:
-        ValueError: the file cannot be loaded.
+        ValueError: there is none, or it cannot be loaded.
     """
+    if flag.value is None:
+        raise ValueError("--config: expected a config file. Received: none")
     try:
-        # ml_collections puts an error of loading off to the first look into the config.
+        # ml_collections raises an error of loading only when the config is first used.
         flag.value.to_json()
     except OSError as error:
         raise ValueError(f"config: {error}") from error

@@ -1,26 +1,33 @@
-"""s2sd-embed: embeds a folder of images into shards; called again after an interruption, goes on.
+"""s2sd-embed: embeds a folder of images into shards, or resumes after an interruption.
 
-s2sd-embed --encoder=runs/digits8/saved_model --images=<folder> --output=embeddings
+The output is a folder of shards with the embeddings, ids (paths under the folder) and labels (names of the class
+folders) of the images. Images that cannot be read are listed in its summary.json. s2sd-index and s2sd-evaluate read it.
+
+Examples:
+  s2sd-embed --encoder=runs/digits/saved_model --images=photos --output=embeddings
+  s2sd-embed --encoder=encoder --images=photos --output=embeddings --batch_size=16
 """
 
 from absl import flags
 
 from s2sd_tf.cli import app
 from s2sd_tf.cli.tables import embedding_summary
-from s2sd_tf.serving import Encoder, embed_images, list_images
 
 _ENCODER = flags.DEFINE_string("encoder", None, "SavedModel of s2sd-export.", required=True)
-_IMAGES = flags.DEFINE_string("images", None, "Folder of images, in class folders or not.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write, or to go on with.", required=True)
-_SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Images of a shard.", lower_bound=1)
+_IMAGES = flags.DEFINE_string("images", None, "Folder of images, with or without class folders.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write, or to resume.", required=True)
+_SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Images per shard.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images embedded at a time.", lower_bound=1)
 
 
-def main():
+def main() -> None:
+    """The program `s2sd-embed`."""
     app.run(_main)
 
 
 def _main(_):
+    from s2sd_tf.serving import Encoder, embed_images, list_images
+
     items = list_images(_IMAGES.value)
     summary = embed_images(items, Encoder(_ENCODER.value), _OUTPUT.value, _SHARD_SIZE.value, _BATCH_SIZE.value)
     print(embedding_summary(summary, _OUTPUT.value))

@@ -1,8 +1,12 @@
-"""s2sd-evaluate: retrieval metrics of a run, a model or a file of embeddings; table, JSON, HTML page, projector.
+"""s2sd-evaluate: computes the retrieval metrics of a run, a model, or a file of embeddings.
 
-s2sd-evaluate --workdir=runs/digits8 --report=report.html
-s2sd-evaluate --model=encoder --images=<folder of class folders>
-s2sd-evaluate --embeddings=embeddings.npz
+Prints a table with recall@k, precision@k, MAP and clustering metrics. Can also write JSON with confidence intervals and
+the metrics of every class, an HTML report with pictures, and files for TensorBoard's embedding projector.
+
+Examples:
+  s2sd-evaluate --workdir=runs/digits --report=report.html
+  s2sd-evaluate --model=runs/digits/saved_model --images=photos
+  s2sd-evaluate --embeddings=embeddings.npz --labels=labels.txt
 """
 
 import os
@@ -10,54 +14,58 @@ import os
 import numpy as np
 from absl import flags
 
-from s2sd_tf import evaluation
-from s2sd_tf.checks import check_file_to_write
 from s2sd_tf.cli import app
 from s2sd_tf.cli.tables import metrics_table
-from s2sd_tf.data import Preprocessing, load_image_folder
-from s2sd_tf.export import load_model
-from s2sd_tf.files import check_replaceable, write_json
-from s2sd_tf.reporting import EmbeddedImages, save_projector, save_report
-from s2sd_tf.serving import Encoder
-from s2sd_tf.serving.encoder import decode_image, read_image, read_image_under
-from s2sd_tf.training import load_run
-from s2sd_tf.training.datasets import load_data
-from s2sd_tf.training.embedding import embed
-from s2sd_tf.untrusted import read_array, reading
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run: its model on its test classes.")
-_MODEL = flags.DEFINE_string("model", None, "SavedModel of s2sd-export, or .keras file beside its preprocessing.json.")
-_EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Folder of s2sd-embed, or .npy, .npz, .tfrecord.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of a finished run, whose model is evaluated on its test classes."
+)
+_MODEL = flags.DEFINE_string(
+    "model", None, "SavedModel of s2sd-export, or a .keras file next to its preprocessing.json."
+)
+_EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Folder of s2sd-embed, or a .npy, .npz or .tfrecord file.")
 _IMAGES = flags.DEFINE_string(
-    "images", None, "With --model: folder of class folders. With --embeddings: folder that the ids are paths under."
+    "images", None, "With --model: folder of class folders. With --embeddings: folder in which the ids are paths."
 )
-_LABELS = flags.DEFINE_string("labels", None, "With --embeddings: .npy file, or text file of one label a line.")
-_GALLERY_IMAGES = flags.DEFINE_string("gallery_images", None, "With --model: class folders to search instead.")
-_GALLERY_EMBEDDINGS = flags.DEFINE_string("gallery_embeddings", None, "With --embeddings: those to search instead.")
-_GALLERY_LABELS = flags.DEFINE_string("gallery_labels", None, "Their labels; see --labels.")
+_LABELS = flags.DEFINE_string(
+    "labels", None, "With --embeddings: labels, a .npy file or a text file with one label per line."
+)
+_GALLERY_IMAGES = flags.DEFINE_string(
+    "gallery_images", None, "With --model: folder of class folders to search in; by default --images."
+)
+_GALLERY_EMBEDDINGS = flags.DEFINE_string(
+    "gallery_embeddings", None, "With --embeddings: embeddings to search in; by default --embeddings."
+)
+_GALLERY_LABELS = flags.DEFINE_string("gallery_labels", None, "Labels of --gallery_embeddings; see --labels.")
 _SAME_IDS = flags.DEFINE_bool(
-    "same_ids", False, "With --gallery_embeddings: equal ids are the same image, which is not to find itself."
+    "same_ids", False, "With --gallery_embeddings: equal ids mean the same image, which then does not find itself."
 )
-_KS = flags.DEFINE_list("ks", ["1", "2", "4", "8"], "The k of recall@k, separated by commas.")
-_PRECISION_KS = flags.DEFINE_list("precision_ks", ["1"], "The k of precision@k.")
-_MAP_KS = flags.DEFINE_list("map_ks", ["1000"], "The k of map@k.")
-_METHODS = flags.DEFINE_list("methods", ["exact", "scann"], "Search methods, out of exact and scann.")
+_KS = flags.DEFINE_list("ks", ["1", "2", "4", "8"], "Values of k for recall@k, separated by commas.")
+_PRECISION_KS = flags.DEFINE_list("precision_ks", ["1"], "Values of k for precision@k.")
+_MAP_KS = flags.DEFINE_list("map_ks", ["1000"], "Values of k for map@k.")
+_METHODS = flags.DEFINE_list("methods", ["exact", "scann"], "Search methods: exact, scann.")
 _METRICS = flags.DEFINE_list(
-    "metrics", [], "Out of cosine and euclidean; default: cosine, and euclidean where rows are not of unit length."
+    "metrics", [], "Similarities: cosine, euclidean. By default cosine, and euclidean unless all rows have unit length."
 )
-_CLUSTERING = flags.DEFINE_bool("clustering", True, "NMI, AMI and F1 of k-means.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of k-means, intervals and samples.", lower_bound=0)
-_MEMORY = flags.DEFINE_integer("memory_mib", 512, "MiB that exact search may take.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write; with --workdir: evaluation.json in it.")
-_REPORT = flags.DEFINE_string("report", None, "HTML page to write, which needs no other file.")
+_CLUSTERING = flags.DEFINE_bool("clustering", True, "Compute NMI, AMI and F1 of k-means.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of k-means, intervals and samples.", lower_bound=0)
+_MEMORY = flags.DEFINE_integer("memory_mib", 512, "Memory for exact search in MiB.", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write. With --workdir, by default evaluation.json in it.")
+_REPORT = flags.DEFINE_string("report", None, "HTML page to write; it needs no other file.")
 _PROJECTOR = flags.DEFINE_string("projector", None, "Folder to write for TensorBoard's embedding projector.")
 
 
-def main():
+def main() -> None:
+    """The program `s2sd-evaluate`."""
     app.run(_main)
 
 
 def _main(_):
+    from s2sd_tf import evaluation
+    from s2sd_tf.checks import check_file_to_write
+    from s2sd_tf.files import check_replaceable, write_json
+    from s2sd_tf.reporting import save_projector
+
     chosen = [flag.name for flag in (_WORKDIR, _MODEL, _EMBEDDINGS) if flag.value]
     if len(chosen) != 1:
         raise ValueError(f"expected exactly one of --workdir, --model and --embeddings. Received: {chosen or 'none'}")
@@ -67,16 +75,17 @@ def _main(_):
     for more, needed in ((_GALLERY_LABELS, _GALLERY_EMBEDDINGS), (_GALLERY_EMBEDDINGS, _EMBEDDINGS)):
         if more.value and not needed.value:
             raise ValueError(f"--{more.name}: expected --{needed.name} too. Received: none")
-    for output in (_OUTPUT, _REPORT):
-        if output.value:
-            check_file_to_write(f"--{output.name}", output.value)
+    for flag in (_OUTPUT, _REPORT):
+        if flag.value:
+            check_file_to_write(f"--{flag.name}", flag.value)
     if _PROJECTOR.value:
         check_replaceable("--projector", _PROJECTOR.value, "projector_config.pbtxt")
-    queries, gallery = {"workdir": _of_workdir, "model": _of_model, "embeddings": _of_embeddings}[chosen[0]]()
+    queries, gallery = _inputs(chosen[0])
     metrics = _METRICS.value or ["cosine", *([] if _is_unit(queries.rows) else ["euclidean"])]
     others = () if gallery is None else (gallery.rows, gallery.labels)
     ids = {} if gallery is None else _shared_ids(queries, gallery)
-    results, first = {}, None
+    results: dict[str, dict[str, float]] = {}
+    first = None
     for method in _METHODS.value:
         for metric in metrics:
             found = evaluation.evaluate_retrieval(
@@ -95,22 +104,22 @@ def _main(_):
             results[method if metric == metrics[0] else f"{method}, {metric}"] = found.means()
             first = first or found
     print(metrics_table(results))
-    more = {}
+    space: dict[str, dict[str, float]] = {}
     for metric in metrics:
-        more[metric] = evaluation.embedding_geometry(queries.rows, queries.labels, metric)
+        space[metric] = evaluation.embedding_geometry(queries.rows, queries.labels, metric)
         if _CLUSTERING.value:
-            more[metric].update(
+            space[metric].update(
                 evaluation.clustering_metrics(queries.rows, queries.labels, metric=metric, seed=_SEED.value)
             )
     lines = (
-        f"{metric}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()) for metric, row in more.items()
+        f"{metric}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()) for metric, row in space.items()
     )
     print("\n" + "\n".join(lines))
     output = _OUTPUT.value or (_WORKDIR.value and os.path.join(_WORKDIR.value, "evaluation.json"))
     if output:
-        write_json(output, _finite({**results, "space": more, **_details(first, queries)}))
+        write_json(output, _finite({**results, "space": space, **_details(first, queries)}))
     if _REPORT.value:
-        _report(queries, gallery, ids, first, results, more, metrics[0])
+        _report(queries, gallery, ids, first, results, space, metrics[0])
         print(f"\nReport: {_REPORT.value}")
     if _PROJECTOR.value:
         labels = [queries.names[label] for label in queries.labels.tolist()]
@@ -118,8 +127,19 @@ def _main(_):
         print(f"\ntensorboard --logdir={_PROJECTOR.value} shows the projector.")
 
 
+def _inputs(chosen):
+    from s2sd_tf.cli import evaluated
+
+    if chosen == "workdir":
+        return evaluated.run(_WORKDIR.value)
+    if chosen == "model":
+        return evaluated.model(_MODEL.value, _IMAGES.value, _GALLERY_IMAGES.value)
+    gallery = _GALLERY_EMBEDDINGS.value and (_GALLERY_EMBEDDINGS.value, _GALLERY_LABELS.value, _GALLERY_IMAGES.value)
+    return evaluated.embeddings((_EMBEDDINGS.value, _LABELS.value, _IMAGES.value), gallery)
+
+
 def _details(result, queries):
-    """Intervals of the metrics, and the metrics of every class, for JSON."""
+    """Returns the intervals of the metrics, and the metrics of every class, for JSON."""
     classes, counts, means = result.per_class()
     per_class = {
         queries.names[label]: {"queries": int(count), **{name: float(means[name][i]) for name in means}}
@@ -129,7 +149,7 @@ def _details(result, queries):
 
 
 def _shared_ids(queries, gallery):
-    """Arguments that keep an image that is in both sets from finding itself: known by its file, or by its id."""
+    """Returns arguments by which an image in both sets (same file or id) does not find itself."""
     if queries.ids is None or gallery.ids is None or (_EMBEDDINGS.value and not _SAME_IDS.value):
         return {}
     codes = np.unique([*queries.ids, *gallery.ids], return_inverse=True)[1]
@@ -137,6 +157,9 @@ def _shared_ids(queries, gallery):
 
 
 def _report(queries, gallery, ids, result, results, more, metric):
+    from s2sd_tf import evaluation
+    from s2sd_tf.reporting import save_report
+
     searched = queries if gallery is None else gallery
     if gallery is None:
         ids = dict.fromkeys(("query_ids", "gallery_ids"), np.arange(len(queries.labels)))
@@ -158,102 +181,11 @@ def _report(queries, gallery, ids, result, results, more, metric):
     )
 
 
-def _of_workdir():
-    model, config, preprocessing = load_run(_WORKDIR.value)
-    run_data = load_data(config)
-    parts = [images for images in (run_data.test, run_data.gallery) if images is not None]
-    parts = [_part(embed(model, images, preprocessing), images) for images in parts]
-    return parts[0], parts[1] if len(parts) > 1 else None
-
-
-def _of_model():
-    if not _IMAGES.value:
-        raise ValueError("--images: expected a folder of class folders, with --model. Received: none")
-    folders = [load_image_folder(root) for root in (_IMAGES.value, _GALLERY_IMAGES.value) if root]
-    names = sorted({name for images in folders for name in images.class_names})
-    if not _MODEL.value.endswith(".keras"):
-        encoder = Encoder(_MODEL.value)
-        parts = [_part(_embed_files(encoder, images), images, names) for images in folders]
-    else:
-        path = os.path.join(os.path.dirname(_MODEL.value), "preprocessing.json")
-        for name in (_MODEL.value, path):
-            if not os.path.exists(name):
-                raise FileNotFoundError(
-                    f"--model: expected a .keras file beside its preprocessing.json. Missing: {name}"
-                )
-        model, preprocessing = load_model(_MODEL.value), Preprocessing.load(path)
-        parts = [_part(embed(model, images, preprocessing), images, names) for images in folders]
-    return parts[0], parts[1] if len(parts) > 1 else None
-
-
-def _embed_files(encoder, images, batch=64):
-    rows = []
-    for start in range(0, len(images), batch):
-        positions = range(start, min(start + batch, len(images)))
-        rows.append(encoder([images.encoded(position) for position in positions]))
-    return np.concatenate(rows)
-
-
-def _part(rows, images, names=None):
-    """`EmbeddedImages` of an `ImageSet`, whose classes get their positions in `names`."""
-    names = list(names or images.class_names)
-    position = np.array([names.index(name) for name in images.class_names])
-    shown = {"pixels": lambda i: images.images[i], "paths": lambda i: read_image(str(images.images[i]))}
-    image = shown.get(images.kind, lambda i: decode_image(images.encoded(i)))
-    ids = [os.path.realpath(path) for path in images.images] if images.kind == "paths" else None
-    return EmbeddedImages(rows, position[images.labels], dict(enumerate(names)), ids, image)
-
-
-def _of_embeddings():
-    given = [(_EMBEDDINGS, _LABELS, _IMAGES), (_GALLERY_EMBEDDINGS, _GALLERY_LABELS, _GALLERY_IMAGES)]
-    read = []
-    for embeddings, labels, root in given:
-        if not embeddings.value:
-            continue
-        rows, ids, its_labels = evaluation.read_embeddings(embeddings.value)
-        if labels.value:
-            its_labels = _read_labels(labels.value)
-        if its_labels is None:
-            raise ValueError(
-                f"--{labels.name}: expected labels of {embeddings.value!r}, which has none. Received: none"
-            )
-        if "" in its_labels:
-            raise ValueError(
-                f"--{labels.name}: expected a label of every row. Received: {embeddings.value!r}, where "
-                f"{list(its_labels).count('')} have none, as images outside of class folders"
-            )
-        if len(its_labels) != rows.shape[0]:
-            raise ValueError(f"--{labels.name}: expected {rows.shape[0]} labels. Received: {len(its_labels)}")
-        read.append((rows, [str(label) for label in its_labels], ids, root.value))
-    names, codes = np.unique([label for _, labels, _, _ in read for label in labels], return_inverse=True)
-    parts, start = [], 0
-    for rows, labels, ids, root in read:
-        image = _under(root, ids) if root and ids else None
-        parts.append(
-            EmbeddedImages(rows, codes[start : start + len(labels)], dict(enumerate(names.tolist())), ids, image)
-        )
-        start += len(labels)
-    return parts[0], parts[1] if len(parts) > 1 else None
-
-
 def _finite(value):
-    """The same with None for what JSON has no number for."""
+    """Replaces what JSON has no number for by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _under(root, ids):
-    return lambda position: read_image_under(root, ids[position])
-
-
-def _read_labels(path):
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"labels: expected a file. Received: {path!r}")
-    if path.endswith(".npy"):
-        return read_array(path).reshape(-1).tolist()
-    with reading(path, "a label a line"), open(path, encoding="utf-8") as file:
-        return file.read().splitlines()
 
 
 def _ints(flag):

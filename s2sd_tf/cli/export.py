@@ -1,6 +1,11 @@
 """s2sd-export: writes the encoder of a finished run as a SavedModel.
 
-s2sd-export --workdir=runs/digits8 --output=encoder
+The SavedModel embeds images without this package. Its signature serving_default takes float images, encoded_images
+takes the bytes of image files.
+
+Examples:
+  s2sd-export --workdir=runs/digits
+  s2sd-export --workdir=runs/digits --output=encoder
 """
 
 import os
@@ -8,19 +13,21 @@ import os
 from absl import flags
 
 from s2sd_tf.cli import app
-from s2sd_tf.export import export_encoder
-from s2sd_tf.files import check_replaceable
-from s2sd_tf.training import load_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write; default: saved_model in the work directory.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write. By default saved_model in the work directory.")
 
 
-def main():
+def main() -> None:
+    """The program `s2sd-export`."""
     app.run(_main)
 
 
 def _main(_):
+    from s2sd_tf.export import export_encoder
+    from s2sd_tf.files import check_replaceable
+    from s2sd_tf.training import load_run
+
     output = _OUTPUT.value or os.path.join(_WORKDIR.value, "saved_model")
     check_replaceable("--output", output, "saved_model.pb")
     model, _, preprocessing = load_run(_WORKDIR.value)

@@ -1,36 +1,45 @@
-"""s2sd-search: the images of an index that are most like given ones; JSON, or a picture.
+"""s2sd-search: finds the images of an index that are most similar to the given ones.
 
-s2sd-search --index=index --encoder=runs/digits8/saved_model --image=query.png --picture=found.png --images=<folder>
+Prints JSON with the ids, labels and similarities of the nearest images, and can draw them.
+
+Examples:
+  s2sd-search --index=index --encoder=runs/digits/saved_model --image=query.png
+  s2sd-search --index=index --encoder=encoder --image=a.jpg --image=b.jpg --picture=found.png --images=photos
 """
 
 import json
 import os
+from typing import Any
 
 from absl import flags
 
-from s2sd_tf.checks import check_file_to_write
 from s2sd_tf.cli import app
-from s2sd_tf.evaluation import load_index
-from s2sd_tf.reporting import save_matches
-from s2sd_tf.serving import Encoder
-from s2sd_tf.serving.encoder import read_image, read_image_under
-from s2sd_tf.untrusted import image_excess
 
-_INDEX = flags.DEFINE_string("index", None, "Folder of s2sd-index, or of s2sd-beam.", required=True)
+_INDEX = flags.DEFINE_string("index", None, "Folder of s2sd-index or s2sd-beam.", required=True)
 _ENCODER = flags.DEFINE_string("encoder", None, "SavedModel of s2sd-export.", required=True)
-_IMAGE = flags.DEFINE_multi_string("image", None, "Image file to search with; may be repeated.", required=True)
-_K = flags.DEFINE_integer("k", 10, "Images to find.", lower_bound=1)
-_PICTURE = flags.DEFINE_string("picture", None, "PNG to write: the queries and what was found.")
-_IMAGES = flags.DEFINE_string("images", None, "Folder that the ids are paths under, for --picture.")
+_IMAGE = flags.DEFINE_multi_string(
+    "image", None, "Image file to search with. Repeat the flag for several.", required=True
+)
+_K = flags.DEFINE_integer("k", 10, "Number of images to find.", lower_bound=1)
+_PICTURE = flags.DEFINE_string("picture", None, "PNG file to write, with the queries and the images found.")
+_IMAGES = flags.DEFINE_string("images", None, "Folder in which the ids are paths; needed for --picture.")
 
 
-def main():
+def main() -> None:
+    """The program `s2sd-search`."""
     app.run(_main)
 
 
 def _main(_):
+    from s2sd_tf.checks import check_file_to_write
+    from s2sd_tf.evaluation import load_index
+    from s2sd_tf.reporting import save_matches
+    from s2sd_tf.serving import Encoder
+    from s2sd_tf.serving.encoder import read_image, read_image_under
+    from s2sd_tf.untrusted import image_excess
+
     if _PICTURE.value and not _IMAGES.value:
-        raise ValueError("--images: expected the folder that the ids are paths under, for --picture. Received: none")
+        raise ValueError("--images: expected the folder in which the ids are paths, with --picture. Received: none")
     if _PICTURE.value:
         check_file_to_write("--picture", _PICTURE.value)
     index, encoder = load_index(_INDEX.value), Encoder(_ENCODER.value)
@@ -47,7 +56,7 @@ def _main(_):
         position, error = next(iter(errors.items()))
         raise ValueError(f"--image: expected an image. Received: {_IMAGE.value[position]!r}: {error}")
     found = index.search(rows, _K.value)
-    answers = []
+    answers: list[dict[str, Any]] = []
     for path, indices, similarities in zip(_IMAGE.value, *found):
         matches = []
         for item, similarity in zip(indices.tolist(), similarities.tolist()):
@@ -56,7 +65,7 @@ def _main(_):
                 matches.append({"id": index.ids[item], **label, "similarity": similarity})
         answers.append({"query": path, "matches": matches})
     if _PICTURE.value:
-        rows = [
+        pictures = [
             [(read_image(answer["query"]), "query")]
             + [
                 (
@@ -67,8 +76,8 @@ def _main(_):
             ]
             for answer in answers
         ]
-        save_matches(_PICTURE.value, rows)
-    # Ids may be file names that are not UTF-8; in JSON an escape is what they become.
+        save_matches(_PICTURE.value, pictures)
+    # Ids may be file names that are not UTF-8; JSON gets an escape for them.
     print(json.dumps(answers, indent=2, ensure_ascii=False).encode(errors="backslashreplace").decode())
 
 

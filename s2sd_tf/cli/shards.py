@@ -1,37 +1,38 @@
-"""s2sd-shards: writes a data set as TFRecord shards, which are read faster than many small files.
+"""s2sd-shards: writes a data set as TFRecord shards, which load faster than many small files.
 
-s2sd-shards --name=cub200 --root=CUB_200_2011 --output=cub200_shards
+Examples:
+  s2sd-shards --name=cub200 --root=CUB_200_2011 --output=cub200_shards
+  s2sd-shards --name=folder --root=photos --output=photo_shards --on_corrupt=skip
 """
 
 from absl import flags
 
 from s2sd_tf.cli import app
-from s2sd_tf.data import datasets, write_shards
-from s2sd_tf.data.image_files import CHECKS, ON_CORRUPT
-from s2sd_tf.data.sources import SOURCES
 
-_NAME = flags.DEFINE_enum(
+_NAME = flags.DEFINE_string(
     "name",
     None,
-    [name for name in datasets.names() if "source" in datasets.settings(name)],
-    "Data set; of class folders, folder, the first half in sorted order trains.",
+    "Data set; see s2sd-train --list=datasets. Of folder, the first half of the classes trains.",
     required=True,
 )
 _ROOT = flags.DEFINE_string("root", None, "Folder of the data set.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
-_SHARD_MIB = flags.DEFINE_float("shard_mib", 128.0, "MiB from which on the next shard is begun.", lower_bound=0.001)
-_SOURCE = flags.DEFINE_enum("source", "auto", SOURCES, "What is in --root.")
-_ON_CORRUPT = flags.DEFINE_enum("on_corrupt", "raise", ON_CORRUPT, "What becomes of files that are no images.")
+_SHARD_MIB = flags.DEFINE_float("shard_mib", 128.0, "Size in MiB at which a new shard starts.", lower_bound=0.001)
+_SOURCE = flags.DEFINE_enum("source", "auto", ["auto", "files", "shards", "tfds"], "What --root contains.")
+_ON_CORRUPT = flags.DEFINE_enum("on_corrupt", "raise", ["raise", "skip"], "What to do with files that are not images.")
 _CHECK = flags.DEFINE_enum(
-    "check", "files", CHECKS, "How files are checked: by their first and last bytes, or decoded."
+    "check", "files", ["none", "files", "decode"], "Check of files: none, by first and last bytes, or decoding."
 )
 
 
-def main():
+def main() -> None:
+    """The program `s2sd-shards`."""
     app.run(_main)
 
 
 def _main(_):
+    from s2sd_tf.data import datasets, write_shards
+
     chosen = {"on_corrupt": _ON_CORRUPT.value, "check": _CHECK.value, "source": _SOURCE.value}
     split = datasets.load(_NAME.value, _ROOT.value, **chosen)
     shards = write_shards(split, _OUTPUT.value, _SHARD_MIB.value, _NAME.value)

@@ -1,15 +1,17 @@
 """Tables on the terminal."""
 
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-def metrics_table(rows):
-    """A table of retrieval metrics in percent.
+
+def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns a table of retrieval metrics in percent.
 
     Args:
-        rows: dict from a row's name to a dict from metric to a float in [0, 1], or to `(mean, deviation)`. Metrics that
-            are no floats (counts) are left out; all rows have the columns of the first.
-
-    Returns:
-        str of aligned lines.
+        rows: for each row's name, the metrics by name: floats in [0, 1], or `(mean, deviation)`. Other values (counts)
+            are left out. All rows have the columns of the first.
     """
     first = next(iter(rows.values()))
     columns = [name for name, value in first.items() if isinstance(value, (float, tuple))]
@@ -24,12 +26,8 @@ def metrics_table(rows):
     return "\n".join(text)
 
 
-def sections_table(sections):
-    """Sections of `(name, value)` as aligned lines of text under their titles.
-
-    Args:
-        sections: dict from title to a list of pairs of str.
-    """
+def sections_table(sections: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    """Returns sections of `(name, value)` pairs as aligned lines under their titles."""
     width = max(len(name) for rows in sections.values() for name, _ in rows)
     lines = []
     for title, rows in sections.items():
@@ -37,14 +35,38 @@ def sections_table(sections):
     return "\n".join(lines[1:])
 
 
-def embedding_summary(summary, folder):
-    """What was embedded into `folder` and what was not, from its `summary.json`, as text."""
+def embedding_summary(summary: Mapping[str, Any], folder: str) -> str:
+    """Returns the content of an output folder's `summary.json` as text: what was embedded, and what was not."""
     lines = [f"{summary['embedded']:,} images, {summary['dim']} dimensions, {summary['shards']} shards: {folder}"]
     failed = summary["failed"]
     if failed:
         lines.append(f"{len(failed):,} images could not be read (all of them in {folder}/summary.json):")
         lines += [f"  {row['id']}: {row['error']}" for row in failed[:10]]
     return "\n".join(lines)
+
+
+def registry_table(kind: str) -> str:
+    """Returns the names to choose from ("objectives", "miners", "samplers", "backbones", "datasets"), one a line."""
+    from s2sd_tf import mining, objectives
+    from s2sd_tf.data import datasets, samplers
+    from s2sd_tf.models import backbones
+
+    def from_docstring(registry: Any) -> Callable[[str], str]:
+        return lambda name: (inspect.getdoc(registry.lookup(name)) or "").split("\n\n", 1)[0]
+
+    registries: dict[str, tuple[Any, Callable[[str], str]]] = {
+        "objectives": (objectives, from_docstring(objectives)),
+        "miners": (mining, from_docstring(mining)),
+        "samplers": (samplers, from_docstring(samplers)),
+        "backbones": (backbones, backbones.describe),
+        "datasets": (datasets, datasets.describe),
+    }
+    registry, describe = registries[kind]
+    width = max(map(len, registry.names()))
+    return "\n".join(
+        f"{name.ljust(width)}  {textwrap.shorten(describe(name), 118 - width, placeholder=' ...')}"
+        for name in registry.names()
+    )
 
 
 def _percent(value):

@@ -1,40 +1,53 @@
-"""s2sd-train: trains from a config file, and resumes when called again.
+"""s2sd-train: trains a model from a config file, or resumes a run that was interrupted.
 
-s2sd-train --config=configs/digits.py --config.model.embedding_dim=8 --workdir=runs/digits8
+Everything of a run goes into its work directory: config, checkpoints, history, the test results, pictures and a
+SavedModel of the encoder. On SIGTERM or Ctrl-C the program saves its state and ends with exit status 75 (EX_TEMPFAIL);
+the same command resumes from there. --strategy=mirrored shares each batch among the devices of this machine.
+--strategy=multiworker shares it among processes: run the same command in each, with TensorFlow's environment variable
+TF_CONFIG and a work directory that all of them can see.
 
-On SIGTERM or Ctrl-C it saves where it is and ends with exit status 75 (EX_TEMPFAIL): the same command goes on from
-there. Before it has begun, SIGTERM ends it as it ends any program, and nothing is lost.
-
---strategy=mirrored trains on several devices of the machine, --strategy=multiworker on those of several processes: the
-same command in each, with the environment variable TF_CONFIG of TensorFlow and a work directory that all of them see.
-
-With --dry_run it builds everything, takes two steps, evaluates a sample, says what it found, and writes nothing.
+Examples:
+  s2sd-train --config=configs/digits.py --workdir=runs/digits
+  s2sd-train --config=configs/folder.py --config.data.root=photos --config.model.embedding_dim=64 --workdir=runs/photos
 """
 
 from absl import flags
 
 from s2sd_tf.cli import app, configs
-from s2sd_tf.cli.tables import metrics_table, sections_table
-from s2sd_tf.training import strategies, train
-from s2sd_tf.training.dry_run import dry_run
+from s2sd_tf.cli.tables import metrics_table, registry_table, sections_table
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; it is made, or resumed from.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Build everything, take two steps, evaluate a sample; write nothing.")
+# What has names to choose from.
+REGISTRIES = ("objectives", "miners", "samplers", "backbones", "datasets")
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run. A new one is created; an interrupted run resumes.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Build everything, take two steps, evaluate a sample, report what was found, and write nothing."
+)
 _STRATEGY = flags.DEFINE_enum(
     "strategy",
     "none",
-    strategies.STRATEGIES,
-    "mirrored: the devices of this machine share out each batch; multiworker: those of the processes in TF_CONFIG.",
+    ["none", "mirrored", "multiworker"],
+    "What shares each batch: nothing, the devices of this machine, or the processes in TF_CONFIG.",
 )
-_DEVICES = flags.DEFINE_list("devices", [], "GPU:0,GPU:1 or so, of the strategy; CPU:0,CPU:1 are virtual CPUs.")
+_DEVICES = flags.DEFINE_list(
+    "devices", [], "Devices of the strategy, such as GPU:0,GPU:1. CPU:0,CPU:1 are virtual CPUs."
+)
+_LIST = flags.DEFINE_enum("list", None, REGISTRIES, "List the names that a config can choose from, and end.")
 _CONFIG = configs.define()
 
 
-def main():
+def main() -> None:
+    """The program `s2sd-train`."""
     app.run(_main)
 
 
 def _main(_):
+    from s2sd_tf.training import strategies, train
+    from s2sd_tf.training.dry_run import dry_run
+
+    if _LIST.value:
+        print(registry_table(_LIST.value))
+        return
     if _DRY_RUN.value:
         print(sections_table(dry_run(configs.value(_CONFIG))))
         return

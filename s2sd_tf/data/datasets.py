@@ -60,6 +60,11 @@ def settings(name: str) -> dict[str, Any]:
     }
 
 
+def describe(name: str) -> str:
+    """Returns one line about a data set."""
+    return inspect.getdoc(_lookup(name).load).split("\n", 1)[0]  # type: ignore[union-attr]
+
+
 def counts(name: str) -> dict[str, tuple[int, int]] | None:
     """`(images, classes)` of each part of the published split, or None if none is published."""
     return _lookup(name).counts

@@ -28,4 +28,5 @@ def _preprocessing(image_size=8):
 
 @register("digits", preprocessing=_preprocessing)
 def _split():
+    """Handwritten digits of 8 x 8 pixels that come with scikit-learn; the digits 5 to 9 are the test classes."""
     return RetrievalSplit(*load_digits()[:2])

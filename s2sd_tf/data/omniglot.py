@@ -43,6 +43,7 @@ def _preprocessing(size):
 
 @register("omniglot", preprocessing=_preprocessing)
 def _split(root):
+    """Omniglot, handwritten characters of 50 alphabets (Lake et al., Science 2015)."""
     return RetrievalSplit(*load_omniglot(root)[:2])
 
 

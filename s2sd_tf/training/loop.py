@@ -69,7 +69,12 @@ class Loop:
         self.steps = self.batches.steps
         self.storage = None
         if run.sampler.storage is not None:
-            self.storage = RefreshStorage(run.sampler, images, run.data.preprocessing, seed=config.seed)
+            self.storage = RefreshStorage(
+                run.sampler,  # type: ignore[arg-type]
+                images,
+                run.data.preprocessing,
+                seed=config.seed,
+            )
         self.train_step = make_train_step(model, run.strategy)
         self.read_means = make_means_reader(model)
         self.evaluations = build_evaluations(config, run.data)

@@ -57,6 +57,13 @@ def names() -> list[str]:
     return sorted(_BACKBONES)
 
 
+def describe(name: str) -> str:
+    """Returns one line about a backbone."""
+    if name in applications.APPLICATIONS:
+        return f"{name} of keras.applications."
+    return inspect.getdoc(_lookup(name).build).split("\n", 1)[0]  # type: ignore[union-attr]
+
+
 def get(
     name: str,
     input_shape: Sequence[int],

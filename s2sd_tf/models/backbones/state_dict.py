@@ -6,7 +6,7 @@ import math
 import os
 import pickle
 import zipfile
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -126,7 +126,7 @@ class _Unpickler(pickle.Unpickler):
         storages: the dtype of each storage found so far, by key.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         # Files that PyTorch wrote with Python 2 have names as bytes.
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, str] = {}

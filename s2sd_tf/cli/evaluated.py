@@ -1,0 +1,122 @@
+"""What `s2sd-evaluate` evaluates: embeddings of a run, of images, or from files."""
+
+import os
+
+import numpy as np
+from tqdm import tqdm
+
+from s2sd_tf import evaluation
+from s2sd_tf.data import Preprocessing, load_image_folder
+from s2sd_tf.export import load_model
+from s2sd_tf.reporting import EmbeddedImages
+from s2sd_tf.serving import Encoder
+from s2sd_tf.serving.encoder import decode_image, read_image, read_image_under
+from s2sd_tf.training import load_run
+from s2sd_tf.training.datasets import load_data
+from s2sd_tf.training.embedding import embed
+from s2sd_tf.untrusted import read_array, reading
+
+
+def run(workdir: str) -> tuple[EmbeddedImages, EmbeddedImages | None]:
+    """Embeds the test images of a finished run, and its gallery if it has one."""
+    model, config, preprocessing = load_run(workdir)
+    run_data = load_data(config)
+    sets = [images for images in (run_data.test, run_data.gallery) if images is not None]
+    parts = [_part(embed(model, images, preprocessing), images) for images in sets]
+    return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def model(path: str, images: str | None, gallery_images: str | None) -> tuple[EmbeddedImages, EmbeddedImages | None]:
+    """Embeds class folders with a SavedModel or a `.keras` file.
+
+    Raises:
+        ValueError: `images` is None.
+        FileNotFoundError: the `.keras` file or its `preprocessing.json` does not exist.
+    """
+    if not images:
+        raise ValueError("--images: expected a folder of class folders, with --model. Received: none")
+    folders = [load_image_folder(root) for root in (images, gallery_images) if root]
+    names = sorted({name for folder in folders for name in folder.class_names})
+    if not path.endswith(".keras"):
+        encoder = Encoder(path)
+        parts = [_part(_embed_files(encoder, folder), folder, names) for folder in folders]
+    else:
+        settings = os.path.join(os.path.dirname(path), "preprocessing.json")
+        for name in (path, settings):
+            if not os.path.exists(name):
+                raise FileNotFoundError(
+                    f"--model: expected a .keras file beside its preprocessing.json. Missing: {name}"
+                )
+        loaded, preprocessing = load_model(path), Preprocessing.load(settings)
+        parts = [_part(embed(loaded, folder, preprocessing), folder, names) for folder in folders]
+    return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def _embed_files(encoder, images, batch=64):
+    rows = []
+    for start in tqdm(range(0, len(images), batch), desc="Embedding", unit="batch", disable=None, leave=False):
+        positions = range(start, min(start + batch, len(images)))
+        rows.append(encoder([images.encoded(position) for position in positions]))
+    return np.concatenate(rows)
+
+
+def _part(rows, images, names=None):
+    """Makes `EmbeddedImages` of an `ImageSet`; the labels are positions in `names`."""
+    names = list(names or images.class_names)
+    position = np.array([names.index(name) for name in images.class_names])
+    shown = {"pixels": lambda i: images.images[i], "paths": lambda i: read_image(str(images.images[i]))}
+    image = shown.get(images.kind, lambda i: decode_image(images.encoded(i)))
+    ids = [os.path.realpath(path) for path in images.images] if images.kind == "paths" else None
+    return EmbeddedImages(rows, position[images.labels], dict(enumerate(names)), ids, image)
+
+
+def embeddings(
+    queries: tuple[str, str | None, str | None], gallery: tuple[str, str | None, str | None] | None
+) -> tuple[EmbeddedImages, EmbeddedImages | None]:
+    """Reads embeddings of queries and gallery.
+
+    Args:
+        queries: path of the embeddings, path of their labels or None, and the folder of the images or None.
+        gallery: the same for the gallery, or None.
+
+    Raises:
+        ValueError: rows without a label, or a wrong number of labels.
+        FileNotFoundError: a file does not exist.
+    """
+    read = []
+    for flag, (path, labels, root) in zip(("labels", "gallery_labels"), (queries, gallery) if gallery else (queries,)):
+        rows, ids, its_labels = evaluation.read_embeddings(path)
+        if labels:
+            its_labels = _read_labels(labels)
+        if its_labels is None:
+            raise ValueError(f"--{flag}: expected labels of {path!r}, which has none. Received: none")
+        if "" in its_labels:
+            raise ValueError(
+                f"--{flag}: expected a label for every row. Received: {path!r}, where "
+                f"{list(its_labels).count('')} have none, such as images outside of class folders"
+            )
+        if len(its_labels) != rows.shape[0]:
+            raise ValueError(f"--{flag}: expected {rows.shape[0]} labels. Received: {len(its_labels)}")
+        read.append((rows, [str(label) for label in its_labels], ids, root))
+    names, codes = np.unique([label for _, labels, _, _ in read for label in labels], return_inverse=True)
+    parts, start = [], 0
+    for rows, row_labels, ids, root in read:
+        image = _under(root, ids) if root and ids else None
+        parts.append(
+            EmbeddedImages(rows, codes[start : start + len(row_labels)], dict(enumerate(names.tolist())), ids, image)
+        )
+        start += len(row_labels)
+    return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def _under(root, ids):
+    return lambda position: read_image_under(root, ids[position])
+
+
+def _read_labels(path):
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"labels: expected a file. Received: {path!r}")
+    if path.endswith(".npy"):
+        return read_array(path).reshape(-1).tolist()
+    with reading(path, "a label a line"), open(path, encoding="utf-8") as file:
+        return file.read().splitlines()
