@@ -1,4 +1,4 @@
-"""Shared by all tests: quiet TensorFlow, seeds, processes, and small fixtures."""
+"""Shared by all tests: quiet TensorFlow, seeds, processes and small fixtures."""
 
 import gc
 import os
@@ -16,7 +16,7 @@ import tensorflow as tf
 
 
 def pytest_collection_finish():
-    """Spares the garbage collector the objects of the imported libraries: it takes a tenth of the tests' time."""
+    """Hides the imported libraries' objects from the garbage collector, which would take a tenth of the tests' time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 10, 10)
@@ -27,13 +27,13 @@ DATA = pathlib.Path(__file__).parent / "data"
 
 
 def objective_names():
-    """The objectives that need no other library, as a model takes them."""
+    """Names of the objectives that need no additional library."""
     from s2sd_tf import objectives
 
     return [name for kind in ("pair", "tuple", "proxy") for name in objectives.names(kind)]
 
 
-# Of the published implementation, by variant.
+# Golden files of the published implementation, one per variant.
 GOLDENS = ("s2sd_dsd", "s2sd_msd", "s2sd_msda", "s2sd_msdf_before_delay", "s2sd_msdf_at_delay", "s2sd_msdfa")
 
 
@@ -55,11 +55,11 @@ def golden_loss(values, dtype):
 
 
 def small_config(**changes):
-    """The config of a small run on digits in this process; `changes` are by flattened keys."""
+    """The config of a small run on digits in this process, with `changes` by flattened keys."""
     from s2sd_tf.training import default_config
 
     config = default_config()
-    config.train.deterministic = False  # a setting of the process, which other tests share
+    config.train.deterministic = False  # it would apply to the whole process, which other tests share
     config.model.embedding_dim = 8
     config.data.classes_per_batch = 3
     config.data.samples_per_class = 2
@@ -68,14 +68,14 @@ def small_config(**changes):
 
 
 def run_program(*command):
-    """What a program prints; it has to succeed."""
+    """Runs a program, which must succeed, and returns its output."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def compile_cpu_kernel(folder, flags, more):
-    """The CPU kernel's object files in `folder`, and those of `more`: other sources, each with flags of its own."""
+    """Compiles the CPU kernel and the sources of `more`, a dict from source to flags; returns all object files."""
     from s2sd_tf.distillation import libraries
 
     processes = []
@@ -89,7 +89,7 @@ def compile_cpu_kernel(folder, flags, more):
 
 @pytest.fixture(autouse=True, scope="module")
 def _tensorflow_seeded():
-    """Once a file: setting TensorFlow's seed drops all its kernels, which costs more than many a test."""
+    """Once per file: setting TensorFlow's seed drops all its kernels, which takes longer than many tests."""
     tf.keras.utils.set_random_seed(0)
 
 
@@ -107,13 +107,13 @@ def golden():
 
 @pytest.fixture(scope="session")
 def run_python():
-    """Runs Python code, a script or a module in a process of its own and returns the finished process."""
+    """Runs Python code, a script or a module in a new process and returns the finished process."""
     return processes.run_python
 
 
 @pytest.fixture(scope="session")
 def call(run_python):
-    """Calls a program and returns the finished process, which has to have ended as expected; an error in one line."""
+    """Runs a program and returns the finished process; checks its exit status, and that errors have no traceback."""
 
     def call(program, *arguments, status=0):
         done = run_python("-m", f"s2sd_tf.cli.{program}", *arguments, check=False)
@@ -126,7 +126,7 @@ def call(run_python):
 
 @pytest.fixture
 def unit_rows():
-    """Random l2-normalised rows, float64."""
+    """Makes random l2-normalised float64 rows."""
 
     def make(batch, dim, seed=0):
         rows = np.random.default_rng(seed).normal(size=(batch, dim))

@@ -1,8 +1,8 @@
-"""Writes small copies of the data sets of image retrieval, in the layouts that they are published in.
+"""Writes small copies of the image retrieval data sets, in their published layouts.
 
-`LAYOUTS` has the names of every data set's layouts, and `write` writes one. A function `write_<name>` returns what a
-loader should find: a dict from the part to a list of `(path, class name)` in order. Classes have a colour each. Of each
-class the first file has an odd name, the second is gray and the third CMYK.
+`LAYOUTS` lists the layouts of every data set, and `write` writes one. The functions `write_<name>` return what a loader
+should find: a dict from part to a list of `(path, class name)` in order. Each class has its own colour. In each class
+the first file has an unusual name, the second is gray and the third is CMYK.
 """
 
 import numpy as np
@@ -10,24 +10,24 @@ import scipy.io
 from PIL import Image
 
 _MODES = ("RGB", "L", "CMYK")
-# By the name that the data set is registered by.
+# By the registered name of the data set.
 LAYOUTS = {
     "cars196": ["archive", "devkit", "published"],
     "cub200": ["archive", "published"],
     "inshop": ["archive", "flat", "published"],
     "sop": ["archive", "published"],
 }
-# Those without annotation files: nothing says that a file is gone.
-FOLDERS_ALONE = [("cars196", "published"), ("cub200", "published")]
+# Layouts without annotation files, where a missing file cannot be noticed.
+WITHOUT_ANNOTATIONS = [("cars196", "published"), ("cub200", "published")]
 
 
 def write(name, root, **settings):
-    """Writes the data set of that name, see `write_cub200` and its like."""
+    """Writes the data set with this name; see `write_cub200` and the other functions."""
     return globals()[f"write_{name}"](root, **settings)
 
 
 def write_image(path, seed=0, size=(40, 30), mode="RGB", colour=0):
-    """Writes an image of `size` (height, width); the format is that of the extension."""
+    """Writes an image of `size` (height, width) in the format of the file name's extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     base = np.random.default_rng(colour).integers(40, 216, 3)
     noise = np.random.default_rng(seed).integers(-40, 40, (*size, 3))
@@ -49,7 +49,7 @@ def write_cub200(root, classes=8, images_per_class=3, size=(40, 30), layout="arc
 
 
 def write_cars196(root, classes=8, images_per_class=3, size=(40, 30), layout="archive"):
-    """CARS196 in the layout "archive", "devkit" or "published". The published one has the classes in sorted order."""
+    """CARS196 in the layout "archive", "devkit" or "published". In "published" the classes are sorted."""
     names = [f"{'BMW' if c < classes // 2 else 'Volvo'} Model {classes - c:03d}" for c in range(classes)]
     if layout == "published":
         names = sorted(names)
@@ -92,7 +92,7 @@ def write_sop(root, classes=8, images_per_class=3, size=(40, 30), layout="archiv
 
 def write_inshop(root, classes=8, images_per_class=3, size=(40, 30), layout="archive"):
     """In-Shop in the layout "archive", "flat" (the partition beside `img`) or "published"; the first half of the
-    classes trains, and the first image of each of the others is a query.
+    classes trains, and the first image of each other class is a query.
     """
     folder = root / "in-shop" if layout == "published" else root
     images = folder / "Img" if layout == "archive" else folder
@@ -124,7 +124,7 @@ def write_lists(root, classes=8, images_per_class=3, size=(40, 30)):
 
 
 def write_annotations(path, path_field, records, **others):
-    """Writes a MATLAB file of annotations from `records` of (path, class), and other variables, lists of str."""
+    """Writes a MATLAB file with annotations from `records` of (path, class) and `others`, variables of lists of str."""
     path.parent.mkdir(parents=True, exist_ok=True)
     annotations = np.zeros(len(records), [("bbox_x1", "O"), ("class", "O"), (path_field, "O")])
     for at, (name, label) in enumerate(records):
@@ -134,7 +134,7 @@ def write_annotations(path, path_field, records, **others):
 
 
 def _write_classes(root, names, folders, images_per_class, size):
-    """`(path, class name)` of the images written, by class."""
+    """Writes the images of each class; returns their `(path, class name)`."""
     found = []
     for c, (name, folder) in enumerate(zip(names, folders)):
         for k in range(images_per_class):

@@ -1,6 +1,6 @@
-"""Every objective once more, from its formula, with Python loops over samples: what the tests compare with.
+"""Reference implementations of every objective, from its formula, with Python loops over samples.
 
-A function takes unit rows `x` `(batch, dim)` in float64, labels, and the objective for its settings and weights.
+Each function takes float64 unit rows `x` `(batch, dim)`, labels, and the objective, for its settings and weights.
 """
 
 import itertools
@@ -43,7 +43,7 @@ def negatives(labels, i):
 
 
 def anchors(labels):
-    """Anchors that have both, with their positives and negatives."""
+    """Yields the anchors that have positives and negatives, with both."""
     for i in range(len(labels)):
         if positives(labels, i) and negatives(labels, i):
             yield i, positives(labels, i), negatives(labels, i)
@@ -90,7 +90,7 @@ def snr(x, labels, o):
 
 
 def quadruplet(x, labels, o):
-    # With the very draws of the objective; that they are right is tested by itself.
+    # Uses the objective's own draws, which have their own test.
     found = mining.get("all")(None, tf.constant(labels, tf.int32), dim=None, seed=None)
     fourths, exist = fourth_images(tf.constant(labels, tf.int32), found, tf.constant([o.seed, 0]))
     losses = []

@@ -1,6 +1,6 @@
-"""Code, scripts and modules in processes of their own, forked from one that has imported TensorFlow.
+"""Runs code, scripts and modules in new processes, forked from one that has imported TensorFlow.
 
-Importing it takes longer than most of what the tests run. That process has done nothing with it yet.
+Importing TensorFlow takes longer than most of what the tests run. The parent process has not used it yet.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ FORKS.set_forkserver_preload(["tensorflow", "sklearn.cluster", "sklearn.manifold
 
 
 class Started:
-    """A running process, in its own session; its output is in files of `folder`."""
+    """A running process in its own session; its output goes to files in `folder`."""
 
     def __init__(self, arguments, folder, cwd=None, environment=None):
         arguments = [str(argument) for argument in arguments]
@@ -34,11 +34,11 @@ class Started:
         return self._process.is_alive()
 
     def send_signal(self, number):
-        """To the process and all that it has started."""
+        """Sends the signal to the process and its children."""
         os.killpg(self._process.pid, number)
 
     def wait(self, timeout=300):
-        """The finished process; one that takes longer is killed."""
+        """Waits and returns the finished process; kills it after the timeout."""
         try:
             self._process.join(timeout)
         finally:
@@ -53,7 +53,7 @@ class Started:
 
 @contextlib.contextmanager
 def start_python(*arguments, cwd=None, environment=None):
-    """Starts what `python` would (`-c` code, `-m` module or script); kills what still runs at the end of the block."""
+    """Starts `python` with these arguments (`-c`, `-m` or a script); kills what still runs at the end of the block."""
     with tempfile.TemporaryDirectory() as folder:
         started = Started(arguments, folder, cwd, environment)
         try:
@@ -64,7 +64,7 @@ def start_python(*arguments, cwd=None, environment=None):
 
 
 def run_python(*arguments, cwd=None, check=True, timeout=300):
-    """Runs what `python` would (`-c` code, `-m` module or script), in its own session; returns the finished process."""
+    """Runs `python` with these arguments (`-c`, `-m` or a script) in its own session; returns the finished process."""
     with start_python(*arguments, cwd=cwd) as started:
         done = started.wait(timeout)
     assert not check or done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""tensorflow-addons: its losses as objectives, its optimizers in a model and in a run; without it, what one is told."""
+"""tensorflow-addons: its losses as objectives, its optimizers in models and runs, and the errors if it is missing."""
 
 import importlib.util
 import os
@@ -27,7 +27,7 @@ CLASSES = {
     "addons/npairs": addons.AddonsNpairs,
     "addons/contrastive": addons.AddonsContrastive,
 }
-# Every optimizer, with settings under which its state and its decay count.
+# Every optimizer, with settings for which its state and decay matter.
 OPTIMIZERS = {
     "addons/adabelief": {"weight_decay": 0.01},
     "addons/adamw": {"weight_decay": 0.001, "exclude_from_weight_decay": ("bias",)},
@@ -49,7 +49,7 @@ DEGENERATE = {"no positives": np.arange(4), "no negatives": np.full(5, 2), "one 
 
 @pytest.fixture(scope="module")
 def finished(call, tmp_path_factory):
-    """Work directory and messages of a small run, with an optimizer of tensorflow-addons where there is one."""
+    """Work directory and messages of a small run, with an optimizer of tensorflow-addons if it is installed."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     arguments = (
         f"--config={CONFIGS}/digits.py", f"--workdir={workdir}",
@@ -69,14 +69,14 @@ def value_and_gradient(loss, embeddings, labels):
     return value.numpy(), tape.gradient(value, embeddings).numpy()
 
 
-def theirs(make):
-    """A loss of tensorflow-addons as a function of embeddings, which it normalises, and labels."""
+def their_loss(make):
+    """A function of embeddings, which it normalises, and labels that calls a loss of tensorflow-addons."""
     loss = make(import_addons("test", "").losses)
     return lambda embeddings, labels: loss(labels, tf.math.l2_normalize(embeddings, axis=1))
 
 
 def assert_same(one, other, embeddings, labels, factor=1.0):
-    """Values and gradients of `one` are `factor` times those of `other`."""
+    """Checks that values and gradients of `one` are `factor` times those of `other`."""
     value, gradient = value_and_gradient(one, embeddings, labels)
     expected, expected_gradient = value_and_gradient(other, embeddings, labels)
     assert expected > 0.01
@@ -85,7 +85,7 @@ def assert_same(one, other, embeddings, labels, factor=1.0):
 
 
 def softmax_of_pairs(x, labels):
-    """The cross entropy of `addons/npairs`, one anchor after the other."""
+    """The cross entropy of `addons/npairs`, one anchor at a time."""
     pairs = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -184,15 +184,15 @@ class TestWithoutAddons:
         with pytest.raises(ImportError, match=words):
             optimizers.get(name, 0.01, OPTIMIZERS[name])
 
-    def test_what_is_to_be_used_instead_is_there(self):
+    def test_suggested_replacements_exist(self):
         for cls in CLASSES.values():
             name = cls.instead.split('"')[1]
             assert name in objectives.names()
-        for told in optimizers._INSTEAD.values():
-            if told.startswith("'"):
-                assert optimizers.get(told.split("'")[1], 0.01)
+        for hint in optimizers._INSTEAD.values():
+            if hint.startswith("'"):
+                assert optimizers.get(hint.split("'")[1], 0.01)
 
-    def test_on_the_command_line_it_is_one_line(self, tmp_path, call):
+    def test_the_command_line_reports_one_line(self, tmp_path, call):
         arguments = (f"--config={CONFIGS}/digits.py", "--config.optimizer.name=addons/lamb")
         done = call("train", *arguments, f"--workdir={tmp_path / 'run'}", status=2)
         assert "pip install 's2sd_tf[addons]'" in done.stderr.splitlines()[-1]
@@ -218,10 +218,10 @@ class TestObjectives:
             ("lifted_struct", {"margin": 0.5}, lambda tfa: tfa.LiftedStructLoss(margin=0.5)),
         ],
     )
-    def test_are_theirs(self, unit_rows, name, settings, make, labels):
+    def test_equal_the_losses_of_addons(self, unit_rows, name, settings, make, labels):
         objective = objectives.get(f"addons/{name}", **settings)
         rows = 3.0 * unit_rows(len(labels), 6).astype(np.float32)
-        assert_same(objective, theirs(make), rows, labels)
+        assert_same(objective, their_loss(make), rows, labels)
 
     @pytest.mark.parametrize("labels", [EVEN, UNEVEN, np.repeat([7, 3], 2)], ids=["even", "uneven", "two each"])
     def test_pairs_of_a_batch(self, unit_rows, labels):
@@ -236,7 +236,7 @@ class TestObjectives:
 
     @pytest.mark.parametrize("name", CLASSES)
     @pytest.mark.parametrize("pattern", DEGENERATE)
-    def test_undefined_is_zero(self, unit_rows, name, pattern):
+    def test_undefined_losses_are_zero(self, unit_rows, name, pattern):
         labels = DEGENERATE[pattern]
         value, gradient = value_and_gradient(objectives.get(name), unit_rows(len(labels), 6).astype(np.float32), labels)
         assert value == 0
@@ -311,31 +311,31 @@ class EvenWithOdd(mining.PairMiner):
 
 @with_addons
 class TestOursAndTheirs:
-    """Where both define the same thing, they give the same."""
+    """Where both libraries define the same loss, the results agree."""
 
     @pytest.mark.parametrize("margin", [1.0, 0.2])
     def test_semi_hard_triplets_on_squared_distances(self, unit_rows, margin):
         for labels in (EVEN, UNEVEN):
             ours = objectives.get("triplet", margin=margin, miner="semi_hard")
             ours.build((None, 6))
-            other = theirs(lambda tfa: tfa.TripletSemiHardLoss(margin, "squared-L2"))
+            other = their_loss(lambda tfa: tfa.TripletSemiHardLoss(margin, "squared-L2"))
             assert_same(ours, other, unit_rows(len(labels), 6).astype(np.float32), labels)
 
     def test_hard_triplets_on_squared_distances(self, unit_rows):
         ours = objectives.get("triplet", margin=1.0, miner="hard")
         ours.build((None, 6))
-        other = theirs(lambda tfa: tfa.TripletHardLoss(1.0, False, "squared-L2"))
+        other = their_loss(lambda tfa: tfa.TripletHardLoss(1.0, False, "squared-L2"))
         assert_same(ours, other, unit_rows(len(EVEN), 6).astype(np.float32), EVEN)
 
     def test_lifted_structure_over_all_pairs(self, unit_rows):
         for labels in (EVEN, UNEVEN):
             ours = objectives.get("lifted_structure", margin=0.5, miner="all")
             ours.build((None, 6))
-            other = theirs(lambda tfa: tfa.LiftedStructLoss(0.5))
+            other = their_loss(lambda tfa: tfa.LiftedStructLoss(0.5))
             assert_same(ours, other, unit_rows(len(labels), 6).astype(np.float32), labels)
 
     def test_contrastive_with_as_many_positives_as_negatives(self, unit_rows):
-        # Ours has a mean for each of both, theirs one for all.
+        # Ours averages positives and negatives separately, theirs averages over all pairs.
         labels = np.repeat([0, 1], [6, 3])
         ours = objectives.get("contrastive", positive_margin=0.0, negative_margin=1.2, squared=True, miner="all")
         ours.build((None, 6))
@@ -353,7 +353,7 @@ class TestOursAndTheirs:
             loss = losses.NpairsLoss()
             return lambda labels, x: loss(labels[::2], tf.matmul(x[::2], x[1::2], transpose_b=True))
 
-        assert_same(ours, theirs(pairs_alone), rows, labels)
+        assert_same(ours, their_loss(pairs_alone), rows, labels)
 
 
 @with_addons
@@ -371,11 +371,11 @@ class TestOptimizers:
         for _ in range(steps):
             model.train_step((tf.constant(self.images), tf.constant(EVEN)))
 
-    def test_every_one_is_tried(self):
+    def test_every_optimizer_is_covered(self):
         assert {name.removeprefix("addons/") for name in OPTIMIZERS} == set(optimizers._INSTEAD)
 
     @pytest.mark.parametrize("name", OPTIMIZERS)
-    def test_a_saved_model_goes_on_as_if_never_saved(self, small_model, tmp_path, name):
+    def test_a_saved_model_resumes_as_if_never_saved(self, small_model, tmp_path, name):
         model = self.fitted(small_model, optimizers.get(name, 0.01, OPTIMIZERS[name]), 3)
         model.save(tmp_path / "model.keras")
         loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -389,7 +389,7 @@ class TestOptimizers:
         for a, b in zip(model.optimizer.get_weights(), loaded.optimizer.get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
 
-    def test_legacy_optimizers_of_keras_and_averages_of_addons_are_saved_too(self, small_model, tmp_path):
+    def test_legacy_optimizers_of_keras_and_averages_of_addons_are_saved(self, small_model, tmp_path):
         averages = import_addons("test", "").optimizers.SWA(keras.optimizers.legacy.Adam(), 0, 2)
         for optimizer in (keras.optimizers.legacy.Adam(), averages):
             model = self.fitted(small_model, optimizer, 3)
@@ -398,7 +398,7 @@ class TestOptimizers:
             for a, b in zip(model.optimizer.get_weights(), loaded.optimizer.get_weights(), strict=True):
                 np.testing.assert_array_equal(a, b)
 
-    def test_a_saved_model_loads_without_its_optimizer_and_into_another(self, small_model, tmp_path):
+    def test_a_saved_model_loads_without_its_optimizer_or_with_another(self, small_model, tmp_path):
         model = self.fitted(small_model, optimizers.get("addons/lamb", 0.01), 1)
         model.save(tmp_path / "model.keras")
         bare = keras.models.load_model(tmp_path / "model.keras", compile=False)
@@ -424,7 +424,7 @@ class TestOptimizers:
         assert min(np.abs(change).max() for change in plain[1]) > 0
         for one, other in zip(plain[1], scaled[1]):
             np.testing.assert_allclose(other, 0.5 * one, atol=1e-7)
-        # What is left of the backbone's changes is the statistics of its batch normalisation.
+        # Only the batch normalisation statistics of the backbone still change.
         assert sorted(trainable)[: len(trainable) // 3] == [0.0] * (len(trainable) // 3)
 
     def test_mixed_precision(self, small_model, tmp_path):

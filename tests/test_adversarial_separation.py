@@ -30,7 +30,7 @@ def test_value_and_reversed_gradient(unit_rows):
         loss, plain = separation(x, y), agreement(x, y)
     np.testing.assert_allclose(loss, -plain, rtol=1e-10)
     ours, theirs = tape.gradient(loss, wanted), tape.gradient(plain, wanted)
-    # Both embeddings go down the agreement, the network up.
+    # Both embeddings minimise the agreement, the network maximises it.
     for gradient, expected, sign in zip(ours, theirs, [1, 1, -1, -1, -1, -1]):
         np.testing.assert_allclose(gradient, sign * expected, atol=1e-9)
 

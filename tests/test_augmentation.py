@@ -1,4 +1,4 @@
-"""Augmentation: distributions, equality of its paths, determinism, and what keras-cv's layers do."""
+"""Augmentation: distributions, equality of its paths, determinism, and agreement with keras-cv's layers."""
 
 import io
 
@@ -17,7 +17,7 @@ def seeds(count):
 
 
 def many(function, count):
-    """`function(seed)` of many seeds, in a graph."""
+    """`function(seed)` for many seeds, in a graph."""
     signature = tf.TensorSpec(None, tf.nest.map_structure(lambda t: t.dtype, function(seeds(1)[0])))
     mapped = tf.function(lambda all_seeds: tf.map_fn(function, all_seeds, fn_output_signature=signature.dtype))
     return mapped(tf.constant(seeds(count))).numpy()
@@ -37,7 +37,7 @@ def encoded(pixels, kind="png", **settings):
 
 
 def loop_crop(rng, height, width, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """The algorithm in words, one crop at a time."""
+    """The algorithm in plain Python, one crop at a time."""
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
         aspect = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1])))
@@ -57,7 +57,7 @@ class TestCrops:
         ("height", "width", "settings"),
         [(375, 500, {}), (60, 40, {"scale": (0.3, 0.9)}), (30, 90, {}), (200, 200, {"ratio": (0.5, 2.0)})],
     )
-    def test_resized_crops_are_distributed_as_the_loops(self, height, width, settings):
+    def test_resized_crops_match_the_distribution_of_the_loop(self, height, width, settings):
         preprocessing = data.Preprocessing(24, 24)
         augment = data.Augmentation(**settings)
         own = many(lambda seed: augment.crop_window(height, width, preprocessing, seed), 3000)
@@ -78,7 +78,7 @@ class TestCrops:
         windows = many(lambda seed: augment.crop_window(10, 400, data.Preprocessing(8, 8), seed), 50)
         assert {tuple(window) for window in windows.tolist()} == {(0, 193, 10, 13)}
 
-    def test_random_crops_are_anywhere_and_of_one_size(self):
+    def test_random_crops_are_anywhere_and_have_one_size(self):
         preprocessing = data.Preprocessing(224, 224, resize_size=256)
         augment = data.Augmentation(**augmentation.preset("red"))
         windows = many(lambda seed: augment.crop_window(512, 700, preprocessing, seed), 4000)
@@ -106,7 +106,7 @@ class TestPaths:
             from_pixels = augment.from_pixels(pixels, preprocessing, seed)
             np.testing.assert_allclose(augment.from_bytes(encoded(pixels), preprocessing, seed), from_pixels, atol=1e-5)
             jpeg = augment.from_bytes(encoded(pixels, "jpeg", quality=100, subsampling=0), preprocessing, seed)
-            # Histograms that are equalised, and thresholds, make more of the rounding.
+            # Equalised histograms and thresholds amplify rounding.
             assert np.mean(np.abs(jpeg - from_pixels)) < (0.2 if name == "rand" else 0.03)
 
     @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -140,7 +140,7 @@ class TestPaths:
         bgr = augment.from_pixels(pixels, data.Preprocessing(20, 20, channel_order="bgr"), seeds(1)[0])
         np.testing.assert_allclose(bgr, pixels[..., ::-1] / np.float32(255), atol=1e-6)
 
-    def test_normalisation_is_that_of_evaluation(self):
+    def test_normalisation_is_the_same_as_in_evaluation(self):
         pixels = smooth(30, 30)
         preprocessing = data.Preprocessing(
             24, 24, resize_size=26, invert=True, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4), channel_order="bgr"
@@ -173,7 +173,7 @@ class TestFlipsAndColors:
         gray = np.isclose(out[..., 0], out[..., 1], atol=1e-6).all((1, 2))
         assert scipy.stats.binomtest(int(gray.sum()), 1000, 0.2).pvalue > 1e-3
 
-    def test_each_color_is_what_it_says(self):
+    def test_each_color_operation_does_what_it_says(self):
         plain = self.pixels / np.float32(255)
         out = self.outputs(300, flip=0.0, brightness=0.2)
         inside = (out > 0.0) & (out < 1.0)
@@ -201,22 +201,22 @@ class TestFlipsAndColors:
         out = many(lambda seed: augment.from_pixels(pixels, preprocessing, seed), 330)
         assert ((out >= 0.0) & (out <= 1.0)).all()
         same = np.isclose(out, pixels / np.float32(255), atol=1e-5).all((1, 2, 3))
-        # One of eleven is the identity, and auto-contrast may be.
+        # One of the eleven operations is the identity, and auto-contrast may be.
         assert 10 < same.sum() < 90
         assert len(np.unique(np.round(out[~same].reshape((~same).sum(), -1), 4), axis=0)) > 150
 
-    def test_rand_augments_operations_are_keras_cvs(self):
-        """Every operation, at a strength without deviation, against the layer's own call."""
+    def test_rand_augment_operations_match_keras_cv(self):
+        """Compares every operation, at a fixed strength, with the layer's own call."""
         import keras_cv
 
         images = tf.constant(smooth(24, 24)[None], tf.float32)
         operations = augmentation._rand_augment_operations(0.5, 0.0)
         layers = keras_cv.layers.RandAugment.get_standard_policy((0, 255), 0.5, 0.0)
         assert len(operations) == len(layers) == 10
-        # Those whose strength is fixed: auto-contrast, equalisation, solarisation and colour.
+        # The operations with a fixed strength: auto-contrast, equalisation, solarisation and colour.
         for operation, layer in list(zip(operations, layers))[:4]:
             np.testing.assert_allclose(operation(images, (0.0, 0.7)), layer(images), atol=1e-3)
-        # The others draw a sign or a factor, of which ours is one end.
+        # The others draw a sign or a factor; ours is one end of its range.
         for operation, layer in list(zip(operations, layers))[4:]:
             ends = [operation(images, (0.0, uniform)) for uniform in (0.0, 1.0)]
             distance = float(np.mean(np.abs(ends[0] - ends[1])))
@@ -236,7 +236,7 @@ class TestBatches:
         pixels = np.stack([smooth(20, 26, seed) for seed in range(24)])
         return data.ImageSet(pixels, np.arange(24, dtype=np.int32) % 4, tuple("abcd"))
 
-    def test_the_same_whatever_the_threads_and_where_it_begins(self, images):
+    def test_does_not_depend_on_threads_or_the_first_step(self, images):
         runs = []
         for start in (0, 0, 1):
             dataset = self.batches(images, seed=5, start_epoch=start)

@@ -1,4 +1,4 @@
-"""Backbones: features of PyTorch's models, files of weights, frozen batch normalisation, normalisation, GeM."""
+"""Backbones: features of the PyTorch models, weight files, frozen batch normalisation, normalisation, GeM."""
 
 import json
 import math
@@ -19,7 +19,7 @@ CONVERTED = {
     "bn_inception": {},
     "vit_b16": {"depth": 3, "dim": 96, "heads": 4, "mlp_dim": 192},
 }
-# The trainable parameters of the PyTorch models without their classifiers, and the map of a 224 x 224 image.
+# Trainable parameters of the PyTorch models without classifiers, and the feature map's shape for a 224 x 224 image.
 SIZES = {
     "resnet50_v1_5": (23_508_032, (7, 7, 2048)),
     "googlenet": (5_599_904, (7, 7, 1024)),
@@ -30,7 +30,7 @@ SMALL_VIT = {"depth": 1, "dim": 8, "heads": 2, "mlp_dim": 12}
 
 
 def random_state(shapes, seed=0):
-    """The parameters that the golden features were made with."""
+    """The parameters with which the golden features were made."""
     generator = np.random.default_rng(seed)
     state = {}
     for name, shape in shapes.items():
@@ -64,7 +64,7 @@ def count(variables):
 
 @pytest.fixture(scope="module")
 def googlenet_file(tmp_path_factory):
-    """A file of random GoogLeNet parameters, with the classifiers and counters that torchvision's has too."""
+    """A file of random GoogLeNet parameters, with classifiers and counters as in torchvision's file."""
     with np.load(f"{__file__.rsplit('/', 1)[0]}/data/backbones_googlenet.npz") as values:
         state = random_state(json.loads(str(values["parameters"])))
     extra = {"fc.weight": np.zeros((2, 1024)), "aux1.fc1.bias": np.zeros(3)}
@@ -75,7 +75,7 @@ def googlenet_file(tmp_path_factory):
 
 class TestNetworks:
     @pytest.mark.parametrize("name", CONVERTED)
-    def test_features_are_those_of_pytorch(self, golden, tmp_path, name):
+    def test_features_match_pytorch(self, golden, tmp_path, name):
         values = golden(f"backbones_{name}")
         state = random_state(json.loads(str(values["parameters"])))
         path = tmp_path / "weights.safetensors"
@@ -128,7 +128,7 @@ class TestNetworks:
         with pytest.raises(FileNotFoundError, match=r"weights.*missing\.pth"):
             backbones.get("googlenet", (32, 32, 3), "missing.pth")
 
-    def test_a_download_that_fails_tells_of_local_files(self, monkeypatch):
+    def test_a_failed_download_suggests_local_files(self, monkeypatch):
         def build(**settings):
             raise Exception("URL fetch failure")
 
@@ -137,14 +137,14 @@ class TestNetworks:
             backbones.get("convnext_tiny", (32, 32, 3), "imagenet")
 
     @pytest.mark.parametrize("name", ["efficientnet_v2_b0", "efficientnet_v2_s", "convnext_tiny"])
-    def test_normalization_is_what_keras_builds_into_the_model(self, name):
+    def test_normalization_matches_the_layers_in_keras_models(self, name):
         build = {
             "efficientnet_v2_b0": keras.applications.EfficientNetV2B0,
             "efficientnet_v2_s": keras.applications.EfficientNetV2S,
             "convnext_tiny": keras.applications.ConvNeXtTiny,
         }[name]
         whole = build(include_top=False, weights=None, input_shape=(32, 32, 3), include_preprocessing=True)
-        # What is in front of the first convolution, by itself or in a model of its own.
+        # The layers before the first convolution, directly in the model or in a nested one.
         front = [layer for layer in whole.layers if "rescaling" in layer.name or "normalization" in layer.name]
         front = [layer for layer in front if type(layer).__name__ in ("Rescaling", "Normalization")]
         front = front or whole.layers[1].layers
@@ -166,7 +166,7 @@ class TestNetworks:
         assert found["channel_order"] == "bgr"
         np.testing.assert_allclose(np.divide(found["mean"], found["std"]), (104, 117, 128))
 
-    def test_normalization_of_googlenet_is_torchvisions_after_its_transform(self):
+    def test_normalization_of_googlenet_includes_torchvisions_transform(self):
         images = np.random.default_rng(0).random((4, 3))
         mean, deviation = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         transformed = (images - mean) / deviation * np.divide(deviation, 0.5) + np.subtract(mean, 0.5) / 0.5
@@ -177,7 +177,7 @@ class TestNetworks:
 class TestStateDicts:
     @pytest.fixture
     def written(self, golden, tmp_path):
-        """Writes one of the files that PyTorch made."""
+        """Writes one of the files made by PyTorch."""
         values = golden("backbones_state_dicts")
 
         def write(kind, edit=lambda raw: raw):
@@ -216,7 +216,7 @@ class TestStateDicts:
             (b"ctorch\nload\n", r"torch\.load"),
         ],
     )
-    def test_nothing_of_a_pickle_is_run(self, tmp_path, in_zip, code, name):
+    def test_pickled_code_is_not_run(self, tmp_path, in_zip, code, name):
         target = tmp_path / "touched"
         attack = b"\x80\x02" + code + b"(V" + f"touch {target}".encode() + b"\ntR."
         path = tmp_path / "evil.pth"
@@ -229,7 +229,7 @@ class TestStateDicts:
             backbones.read_state_dict(path)
         assert not target.exists()
 
-    def test_tensors_stay_within_the_file(self, tmp_path):
+    def test_tensors_outside_the_file_are_refused(self, tmp_path):
         entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         for change, words in [
             ({"data_offsets": [0, 80]}, "in the bytes 0 to 80 of 8"),
@@ -255,7 +255,7 @@ class TestStateDicts:
 class TestWeights:
     @pytest.fixture
     def vit(self, tmp_path):
-        """Makes a small transformer of a state dict, which it reads from a file."""
+        """Makes a small transformer from a state dict, read from a file."""
 
         def make(state, size=(48, 32)):
             np.savez(tmp_path / "vit.npz", **state)
@@ -265,7 +265,7 @@ class TestWeights:
 
     @pytest.fixture
     def vit_state(self):
-        """timm's names and shapes."""
+        """Random parameters with the names and shapes of timm."""
         block = {
             "norm1.weight": (8,), "norm1.bias": (8,), "attn.qkv.weight": (24, 8), "attn.qkv.bias": (24,),
             "attn.proj.weight": (8, 8), "attn.proj.bias": (8,), "norm2.weight": (8,), "norm2.bias": (8,),
@@ -275,7 +275,7 @@ class TestWeights:
         shapes.update({"patch_embed.proj.weight": (8, 3, 16, 16), "patch_embed.proj.bias": (8,), "head.bias": (5,)})
         return random_state({**shapes, **{f"blocks.0.{name}": shape for name, shape in block.items()}})
 
-    def test_a_transformer_by_its_formula(self, vit, vit_state):
+    def test_a_transformer_against_its_formula(self, vit, vit_state):
         def norm(x, name):
             x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
             return x * p[f"{name}.weight"] + p[f"{name}.bias"]
@@ -299,7 +299,7 @@ class TestWeights:
         np.testing.assert_allclose(features[0], x[1:].reshape(3, 3, 8), atol=1e-5)
 
     def test_position_embeddings_are_interpolated(self, vit, vit_state):
-        # Away from the edges, a plane stays a plane.
+        # Except at the edges, interpolating a plane gives a plane.
         plane = np.add.outer(np.arange(6.0), 10 * np.arange(6.0))
         vit_state["pos_embed"] = np.concatenate([[7.0], plane.ravel()])[None, :, None] * np.ones(8)
         found = vit(vit_state, (96, 192)).get_layer("encoder").get_weights()[1]
@@ -309,7 +309,7 @@ class TestWeights:
         np.testing.assert_allclose(np.diff(maps[:, 3:9], axis=1), 5.0, atol=1e-4)
         np.testing.assert_allclose(np.diff(maps, axis=0), 1.0, atol=1e-4)
 
-    def test_missing_unexpected_and_misshaped_parameters_are_told(self, vit, vit_state):
+    def test_missing_unexpected_and_misshaped_parameters_are_named(self, vit, vit_state):
         del vit_state["norm.weight"], vit_state["cls_token"]
         vit_state["dist_token"] = np.zeros((1, 1, 8), np.float32)
         vit_state["norm.bias"] = np.zeros(9, np.float32)
@@ -325,7 +325,7 @@ class TestWeights:
         vit_state["norm.bias"] = vit_state["norm.bias"][None]
         np.testing.assert_array_equal(vit(vit_state)(probe_images((48, 32, 3))), expected)
 
-    def test_keras_files_go_back_into_the_backbone(self, tmp_path):
+    def test_saved_keras_weights_load_into_the_backbone(self, tmp_path):
         model = backbones.get("conv_blocks", (8, 8, 3), filters=(4, 5))
         path = str(tmp_path / "blocks.weights.h5")
         model.save_weights(path)
@@ -357,11 +357,11 @@ class TestFrozenBatchNorm:
     def model(self, kind, name="conv_blocks", size=8, **settings):
         backbone = backbones.get(name, (size, size, 3), frozen_bn=kind, **settings)
         model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(6,), feature_distill=False)
-        model.compile(optimizer=keras.optimizers.SGD(0.1), run_eagerly=True)  # no time for graphs of one step
+        model.compile(optimizer=keras.optimizers.SGD(0.1), run_eagerly=True)  # a graph takes longer
         return model
 
     def changed(self, model, size=8):
-        """Whether training changes each of the weights of the first batch normalisation, and of the convolutions."""
+        """Whether a step changes each weight of the first batch normalisation, and the first convolution."""
         norm, others = self.weights(model)
         images = 3 + np.random.default_rng(0).normal(size=(8, size, size, 3)).astype(np.float32)
         model.train_on_batch(images, np.repeat(np.arange(2), 4))
@@ -379,7 +379,7 @@ class TestFrozenBatchNorm:
     @pytest.mark.parametrize(
         ("kind", "affine", "statistics"), [(None, True, True), ("statistics", True, False), ("all", False, False)]
     )
-    def test_what_trains(self, tmp_path, kind, affine, statistics, loaded):
+    def test_which_weights_train(self, tmp_path, kind, affine, statistics, loaded):
         model = self.model(kind, filters=(4, 5))
         if loaded:
             model.save(str(tmp_path / "model.keras"))
@@ -394,7 +394,7 @@ class TestFrozenBatchNorm:
         np.testing.assert_array_equal(model(images, training=True), model(images, training=False))
 
     @pytest.mark.parametrize(("kind", "trainable"), [("statistics", 6), ("all", 2)])
-    def test_a_model_that_is_unfrozen_keeps_its_norms_frozen(self, kind, trainable):
+    def test_unfreezing_a_model_keeps_its_norms_frozen(self, kind, trainable):
         model = backbones.get("conv_blocks", (8, 8, 3), frozen_bn=kind, filters=(4, 5))
         for value, expected in ((False, 0), (True, trainable)):
             model.trainable = value
@@ -432,7 +432,7 @@ class TestPooling:
     maps = np.abs(np.random.default_rng(0).normal(size=(8, 4, 5, 6))).astype(np.float32)
 
     @pytest.mark.parametrize("p", [0.5, 1.0, 3.0, 7.5])
-    def test_gem_and_its_gradients_by_the_formula(self, p):
+    def test_gem_and_its_gradients_match_the_formula(self, p):
         def formula(x, p):
             return np.mean(np.maximum(x.astype(np.float64), 1e-3) ** p, axis=(1, 2)) ** (1 / p)
 
@@ -453,7 +453,7 @@ class TestPooling:
             by_x[1, 2, 3, 4], (formula(shifted, p) - formula(self.maps, p)).sum() / 1e-4, rtol=2e-2, atol=1e-4
         )
 
-    def test_gem_neither_over_nor_underflows(self):
+    def test_gem_does_not_overflow_or_underflow(self):
         layer = s2sd_tf.models.GeM(p=20.0)
         for scale in (0.0, 1e-5, 1e4):
             x = tf.constant(self.maps * np.float32(scale))
@@ -503,7 +503,7 @@ class TestPooling:
         assert float(loaded.gem.get_weights()[0]) == pytest.approx(power)
         np.testing.assert_allclose(loaded(maps), model(maps), atol=1e-6)
 
-    def test_gem_goes_with_the_heads_and_is_not_decayed(self):
+    def test_gem_has_the_heads_learning_rate_and_no_decay(self):
         def moved(**settings):
             keras.utils.set_random_seed(0)
             model = self.model(pooling="gem", **settings)

@@ -10,7 +10,7 @@ SOURCES = REPOSITORY / "custom_ops" / "similarity_kl"
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
-    """The CPU kernel's test, every vector instruction set of this processor in it."""
+    """The CPU kernel's test program, with every vector instruction set of this processor."""
     folder = tmp_path_factory.mktemp("sanitized")
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     objects = compile_cpu_kernel(folder, flags, {"cpu_kernel_test.cc": []})
@@ -30,7 +30,7 @@ def test_validation(tmp_path):
 
 
 def test_cuda_kernel_in_the_emulator(tmp_path):
-    """The real kernels and launches: their indexing, reductions and pipelines; not their speed."""
+    """Runs the real kernels and launches: tests their indexing, reductions and pipelines, not their speed."""
     program = tmp_path / "test"
     run_program(
         libraries.compiler(),

@@ -1,4 +1,4 @@
-"""Data: sets and splits, folders with bad files, P x M batches, preprocessing, Omniglot's archives."""
+"""Data: image sets and splits, folders with bad files, P x M batches, preprocessing, Omniglot's archives."""
 
 import io
 import zipfile
@@ -37,7 +37,7 @@ class TestImageFolder:
         assert images.kind == "paths"
         assert images.labels.dtype == np.int32
 
-    def test_bad_files_are_told_by_path_and_skipped_or_refused(self, folder, caplog):
+    def test_bad_files_are_named_and_skipped_or_refused(self, folder, caplog):
         (folder / "cat" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
         whole = (folder / "cat" / "image 1.JPG").read_bytes()
         (folder / "cat" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
@@ -54,7 +54,7 @@ class TestImageFolder:
         assert images.class_counts().tolist() == [3, 3, 3, 4]
         assert not any(path.endswith(name) for path in images.images for name in bad)
 
-    def test_nothing_there(self, tmp_path):
+    def test_missing_or_empty_folders(self, tmp_path):
         with pytest.raises(ValueError, match="expected images as <class>"):
             data.load_image_folder(str(tmp_path))
         with pytest.raises(FileNotFoundError, match="root"):
@@ -119,7 +119,7 @@ class TestBatches:
     labels = np.repeat(np.arange(7), [3, 9, 4, 5, 3, 8, 6])
 
     @pytest.mark.parametrize(("p", "m"), [(3, 2), (7, 3), (1, 1), (4, 3)])
-    def test_p_classes_m_samples_without_repeats(self, p, m):
+    def test_p_classes_with_m_samples_without_repeats(self, p, m):
         for epoch in range(20):
             for batch in indices(self.labels, p, m, 11, seed=3, epoch=epoch):
                 assert len(np.unique(batch)) == p * m
@@ -127,12 +127,12 @@ class TestBatches:
                 assert len(classes) == p
                 assert set(counts) == {m}
 
-    def test_everything_is_seen_before_anything_is_seen_much_more(self):
+    def test_all_images_are_seen_about_equally_often(self):
         labels = np.repeat(np.arange(6), 8)
         batches = indices(labels, 3, 4, 12, seed=0, epoch=0)
         assert np.bincount(batches.ravel(), minlength=48).tolist() == [3] * 48
 
-    def test_a_function_of_seed_and_epoch(self):
+    def test_batches_depend_only_on_seed_and_epoch(self):
         def draw(seed, epoch):
             return indices(self.labels, 3, 2, 5, seed, epoch).tolist()
 
@@ -152,7 +152,7 @@ class TestBatches:
             indices(self.labels, p, m, 1, 0, 0)
 
     @pytest.mark.parametrize("cache", [True, False])
-    def test_resuming_gives_the_batches_that_were_due(self, cache):
+    def test_resuming_gives_the_remaining_batches(self, cache):
         train, _, preprocessing = data.load_digits()
 
         def passes(start, count):
@@ -168,7 +168,7 @@ class TestBatches:
             np.testing.assert_array_equal(labels, other_labels)
             assert images.shape == (12, 8, 8, 1)
 
-    def test_cached_or_not_is_the_same(self, folder):
+    def test_caching_changes_nothing(self, folder):
         images, preprocessing = data.load_image_folder(str(folder)), data.Preprocessing(6, 5, 3, resize_size=8)
         one, other = (
             next(iter(data.class_balanced_batches(images, preprocessing, 4, 3, seed=1, cache=cache)))
@@ -177,7 +177,7 @@ class TestBatches:
         np.testing.assert_allclose(one[0], other[0])
         np.testing.assert_array_equal(one[1], other[1])
 
-    def test_fit_takes_every_pass_for_an_epoch(self):
+    def test_every_pass_of_fit_is_an_epoch(self):
         train, _, preprocessing = data.load_digits()
         batches = data.class_balanced_batches(train, preprocessing, 3, 4, steps_per_epoch=5)
         assert batches.cardinality() == 5
@@ -215,7 +215,7 @@ class TestPreprocessing:
             ((6, 8, 3), (1, 1)),
         ],
     )
-    def test_resizing_is_tensorflows(self, shape, size, dtype):
+    def test_resizing_matches_tensorflow(self, shape, size, dtype):
         images = (255 * np.random.default_rng(0).random(shape)).astype(dtype)
         expected = tf.image.resize(images, size, antialias=True)
         dynamic = tf.TensorSpec([*[None] * (len(shape) - 1), shape[-1]], dtype)
@@ -224,7 +224,7 @@ class TestPreprocessing:
         resize = resize.get_concrete_function(dynamic, tf.TensorSpec([2], tf.int32))
         np.testing.assert_array_equal(resize(tf.constant(images), tf.constant(size)), expected)
 
-    def test_the_right_size_is_only_normalised(self):
+    def test_images_of_the_right_size_are_only_normalised(self):
         pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 1), dtype=np.uint8)
         preprocessing = data.Preprocessing(4, 5, 1, invert=True, mean=0.25, std=0.5)
         np.testing.assert_allclose(preprocessing.from_pixels(pixels), (0.75 - pixels / 255.0) / 0.5, atol=1e-6)
@@ -246,7 +246,7 @@ class TestPreprocessing:
         ("kind", "mode"), [("PNG", "1"), ("PNG", "RGBA"), ("BMP", "RGB"), ("GIF", "P"), ("JPEG", "CMYK")]
     )
     @pytest.mark.parametrize("channels", [1, 3])
-    def test_every_format_that_the_check_lets_pass_can_be_read(self, tmp_path, kind, mode, channels):
+    def test_every_format_that_passes_the_check_can_be_read(self, tmp_path, kind, mode, channels):
         for k in range(2):
             write_image(tmp_path / "class" / f"{k}.{kind.lower()}", seed=k, mode=mode)
         images = data.load_image_folder(str(tmp_path))
@@ -254,7 +254,7 @@ class TestPreprocessing:
         assert batch.shape == (2, 6, 5, channels)
         assert np.isfinite(batch).all()
 
-    def test_gray_stays_as_it_is(self):
+    def test_gray_stays_unchanged(self):
         gray = np.random.default_rng(0).integers(0, 256, (4, 5, 1), dtype=np.uint8)
         preprocessing = data.Preprocessing(4, 5, 1)
         buffer = io.BytesIO()
@@ -279,7 +279,7 @@ def test_digits():
     assert preprocessing.output_shape == train.images.shape[1:]
 
 
-def test_omniglot_archives_in_their_layout(tmp_path):
+def test_omniglot_archives(tmp_path):
     def drawing(seed):
         buffer = io.BytesIO()
         pixels = np.random.default_rng(seed).random((105, 105)) > 0.1

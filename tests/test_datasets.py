@@ -1,4 +1,4 @@
-"""Data sets of image retrieval: published layouts, what is refused in them, image lists, prepared ones, shards."""
+"""Image retrieval data sets: published layouts, malformed files, image lists, tensorflow-datasets, shards."""
 
 import functools
 import inspect
@@ -34,7 +34,7 @@ def read_slice(image):
 
 class TestLayouts:
     @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
-    def test_the_published_split_is_found(self, tmp_path, name, layout):
+    def test_finds_the_published_split(self, tmp_path, name, layout):
         expected = layouts.write(name, tmp_path, layout=layout)
         for check in ("none", "files", "decode"):
             split = data.datasets.load(name, str(tmp_path), check=check)
@@ -55,7 +55,7 @@ class TestLayouts:
         for part, images in data.datasets.load(name, str(tmp_path)).parts().items():
             assert pairs(images) == as_text(expected[part])
 
-    def test_root_may_be_the_folder_itself(self, tmp_path):
+    def test_root_may_be_the_data_folder_itself(self, tmp_path):
         layouts.write_cub200(tmp_path)
         layouts.write_sop(tmp_path)
         layouts.write_cars196(tmp_path, layout="published")
@@ -70,7 +70,7 @@ class TestLayouts:
         assert split.train.class_names == ("1.Bird", "2.Bird")
         assert split.test.class_names == ("10.Bird", "11.Bird")
 
-    def test_two_hundred_classes_are_halved(self, tmp_path):
+    def test_two_hundred_classes_are_split_in_half(self, tmp_path):
         layouts.write_cub200(tmp_path, classes=200, images_per_class=1, size=(8, 6))
         split = data.load_cub200(str(tmp_path))
         assert split.counts() == {"train": (100, 100), "test": (100, 100)}
@@ -95,7 +95,7 @@ class TestLayouts:
         assert data.load_sop(str(tmp_path)).test.class_counts().tolist() == [3, 1]
 
     @pytest.mark.parametrize("name", layouts.LAYOUTS)
-    def test_nothing_there(self, tmp_path, name):
+    def test_missing_files(self, tmp_path, name):
         with pytest.raises(FileNotFoundError, match="root: expected"):
             data.datasets.load(name, str(tmp_path))
         for arguments in ({"check": "all"}, {"on_corrupt": "ignore"}, {"source": "zip"}):
@@ -105,7 +105,7 @@ class TestLayouts:
 
 class TestFiles:
     def spoil(self, expected):
-        """Makes the first four test images unreadable, each in its own way; returns their paths."""
+        """Makes the first four test images unreadable, each in a different way; returns their paths."""
         bad = [path for path, _ in expected["test"][:4]]
         bad[0].unlink()
         bad[1].write_bytes(bad[1].read_bytes()[:-40])
@@ -115,29 +115,29 @@ class TestFiles:
 
     @pytest.mark.parametrize("check", ["files", "decode"])
     @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
-    def test_bad_files_are_told_and_refused_or_skipped(self, tmp_path, name, layout, check):
+    def test_bad_files_are_named_and_refused_or_skipped(self, tmp_path, name, layout, check):
         load = functools.partial(data.datasets.load, name)
         expected = layouts.write(name, tmp_path, classes=12, images_per_class=4, layout=layout)
         bad = self.spoil(expected)
-        told = bad[1:] if (name, layout) in layouts.FOLDERS_ALONE else bad
-        with pytest.raises(ValueError, match=f"{len(told)} files under") as refused:
+        named = bad[1:] if (name, layout) in layouts.WITHOUT_ANNOTATIONS else bad
+        with pytest.raises(ValueError, match=f"{len(named)} files under") as refused:
             load(str(tmp_path), check=check)
-        assert all(str(path) in str(refused.value) for path in told)
+        assert all(str(path) in str(refused.value) for path in named)
         split = load(str(tmp_path), on_corrupt="skip", check=check)
         for part, images in split.parts().items():
             left = [pair for pair in expected[part] if pair[0] not in bad]
             assert sorted(pairs(images)) == sorted(as_text(left))
             if part == "train":
                 assert images.num_classes == 6
-        # A class that is left without images goes, and the split of the others stays.
+        # Classes left without images are dropped; the split of the others does not change.
         assert split.test.num_classes == len({name for part in ("test", "gallery") if part in expected
                                               for path, name in expected[part] if path not in bad})  # fmt: skip
 
-    def test_without_a_check_nothing_is_looked_at(self, tmp_path):
+    def test_without_a_check_no_file_is_opened(self, tmp_path):
         self.spoil(layouts.write_sop(tmp_path, images_per_class=4))
         assert len(data.load_sop(str(tmp_path), check="none").test) == 16
 
-    def test_what_is_appended_to_a_jpeg_is_no_matter(self, tmp_path):
+    def test_data_after_the_end_of_a_jpeg_is_ignored(self, tmp_path):
         (path, _), *_ = layouts.write_cub200(tmp_path)["train"]
         path.write_bytes(path.read_bytes() + bytes(2000))
         assert len(data.load_cub200(str(tmp_path)).train) == 12
@@ -152,7 +152,7 @@ class TestFiles:
         with pytest.raises(ValueError, match=r"0\.png: truncated"):
             data.load_cub200(str(tmp_path))
 
-    def test_no_class_is_left_to_test(self, tmp_path):
+    def test_no_test_class_is_left(self, tmp_path):
         for path, _ in layouts.write_cub200(tmp_path)["test"]:
             path.unlink()
         with pytest.raises(ValueError, match="part 'test'"):
@@ -182,7 +182,7 @@ class TestAnnotations:
             ("inshop", "Eval/list_eval_partition.txt", 5, "img/../../../a.jpg i train", "expected a path under"),
         ],
     )
-    def test_a_malformed_line_is_told_by_file_and_line(self, tmp_path, name, file, line, text, words):
+    def test_a_malformed_line_is_reported_by_file_and_line(self, tmp_path, name, file, line, text, words):
         layouts.write(name, tmp_path)
         path = tmp_path / file
         lines = path.read_bytes().splitlines()
@@ -200,20 +200,20 @@ class TestAnnotations:
             ("sop", "Stanford_Online_Products/Ebay_test.txt"),
         ],
     )
-    def test_a_missing_file_is_told(self, tmp_path, name, file):
+    def test_a_missing_file_is_reported(self, tmp_path, name, file):
         layouts.write(name, tmp_path)
         (tmp_path / file).unlink()
         with pytest.raises(FileNotFoundError, match=f"{file}: expected an annotation file"):
             data.datasets.load(name, str(tmp_path))
 
-    def test_two_classes_of_one_name(self, tmp_path):
+    def test_two_classes_with_the_same_name(self, tmp_path):
         layouts.write_cub200(tmp_path)
         path = tmp_path / "CUB_200_2011" / "classes.txt"
         path.write_text(path.read_text().replace("002.Bird_1", "001.Auk_0"))
         with pytest.raises(ValueError, match=r"different names. Received: \['001.Auk_0'\]"):
             data.load_cub200(str(tmp_path))
 
-    def test_an_image_that_is_listed_twice(self, tmp_path):
+    def test_an_image_listed_twice(self, tmp_path):
         layouts.write_cub200(tmp_path)
         path = tmp_path / "CUB_200_2011" / "images.txt"
         lines = path.read_text().splitlines()
@@ -222,7 +222,7 @@ class TestAnnotations:
         with pytest.raises(ValueError, match=r"images.txt, line 2: expected every image once.*line 1"):
             data.load_cub200(str(tmp_path))
 
-    def test_queries_without_a_match_are_told(self, tmp_path, caplog):
+    def test_queries_without_a_match_are_logged(self, tmp_path, caplog):
         layouts.write_inshop(tmp_path)
         path = tmp_path / "Eval" / "list_eval_partition.txt"
         lines = path.read_text().splitlines()
@@ -234,7 +234,7 @@ class TestAnnotations:
         assert split.counts() == {"train": (12, 4), "test": (4, 4), "gallery": (6, 3)}
         assert split.test.class_names == split.gallery.class_names
 
-    def test_a_class_that_trains_and_tests(self, tmp_path):
+    def test_a_class_in_both_train_and_test(self, tmp_path):
         layouts.write_sop(tmp_path)
         path = tmp_path / "Stanford_Online_Products" / "Ebay_test.txt"
         path.write_text(path.read_text() + "9 1 1 bicycle_final/other.jpg\n")
@@ -266,7 +266,7 @@ class TestAnnotations:
         assert str(path) in str(refused.value)
 
     @pytest.mark.parametrize("content", [b"", b"no MATLAB file", b"\x80\x04\x95" + bytes(200)])
-    def test_no_matlab_file(self, tmp_path, content):
+    def test_files_that_are_not_matlab_files(self, tmp_path, content):
         (tmp_path / "cars_annos.mat").write_bytes(content)
         with pytest.raises(ValueError, match=r"cars_annos.mat: expected a MATLAB file"):
             data.load_cars196(str(tmp_path))
@@ -276,7 +276,7 @@ class TestAnnotations:
 
 
 class TestCounts:
-    def test_other_counts_than_the_published_are_told_unless_it_is_a_part(self, tmp_path, caplog):
+    def test_counts_other_than_the_published_are_logged(self, tmp_path, caplog):
         layouts.write_cub200(tmp_path)
         with caplog.at_level("INFO", logger="absl"):
             split = data.load_cub200(str(tmp_path))
@@ -367,7 +367,7 @@ class TestImageSet:
         layouts.write_image(tmp_path / "c" / "0.png")
         assert data.load_image_folder(str(tmp_path)).super_classes == ()
 
-    def test_a_folder_takes_the_checks_by_name(self, tmp_path):
+    def test_checks_of_a_folder_are_chosen_by_name(self, tmp_path):
         layouts.write_image(tmp_path / "a" / "0.jpg")
         path = tmp_path / "a" / "1.jpg"
         path.write_bytes(b"\xff\xd8\xff and the end marker \xff\xd9")
@@ -423,7 +423,7 @@ def shards(split, tmp_path):
 
 
 class TestShards:
-    def test_every_slice_is_the_file_as_it_was(self, split, shards):
+    def test_every_slice_equals_the_original_file(self, split, shards):
         found = data.read_shards(str(shards))
         assert found.counts() == split.counts()
         for part, images in found.parts().items():
@@ -437,7 +437,7 @@ class TestShards:
                 with open(path, "rb") as file:
                     assert read_slice(image) == file.read()
 
-    def test_batches_are_those_of_the_files(self, split, shards):
+    def test_batches_equal_those_from_the_files(self, split, shards):
         preprocessing = data.Preprocessing(6, 5)
         for part, images in data.read_shards(str(shards)).parts().items():
             found = next(iter(data.evaluation_batches(images, preprocessing)))
@@ -470,9 +470,9 @@ class TestShards:
                 assert example["image/super_class/text"].decode() == images.super_classes[label]
                 assert example["image/filename"].decode() == path.split("/")[-1]
 
-    def test_nothing_tells_where_the_files_were(self, split, shards):
-        told = b"".join(path.read_bytes() for path in shards.iterdir())
-        assert str(split.train.images[0]).rsplit("/", 2)[0].encode() not in told
+    def test_shards_do_not_contain_the_original_paths(self, split, shards):
+        content = b"".join(path.read_bytes() for path in shards.iterdir())
+        assert str(split.train.images[0]).rsplit("/", 2)[0].encode() not in content
 
     def test_all_kinds_of_images(self, tmp_path, shards):
         train, test, _ = data.load_digits()
@@ -566,11 +566,11 @@ class TestShards:
 
 
 class TestTensorFlowDatasets:
-    """With the features of the builders themselves, and images of our own."""
+    """Uses the features of the real builders, with our own images."""
 
     def prepare(self, folder, name, examples):
-        """Writes records of `examples`, a dict from the part to a list of features but images and boxes, as the
-        builder would; returns the encoded images.
+        """Writes records as the builder would; returns the encoded images. `examples` is a dict from part to a list of
+        features, without images and boxes.
         """
         import tensorflow_datasets as tfds
 
@@ -618,7 +618,7 @@ class TestTensorFlowDatasets:
         assert split.train.class_names == tuple(names[:2])
         assert split.test.class_names == tuple(names[2:])
         assert split.counts() == {"train": (4, 2), "test": (4, 2)}
-        # Each part of the builder wrote its images in the order of the names.
+        # Within each part, the builder wrote images in the order of their names.
         for images in split.parts().values():
             for image, label in zip(images.images, images.labels):
                 assert encoded.index(image) % 4 == names.index(images.class_names[label])
@@ -641,7 +641,7 @@ class TestTensorFlowDatasets:
         assert split.test.class_names == ("003.Auk_2", "004.Auk_3")
         assert split.train.class_counts().tolist() == [2, 1]
 
-    def test_products_have_their_own_parts(self, tmp_path):
+    def test_products_keep_the_parts_of_the_builder(self, tmp_path):
         def example(number, super_number):
             return {"class_id": number, "super_class_id": super_number, "super_class_id/num": super_number}
 
@@ -662,11 +662,11 @@ class TestTensorFlowDatasets:
 
 
 class TestRegistry:
-    def test_every_data_set_that_is_read_from_files_has_its_layouts_here(self):
+    def test_every_data_set_read_from_files_has_its_layouts_here(self):
         sourced = {name for name in data.datasets.names() if "source" in data.datasets.settings(name)}
         assert set(layouts.LAYOUTS) == sourced - {"folder"}
 
-    def test_the_documentation_has_a_row_of_each(self):
+    def test_the_documentation_has_a_row_for_each(self):
         documentation = (REPOSITORY / "docs" / "training.md").read_text()
         for name in data.datasets.names():
             row = next((line for line in documentation.splitlines() if line.startswith(f"| `{name}` |")), None)
@@ -675,7 +675,7 @@ class TestRegistry:
                 assert f"{images:,}" in row
                 assert f"{classes:,}" in row
 
-    def test_settings_are_those_of_the_functions(self):
+    def test_settings_are_the_arguments_of_the_functions(self):
         functions = {"cub200": data.load_cub200, "folder": data.load_folder, "lists": data.load_lists}
         for name, function in functions.items():
             parameters = inspect.signature(function).parameters
@@ -683,7 +683,7 @@ class TestRegistry:
         assert data.datasets.settings("lists")["train_list"] == ""
         assert data.datasets.settings("digits") == {}
 
-    def test_a_data_set_of_ones_own(self, monkeypatch):
+    def test_a_custom_data_set(self, monkeypatch):
         monkeypatch.setattr(data.datasets, "_data_sets", dict(data.datasets._data_sets))
 
         @data.datasets.register("mine", {"train": (9, 3)}, preprocessing=lambda size: data.Preprocessing(size, size))
@@ -728,7 +728,7 @@ class TestRegistry:
             with pytest.raises(ValueError, match=words):
                 data.datasets.load(name, str(tmp_path), **settings)
 
-    def test_shards_of_folders_are_divided_already(self, tmp_path):
+    def test_shards_of_folders_are_already_split(self, tmp_path):
         for name in "abcd":
             layouts.write_image(tmp_path / "images" / name / "0.png")
         split = data.load_folder(str(tmp_path / "images"), test_classes="a, b")

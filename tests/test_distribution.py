@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-# Trains cases on so many virtual CPUs. A process each, as TensorFlow's collectives know but one size of a group.
+# Trains cases on a number of virtual CPUs. TensorFlow's collectives allow one group size per process.
 SCRIPT = """
 import json, sys
 import numpy as np, tensorflow as tf
@@ -106,13 +106,13 @@ TILED = {
 }  # fmt: skip
 
 
-# Four devices take twice the time of two, and repeat what these two cases show: the order of what is gathered, means.
+# Four devices take twice as long as two. These two cases suffice to test the order of gathering, and the means.
 ON_FOUR = ["margin", "tiled"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, run_python):
-    """What every case gives, by the number of devices."""
+    """The results of every case, by the number of devices."""
     folder = tmp_path_factory.mktemp("distribution")
     (folder / "script.py").write_text(SCRIPT)
     cases = {**GLOBAL, "tiled": TILED}
@@ -139,20 +139,20 @@ def assert_same_training(trained, name, devices, state_within=1e-5):
 @pytest.mark.parametrize(
     ("devices", "name"), [(2, name) for name in GLOBAL] + [(4, name) for name in ON_FOUR if name in GLOBAL]
 )
-def test_a_batch_on_many_devices_is_that_batch_on_one(trained, name, devices):
-    # A memory's rows are embeddings, those of short features among them.
+def test_training_on_several_devices_equals_one_device(trained, name, devices):
+    # The rows of a memory are embeddings, and some come from features with small norms.
     assert_same_training(trained, name, devices, state_within=1e-3 if "memory" in name else 1e-5)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_what_overflows_on_one_device_is_skipped_by_all(trained, devices):
+def test_an_overflow_on_one_device_is_skipped_by_all(trained, devices):
     result = trained[devices]["an overflow, the loss scaled"]
     assert all(np.isfinite(weight).all() for weight in result["weights"])
     assert result["scale"] == 2**14  # half of what it was
 
 
 @pytest.mark.parametrize("devices", [2, 4])
-def test_replicas_that_see_the_same_images_are_one(trained, devices):
+def test_replicas_with_the_same_images_train_like_one(trained, devices):
     assert_same_training(trained, "tiled", devices)
 
 
@@ -181,7 +181,7 @@ def test_a_cross_batch_memory_per_replica_holds_embeddings_of_one_replica(tmp_pa
     (tmp_path / "script.py").write_text(MEMORY_SCRIPT)
     memory, labels, draws = json.loads(run_python("script.py", cwd=tmp_path).stdout.splitlines()[-1])
     np.testing.assert_allclose(np.linalg.norm(memory, axis=1), 1.0, atol=1e-5)
-    # The newest first: eight images of this replica, and two of the step before.
+    # Newest first: eight images of this replica, then two of the previous step.
     assert labels == [0, 0, 1, 1, 2, 2, 3, 3, 0, 0]
     assert draws == 3
 
@@ -218,6 +218,6 @@ print("equal")
 """
 
 
-def test_of_replicas_by_themselves_the_loss_is_the_mean(tmp_path, run_python):
+def test_without_gathering_the_loss_is_the_mean_over_replicas(tmp_path, run_python):
     (tmp_path / "script.py").write_text(PARTS_SCRIPT)
     assert "equal" in run_python("script.py", cwd=tmp_path).stdout

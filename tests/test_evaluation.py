@@ -1,4 +1,4 @@
-"""Neighbours, metrics, the callback and the pictures."""
+"""Neighbours, metrics, the callback and pictures."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from s2sd_tf.reporting import choose_queries, save_curves, save_gallery
 
 
 def similarities_of(queries, gallery, metric):
-    """All similarities, in float64, as `find_neighbors` has them."""
+    """All similarities in float64, as `find_neighbors` defines them."""
     queries, gallery = np.asarray(queries, np.float64), np.asarray(gallery, np.float64)
     if metric == "euclidean":
         return -np.linalg.norm(queries[:, None] - gallery[None], axis=2)
@@ -22,7 +22,7 @@ def similarities_of(queries, gallery, metric):
 
 
 def naive_metrics(queries, query_labels, gallery, gallery_labels, same, ks, precision_ks, map_ks, metric="cosine"):
-    """Every metric of every query by loops over a full sort; `same(i, j)`: item j is left out for query i."""
+    """Every metric of every query by loops over a full sort; if `same(i, j)`, item j is left out for query i."""
     rows = []
     for i, similarity in enumerate(similarities_of(queries, gallery, metric)):
         order = [j for j in np.argsort(-similarity, kind="stable") if not same(i, j)]
@@ -51,7 +51,7 @@ def test_golden(golden, method):
     )
     names = {"mean_average_precision_at_r": "map@r", "precision_at_1": "precision@1", "r_precision": "r_precision"}
     names.update({f"recall_at_{k}": f"recall@{k}" for k in (1, 2, 4, 8, 10, 100)})
-    # The library that made the golden values cuts the ranking at the largest number of positives, 27.
+    # The library behind the golden values cuts the ranking at the largest number of positives, 27.
     names["mean_reciprocal_rank"] = "mrr@27"
     assert set(names) == set(values.files) - {"embeddings", "labels"}
     for golden_name, name in names.items():
@@ -72,11 +72,11 @@ def test_naive_rederivation(kind, method, metric):
         queries, labels = generator.normal(size=(23, 5)) + 3.0, generator.integers(0, 12, 23)
         arguments, same = {"gallery": gallery, "gallery_labels": gallery_labels}, np.zeros((23, 60), bool)
     if kind == "camera":
-        # As in person re-identification: the same identity in the same camera is left out.
+        # As in person re-identification, the same identity in the same camera is left out.
         arguments, same = {"query_ids": ids}, (ids[:, None] == ids[None]).all(axis=2)
     at = {"ks": (1, 3, 1000), "precision_ks": (1, 4, 1000), "map_ks": (2, 5, 1000)}
     rows = naive_metrics(queries, labels, gallery, gallery_labels, lambda i, j: same[i, j], **at, metric=metric)
-    # So much memory that it is cut into blocks.
+    # Little enough memory that the search works in blocks.
     depth = {} if method == "exact" else {"mrr_depth": 1000}
     found = evaluation.evaluate_retrieval(
         queries, labels, **arguments, **at, **depth, method=method, metric=metric, memory_mib=1
@@ -106,10 +106,10 @@ def test_confidence_intervals(unit_rows):
     by_class, by_query = (result.confidence_intervals(unit=unit)["map@r"] for unit in ("class", "query"))
     for low, high in (by_class, by_query):
         assert low < mean < high
-    # The normal approximation.
+    # Compare with the normal approximation.
     deviation = np.std(result.values["map@r"], ddof=1) / np.sqrt(120)
     assert by_query[1] - by_query[0] == pytest.approx(2 * 1.96 * deviation, rel=0.15)
-    # Queries of a class fail together.
+    # Queries of the same class fail together.
     assert by_class[1] - by_class[0] > by_query[1] - by_query[0]
     assert result.confidence_intervals(seed=1) == result.confidence_intervals(seed=1) != result.confidence_intervals()
     for arguments, words in (({"level": 1.0}, "level"), ({"resamples": 0}, "resamples"), ({"unit": "item"}, "unit")):
@@ -123,7 +123,7 @@ def test_one_class_and_perfect_retrieval():
     assert {value for name, value in found.items() if isinstance(value, float)} == {1.0}
 
 
-def test_a_query_that_was_not_found_by_scann_counts_as_wrong():
+def test_a_positive_that_scann_misses_counts_as_wrong():
     ranks = [np.array([], int), np.array([2, 5])]
     values = metrics_module._per_query(ranks, np.array([3, 2]), np.array([9, 9]), (1, 2), (2,), (5,), None)
     assert {name: value[0] for name, value in values.items()} == dict.fromkeys(values, 0)
@@ -131,14 +131,14 @@ def test_a_query_that_was_not_found_by_scann_counts_as_wrong():
 
 
 @pytest.mark.parametrize("method", ["exact", "scann"])
-def test_self_matches_go_by_identity_among_duplicates(method):
+def test_self_matches_are_excluded_by_identity(method):
     rows = np.repeat(np.eye(4), 3, axis=0)
     ids = np.arange(12)
     found = evaluation.find_neighbors(rows, rows, 2, ids, ids, method=method)
     for i in range(12):
         assert set(found.indices[i]) == {j for j in range(12) if j // 3 == i // 3 and j != i}
     assert evaluation.retrieval_metrics(rows, ids // 3, method=method)["map@r"] == 1.0
-    # The same image under two entries of the gallery: both go.
+    # If the gallery has the same image twice, both are left out.
     both = evaluation.find_neighbors(rows[:1], rows, 12, [5], [5, 5, *range(10, 20)], method=method)
     assert set(both.indices[0]) == {*range(2, 12), -1}
 
@@ -155,7 +155,7 @@ def test_k_beyond_the_gallery_is_padded(method):
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 200, 7), (150, 97, 1), (700, 1500, 20), (130, 2000, 300)])
-def test_exact_search_is_a_full_sort(shape, dtype, metric, monkeypatch):
+def test_exact_search_equals_a_full_sort(shape, dtype, metric, monkeypatch):
     monkeypatch.setattr(exact, "_WIDTH", 512)
     queries, size, k = shape
     generator = np.random.default_rng(0)
@@ -178,7 +178,7 @@ def test_exact_search_is_a_full_sort(shape, dtype, metric, monkeypatch):
         assert all(len(set(row[row >= 0])) == np.sum(row >= 0) for row in found.indices)
 
 
-def test_search_among_themselves_is_that_of_a_copy(monkeypatch):
+def test_searching_a_gallery_in_itself_equals_searching_a_copy(monkeypatch):
     monkeypatch.setattr(exact, "_WIDTH", 512)
     rows = np.random.default_rng(0).normal(size=(1900, 16)).astype(np.float32)
     ids = np.random.default_rng(1).integers(0, 40, 1900)
@@ -201,14 +201,14 @@ def test_a_gallery_whose_last_items_are_the_nearest(order, monkeypatch):
     )
 
 
-def test_ranks_among_nothing_but_equals():
+def test_ranks_if_all_similarities_are_equal():
     labels = np.arange(3000) % 2
     result = evaluation.evaluate_retrieval(np.ones((3000, 4)), labels, ks=(1, 2))
-    # The lower positions first: 0 finds 1, 2, ..., and 1 finds 0, 2, 3.
+    # Lower positions come first: 0 finds 1, 2, ..., and 1 finds 0, 2, 3.
     assert result.first_ranks[:4].tolist() == [2, 3, 1, 2]
 
 
-def test_few_queries_that_count_among_many():
+def test_few_valid_queries_among_many():
     rows, labels = np.random.default_rng(0).normal(size=(5000, 4)), np.arange(5000)
     labels[[3, 4990]] = -1
     exact_ranks = evaluation.evaluate_retrieval(rows, labels).first_ranks[[3, 4990]]
@@ -217,7 +217,7 @@ def test_few_queries_that_count_among_many():
     assert exact_ranks.tolist() == [1 + np.sum(similarity[i] > similarity[i, j]) for i, j in ((0, 4990), (1, 3))]
 
 
-def test_equal_similarities_come_in_the_order_of_positions(monkeypatch):
+def test_equal_similarities_are_ordered_by_position(monkeypatch):
     monkeypatch.setattr(exact, "_WIDTH", 256)
     gallery = np.tile(np.eye(4, dtype=np.float32), (500, 1))
     found = evaluation.find_neighbors(gallery, gallery, 7, np.arange(2000), np.arange(2000)).indices
@@ -225,7 +225,7 @@ def test_equal_similarities_come_in_the_order_of_positions(monkeypatch):
         assert found[i].tolist() == [j for j in range(i % 4, 2000, 4) if j != i][:7]
 
 
-def test_the_search_on_a_device_is_that_on_the_cpu(monkeypatch):
+def test_searching_on_a_device_equals_searching_on_the_cpu(monkeypatch):
     rows = np.random.default_rng(0).normal(size=(300, 12)).astype(np.float32)
     ids = np.arange(300) // 2
     expected = evaluation.find_neighbors(rows, rows, 5, ids, ids)
@@ -297,7 +297,7 @@ def test_rows_are_checked_once(method, monkeypatch):
     generator = np.random.default_rng(0)
     queries, gallery = (evaluation.EmbeddingShards([generator.normal(size=(size, 4))]) for size in (20, 300))
     evaluation.find_neighbors(queries, gallery, 3, method=method)
-    # To check them, and to search.
+    # Read once for checking and once for searching.
     assert [sum(count for rows, count in read if rows is one) for one in (queries, gallery)] == [2 * 20, 2 * 300]
     read.clear()
     evaluation.build_index(gallery, method=method).search(queries, 3)
@@ -316,7 +316,7 @@ before = peak()
 evaluation.find_neighbors(rows[:2000], rows, 10, memory_mib=64)
 print(peak() - before)
 """
-    # 2,000 x 60,000 similarities would be 458 MiB. The mapped file, 15 MiB, counts too.
+    # All 2,000 x 60,000 similarities would take 458 MiB. The mapped file, 15 MiB, counts too.
     assert float(run_python("-c", code, cwd=tmp_path).stdout.split()[-1]) < 64 + 15 + 40
 
 
@@ -384,7 +384,7 @@ def test_callback_logs_every_n_epochs_and_the_last(small_model):
 
 
 def naive_geometry(rows, labels, metric):
-    """By loops over pairs."""
+    """Geometry by loops over pairs."""
 
     def distance(a, b):
         return 1.0 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) if metric == "cosine" else np.linalg.norm(a - b)
@@ -411,7 +411,7 @@ def test_geometry(metric, monkeypatch):
     assert evaluation.embedding_geometry(rows[order], labels[order], metric) == pytest.approx(found, abs=1e-9)
 
 
-def test_geometry_where_something_is_undefined():
+def test_geometry_with_undefined_values():
     rows = np.random.default_rng(0).normal(size=(6, 3))
     singles = evaluation.embedding_geometry(rows, np.arange(6))
     assert np.isnan(singles["intra"])
@@ -453,7 +453,7 @@ def test_clustering():
     rows = centres[labels] + 0.01 * generator.normal(size=(60, 8))
     for metric in ("cosine", "euclidean"):
         assert evaluation.clustering_metrics(rows, labels, metric=metric, restarts=20)["nmi"] == pytest.approx(1.0)
-    # Lengths do not matter for the cosine.
+    # Cosine ignores lengths.
     scaled = rows * generator.uniform(0.1, 10, (60, 1))
     assert evaluation.clustering_metrics(scaled, labels, restarts=20)["ami"] == pytest.approx(1.0)
     blurred = rows + generator.normal(size=rows.shape)

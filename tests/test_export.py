@@ -1,4 +1,4 @@
-"""The encoder SavedModel, loaded where this package cannot be."""
+"""The encoder SavedModel, loaded in a process that cannot import this package."""
 
 import io
 import json
@@ -68,14 +68,14 @@ def test_float_images_and_bytes_give_the_models_embeddings(small_model, tmp_path
     np.testing.assert_allclose(np.array(found["mixed"])[[0, 2]], [expected[0], from_jpeg[1]], atol=1e-5)
 
 
-def test_only_the_encoder_is_in_it(small_model, tmp_path):
+def test_it_contains_only_the_encoder(small_model, tmp_path):
     model = small_model(embedding_dim=6, target_dims=(512,))
     export.export_encoder(model, data.Preprocessing(8, 8, 1), str(tmp_path / "encoder"))
     stored = tf.train.list_variables(str(tmp_path / "encoder" / "variables" / "variables"))
     assert not any(512 in shape for _, shape in stored)
 
 
-def test_a_learned_pooling_is_in_it(small_model, tmp_path):
+def test_it_contains_a_learned_pooling(small_model, tmp_path):
     model = small_model(pooling="gem", target_pooling="avg")
     model.gem.p.assign(2.5)
     export.export_encoder(model, data.Preprocessing(8, 8, 1), str(tmp_path / "encoder"))
@@ -84,7 +84,7 @@ def test_a_learned_pooling_is_in_it(small_model, tmp_path):
     np.testing.assert_allclose(found["embedding"], model.predict(images, verbose=0), atol=1e-5)
 
 
-def test_writing_replaces_as_a_whole_or_not_at_all(tmp_path):
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
     target = tmp_path / "folder"
     for content in ("old", "new"):
         with replacing(str(target)) as path:

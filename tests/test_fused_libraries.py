@@ -1,4 +1,4 @@
-"""Building, finding and refusing the fused op's libraries, and what a user sees of it."""
+"""Building, finding and refusing the fused op's libraries, and the messages that users see."""
 
 import os
 import shutil
@@ -55,7 +55,7 @@ def run(tmp_path, run_python, monkeypatch):
 
 @pytest.fixture(scope="module")
 def built():
-    """The libraries that fit, by name; built in the user's cache if need be."""
+    """The matching libraries by name, built in the user's cache if necessary."""
     return {name: libraries.find(name) or libraries.build(name) for name in (libraries.OP, libraries.XLA)}
 
 
@@ -72,14 +72,14 @@ def without_compiler(monkeypatch):
 
 @pytest.fixture
 def quick_compiler(tmp_path_factory, monkeypatch):
-    """A compiler that does not optimize: building takes half the time, and these tests compute next to nothing."""
+    """A compiler that does not optimize. It halves the build time, and these tests compute very little."""
     script = tmp_path_factory.mktemp("compiler") / "c++"
     script.write_text(f'#!/bin/sh\nexec {libraries.compiler()} "$@" -O0\n')
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
 
 
-def test_a_fitting_library_is_loaded_without_a_word(run, built, tmp_path, monkeypatch):
+def test_a_matching_library_is_loaded_silently(run, built, tmp_path, monkeypatch):
     without_compiler(monkeypatch)
     fill(tmp_path / "prebuilt", built)
     for mode in ("graph", "jit", "unknown"):
@@ -88,7 +88,7 @@ def test_a_fitting_library_is_loaded_without_a_word(run, built, tmp_path, monkey
         assert lines == []
 
 
-def test_no_compiler_is_one_line_and_the_composed_version(run, monkeypatch):
+def test_without_a_compiler_one_line_and_the_composed_version(run, monkeypatch):
     without_compiler(monkeypatch)
     for mode in ("graph", "unknown"):
         done, lines = run(mode=mode)
@@ -100,7 +100,7 @@ def test_no_compiler_is_one_line_and_the_composed_version(run, monkeypatch):
     assert "NotImplementedError: implementation='fused': no fused similarity-KL op: there is no C++" in done.stderr
 
 
-def test_no_word_where_composed_is_asked_for(run, monkeypatch):
+def test_nothing_is_logged_if_composed_is_requested(run, monkeypatch):
     without_compiler(monkeypatch)
     monkeypatch.setenv("S2SD_TF_KERNEL", "composed")
     done, lines = run()
@@ -108,8 +108,8 @@ def test_no_word_where_composed_is_asked_for(run, monkeypatch):
     assert lines == []
 
 
-def test_a_library_of_another_tensorflow_is_not_loaded(run, built, tmp_path, monkeypatch, quick_compiler):
-    """Its name says so; the op is then built in the cache, or, without a compiler, composed."""
+def test_a_library_for_another_tensorflow_is_not_loaded(run, built, tmp_path, monkeypatch, quick_compiler):
+    """The file name gives the version. The op is then built in the cache, or composed if there is no compiler."""
     minor = ".".join(tf.__version__.split(".")[:2])
     for path in built.values():
         (tmp_path / "prebuilt" / path.name.replace(f"tf{minor}", "tf2.9")).write_text("would not load")
@@ -120,7 +120,7 @@ def test_a_library_of_another_tensorflow_is_not_loaded(run, built, tmp_path, mon
         assert len(lines) == 1
     done, lines = run()
     assert done.stdout.strip() == "FUSED"
-    assert len(lines) == 2  # that it is being built, and what did not fit; that it is there
+    assert len(lines) == 2  # one that names the unsuitable library and announces the build, one that reports its end
     assert "tf2.9" in lines[0]
     assert [path.name for path in (tmp_path / "cache").glob("*.so")] == [built[libraries.OP].name]
     done, lines = run()
@@ -128,8 +128,8 @@ def test_a_library_of_another_tensorflow_is_not_loaded(run, built, tmp_path, mon
     assert lines == []
 
 
-def test_a_library_that_does_not_load_is_one_line(run, built, tmp_path):
-    """As one that was renamed."""
+def test_a_library_that_does_not_load_logs_one_line(run, built, tmp_path):
+    """For instance a renamed one."""
     for path in built.values():
         (tmp_path / "prebuilt" / path.name).write_text("would not load")
     done, lines = run()
@@ -139,7 +139,7 @@ def test_a_library_that_does_not_load_is_one_line(run, built, tmp_path):
 
 
 def test_without_the_library_for_xla(run, built, tmp_path, monkeypatch):
-    """A jitted function, or one that might be, is composed; what is known not to be jitted is fused."""
+    """Functions that are or might be jitted use the composed version; those known not to be jitted use the fused op."""
     without_compiler(monkeypatch)
     fill(tmp_path / "prebuilt", {libraries.OP: built[libraries.OP]})
     for mode in ("jit", "unknown"):
@@ -164,7 +164,7 @@ def test_killed_while_building(tmp_path, monkeypatch, run_python, quick_compiler
     path = libraries.build(libraries.OP)
     assert path.parent == tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([".lock", path.name])
-    # Elsewhere, as a process takes the op from the first library that brings it.
+    # In a new process, because a process registers the op from the first library that it loads.
     run_python("-c", f"import tensorflow as tf; tf.load_op_library('{path}').s2sd_similarity_kl")
 
 
@@ -174,7 +174,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         libraries.build(libraries.OP, tmp_path / "file")
 
 
-def test_a_compiler_that_fails(tmp_path, monkeypatch):
+def test_a_failing_compiler(tmp_path, monkeypatch):
     fake = tmp_path / "fake-compiler"
     fake.write_text("#!/bin/sh\necho 'fatal error: no such header' >&2\nexit 1\n")
     fake.chmod(0o755)
@@ -184,7 +184,7 @@ def test_a_compiler_that_fails(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "folder").iterdir()] == [".lock"]
 
 
-def test_the_name_tells_the_gpus_that_a_library_is_for(tmp_path, monkeypatch):
+def test_the_name_of_a_library_has_its_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv(libraries.CACHE_VARIABLE, str(tmp_path))
     names = [libraries.file_name(libraries.OP, cuda) for cuda in (False, True, [90], [80, 90])]
     assert len(set(names)) == 4
@@ -195,7 +195,7 @@ def test_the_name_tells_the_gpus_that_a_library_is_for(tmp_path, monkeypatch):
     assert libraries.find(libraries.OP, [80, 90]).name == names[1]
 
 
-def test_a_gpu_that_is_too_old_is_composed(monkeypatch):
+def test_a_gpu_that_is_too_old_uses_the_composed_version(monkeypatch):
     monkeypatch.setattr(tf.config, "get_visible_devices", lambda _: [types.SimpleNamespace(name="GPU:0")])
     monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda _: {"compute_capability": (7, 5)})
     monkeypatch.setattr(fused, "_LOADED", {})
@@ -213,7 +213,7 @@ def test_no_home_directory(monkeypatch):
         libraries.cache_folder()
 
 
-def test_a_compiler_that_is_not_there(monkeypatch):
+def test_a_missing_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(libraries.BuildError, match=r"\$CXX, no-such-compiler"):
         libraries.compiler()
@@ -225,8 +225,8 @@ def test_the_build_command(run_python, built, tmp_path):
     assert "tested with jit_compile=True: within" in done.stdout
 
 
-def test_an_installed_copy_of_the_sources_gives_the_same_name(tmp_path, monkeypatch):
-    """`setup.py` builds from the source tree; the package it installs has to find what was built."""
+def test_installed_sources_give_the_same_library_name(tmp_path, monkeypatch):
+    """`setup.py` builds from the source tree; the installed package must find the result."""
     source_tree = REPOSITORY / "custom_ops" / libraries.OP
     names = []
     for folder in (source_tree, tmp_path / libraries.OP):

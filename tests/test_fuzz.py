@@ -1,6 +1,6 @@
-"""Random input: a clear error or a result; never a trace from deep inside a library, never a partial output.
+"""Random input gives a clear error or a result, never a traceback from deep inside a library or a partial output.
 
-The examples are the same in every run. `S2SD_TF_FUZZ=20` takes twenty times as many.
+The examples are the same in every run. `S2SD_TF_FUZZ=20` runs twenty times as many.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from s2sd_tf.training.datasets import load_data
 
 PACKAGE = str(pathlib.Path(s2sd_tf.__file__).parent)
 CLEAR = (ValueError, TypeError, FileNotFoundError, ImportError, NotImplementedError)
-# Numbers that no argument may be, and ones that some may.
+# Numbers that no argument accepts, and numbers that some accept.
 BAD_NUMBERS = (float("nan"), float("inf"), float("-inf"))
 NUMBERS = (0, -1, 1, 2, 3, 7, -(10**9), 0.0, -1.0, 1e-3, 0.3, 0.5, 1.0, 2.5, 50.0)
 IDS = ("query_ids", "gallery_ids")
@@ -38,7 +38,7 @@ OTHERS = ("", " ", "x", "../x", "all", None, True, (), (1,), (0, 1), (-1.0,), ("
 
 
 def examples(count):
-    """Settings of a test of `count` examples."""
+    """Settings of a test with `count` examples."""
     return settings(
         max_examples=count * int(os.environ.get("S2SD_TF_FUZZ", "1")),
         derandomize=True,
@@ -50,20 +50,20 @@ def examples(count):
 
 @contextlib.contextmanager
 def clear_errors(*names):
-    """Lets an error pass that this package raises, in its own words, with one of `names` in them.
+    """Accepts an error if this package raises it with its own message, which contains one of `names`.
 
     Yields a list that holds the error afterwards, if there was one.
     """
-    told = []
+    raised = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield told
+            yield raised
     except CLEAR as error:
-        told.append(error)
-    for error in told:
+        raised.append(error)
+    for error in raised:
         last = traceback.extract_tb(error.__traceback__)[-1].filename
-        # What is of another type ml_collections tells by itself.
+        # ml_collections itself reports values of the wrong type.
         of_config = "ml_collections" in last
         assert of_config or last.startswith(PACKAGE), f"raised in {last}: {error!r}"
         assert of_config or any(words in str(error) for words in ("expected", "are not readable images")), repr(error)
@@ -81,9 +81,9 @@ def working_in(folder):
 
 
 class TestConfigs:
-    """Values of random keys, up to where a model is made of them."""
+    """Random values for random keys, up to building a model."""
 
-    # Legal at any size, and not to be built at any.
+    # Valid at any size, but not to be built if they are large.
     SIZES = (
         "embedding_dim", "target_dims", "filters", "pools", "proxies_per_class", "memory_size", "bins", "image_size",
         "resize_size", "hidden_dim", "ks", "classes_per_batch", "samples_per_class",
@@ -104,7 +104,7 @@ class TestConfigs:
                 yield from walk(value, [*path, key]) if isinstance(value, ConfigDict) else [([*path, key], value)]
 
         found = list(walk(training.default_config(), []))
-        # Of what a run does not use nothing is looked at.
+        # Sections that a run does not use are not checked.
         unused = [n for n in objectives.names() if n != "multi_similarity"]
         return [
             (path, value)
@@ -137,9 +137,9 @@ class TestConfigs:
             path, default = leaves[at]
             value = draw.draw(st.sampled_from(self.values(default)), ".".join(path))
             names += [path[-1], *self.ALIASES.get(path[-1], ())]
-            with clear_errors() as told:
+            with clear_errors() as raised:
                 config.update_from_flattened_dict({".".join(path): value})
-            if told:
+            if raised:
                 return
             numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
             large |= path[-1] in self.SIZES and max(numbers, default=0) > 64
@@ -149,7 +149,7 @@ class TestConfigs:
                 build_model(resolved, load_data(resolved))
         assert os.listdir(workdir) == []
 
-    # The argument that an error is about, where it is another name than the key's.
+    # The argument that an error names, if its name differs from the key's.
     ALIASES = {
         "root": ("data_dir", "config.data"),
         "name": ("objective", "sampler", "optimizer", "config.data.name", "data_dir", "root", "config.data"),
@@ -163,7 +163,7 @@ class TestConfigs:
 
 
 class TestObjectives:
-    """Random settings, and random batches."""
+    """Random settings and random batches."""
 
     @staticmethod
     def names():
@@ -171,7 +171,7 @@ class TestObjectives:
 
     @staticmethod
     def batch(draw):
-        """`(embeddings, labels)`; of odd shapes, with equal rows, huge and tiny and missing numbers."""
+        """Draws `(embeddings, labels)`: odd shapes, equal rows, huge, tiny and missing numbers."""
         size, dim = draw(st.sampled_from([1, 2, 3, 5, 8])), draw(st.sampled_from([1, 2, 5]))
         generator = np.random.default_rng(draw(st.integers(0, 99)))
         rows = generator.normal(size=(size, dim)).astype(np.float32)
@@ -193,7 +193,7 @@ class TestObjectives:
 
     @staticmethod
     def settings(draw, registry, name, left_out=()):
-        """Some of the settings of a class, with values that may suit them or not."""
+        """Draws some of the settings of a class, with valid or invalid values."""
         known = {
             key: value for key, value in registry.settings(name).items() if key not in ("name", "dtype", *left_out)
         }
@@ -206,11 +206,11 @@ class TestObjectives:
         name = draw.draw(st.sampled_from(self.names()), "objective")
         chosen = self.settings(draw.draw, objectives, name, ("num_classes",))
         rows, labels = self.batch(draw.draw)
-        with clear_errors(*chosen) as told:
+        with clear_errors(*chosen) as raised:
             objective = objectives.get(
                 name, **chosen, **({"num_classes": 8} if objectives.lookup(name).uses_classes else {})
             )
-        if told:
+        if raised:
             assert chosen
             return
         with tf.GradientTape() as tape:
@@ -231,9 +231,9 @@ class TestObjectives:
     def test_miners(self, draw):
         name = draw.draw(st.sampled_from(mining.names()), "miner")
         chosen = self.settings(draw.draw, mining, name)
-        with clear_errors(*chosen, "weights", "bins") as told:
+        with clear_errors(*chosen, "weights", "bins") as raised:
             miner = mining.get(name, **chosen)
-        if told:
+        if raised:
             return
         rows, labels = self.batch(draw.draw)
         rows = objectives.base.unit_rows(np.nan_to_num(rows))
@@ -259,9 +259,9 @@ class TestObjectives:
             "labels",
         )
         names = (*chosen, "labels", "expected batches")
-        with clear_errors(*names) as told:
+        with clear_errors(*names) as raised:
             sampler = samplers.get(name, **chosen)
-        if told or sampler.batch_size > 1000:
+        if raised or sampler.batch_size > 1000:
             return
         with clear_errors(*names):
             checked = samplers.base.checked_labels(labels)
@@ -277,7 +277,7 @@ class TestObjectives:
 
 
 def changed(draw, content):
-    """Bytes with some of them flipped, left out, repeated or replaced."""
+    """The content with some bytes flipped, left out, repeated or replaced."""
     kind = draw(st.sampled_from(["flip", "cut", "insert", "drop", "repeat", "all", "line", "number"]))
     at = draw(st.integers(0, max(0, len(content) - 1)))
     piece = draw(
@@ -311,7 +311,7 @@ def changed(draw, content):
 
 @contextlib.contextmanager
 def replaced(path, content):
-    """A file has another content within the block."""
+    """Replaces the content of a file within the block."""
     whole = path.read_bytes()
     path.write_bytes(content)
     try:
@@ -325,7 +325,7 @@ def listing(root):
 
 
 class TestDataSets:
-    """Annotations, lists and images that something happened to."""
+    """Randomly damaged annotations, lists and images."""
 
     @pytest.fixture(scope="class")
     def root(self, tmp_path_factory):
@@ -356,14 +356,14 @@ class TestDataSets:
         for path in sorted(root.rglob("*")):
             if path.suffix in (".txt", ".mat", ".zip"):
                 files.setdefault(path.relative_to(root).parts[0], []).append(path)
-        # A MATLAB file takes a process.
+        # Reading a MATLAB file starts a process, so draw it less often.
         names = [*files, *(name for name in files if files[name][0].suffix != ".mat")]
         name = draw.draw(st.sampled_from(names), "data set")
         path = draw.draw(st.sampled_from(files[name]), "file")
         file = path.name
         before = listing(root)
         with replaced(path, changed(draw.draw, path.read_bytes())):
-            # What the list then names is not there, or is too few.
+            # The list may then name missing files, or too few.
             with clear_errors(
                 file, "are not readable images", "root: expected", "split_classes", "class_names", "_list"
             ):
@@ -379,13 +379,13 @@ class TestDataSets:
         with replaced(path, changed(draw.draw, path.read_bytes())), clear_errors(path.name):
             data.load_cub200(str(root / "cub200"), check=check)
 
-    def test_the_whole_ones_load(self, root):
+    def test_undamaged_data_sets_load(self, root):
         for name in (*LAYOUTS, "lists", "omniglot"):
             assert self.load(name, root)
 
 
 class TestSavedSets:
-    """Embeddings, indexes, shards and settings that something happened to."""
+    """Randomly damaged embeddings, indexes, shards and settings."""
 
     @pytest.fixture(scope="class")
     def root(self, tmp_path_factory):
@@ -441,7 +441,7 @@ class TestSavedSets:
         path = draw.draw(st.sampled_from([file for file in files if file.suffix != ".pkl"]), "file")
         before = listing(root)
         with replaced(path, changed(draw.draw, path.read_bytes())):
-            # Sizes are told by the folder, and ScaNN's files by theirs.
+            # Errors about sizes name the folder, and errors about ScaNN's files name their folder.
             with clear_errors(path.name, str(path.parent), name):
                 found = self.READ[name](str(root / name))
                 if hasattr(found, "search"):
@@ -449,13 +449,13 @@ class TestSavedSets:
                         found.search(np.eye(3, dtype=np.float32), 2)
             assert listing(root) == before
 
-    def test_the_whole_ones_are_read(self, root):
+    def test_undamaged_files_are_read(self, root):
         for name, read in self.READ.items():
             assert read(str(root / name))
 
 
 class TestEvaluation:
-    """Odd arguments of the metrics and of the search."""
+    """Unusual arguments for metrics and search."""
 
     ROWS = st.sampled_from(["good", "empty", "flat", "int", "nan", "huge", "one", "text", "wide", "zero"])
 
@@ -541,7 +541,7 @@ class TestEvaluation:
             callback.on_epoch_end(0, {})
 
 
-def test_items_of_an_index_are_read_as_they_were_written(tmp_path):
+def test_items_of_an_index_are_read_back(tmp_path):
     odd = ["", "\0", "a\nb", "é", "\udcff", "../x", "<b>", "x" * 5000]
     index = evaluation.build_index(np.eye(len(odd)), odd, odd, "exact")
     index.save(tmp_path / "index")

@@ -1,4 +1,4 @@
-"""The check for a GPU, as far as a machine without one can tell: its program in the emulator, its steps, its table."""
+"""The GPU check, as far as it can be tested without a GPU: its program in the emulator, its steps, its table."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ def gpu_check():
 
 
 def test_the_program_passes_in_the_emulator(tmp_path):
-    """All kernels: ragged edges, rectangles, rows that allow no wide loads, every dtype, a stream of their own."""
+    """All kernels: ragged edges, rectangles, rows that do not allow wide loads, every dtype, a separate stream."""
     compile_it = [libraries.compiler(), "-x", "c++", "-std=c++17", "-O1", "-w", SOURCES / "gpu_check.cu"]
     subprocess.run([*compile_it, "-o", tmp_path / "gpu_check"], check=True)
     done = subprocess.run(
@@ -60,7 +60,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_results_are_there_after_every_step(gpu_check, tmp_path):
+def test_results_are_written_after_every_step(gpu_check, tmp_path):
     check = gpu_check.Check(tmp_path / "out", tmp_path, {"gpu": "a GPU"})
     good = """import json; print(json.dumps({"times": 112, "precision": "TF32", "ok": True, "mib": {},
         "ms": {"fused": 1, "fused_graph": 1, "eager": 4, "compiled_graph": 2}}))"""

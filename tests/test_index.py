@@ -1,4 +1,4 @@
-"""Indexes: what they find, tuning, saving and loading, adding and removing, parts; and embeddings on disk."""
+"""Indexes: results, tuning, saving and loading, adding and removing, parts; and embeddings on disk."""
 
 import json
 import pickle
@@ -29,7 +29,7 @@ def of_kind(kind, monkeypatch):
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_scann_is_tuned_to_the_recall(kind, metric, monkeypatch):
+def test_scann_is_tuned_to_the_requested_recall(kind, metric, monkeypatch):
     of_kind(kind, monkeypatch)
     rows = clustered(4000)
     index = evaluation.build_index(rows, metric=metric, recall=0.95, k=10)
@@ -51,14 +51,14 @@ def test_scann_is_tuned_to_the_recall(kind, metric, monkeypatch):
     assert work[0] < work[1]
 
 
-def test_small_galleries_are_searched_by_brute_force_and_larger_ones_not():
+def test_only_small_galleries_are_searched_by_brute_force():
     assert scann_searcher.settings_for(19_999, True)["kind"] == "brute_force"
     assert scann_searcher.settings_for(20_000, True)["kind"] == "hashing"
     assert scann_searcher.settings_for(99_999, True)["kind"] == "hashing"
     assert scann_searcher.settings_for(1_000_000, True)["leaves"] == 2000
 
 
-def test_a_recall_that_quantisation_cannot_reach_is_left_to_brute_force(monkeypatch):
+def test_brute_force_if_quantisation_cannot_reach_the_recall(monkeypatch):
     of_kind("hashing", monkeypatch)
     monkeypatch.setattr(scann_index.ScannIndex, "_found", _only_exact(scann_index.ScannIndex._found))
     rows = clustered(600)
@@ -87,18 +87,18 @@ def test_save_load_move_add_remove(kind, metric, tmp_path, monkeypatch):
     )
     before = index.search(queries, 5)
     index.save(tmp_path / "one")
-    # The folder does not say where it was.
+    # The folder does not contain its own path.
     shutil.move(tmp_path / "one", tmp_path / "other")
     assert not any(str(tmp_path).encode() in path.read_bytes() for path in (tmp_path / "other").rglob("*.*"))
     assert not list(tmp_path.rglob("*.pkl"))
     index = evaluation.load_index(tmp_path / "other")
     after = index.search(queries, 5)
     np.testing.assert_array_equal(before.indices, after.indices)
-    # ScaNN adds up in an order that depends on where in memory the rows are.
+    # The order of ScaNN's sums depends on where the rows are in memory.
     np.testing.assert_allclose(after.similarities, before.similarities, rtol=0 if kind == "exact" else 1e-6)
     assert index.ids == names
 
-    # An image far from the others, and a new one in the place of one that is there.
+    # Add an image far from the others, and replace an existing one.
     far, far2 = -10.0 * rows.mean(axis=0), 10.0 * np.roll(rows[0], 1)
     index.add(np.stack([far, far2]), ["new", "image 3"], ["c8", "c9"])
     assert len(index) == 701
@@ -120,7 +120,7 @@ def test_save_load_move_add_remove(kind, metric, tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.search(queries, 5).indices, index.search(queries, 5).indices)
 
 
-def test_parts_are_searched_as_one(tmp_path):
+def test_parts_are_searched_together(tmp_path):
     rows, queries = clustered(900), clustered(30, seed=3)
     for number, part in enumerate(np.split(np.arange(900), [300, 310])):
         ids = [str(i) for i in part]
@@ -172,7 +172,7 @@ def test_errors_name_the_argument(method, call, words):
     assert index.ids == ["0", "1", "2"]
 
 
-def test_what_is_no_index_is_told(tmp_path):
+def test_folders_that_are_not_an_index_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="index"):
         evaluation.load_index(tmp_path)
     evaluation.build_index(np.eye(3)).save(tmp_path / "index")
@@ -188,7 +188,7 @@ def test_what_is_no_index_is_told(tmp_path):
 
 
 class Payload:
-    """Writes a file where it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -204,7 +204,7 @@ def test_nothing_is_unpickled(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+def test_a_folder_with_other_content_is_not_replaced(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text("{}")
     with pytest.raises(ValueError, match="folder: expected a new folder"):
@@ -214,7 +214,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path):
         evaluation.build_index(np.eye(3)).save(tmp_path / "index")
 
 
-def test_an_interrupted_run_is_told(tmp_path):
+def test_an_interrupted_run_is_reported(tmp_path):
     embeddings_module.write_shard(
         str(tmp_path / "shard-00000"), np.eye(3), list("abc"), None, evaluation.build_index(np.eye(3))
     )
@@ -229,7 +229,7 @@ def test_an_interrupted_run_is_told(tmp_path):
         evaluation.load_index(tmp_path)
 
 
-def test_more_neighbours_than_it_was_tuned_for(monkeypatch):
+def test_more_neighbours_than_tuned_for(monkeypatch):
     of_kind("tree", monkeypatch)
     rows = clustered(3000, classes=300)
     index = evaluation.build_index(rows, k=2, recall=0.9)
@@ -260,7 +260,7 @@ def write_tfrecord(path, rows, ids, labels):
             writer.write(tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString())
 
 
-def test_embeddings_of_every_format(tmp_path):
+def test_embeddings_in_every_format(tmp_path):
     rows, ids = clustered(12), [f"é{i}" for i in range(12)]
     np.save(tmp_path / "a.npy", rows)
     np.savez(tmp_path / "b.npz", embeddings=rows, labels=np.arange(12) // 2, ids=ids)

@@ -1,4 +1,4 @@
-"""Objectives as losses of plain Keras models: training, values, precisions, replicas, saving, and what is refused."""
+"""Objectives as losses of plain Keras models: training, values, precision, replicas, saving and refusals."""
 
 import re
 
@@ -16,7 +16,7 @@ BATCH = 32
 
 
 def images(seed=0, count=8 * BATCH):
-    """Rows of 16 numbers in batches of all classes; what tells the classes apart is small beside what does not."""
+    """`(rows, labels)`: in each row 8 numbers depend on the class, and 8 are noise with a larger variance."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % CLASSES
     rows = rng.normal(size=(count, 16)) * np.repeat([0.5, 3.0], 8)
@@ -31,7 +31,7 @@ def make_model(*last):
 
 
 def held(name, **settings):
-    """`(model, loss, objective)`: an objective that the model holds."""
+    """`(model, loss, objective)`, where the model holds the objective."""
     objective = objectives.get(name, **settings)
     return make_model(objectives.ObjectiveHolder(objective)), objectives.as_keras_loss(objective), objective
 
@@ -71,7 +71,7 @@ def test_a_plain_model_trains(name):
         assert np.abs(objective.get_weights()[0] - start).max() > 0.01
 
 
-def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
+def test_the_examples_in_the_documentation_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (REPOSITORY / "docs" / "objectives.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -93,10 +93,10 @@ def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
         ("triplet", {"jit_compile": True}),
     ],
 )
-def test_a_step_has_the_objectives_value_and_gradient(name, how):
+def test_a_step_has_the_value_and_gradient_of_the_objective(name, how):
     model, objective = make_model(), objectives.get(name)
     model.compile(keras.optimizers.SGD(0.1), loss=objectives.as_keras_loss(name), **how)
-    # The second batch is a smaller one.
+    # The second batch is smaller.
     for x, y in zip(*(np.split(part[:48], [BATCH]) for part in images())):
         with tf.GradientTape() as tape:
             expected = objective(model(x), y, training=True)
@@ -109,7 +109,7 @@ def test_a_step_has_the_objectives_value_and_gradient(name, how):
         model.reset_metrics()
 
 
-def test_evaluation_is_the_objective():
+def test_evaluation_computes_the_objective():
     model, objective = make_model(), objectives.get("supcon")
     model.compile(loss=objectives.as_keras_loss("supcon"))
     rows, labels = (part[:BATCH] for part in images())
@@ -127,8 +127,8 @@ def test_labels(dtype):
         assert float(loss(y_true, rows)) == pytest.approx(expected)
 
 
-def test_large_labels_stay_apart():
-    # As float32 they are two classes.
+def test_large_labels_stay_distinct():
+    # In float32 they would be only two classes.
     labels = 2**24 + np.arange(4)
     assert len(np.unique(labels.astype(np.float32))) < 4
     loss, model, rows = objectives.as_keras_loss("contrastive", miner="all"), make_model(), images()[0][:4]
@@ -144,7 +144,7 @@ def test_mixed_precision(policy):
     keras.mixed_precision.set_global_policy(policy)
     try:
         model, loss, objective = held("proxy_anchor", num_classes=CLASSES)
-        # Keras's loss scale starts where the first steps overflow and are skipped.
+        # With Keras's initial loss scale the first steps overflow and are skipped.
         model.compile(keras.optimizers.Adam(0.01), loss=loss)
         history = fit(model, epochs=6).history["loss"]
     finally:
@@ -189,13 +189,13 @@ print("equal")
 """
 
 
-def test_on_replicas_the_loss_is_the_mean_of_theirs(tmp_path, run_python):
+def test_the_loss_is_the_mean_over_replicas(tmp_path, run_python):
     (tmp_path / "script.py").write_text(STRATEGY)
     assert "equal" in run_python("script.py", __file__.rsplit("/", 1)[0], cwd=tmp_path).stdout
 
 
 class TestSaving:
-    def test_settings_come_back(self, tmp_path):
+    def test_settings_are_restored(self, tmp_path):
         model = make_model()
         loss = objectives.as_keras_loss("multi_similarity", alpha=3.0, miner="distance_weighted", name="mine")
         model.compile("adam", loss=loss)
@@ -211,7 +211,7 @@ class TestSaving:
         fit(loaded)
 
     @pytest.mark.parametrize("name", ["proxy_anchor", "margin"])
-    def test_a_held_objective_goes_on_where_it_was(self, tmp_path, name):
+    def test_a_held_objective_resumes(self, tmp_path, name):
         model, loss, objective = held(name, num_classes=CLASSES)
         model.compile(keras.optimizers.Adam(0.01), loss=loss)
         fit(model)
@@ -223,11 +223,11 @@ class TestSaving:
         fit(loaded, epochs=2)
         for weight, value in zip(weights(loaded), weights(model)):
             np.testing.assert_array_equal(weight, value)
-        # The draws of a miner are among them.
+        # The weights include the draws of a miner.
         assert len(weights(model)) == 4 + len(objective.weights)
         assert np.abs(loaded.layers[-1].objective.get_weights()[0] - start).max() > 1e-3
 
-    def test_two_loaded_models_have_an_objective_each(self, tmp_path):
+    def test_two_loaded_models_have_separate_objectives(self, tmp_path):
         model, loss, _ = held("proxy_anchor", num_classes=CLASSES)
         model.compile("adam", loss=loss)
         fit(model)
@@ -237,7 +237,7 @@ class TestSaving:
         np.testing.assert_array_equal(other.layers[-1].objective.get_weights()[0], before)
         assert np.abs(one.layers[-1].objective.get_weights()[0] - before).max() > 1e-4
 
-    def test_without_a_holder_draws_start_again(self, tmp_path):
+    def test_without_a_holder_draws_restart(self, tmp_path):
         rows, labels = (part[:BATCH] for part in images())
         embeddings = make_model().predict(rows, verbose=0)
         model, loss = make_model(), objectives.as_keras_loss("triplet", margin=2.0)
@@ -246,7 +246,7 @@ class TestSaving:
         assert len(set(first)) == 3
         assert [float(reloaded(model, tmp_path).loss(labels, embeddings))] == first[:1]
 
-    def test_the_weights_of_the_model_alone_are_loaded_without_the_loss(self, tmp_path):
+    def test_the_weights_load_without_the_loss(self, tmp_path):
         model, loss, objective = held("proxy_anchor", num_classes=CLASSES)
         model.compile("adam", loss=loss)
         fit(model)
@@ -258,17 +258,17 @@ class TestSaving:
 class TestRefusals:
     rows, labels = tf.ones((4, 6)), np.array([0, 0, 1, 1])
 
-    def test_what_a_loss_cannot_have(self):
+    def test_objectives_that_cannot_be_a_loss(self):
         with pytest.raises(ValueError, match="'proxy_anchor', which has weights"):
             objectives.as_keras_loss("proxy_anchor", num_classes=4)
         with pytest.raises(ValueError, match=r"memory_size: expected 0, .*Received: 64"):
             objectives.as_keras_loss("supcon", memory_size=64)
         with pytest.raises(ValueError, match="objective: expected one of"):
             objectives.as_keras_loss("nonsense")
-        # Without learned boundaries it has none.
+        # Without learned boundaries it has no weights.
         objectives.as_keras_loss("margin", learnable_beta=False)(self.labels, self.rows)
 
-    def test_weights_that_the_model_does_not_have(self):
+    def test_an_objective_with_weights_needs_a_holder(self):
         loss = objectives.as_keras_loss(objectives.get("proxy_anchor", num_classes=4))
         with pytest.raises(ValueError, match="objective: expected one without weights, or an instance that is in"):
             loss(self.labels, self.rows)
@@ -277,7 +277,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="in an ObjectiveHolder of the model; or use S2SDModel"):
             fit(model)
 
-    def test_a_loss_whose_holder_is_not_there(self):
+    def test_a_loss_without_its_holder(self):
         _, loss, objective = held("proxy_anchor", num_classes=4)
         config = loss.get_config()
         assert config["objective"] == objective.holder_key
@@ -301,7 +301,7 @@ class TestRefusals:
             loss(self.labels, tf.ones((4, 2, 3)))
 
     @pytest.mark.parametrize("labels", [[0.5, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 2.0**24]])
-    def test_labels_that_are_no_integers(self, labels):
+    def test_labels_that_are_not_integers(self, labels):
         loss = objectives.as_keras_loss("supcon")
         with pytest.raises(tf.errors.InvalidArgumentError, match="y_true: expected whole numbers"):
             loss(np.float32(labels), self.rows)

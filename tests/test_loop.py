@@ -1,4 +1,4 @@
-"""The program's loop and `fit` in a script: one config, the same weights."""
+"""The program's loop and `fit` in a script train the same weights from the same config."""
 
 import time
 
@@ -29,15 +29,15 @@ def small_config(**changes):
 
 
 @pytest.fixture(autouse=True)
-def _without_an_end(monkeypatch):
-    """Leaves out evaluation, export and pictures at the end of runs."""
+def _without_finishing(monkeypatch):
+    """Skips evaluation, export and pictures at the end of runs."""
     monkeypatch.setattr(run_module, "finish", lambda run: run)
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"data.augmentation": "base"}, {"sampler.name": "greedy_coreset"}], ids=["", "augmented", "storage"]
 )
-def test_fit_in_a_script_trains_what_the_program_does(tmp_path, changes):
+def test_fit_in_a_script_trains_like_the_program(tmp_path, changes):
     config = small_config(**changes)
     run = train(config, str(tmp_path))
     keras.utils.set_random_seed(config.seed)
@@ -63,7 +63,7 @@ def test_fit_in_a_script_trains_what_the_program_does(tmp_path, changes):
     assert ("refresh_seconds" in rows[0]) == (sampler.storage is not None)
 
 
-def test_waiting_for_images_is_input(tmp_path, monkeypatch):
+def test_waiting_for_images_counts_as_input_time(tmp_path, monkeypatch):
     iterate = Loop.iterate
 
     def slow(loop, *where):
@@ -80,7 +80,7 @@ def test_waiting_for_images_is_input(tmp_path, monkeypatch):
 
 
 class TestEpochBatches:
-    def test_are_of_the_epoch_of_the_stored_embeddings(self):
+    def test_the_epoch_must_match_the_stored_embeddings(self):
         config = small_config(**{"sampler.name": "d2_coreset"})
         run_data, sampler = load_data(config), build_sampler(config)
         batches = build_batches(config, run_data, sampler)
@@ -92,7 +92,7 @@ class TestEpochBatches:
         with pytest.raises(ValueError, match=r"epoch: expected the epoch of the stored embeddings, 3. Received: 2"):
             batches(2)
 
-    def test_none_are_left_after_the_last(self):
+    def test_none_are_left_after_the_last_step(self):
         config = small_config()
         batches = build_batches(config, load_data(config), build_sampler(config))
         assert [int(batches(1, first).cardinality()) for first in range(STEPS + 1)] == [3, 2, 1, 0]

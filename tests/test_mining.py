@@ -1,4 +1,4 @@
-"""Miners: validity, choices and distributions against plain Python, reproducibility, graphs."""
+"""Miners: valid choices, distributions against plain Python, reproducibility, graphs."""
 
 import inspect
 import json
@@ -32,7 +32,7 @@ def is_stochastic(name, settings):
 
 
 def chooser(name, **settings):
-    """A function of distances, labels and seed: the miner's triplets, or the pairs of one that only chooses pairs."""
+    """A function from distances, labels and seed to the miner's triplets, or its pairs if it only mines pairs."""
     miner = mining.get(name, **settings)
     choose = miner.pairs if isinstance(miner, mining.PairMiner) else miner
     return lambda distances, labels, seed: choose(distances, labels, dim=5, seed=seed)
@@ -51,7 +51,7 @@ def valid_triplets(found):
 
 
 def as_rows(found):
-    """What a choice says, as an array to compare."""
+    """The choice as an array, to compare it."""
     return valid_triplets(found) if isinstance(found, mining.Triplets) else np.stack(found)
 
 
@@ -61,7 +61,7 @@ def same_class(labels):
 
 
 def label_patterns():
-    """25 random ones, then one sample, a pair, one class, all different, one pair among singletons, two classes."""
+    """25 random patterns, then one sample, a pair, one class, all different, one pair among singletons, two classes."""
     for seed in range(25):
         generator = np.random.default_rng(seed)
         batch = int(generator.integers(1, 14))
@@ -75,7 +75,7 @@ def test_triplets_are_valid_and_complete_for_any_labels(unit_rows, name, setting
         batch = len(labels)
         found = mine(name, unit_rows(batch, 5, seed), labels, (seed, 1), **settings)
         assert len(found.valid) == batch ** (1 if name in AN_ANCHOR else 3 if name == "all" else 2)
-        # Objectives gather with the indices of invalid entries too.
+        # Objectives also gather with the indices of invalid entries.
         for part in found[:3]:
             assert part.dtype == np.int32
             assert np.all((part >= 0) & (part < batch))
@@ -93,7 +93,7 @@ def test_triplets_are_valid_and_complete_for_any_labels(unit_rows, name, setting
                 assert np.all(switched == (same.sum(axis=1)[anchor] > 2))
         else:
             assert np.all(switched == (name == "intra_random"))
-        # Every anchor, pair or triplet that there is, once.
+        # Every possible anchor, pair or triplet, once.
         positives, negatives = same.sum(axis=1) - 1, batch - same.sum(axis=1)
         if name in AN_ANCHOR:
             expected, once = np.sum((positives > 0) & (negatives > 0)), anchor
@@ -106,7 +106,7 @@ def test_triplets_are_valid_and_complete_for_any_labels(unit_rows, name, setting
 
 
 @pytest.mark.parametrize(("name", "settings"), TRIPLET_CASES)
-def test_pairs_are_those_of_the_triplets(unit_rows, name, settings):
+def test_pairs_match_the_triplets(unit_rows, name, settings):
     miner = mining.get(name, **settings)
     assert miner.negatives_in_class == (name in IN_CLASS)
     for seed, labels in enumerate(label_patterns()):
@@ -138,7 +138,7 @@ def test_lifted_takes_all_pairs_of_complete_anchors(unit_rows):
             assert np.flatnonzero(negative[a]).tolist() == (negatives if complete else [])
 
 
-def test_n_pair_takes_one_pair_a_class(unit_rows):
+def test_n_pair_takes_one_pair_per_class(unit_rows):
     for seed, labels in enumerate(label_patterns()):
         positive, negative = mine("n_pair", unit_rows(len(labels), 5, seed), labels, (seed, 1))
         classes = [label for label in np.unique(labels) if np.sum(labels == label) > 1]
@@ -161,7 +161,7 @@ def plain_semi_hard(a, p, negatives, d):
 
 
 def plain_triplets(name, labels, d, negatives=None):
-    """The triplets of a deterministic miner, one sample after the other."""
+    """The triplets of a deterministic miner, one sample at a time."""
     found = []
     for a in range(len(labels)):
         positive = [j for j in range(len(labels)) if j != a and labels[j] == labels[a]]
@@ -191,7 +191,7 @@ def plain_triplets(name, labels, d, negatives=None):
 def test_deterministic_miners_match_plain_python(unit_rows, name, settings):
     patterns = [*label_patterns(), np.arange(24) % 5]
     for seed, labels in enumerate(patterns):
-        # Rows along one direction, so that anchors with no farther negative occur too, and equal distances.
+        # Rows along one direction give anchors without a farther negative, and equal distances.
         rows = unit_rows(len(labels), 3, seed)
         rows = np.round(rows, 1) if seed % 2 else rows
         d = euclidean_distances(tf.constant(rows)).numpy()
@@ -204,7 +204,7 @@ def test_deterministic_miners_match_plain_python(unit_rows, name, settings):
 
 
 def draw(name, distances, labels, count, **settings):
-    """Parts of `count` choices, with seeds (7, 0), (7, 1) ..., each stacked along a first axis."""
+    """Draws `count` choices with seeds (7, 0), (7, 1), ...; stacks each of their parts along a first axis."""
     call = chooser(name, **settings)
     distances, labels = tf.constant(distances), tf.constant(labels, tf.int32)
     kind = mining.Pairs if name == "n_pair" else mining.Triplets
@@ -218,14 +218,14 @@ def draw(name, distances, labels, count, **settings):
 
 
 def count_triplets(found, batch):
-    """How often each (anchor, positive, negative) was drawn, `(batch, batch, batch)`."""
+    """The number of draws of each (anchor, positive, negative), `(batch, batch, batch)`."""
     counts = np.zeros([batch] * 3)
     np.add.at(counts, tuple(valid_triplets(found).T), 1)
     return counts
 
 
 def assert_follows(counts, probabilities):
-    """Chi-square test of counts of one experiment against the probabilities of its outcomes."""
+    """Chi-square test of the counts of outcomes against their probabilities."""
     counts, probabilities = np.ravel(counts), np.ravel(probabilities)
     np.testing.assert_allclose(probabilities.sum(), 1.0)
     assert np.all(counts[probabilities == 0] == 0)
@@ -233,12 +233,12 @@ def assert_follows(counts, probabilities):
     wanted = counts.sum() * probabilities[possible]
     chi_square = np.sum((counts[possible] - wanted) ** 2 / wanted)
     freedom = possible.sum() - 1
-    # Mean and four standard deviations of the chi-square distribution; 4 for the skew of a small one.
+    # Mean plus four standard deviations of the chi-square distribution, plus 4 for its skew at few degrees of freedom.
     assert chi_square < freedom + 4 * np.sqrt(2 * freedom) + 4
 
 
 def assert_negatives_follow(counts, labels, probability_of, draws):
-    """`probability_of(a, p)` gives the probabilities of the negatives, or None for no triplet."""
+    """`probability_of(a, p)` returns the probabilities of the negatives, or None if there is no triplet."""
     tested = 0
     for a, p in zip(*np.nonzero(same_class(labels) & ~np.eye(len(labels), dtype=bool))):
         expected = probability_of(a, p)
@@ -250,7 +250,7 @@ def assert_negatives_follow(counts, labels, probability_of, draws):
 
 
 def assert_independent(first, second):
-    """Chi-square test of two columns of outcomes, drawn side by side, for independence."""
+    """Chi-square test for independence of two columns of outcomes that were drawn together."""
     (_, first), (_, second) = np.unique(first, return_inverse=True), np.unique(second, return_inverse=True)
     table = np.zeros((first.max() + 1, second.max() + 1))
     np.add.at(table, (first, second), 1)
@@ -276,7 +276,7 @@ def plain_distance_weighted(d, labels, dim=5):
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-# Classes of four, three, two and one.
+# Classes with four, three, two and one samples.
 MIXED = np.array([0, 1, 0, 2, 3, 1, 0, 2, 1, 0])
 SAME = same_class(MIXED)
 
@@ -310,7 +310,7 @@ def test_rho_distance_draws_follow_the_exact_distribution(unit_rows, rho):
 
     found = draw("rho_distance", d, MIXED, 4000, rho=rho)
     assert_negatives_follow(count_triplets(found, 10), MIXED, probability_of, 4000)
-    # Whether one pair's negative was replaced says nothing about another's.
+    # Replacing the negative of one pair is independent of replacing another's.
     negatives = found.negative.reshape(-1, 10, 10)
     switched = MIXED[negatives] == MIXED[None, :, None]
     assert_independent(switched[:, 0, 2], switched[:, 0, 6])
@@ -350,7 +350,7 @@ def test_soft_hard_draws_follow_the_exact_distribution(unit_rows):
     rows = unit_rows(12, 5)
     rows[10], rows[11] = [1, 0, 0, 0, 0], [1, 1e-3, 0, 0, 0]
     labels = np.array([*MIXED, 4, 4])
-    # Rounded, so that equal distances occur; of anchor 0, those of a positive and of the nearest negative too.
+    # Rounding gives equal distances, for anchor 0 also between a positive and the nearest negative.
     d = np.round(plain_distances(rows), 1)
     d[0, 2] = d[2, 0] = d[0, labels != 0].min()
     assert d[0, labels == 0].max() > d[0, 2]
@@ -408,7 +408,7 @@ def test_n_pair_draws_are_uniform(unit_rows):
         {"shape": "gaussian", "bins": 5, "support": [0.3, 1.8], "mu": 1.2, "sigma": 0.4},
         {"shape": "distance", "bins": 4, "support": [0.8, 1.6]},
         {"bins": 3, "support": [1.0, 1.6], "weights": [3, 0, 1]},
-        # Only the farthest tenth of the range: many anchors have all their negatives in bins of weight 0.
+        # Only the farthest tenth of the range has weight: for many anchors, all negatives are in bins of weight 0.
         {"bins": 10, "support": [0.0, 2.0], "weights": [0] * 9 + [1]},
     ],
 )
@@ -439,8 +439,8 @@ def test_parametric_draws_follow_the_exact_distribution(unit_rows, settings):
     assert_negatives_follow(count_triplets(found, 10), MIXED, probability_of, 4000)
 
 
-def test_parametric_keeps_to_far_bins_of_vanishing_weight(unit_rows):
-    # All weights of bins that hold negatives underflow; their ratios still count: the bin nearest to mu.
+def test_parametric_handles_bins_whose_weights_underflow(unit_rows):
+    # The weights of all bins with negatives underflow, but their ratios still select the bin nearest to mu.
     d = plain_distances(unit_rows(10, 5))
     found = mine("parametric", unit_rows(10, 5), MIXED, shape="gaussian", bins=200, mu=0.0, sigma=1e-3, support=[0, 2])
     for a, _, n in valid_triplets(found):
@@ -448,18 +448,18 @@ def test_parametric_keeps_to_far_bins_of_vanishing_weight(unit_rows):
         assert np.floor(d[a, n] * 100) == np.floor(nearest * 100)
 
 
-def test_drawn_members_at_the_ends_of_the_draws():
+def test_drawn_members_at_the_limits_of_the_draws():
     least = 2.0**-24
     mask = tf.constant([[False, True, False, True, True], [False] * 5])
     draws = tf.constant([[least, 1 / 3, 0.4, 2 / 3, 1.0]] * 2, tf.float64)
     np.testing.assert_array_equal(drawn_members(mask, draws), [[1, 1, 3, 3, 4], [0] * 5])
-    # Draw j is out of {1, 3, 4} without j.
+    # Draw j is from {1, 3, 4} without j.
     for value, expected in ((least, [1, 3, 1, 1, 1]), (0.5, [3, 3, 3, 1, 1]), (1.0, [4, 4, 4, 4, 3])):
         draws = tf.fill([2, 5], tf.constant(value, tf.float32))
         np.testing.assert_array_equal(drawn_members(mask, draws, besides=True), [expected, [0] * 5])
 
 
-def test_weighted_members_never_have_probability_0():
+def test_weighted_members_never_choose_probability_0():
     least = 2.0**-24
     probabilities = tf.constant([[0.0, 0.5, 0.0, 0.5, 0.0], [0.0] * 5])
     draws = tf.constant([[least, 0.5, 0.5 + least, 1.0]] * 2, tf.float64)
@@ -470,7 +470,7 @@ def test_weighted_members_never_have_probability_0():
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_reproducible_by_seed_and_alike_in_graph_and_xla(unit_rows, name, settings):
+def test_reproducible_by_seed_and_equal_in_graph_and_xla(unit_rows, name, settings):
     for batch, dtype in ((12, np.float64), (96 if name != "all" else 24, np.float32)):
         rows, labels = unit_rows(batch, 24).astype(dtype), np.arange(batch) % (batch // 4)
         eager = as_rows(mine(name, rows, labels, (5, 2), **settings))
@@ -482,7 +482,7 @@ def test_reproducible_by_seed_and_alike_in_graph_and_xla(unit_rows, name, settin
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_shapes_are_static_where_the_batch_is(name, settings):
+def test_shapes_are_static_if_the_batch_size_is(name, settings):
     call = chooser(name, **settings)
     seed = tf.TensorSpec([2], tf.int32)
     for batch in (8, None):
@@ -535,6 +535,6 @@ def test_errors_name_argument_expected_and_received(name, settings, message):
 
 
 @pytest.mark.parametrize("name", ["lifted", "n_pair"])
-def test_miners_of_pairs_have_no_triplets(name):
+def test_pair_miners_have_no_triplets(name):
     with pytest.raises(TypeError, match=f"expected one that chooses triplets. Received: '{name}'"):
         mining.get(name)(tf.zeros([2, 2]), tf.zeros([2], tf.int32), dim=2, seed=tf.constant([0, 0]))

@@ -12,12 +12,12 @@ from s2sd_tf.keras_compat import keras
 from s2sd_tf.objectives.quadruplet import fourth_images
 
 CLASSES = 4
-# What cases set beside classes and miner.
+# Settings of the test cases besides classes and miner.
 MORE_SETTINGS = {"margin": {"nu": 0.01}, "soft_triple": {"proxies_per_class": 3}}
 
 
 def case(name):
-    """The settings of an objective in the tests: all pairs or triplets count."""
+    """The settings of an objective in the tests, where all pairs or triplets count."""
     settings = {"num_classes": CLASSES} if objectives.lookup(name).uses_classes else {}
     if "miner" in objectives.settings(name):
         settings["miner"] = "all"
@@ -37,7 +37,7 @@ VARIANTS = [
     ("triplet", {"miner": "distance_weighted"}),
     ("triplet", {"miner": "semi_hard"}),
 ]
-# What stands between a loss and 0 when the classes are well separated.
+# Settings under which the loss of well separated classes is 0.
 INACTIVE = {
     "contrastive": {},
     "fast_ap": {},
@@ -60,7 +60,7 @@ PAIR_OBJECTIVES = [name for name in CASES if objectives.lookup(name).kind == "pa
 
 
 def make(which, dim=6, dtype="float64", **settings):
-    if objectives.lookup(which).uses_classes:  # it has weights, which are drawn
+    if objectives.lookup(which).uses_classes:  # its weights are initialised randomly
         keras.utils.set_random_seed(3)
     objective = objectives.get(which, dtype=dtype, **{**CASES[which], **settings})
     objective.build((None, dim))
@@ -89,13 +89,13 @@ def test_every_objective_has_a_naive_version():
     assert not missing, f"tests/naive_objectives.py: expected a function of the name of each objective; lacks {missing}"
 
 
-def test_every_objective_is_of_a_kind():
+def test_every_objective_has_a_kind():
     kinds = ("pair", "tuple", "proxy", "addons")
     assert sorted(name for kind in kinds for name in objectives.names(kind)) == objectives.names()
 
 
 @pytest.mark.parametrize("registry", [objectives, mining])
-def test_files_are_named_as_what_they_register(registry):
+def test_files_are_named_like_what_they_register(registry):
     for name in registry.names():
         file = "addons" if name.startswith("addons/") else name
         assert registry.lookup(name).__module__ == f"{registry.__name__}.{file}"
@@ -155,7 +155,7 @@ def test_every_golden_is_tested(golden):
         ("soft_triple", {"num_classes": 6, "proxies_per_class": 2, "regularization": 0.0}),
     ],
 )
-def test_values_of_another_library(golden, name, settings):
+def test_values_against_another_library(golden, name, settings):
     values = golden("objectives_pml_more")
     objective = make(name, dim=10, **settings)
     if f"{name}_proxies" in values.files:
@@ -165,14 +165,14 @@ def test_values_of_another_library(golden, name, settings):
     np.testing.assert_allclose(gradients[0], values[f"{name}_grad"], atol=1e-6)
 
 
-def test_the_angular_term_of_another_library(golden):
+def test_the_angular_term_against_another_library(golden):
     values = golden("objectives_pml_more")
     (loss, gradients), (alone, of_alone) = (
         value_and_gradient(make("angular", dim=10, angular_weight=w), values["embeddings"], values["labels"])
         for w in (1.0, 0.0)
     )
     np.testing.assert_allclose(loss - alone, values["angular_alone_loss"], atol=1e-6)
-    # Theirs takes rows as they come, here of unit length: ours has the part along the sphere.
+    # Their library does not normalise the rows, which have unit length here. Our gradient is the part along the sphere.
     rows, gradient = values["embeddings"], values["angular_alone_grad"]
     gradient = gradient - np.sum(gradient * rows, axis=1, keepdims=True) * rows
     np.testing.assert_allclose(gradients[0] - of_alone[0], gradient, atol=1e-6)
@@ -186,7 +186,7 @@ def test_naive_rederivation(unit_rows, name, dtype, pattern):
     objective = make(name, dtype="float64" if dtype == "float64" else "float32")
     rows = np.array(tf.cast(tf.cast(3.0 * unit_rows(len(labels), 6), dtype), tf.float64))
     loss, gradients = value_and_gradient(objective, tf.cast(rows, dtype), labels)
-    # In bfloat16 the input is rounded, and the loss is that of the rounded input.
+    # In bfloat16 the input is rounded, so compare with the loss of the rounded input.
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     tolerance = 1e-10 if dtype == "float64" else 1e-6
     expected = getattr(naive_objectives, name)(unit, labels, objective)
@@ -218,7 +218,7 @@ def test_settings(unit_rows, name, settings):
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_by_finite_differences(unit_rows, name, pattern):
     labels = BATCHES[pattern]
-    # The sigmoids of the paper are steps for a difference of 1e-6; the weights of circle are no function of its input.
+    # The paper's sigmoids are too steep for differences of 1e-6. The weights of circle do not depend on its input.
     objective = make(name, **({"rank_temperature": 0.1} if name == "recall_at_k_surrogate" else {}))
     if name == "circle":
         pytest.skip("its weights have no gradient; see test_circle_gradient")
@@ -233,7 +233,7 @@ def test_gradient_by_finite_differences(unit_rows, name, pattern):
     def slope(loss_of, start, direction):
         return (loss_of(start + 1e-6 * direction) - loss_of(start - 1e-6 * direction)) / 2e-6
 
-    # Along directions that are drawn, a difference costs two losses instead of two an element.
+    # Along random directions a difference takes two losses, instead of two per element.
     for _ in range(3):
         direction = random.normal(size=rows.shape)
         expected = slope(lambda value: objective(value, labels), rows, direction)
@@ -250,7 +250,7 @@ def test_gradient_by_finite_differences(unit_rows, name, pattern):
 
 
 def test_circle_gradient(unit_rows):
-    # Equation 10 of the paper: with the weights held still, the loss is one of similarities alone.
+    # Equation 10 of the paper: with constant weights, the loss depends only on the similarities.
     labels, x = BATCHES["uneven"], unit_rows(7, 6)
     objective = make("circle", gamma=20.0)
     _, (gradient,) = value_and_gradient(objective, x, labels)
@@ -279,7 +279,7 @@ class TestDegenerateBatches:
         labels = BATCHES[pattern]
         objective = make(name, dtype="float32", **settings)
         loss, gradients = value_and_gradient(objective, tf.cast(unit_rows(len(labels), 6), dtype), labels)
-        # Proxies are positives and negatives of their own, contrastive has a term for each, lengths are penalised.
+        # Proxies are positives and negatives themselves, contrastive has a term for each kind, lengths are penalised.
         left = objective.kind == "proxy" or not settings.get("normalize", True)
         if not left and (name != "contrastive" or pattern == "one image"):
             assert float(loss) == 0.0
@@ -294,7 +294,7 @@ class TestDegenerateBatches:
             assert np.isfinite(float(loss))
             assert all_finite(gradients)
 
-    def test_what_is_not_finite_is_told(self, unit_rows, name, settings):
+    def test_non_finite_input_gives_nan(self, unit_rows, name, settings):
         rows, labels = unit_rows(8, 6).astype(np.float32), BATCHES["one positive each"]
         for value in (np.nan, np.inf):
             rows[3, 2] = value
@@ -339,7 +339,7 @@ def test_compiled_equals_eager_without_retracing(unit_rows, name, settings):
 @pytest.mark.parametrize("name", CASES)
 def test_order_of_the_batch_does_not_matter(unit_rows, name):
     if name == "quadruplet":
-        pytest.skip("it draws")
+        pytest.skip("it draws randomly")
     labels, rows = BATCHES["uneven"], unit_rows(7, 6)
     order = np.random.default_rng(0).permutation(7)
     objective = make(name)
@@ -352,7 +352,7 @@ class TestMemory:
 
     SETTINGS = {"memory_size": 10, "memory_weight": 0.5, "memory_start": 1}
 
-    def test_counts_the_pairs_with_past_batches(self, unit_rows, name):
+    def test_adds_the_pairs_with_past_batches(self, unit_rows, name):
         labels, batches = BATCHES["uneven"], [unit_rows(7, 6, seed) for seed in range(4)]
         objective, plain = make(name, **self.SETTINGS), make(name)
         first = value_and_gradient(objective, batches[0], labels)
@@ -375,13 +375,13 @@ class TestMemory:
         np.testing.assert_allclose(objective.memory, remembered, atol=1e-12)
         np.testing.assert_array_equal(objective.memory_labels, remembered_labels)
 
-    def test_waits_and_stands_still_in_testing(self, unit_rows, name):
+    def test_starts_later_and_does_not_change_in_testing(self, unit_rows, name):
         labels, rows = BATCHES["uneven"], unit_rows(7, 6)
         objective, plain = make(name, **{**self.SETTINGS, "memory_start": 3, "memory_size": 4}), make(name)
         for step in range(3):
             np.testing.assert_allclose(objective(rows, labels, training=True), plain(rows, labels), err_msg=str(step))
         before = [tf.convert_to_tensor(w).numpy() for w in objective.weights]
-        # Labels of a test are not those of training.
+        # In testing, labels are not compared with those of training.
         np.testing.assert_allclose(objective(rows[::-1], labels), plain(rows[::-1], labels))
         for old, new in zip(before, objective.weights):
             np.testing.assert_array_equal(old, new)
@@ -425,7 +425,7 @@ def test_fourth_images_are_uniform_over_third_classes():
         assert np.sum((found_counts[possible] - wanted) ** 2 / wanted) < possible.sum() + 4 * np.sqrt(
             2 * possible.sum()
         )
-    # A negative of the anchor's own class, as the rho-regularised miner takes some.
+    # The rho-regularised miner takes some negatives from the anchor's own class.
     within = mining.get("rho_distance", rho=1.0)
     distances = tf.constant(np.ones((10, 10)) - np.eye(10))
     seen = set()
@@ -442,7 +442,7 @@ def test_fourth_images_are_uniform_over_third_classes():
 
 
 @pytest.mark.parametrize("name", PAIR_OBJECTIVES)
-def test_one_pair_a_class_by_small_matrices_is_that_by_masks(unit_rows, name):
+def test_one_pair_per_class_gives_the_same_with_small_matrices_and_masks(unit_rows, name):
     for seed, labels in enumerate(BATCHES.values()):
         objective, rows = make(name, miner="n_pair", seed=seed), unit_rows(len(labels), 6)
         masks = mining.get("n_pair").pairs(None, tf.constant(labels, tf.int32), dim=6, seed=tf.constant([seed, 0]))
@@ -450,7 +450,7 @@ def test_one_pair_a_class_by_small_matrices_is_that_by_masks(unit_rows, name):
         np.testing.assert_allclose(objective(rows, labels), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_lengths_are_penalised_where_they_count(unit_rows):
+def test_lengths_are_penalised_if_not_normalised(unit_rows):
     rows, labels = 3.0 * unit_rows(7, 6), BATCHES["uneven"]
     for name in ("n_pair", "lifted_structure", "generalized_lifted"):
         free = make(name, normalize=False, l2_weight=0.0)
@@ -463,7 +463,7 @@ def test_lengths_are_penalised_where_they_count(unit_rows):
 @pytest.mark.parametrize("name", CASES)
 def test_config_round_trip(name):
     settings = objectives.settings(name)
-    # Its own settings come first.
+    # The objective's own settings come first.
     changed, default = next((k, v) for k, v in settings.items() if type(v) in (int, float) and v)
     value = default + 1 if isinstance(default, int) else 1.25 * default
     objective = make(name, **{changed: value}, name="mine")
@@ -488,7 +488,7 @@ def test_inside_a_saved_model_as_base_and_as_target(small_model, tmp_path, unit_
     np.testing.assert_allclose(loaded.s2sd_loss.objective(rows, labels), base(rows, labels), rtol=1e-6)
 
 
-def test_draws_go_on_in_training_and_stand_still_in_testing(unit_rows):
+def test_draws_advance_in_training_and_not_in_testing(unit_rows):
     objective = make("triplet", miner="distance_weighted", margin=2.0)
     rows, labels = unit_rows(12, 6), BATCHES["several positives"]
     tested = [float(objective(rows, labels)) for _ in range(3)]
@@ -540,7 +540,7 @@ def test_errors_name_the_argument(name, settings, words):
         objectives.get(name, **settings)
 
 
-def test_get_takes_instances_and_refuses_settings_beside_them():
+def test_get_takes_instances_and_refuses_additional_settings():
     objective = objectives.MultiSimilarity()
     assert objectives.get(objective) is objective
     with pytest.raises(ValueError, match="not with an instance"):
@@ -549,7 +549,7 @@ def test_get_takes_instances_and_refuses_settings_beside_them():
         objectives.get(3)
 
 
-def test_a_users_objective_can_be_registered():
+def test_a_custom_objective_can_be_registered():
     @objectives.register("test_sum")
     class Sum(objectives.Objective):
         def compute(self, embeddings, labels, training):

@@ -10,7 +10,7 @@ import pytest
 import s2sd_tf
 
 PACKAGE = pathlib.Path(s2sd_tf.__file__).parent
-# What each part may import from, beside itself and the single modules of the package, which import none of them.
+# The parts that each part may import, besides itself and the package's single modules, which import none of them.
 LAYERS = {
     "distillation": set(),
     "mining": set(),
@@ -30,11 +30,11 @@ LAYERS = {
 
 
 def imports(package):
-    """The modules of a package, by their dotted names, to the set of those that each imports, in functions too.
+    """Maps the dotted name of each module of a package to the set of modules that it imports, also inside functions.
 
-    `from package.part import name` is an import of `package.part.name` where that is a module, else of `package.part`.
-    That importing a module runs the `__init__` of the packages around it is left out: these import their modules, and a
-    module whose import of a sibling was read as one of `__init__` would be in a circle always.
+    `from package.part import name` imports `package.part.name` if that is a module, otherwise `package.part`. That
+    importing a module also runs the `__init__` of the packages around it is ignored: `__init__` imports its modules, so
+    every module that imports a sibling would be in a circle.
     """
     modules = {}
     for path in package.rglob("*.py"):
@@ -55,7 +55,7 @@ def imports(package):
 
 
 def circle(graph):
-    """The modules of a circle of imports, each of which is imported by the next; None where there is none."""
+    """The modules of a circle of imports, each imported by the next; None if there is no circle."""
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -70,7 +70,7 @@ def test_public_names():
 
 
 def test_dependencies_point_one_way():
-    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} <= set(LAYERS), "a part has no place in LAYERS"
+    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} <= set(LAYERS), "a part is missing from LAYERS"
     graph = imports(PACKAGE)
     del graph["s2sd_tf"]
     for module, imported in graph.items():

@@ -11,7 +11,7 @@ from s2sd_tf.training.protocol import published_settings
 
 SIZES = [("resnet50_v1_5", 128), ("resnet50_v1_5", 512), ("bn_inception", 512)]
 
-# What all runs share.
+# Settings shared by all runs.
 SHARED = {
     "data.augmentation": "base",
     "data.image_size": 224,
@@ -41,14 +41,14 @@ SHARED = {
     "train.epochs": 150,
     "train.steps_per_epoch": 0,
 }
-# By data set: objective, variant, weight of the feature distillation, what is measured.
+# By data set: objective, variant, weight of the feature distillation, k of the metrics.
 PUBLISHED = {
     "cub200": ("multi_similarity", "msdfa", 50.0, (1, 2, 4, 8)),
     "cars196": ("multi_similarity", "msdfa", 50.0, (1, 2, 4, 8)),
     "sop": ("margin", "msdf", 5.0, (1, 10, 100, 1000)),
     "inshop": ("margin", "msdf", 5.0, (1, 10, 20, 30, 40, 50)),
 }
-# By variant: dimensions of the targets, their pooling, feature distillation.
+# By variant: target dimensions, target pooling, feature distillation.
 ALL_TARGETS = (512, 1024, 1536, 2048)
 VARIANTS = {
     "plain": ((), "avg", False),
@@ -98,7 +98,7 @@ def test_settings():
 
 
 @pytest.mark.parametrize("options", published_settings())
-def test_every_setting_is_the_published_run(options):
+def test_every_setting_matches_the_published_run(options):
     config = resolve(published_config(options))
     data, backbone, dim = options.split(",")
     assert_is(config, data, backbone, int(dim), *PUBLISHED[data])
@@ -107,7 +107,7 @@ def test_every_setting_is_the_published_run(options):
     assert config.data[data].check == "files"
 
 
-def test_every_setting_has_a_row_with_its_steps_and_figures():
+def test_every_setting_has_a_row_with_its_steps():
     text = (REPOSITORY / "docs" / "published.md").read_text()
     for options in published_settings():
         (row,) = re.findall(rf"^\| `{options}` \|.*$", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The README's scripts run as they are printed, and what it names is there."""
+"""The README's scripts run unchanged, and everything it refers to exists."""
 
 import re
 
@@ -15,7 +15,7 @@ README = (REPOSITORY / "README.md").read_text()
 SCRIPTS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_script_runs_and_what_it_leaves_can_be_loaded(tmp_path, run_python):
+def test_the_scripts_run_and_the_saved_model_loads(tmp_path, run_python):
     script, load = SCRIPTS
     assert len(script.strip().splitlines()) <= 25
     (tmp_path / "script.py").write_text(script)
@@ -47,10 +47,10 @@ def test_links_and_names():
             assert (REPOSITORY / target).exists(), target
 
 
-def test_tables_and_lists_are_those_of_the_registries(monkeypatch):
+def test_tables_and_lists_match_the_registries(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "docs")
     import make_objectives
 
-    told = "run python docs/make_objectives.py"
-    assert (REPOSITORY / "docs" / "objectives.md").read_text() == make_objectives.text(), told
-    assert make_objectives.with_names(README) == README, told
+    advice = "run python docs/make_objectives.py"
+    assert (REPOSITORY / "docs" / "objectives.md").read_text() == make_objectives.text(), advice
+    assert make_objectives.with_names(README) == README, advice

@@ -1,4 +1,4 @@
-"""What a run writes down of itself, and that the same is the same again."""
+"""The record of a run, and reproducibility: the same config gives the same run."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def small_config():
 
 
 class TestFingerprint:
-    def test_is_of_the_pixels_labels_and_names(self):
+    def test_covers_pixels_labels_and_names(self):
         images = data.ImageSet(PIXELS, LABELS, NAMES)
         others = [
             data.ImageSet(PIXELS + 1, LABELS, NAMES),
@@ -44,7 +44,7 @@ class TestFingerprint:
         assert fingerprint(data.ImageSet(PIXELS.copy(), LABELS.copy(), NAMES)) == fingerprint(images)
         assert len({fingerprint(images), *map(fingerprint, others)}) == 1 + len(others)
 
-    def test_of_encoded_images_tells_where_one_ends(self):
+    def test_of_encoded_images_depends_on_where_each_ends(self):
         def of(*encoded):
             array = np.empty(4, object)
             array[:] = encoded
@@ -54,7 +54,7 @@ class TestFingerprint:
         assert of(b"ab", b"c", b"d", b"e") != of(b"a", b"bc", b"d", b"e")
 
     @pytest.mark.parametrize("kind", ["paths", "slices"])
-    def test_of_files_may_be_elsewhere_but_not_others(self, tmp_path, kind):
+    def test_of_files_allows_moving_but_not_changing_them(self, tmp_path, kind):
         def of(root, sizes=(5, 6, 7, 8), names=("x/0", "x/1", "y/2", "y/3"), offset=0):
             for name, size in zip(names, sizes):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -83,21 +83,21 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def begun(trained, tmp_path, monkeypatch):
-    """Work directory of a run that has ended but for its results."""
+def unfinished(trained, tmp_path, monkeypatch):
+    """Work directory of a run that finished training but has no results yet."""
     monkeypatch.setattr(run_module, "finish", lambda *_: {})
     shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
 
 
 class TestRecord:
-    def test_holds_what_the_run_was(self, begun):
-        found = read_json(begun / "run.json")
+    def test_describes_the_run(self, unfinished):
+        found = read_json(unfinished / "run.json")
         assert set(found) == {
             "command", "versions", "source", "machine", "strategy", "similarity_kl", "seed", "data", "config",
             "sessions",
         }  # fmt: skip
-        assert found["config"] == read_json(begun / "config.json")
+        assert found["config"] == read_json(unfinished / "config.json")
         assert found["seed"] == 0
         assert found["versions"]["s2sd_tf"] == s2sd_tf.__version__
         assert all(found["versions"][name] for name in ("python", "tensorflow", "keras", "numpy", "scann"))
@@ -112,39 +112,39 @@ class TestRecord:
         assert (session["epoch"], session["step_in_epoch"]) == (0, 0)
         assert session["time"].endswith("+00:00")
 
-    def test_gets_a_session_at_every_start(self, begun, monkeypatch, caplog):
+    def test_gets_a_session_for_every_start(self, unfinished, monkeypatch, caplog):
         versions = record._versions()
         monkeypatch.setattr(record, "_versions", lambda: {**versions, "numpy": "9.9"})
-        before = read_json(begun / "run.json")
-        train(small_config(), str(begun))
-        after = read_json(begun / "run.json")
+        before = read_json(unfinished / "run.json")
+        train(small_config(), str(unfinished))
+        after = read_json(unfinished / "run.json")
         assert {**after, "sessions": after["sessions"][:1]} == before
         assert after["sessions"][1]["epoch"] == 1
         assert after["sessions"][1]["versions"] == {"numpy": "9.9"}
-        # A change is told once.
-        train(small_config(), str(begun))
-        assert "versions" not in read_json(begun / "run.json")["sessions"][2]
+        # A change is logged once.
+        train(small_config(), str(unfinished))
+        assert "versions" not in read_json(unfinished / "run.json")["sessions"][2]
 
-    def test_refuses_other_data(self, begun):
-        found = read_json(begun / "run.json")
+    def test_refuses_other_data(self, unfinished):
+        found = read_json(unfinished / "run.json")
         found["data"]["test"]["sha256"] = "0" * 64
-        write_json(begun / "run.json", found)
+        write_json(unfinished / "run.json", found)
         with pytest.raises(ValueError, match=r"config.data: expected the test images .*000000000000.*Received: others"):
-            train(small_config(), str(begun))
+            train(small_config(), str(unfinished))
         found["data"].pop("test")
-        write_json(begun / "run.json", found)
+        write_json(unfinished / "run.json", found)
         with pytest.raises(ValueError, match=r"the test images that .* was started with \(none\)"):
-            train(small_config(), str(begun))
+            train(small_config(), str(unfinished))
 
-    def test_that_cannot_be_read_is_named(self, begun):
-        (begun / "run.json").write_text('{"data"')
+    def test_names_an_unreadable_record(self, unfinished):
+        (unfinished / "run.json").write_text('{"data"')
         with pytest.raises(ValueError, match=r"run.json: expected the record of the run.*Delete it"):
-            train(small_config(), str(begun))
+            train(small_config(), str(unfinished))
 
-    def test_of_a_run_before_there_was_one(self, begun):
-        (begun / "run.json").unlink()
-        train(small_config(), str(begun))
-        assert read_json(begun / "run.json")["sessions"][0]["epoch"] == 1
+    def test_of_a_run_without_a_record(self, unfinished):
+        (unfinished / "run.json").unlink()
+        train(small_config(), str(unfinished))
+        assert read_json(unfinished / "run.json")["sessions"][0]["epoch"] == 1
 
     def test_without_git(self, monkeypatch):
         def missing(*_, **__):
@@ -153,7 +153,7 @@ class TestRecord:
         monkeypatch.setattr(subprocess, "run", missing)
         assert record._source() is None
 
-    def test_of_a_package_that_is_in_the_checkout_of_something_else(self, tmp_path, monkeypatch):
+    def test_of_a_package_inside_the_checkout_of_another_project(self, tmp_path, monkeypatch):
         subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
         (tmp_path / "site" / "s2sd_tf").mkdir(parents=True)
         (tmp_path / "site" / "s2sd_tf" / "__init__.py").write_text("")
@@ -201,7 +201,7 @@ print("found " + json.dumps(found))
 """
 
 
-def test_one_seed_is_one_run_in_every_process(tmp_path, run_python):
+def test_the_same_seed_gives_the_same_run_in_every_process(tmp_path, run_python):
     found = []
     for name in ("one", "other"):
         (tmp_path / name).mkdir()

@@ -14,12 +14,12 @@ from s2sd_tf.reporting.charts import embedding_map
 from s2sd_tf.reporting.pictures import data_uri
 
 EVIL = "</script><script>alert('x')</script> & \"quotes\" <b>"
-# Elements that have no end.
+# Elements without an end tag.
 VOID = {"meta", "link", "img", "br"}
 
 
 class Page(html.parser.HTMLParser):
-    """The elements of a page, which have to be closed in order, its text, and what its points say."""
+    """Collects a page's elements, text and titles of points; checks that elements are closed in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -48,7 +48,7 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture
 def queries():
-    """Rows and labels of seven classes, the last of one."""
+    """Rows and labels of seven classes, the last with one image."""
     labels = np.append(np.repeat(np.arange(6), 8), 6)
     generator = np.random.default_rng(0)
     return generator.normal(size=(7, 5))[labels] + 0.4 * generator.normal(size=(49, 5)), labels
@@ -62,7 +62,7 @@ def report(path, rows, labels, names=None, ids=None, image=None, **settings):
     return path.read_text(encoding="utf-8")
 
 
-def test_the_page_is_whole_and_needs_nothing_else(queries, tmp_path):
+def test_the_page_is_complete_and_self_contained(queries, tmp_path):
     rows, labels = queries
     pictures = np.random.default_rng(0).random((49, 6, 5, 3))
     names = {label: f"{EVIL} {label}" for label in range(7)}
@@ -84,13 +84,13 @@ def test_the_page_is_whole_and_needs_nothing_else(queries, tmp_path):
     assert "@import" not in text
     assert "http" not in re.sub(r"data:[^\"]*|http-equiv", "", text)
     assert page.points == [f"{EVIL} {label} · {EVIL}" for label in labels]
-    # What is referred to is there, once.
+    # Everything that is referred to exists once.
     names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert {attributes["href"][1:] for tag, attributes in page.elements if tag == "use"} <= set(names)
     assert len(set(names)) == len(names)
     assert "25.0" in page.text
     assert "1 of them without a positive" in page.text
-    # Five queries of each kind with four neighbours.
+    # Three kinds of queries, five of each, with four neighbours each.
     assert sum(tag == "img" for tag, _ in page.elements) == 3 * 5 * 5
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
@@ -120,11 +120,11 @@ def test_tiny_sets(size, dim, tmp_path):
     assert len(Page(report(tmp_path / "report.html", rows, np.zeros(size, int))).points) == size
 
 
-def test_the_same_page_is_written_again(queries, tmp_path):
+def test_writing_a_page_is_deterministic(queries, tmp_path):
     assert report(tmp_path / "a.html", *queries) == report(tmp_path / "b.html", *queries)
 
 
-def test_points_of_a_map_are_those_of_their_titles():
+def test_points_of_a_map_match_their_titles():
     angles = np.radians([0, 150, 50, 100])
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     svg, _ = embedding_map(rows, np.array([0, 1, 0, 1]), str, np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""s2sd-evaluate, -embed, -index, -search and -beam as they are called."""
+"""s2sd-evaluate, -embed, -index, -search and -beam, run from the command line."""
 
 import json
 
@@ -14,7 +14,7 @@ from s2sd_tf.keras_compat import keras
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Folder with images (4 classes of 5), an encoder, and the same model as `.keras`."""
+    """Folder with images (4 classes of 5 images), an encoder, and the same model as `.keras`."""
     root = tmp_path_factory.mktemp("made")
     generator = np.random.default_rng(0)
     for label in range(4):
@@ -111,7 +111,7 @@ def test_evaluating_models_and_embeddings_gives_the_same(call, made, tmp_path):
         assert result["space"]["cosine"]["rho"] == pytest.approx(results["encoder"]["space"]["cosine"]["rho"], rel=1e-3)
 
 
-def test_queries_and_gallery_apart_and_both_metrics(call, made, tmp_path):
+def test_separate_queries_and_gallery_with_both_metrics(call, made, tmp_path):
     generator = np.random.default_rng(0)
     rows, labels = generator.normal(size=(40, 3)), generator.integers(0, 4, 40)
     np.savez(tmp_path / "queries.npz", embeddings=rows[:10], labels=[f"n{label}" for label in labels[:10]])

@@ -1,4 +1,4 @@
-"""What runs survive: signals at any place, damaged checkpoints, full disks, losses that are not finite, kills."""
+"""What runs survive: signals at any point, damaged checkpoints, full disks, non-finite losses, kills."""
 
 import errno
 import logging
@@ -27,7 +27,7 @@ STEPS, EPOCHS = 4, 3
 
 
 def small_config(**changes):
-    """Whatever has a state is in it: a miner that draws, augmentation, a schedule, averages, a best checkpoint."""
+    """A config with all kinds of state: a miner that draws, augmentation, a schedule, averages, a best checkpoint."""
     config = conftest.small_config(**{
         "model.filters": (6,), "model.pools": 1, "s2sd.target_dims": (12,), "s2sd.feature_distill": False,
         "s2sd.diagnostics": False, "objective.name": "margin", "data.augmentation": "base",
@@ -40,19 +40,19 @@ def small_config(**changes):
 
 
 @pytest.fixture(autouse=True)
-def _without_an_end(request, monkeypatch):
-    """Leaves out evaluation, export and pictures at the end of runs, but for tests that are marked `whole_runs`."""
+def _without_finishing(request, monkeypatch):
+    """Skips evaluation, export and pictures at the end of runs, except in tests that request `whole_runs`."""
     if "whole_runs" not in request.fixturenames:
         monkeypatch.setattr(run_module, "finish", lambda *_: {})
 
 
 @pytest.fixture
 def whole_runs():
-    """For tests of the end of a run."""
+    """Requested by tests that need the end of a run."""
 
 
 def left(workdir):
-    """`(weights, optimizer's variables, history without times)` of the last checkpoint of a run."""
+    """`(weights, optimizer variables, history without times)` of the last checkpoint of a run."""
     model = keras.models.load_model(workdir / "checkpoints" / f"epoch_{EPOCHS:06d}" / "model.keras")
     variables = model.optimizer.variables
     variables = variables() if callable(variables) else variables
@@ -82,7 +82,7 @@ def whole(tmp_path_factory):
 
 
 class At:
-    """Does something at a place of a run, once."""
+    """Runs an action once, when `when` holds in a call of a method."""
 
     def __init__(self, monkeypatch, cls, method, when, action):
         original = getattr(cls, method)
@@ -98,7 +98,7 @@ class At:
 
 
 def after_steps(monkeypatch, count, action):
-    """Does something while step `count` of the run (from 1) ends."""
+    """Runs an action at the end of step `count` of the run (from 1)."""
     return At(
         monkeypatch, RunState, "end_step", lambda state: STEPS * state.epoch + state.step_in_epoch + 1 == count, action
     )
@@ -109,7 +109,7 @@ def term():
 
 
 class TestInterruption:
-    def test_again_and_again_the_run_goes_on_to_the_same_weights(self, tmp_path, monkeypatch, whole):
+    def test_a_run_interrupted_repeatedly_ends_with_the_same_weights(self, tmp_path, monkeypatch, whole):
         workdir = tmp_path / "run"
         before = [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGINT)]
         # Within an epoch, twice within another, after the last step of one, and after the last step of all.
@@ -123,14 +123,14 @@ class TestInterruption:
             epoch, within = divmod(step - 1, STEPS)
             assert caught.value.code == 75
             place = f"epoch {epoch + 1}, step {within + 1}"
-            told = f"{signal.Signals(number).name}: stopped at {place}; the same command resumes from there"
-            assert str(caught.value) == told
+            expected = f"{signal.Signals(number).name}: stopped at {place}; the same command resumes from there"
+            assert str(caught.value) == expected
             assert [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGINT)] == before
             state = read_json(workdir / "checkpoints" / f"epoch_{epoch:06d}_step_{within + 1:06d}" / "state.json")
             assert (state["epoch"], state["step_in_epoch"]) == (epoch, within + 1)
-        # A checkpoint that is damaged costs the steps since the one before it, and nothing else.
+        # A damaged checkpoint costs only the steps since the one before it.
         flipped(workdir / "checkpoints" / f"epoch_{EPOCHS - 1:06d}_step_{STEPS:06d}" / "model.keras")
-        # As a kill leaves it.
+        # A leftover of a killed process.
         (workdir / f"{LEFTOVER}something").mkdir()
         train(small_config(), str(workdir))
         assert_the_same(left(workdir), whole)
@@ -142,7 +142,7 @@ class TestInterruption:
     def test_in_an_evaluation_no_step_is_lost(self, tmp_path, monkeypatch, whole):
         workdir = tmp_path / "run"
         with pytest.MonkeyPatch.context() as patch:
-            # Within it, so that it is not the averages that are saved.
+            # During the evaluation, to check that the averages are not saved instead.
             patch.setattr("s2sd_tf.evaluation.callback.retrieval_metrics", lambda *_, **__: term())
             with pytest.raises(Interrupted):
                 train(small_config(), str(workdir))
@@ -170,7 +170,7 @@ class TestInterruption:
         assert results["steps"] == EPOCHS * STEPS
         assert read_json(workdir / "results.json") == results
 
-    def test_while_a_checkpoint_is_saved_it_is_saved(self, tmp_path, monkeypatch):
+    def test_saving_a_checkpoint_is_not_interrupted(self, tmp_path, monkeypatch):
         workdir = tmp_path / "run"
         At(monkeypatch, Checkpoints, "save", lambda _, model, state: state.epoch == 2, term)
         with pytest.raises(Interrupted, match="epoch 2;"):
@@ -187,7 +187,7 @@ class TestInterruption:
             train(small_config(), str(tmp_path / "run"))
         assert not (tmp_path / "run" / "checkpoints").exists()
 
-    def test_what_is_ignored_stays_ignored(self):
+    def test_ignored_signals_stay_ignored(self):
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             with Interruption() as interruption:
@@ -197,7 +197,7 @@ class TestInterruption:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def test_an_error_that_a_signal_became_is_an_interruption(self):
+    def test_an_error_caused_by_a_signal_is_an_interruption(self):
         def wrap():
             try:
                 term()
@@ -207,7 +207,7 @@ class TestInterruption:
         with Interruption() as interruption, pytest.raises(Interrupted, match="SIGTERM"), interruption.interruptible():
             wrap()
 
-    def test_the_program_says_so_in_one_line(self, capsys):
+    def test_the_program_reports_it_in_one_line(self, capsys):
         def main(_):
             raise Interrupted("SIGTERM: stopped at epoch 3; the same command resumes from there")
 
@@ -219,7 +219,7 @@ class TestInterruption:
         ]
 
 
-def test_with_stored_embeddings_an_epoch_is_begun_anew(tmp_path, monkeypatch, tmp_path_factory):
+def test_with_stored_embeddings_an_epoch_restarts(tmp_path, monkeypatch, tmp_path_factory):
     changes = {
         "sampler.name": "greedy_coreset", "data.augmentation": "", "data.validation_classes": 0,
         "train.checkpoint_every": 1,
@@ -231,10 +231,10 @@ def test_with_stored_embeddings_an_epoch_is_begun_anew(tmp_path, monkeypatch, tm
             train(small_config(**changes), str(workdir))
         return max(os.listdir(workdir / "checkpoints"))
 
-    # What is drawn takes the model of the epoch's begin.
+    # The draws depend on the model at the start of the epoch.
     after_steps(monkeypatch, 2 * STEPS - 1, term)
     assert interrupted() == "epoch_000001"
-    # After its last step nothing is drawn any more.
+    # After the last step of an epoch nothing more is drawn.
     after_steps(monkeypatch, 2 * STEPS, term)
     assert interrupted() == f"epoch_000001_step_{STEPS:06d}"
     At(monkeypatch, data.RefreshStorage, "refresh", lambda _, model, epoch: epoch == 2, term)
@@ -292,7 +292,7 @@ DAMAGES = {
 
 @pytest.fixture
 def log():
-    """Function to the messages in the log."""
+    """Returns a function that returns the logged messages."""
     messages = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -305,7 +305,7 @@ def log():
 class TestCheckpoints:
     @pytest.fixture
     def saved(self, tmp_path, small_model):
-        """Function that saves checkpoints of some epochs, with a value to choose by, and returns their folder."""
+        """Returns a function that saves a checkpoint for each `{epoch: value}` and returns their folder."""
         model = small_model(objective="multi_similarity")
         model.compile("sgd")
 
@@ -324,25 +324,25 @@ class TestCheckpoints:
         return save
 
     @pytest.mark.parametrize("damage", DAMAGES)
-    def test_a_damaged_one_is_moved_aside(self, saved, damage, log):
+    def test_a_damaged_checkpoint_is_moved_aside(self, saved, damage, log):
         folder = saved({1: 0.1, 2: 0.2, 3: 0.3})
         DAMAGES[damage](folder / "epoch_000003")
         model, state = Checkpoints(str(folder.parent), 2, "val_map@r").restore()
         assert state.epoch == 2
         assert int(tf.convert_to_tensor(model.s2sd_loss.step)) == 20
         assert set(os.listdir(folder)) == {"epoch_000001", "epoch_000002", "unreadable_epoch_000003"}
-        (told,) = [message for message in log() if "cannot be read" in message]
-        assert "epoch_000003" in told
-        assert "\n" not in told
-        # It is not taken again, and another one of its name neither takes its place.
+        (message,) = [message for message in log() if "cannot be read" in message]
+        assert "epoch_000003" in message
+        assert "\n" not in message
+        # It is not used again, and another one with the same name does not replace it.
         saved({3: 0.3})
         DAMAGES[damage](folder / "epoch_000003")
         assert Checkpoints(str(folder.parent), 2, "val_map@r").restore()[1].epoch == 2
         assert "unreadable_epoch_000003_2" in os.listdir(folder)
 
-    def test_every_flipped_bit_is_found(self, saved, monkeypatch):
+    def test_every_flipped_bit_is_detected(self, saved, monkeypatch):
         folder = saved({1: 0.1, 2: 0.2})
-        # It is the digests that tell.
+        # Only the digests may detect the damage.
         monkeypatch.setattr("s2sd_tf.training.checkpoints.load_model", lambda path: None)
         rng = np.random.default_rng(0)
         for name in ("model.keras", "state.json", "sha256.json"):
@@ -354,7 +354,7 @@ class TestCheckpoints:
                 path.write_bytes(content)
                 state = Checkpoints(str(folder.parent), 2, "val_map@r").restore()[1]
                 if state.epoch == 2:
-                    # White space alone can be other white space.
+                    # Only a change between white space characters is harmless.
                     assert name == "sha256.json"
                     assert bytes(content).split() == whole.split()
                     continue
@@ -363,7 +363,7 @@ class TestCheckpoints:
                 aside[0].rename(folder / "epoch_000002")
             path.write_bytes(whole)
 
-    def test_none_that_can_be_read(self, saved):
+    def test_no_readable_checkpoint(self, saved):
         folder = saved({1: 0.1, 2: 0.2})
         for name in ("epoch_000001", "epoch_000002"):
             truncated(folder / name / "model.keras")
@@ -377,11 +377,11 @@ class TestCheckpoints:
         with pytest.raises(ValueError, match="unreadable_epoch_000001"):
             Checkpoints(str(folder.parent), 2).restore()
 
-    @pytest.mark.parametrize("when", ["before it goes on", "before the end"])
+    @pytest.mark.parametrize("when", ["before it resumes", "before the end"])
     def test_the_best_one_is_damaged(self, saved, log, when):
         folder = saved({1: 0.1, 2: 0.9, 3: 0.3, 4: 0.2})
         checkpoints = Checkpoints(str(folder.parent), 2, "val_map@r")
-        if when == "before it goes on":
+        if when == "before it resumes":
             flipped(folder / "epoch_000002" / "model.keras")
         _, state = checkpoints.restore()
         if when == "before the end":
@@ -398,7 +398,7 @@ class TestCheckpoints:
         folder = saved({6: 0.1, 7: 0.05}, kept=1)
         assert set(os.listdir(folder)) == {"epoch_000006", "epoch_000007"}
 
-    def test_of_a_run_before_there_were_digests(self, saved):
+    def test_checkpoints_without_digests(self, saved):
         folder = saved({1: 0.1, 2: 0.2})
         for name in ("epoch_000001", "epoch_000002"):
             (folder / name / "sha256.json").unlink()
@@ -421,7 +421,7 @@ FULL = [
 
 class TestNoRoom:
     @pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
-    def test_whatever_says_so_is_one_error(self, tmp_path, error):
+    def test_all_kinds_become_one_error(self, tmp_path, error):
         def write():
             with replacing(tmp_path / "file.json") as temporary:
                 with open(temporary, "w") as file:
@@ -435,17 +435,17 @@ class TestNoRoom:
         assert os.listdir(tmp_path) == ["file.json"]
         assert read_json(tmp_path / "file.json") == 1
 
-    def test_another_error_stays_what_it_is(self, tmp_path):
+    def test_other_errors_do_not_change(self, tmp_path):
         with pytest.raises(OSError, match="other") as caught, replacing(tmp_path / "file"):
             raise OSError(errno.EACCES, "other")
         assert not isinstance(caught.value, OutOfSpace)
 
-    def test_a_run_goes_on_once_there_is_some(self, tmp_path, whole, whole_runs):
+    def test_a_run_resumes_once_there_is_room(self, tmp_path, whole, whole_runs):
         workdir = tmp_path / "run"
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
         def limit(size):
-            # Python has SIGXFSZ ignored, so that writing on is EFBIG.
+            # Python ignores SIGXFSZ, so writing beyond the limit raises EFBIG.
             return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
 
         def run():
@@ -459,24 +459,24 @@ class TestNoRoom:
                 At(patch, cls, method, when, limit(size))
                 with pytest.raises(OutOfSpace) as caught:
                     run()
-            told = str(caught.value)
-            assert "File too large" in told
-            assert str(workdir) in told
-            assert LEFTOVER not in told
+            message = str(caught.value)
+            assert "File too large" in message
+            assert str(workdir) in message
+            assert LEFTOVER not in message
             assert not list(workdir.rglob(f"{LEFTOVER}*"))
-            return told
+            return message
 
         again = ". Make room; the same command then resumes from"
-        told = full(Checkpoints, "save", lambda _, model, state: state.epoch == EPOCHS, 30_000)
-        assert f"{workdir}/checkpoints/epoch_{EPOCHS:06d}: expected room" in told
-        assert f"{again} epoch 2" in told
+        message = full(Checkpoints, "save", lambda _, model, state: state.epoch == EPOCHS, 30_000)
+        assert f"{workdir}/checkpoints/epoch_{EPOCHS:06d}: expected room" in message
+        assert f"{again} epoch 2" in message
         assert set(os.listdir(workdir / "checkpoints")) == {"epoch_000002"}
-        told = full(loop, "write_history", lambda _, history: len(history) == EPOCHS, 100)
-        assert f"{workdir}/history.csv: expected room" in told
+        message = full(loop, "write_history", lambda _, history: len(history) == EPOCHS, 100)
+        assert f"{workdir}/history.csv: expected room" in message
         assert len(read_history(workdir)) == 2
-        told = full(finishing, "export_encoder", lambda *_: True, 30_000)
-        assert f"{workdir}/saved_model: expected room" in told
-        assert f"{again} epoch {EPOCHS}" in told
+        message = full(finishing, "export_encoder", lambda *_: True, 30_000)
+        assert f"{workdir}/saved_model: expected room" in message
+        assert f"{again} epoch {EPOCHS}" in message
         assert train(small_config(), str(workdir))["steps"] == EPOCHS * STEPS
         assert_the_same(left(workdir), whole)
 
@@ -495,7 +495,7 @@ class TestReplacing:
         assert os.listdir(tmp_path) == ["folder"]
         assert (tmp_path / "folder" / "old").read_text() == "old"
 
-    def test_everything_is_on_the_disk_before_its_name_is(self, tmp_path, monkeypatch):
+    def test_content_is_on_disk_before_it_is_renamed(self, tmp_path, monkeypatch):
         synced, renamed = [], []
         fsync, replace = os.fsync, os.replace
 
@@ -514,13 +514,13 @@ class TestReplacing:
         assert before == {"a", "inner/b", "inner", "."}
         assert [name for name, after in synced if after] == [str(tmp_path)]
 
-    def test_json_that_is_none_is_named(self, tmp_path):
+    def test_invalid_json_is_named(self, tmp_path):
         (tmp_path / "broken.json").write_text('{"a": ')
         with pytest.raises(ValueError, match=r"broken.json: expected JSON. Received: "):
             read_json(tmp_path / "broken.json")
 
 
-class TestLossesThatAreNotFinite:
+class TestNonFiniteLosses:
     changes = {
         "objective.name": "multi_similarity", "optimizer.schedule.name": "constant", "optimizer.name": "sgd",
         "optimizer.settings": {}, "optimizer.learning_rate": 1e38, "data.validation_classes": 0,
@@ -552,7 +552,7 @@ class TestLossesThatAreNotFinite:
                 train(config, str(tmp_path / "run"))
         assert len(steps) == 49
 
-    def test_a_signal_saves_none_of_it(self, tmp_path, monkeypatch):
+    def test_a_signal_does_not_save_them(self, tmp_path, monkeypatch):
         after_steps(monkeypatch, STEPS - 1, term)
         with pytest.raises(NonFiniteLoss):
             train(small_config(**self.changes), str(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""`S2SDLoss` on plain arrays: golden values, a loop of one's own, what it counts and saves, errors."""
+"""`S2SDLoss` on plain arrays: golden values, a custom loop, its counters and saving, errors."""
 
 import pathlib
 import re
@@ -16,7 +16,7 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
 
 def golden_heads(values, dtype):
-    """`(weights by name, function from feature maps to embedding, targets, features)` of a golden file, on arrays."""
+    """`(weights by name, heads)` of a golden file; heads maps feature maps to `(embedding, targets, features)`."""
     weights = {
         name: tf.Variable(values[name].astype(dtype))
         for name in values.files
@@ -44,7 +44,7 @@ def test_golden_loss_and_every_gradient(golden, variant, dtype, tolerance):
     maps = tf.constant(values["features"], dtype)
     with tf.GradientTape() as tape:
         tape.watch(maps)
-        # The published code normalises the embeddings, and so does the loss.
+        # Like the published code, the loss normalises the embeddings.
         total = loss(*heads(maps), values["labels"], training=True)["loss"]
     assert total.dtype == dtype
     np.testing.assert_allclose(total, values["loss"], atol=tolerance, rtol=0)
@@ -55,7 +55,7 @@ def test_golden_loss_and_every_gradient(golden, variant, dtype, tolerance):
 
 
 def batch(unit_rows, dims=(8, 12), size=12, classes=3):
-    """Float32 `(embedding, targets, features, labels)`."""
+    """Makes float32 `(embedding, targets, features, labels)`."""
     embedding, features, *targets = (
         tf.constant(unit_rows(size, dim, seed), tf.float32) for seed, dim in enumerate((4, 10, *dims))
     )
@@ -80,14 +80,14 @@ def test_terms_add_up_and_lengths_do_not_matter(unit_rows):
     np.testing.assert_allclose(longer["loss"], terms["loss"], rtol=1e-5)
 
 
-def test_without_teachers_it_is_the_objective(unit_rows):
+def test_without_teachers_it_equals_the_objective(unit_rows):
     embedding, _, _, labels = batch(unit_rows)
     terms = s2sd_tf.S2SDLoss("triplet", target_dims=(), feature_distill=False)(embedding, [], None, labels)
     assert set(terms) == {"loss", "objective"}
     np.testing.assert_allclose(terms["loss"], s2sd_tf.objectives.get("triplet")(embedding, labels), rtol=1e-6)
 
 
-def test_training_counts_steps_and_notes_the_first_loss_that_is_not_finite(unit_rows):
+def test_training_counts_steps_and_records_the_first_non_finite_loss(unit_rows):
     loss = small_loss(diagnostics=True)
     good = batch(unit_rows)
     bad = (good[0] * float("nan"), *good[1:])
@@ -98,7 +98,7 @@ def test_training_counts_steps_and_notes_the_first_loss_that_is_not_finite(unit_
     assert int(tf.convert_to_tensor(loss.first_nonfinite_step)) == 1
 
 
-def test_every_target_has_an_objective_of_its_own(unit_rows):
+def test_every_target_has_its_own_objective(unit_rows):
     loss = small_loss(objective="multi_similarity", target_objective="margin", num_classes=3)
     loss(*batch(unit_rows), training=True)
     assert [type(objective).__name__ for objective in (loss.objective, *loss.target_objectives)] == [
@@ -135,7 +135,7 @@ def test_a_model_takes_a_loss_or_its_settings():
         s2sd_tf.S2SDModel(backbone, 4, temprature=2.0)
 
 
-def test_a_model_of_another_format_is_refused(small_model):
+def test_a_model_in_another_format_is_refused(small_model):
     config = {**small_model().get_config(), "format": 1}
     with pytest.raises(ValueError, match=r"S2SDModel: expected a saved model of format 2\. Received: format 1"):
         s2sd_tf.S2SDModel.from_config(config)
@@ -173,8 +173,8 @@ def test_errors_name_the_argument(settings, words):
         small_loss(**settings)
 
 
-def test_the_loop_of_the_docs(monkeypatch, tmp_path):
-    """A loop of one's own of at most 25 lines, run as it stands in the docs."""
+def test_the_loop_in_the_docs(monkeypatch, tmp_path):
+    """Runs the custom loop in the docs unchanged; it has at most 25 lines."""
     text = (DOCS / "training.md").read_text()
     code = re.search(r"## A loop of your own\n.*?```python\n(.*?)```", text, re.DOTALL)[1]
     assert len(code.splitlines()) <= 25

@@ -114,7 +114,7 @@ def test_a_step_is_traced_once(small_model, monkeypatch):
     assert len(traced) == 1
 
 
-def test_without_teachers_it_is_the_plain_objective(small_model):
+def test_without_teachers_the_loss_is_the_plain_objective(small_model):
     model = small_model(target_dims=(), feature_distill=False)
     images, labels = images_and_labels()
     losses = model.compute_losses(images, labels)
@@ -135,9 +135,9 @@ def test_the_batch_order_does_not_matter(small_model):
         np.testing.assert_allclose(one[name], other[name], atol=1e-5)
 
 
-def test_the_teachers_learn_nothing_from_the_divergences(small_model):
+def test_divergences_have_no_gradient_into_the_teachers(small_model):
     model = small_model(feature_distill_delay=0)
-    images, labels = images_and_labels(classes=12)  # no positives: every objective is 0
+    images, labels = images_and_labels(classes=12)  # without positives every objective is 0
     with tf.GradientTape() as tape:
         losses = model.compute_losses(images, labels, training=True)
     variables = {"heads": [v for h in model.target_heads for v in h.trainable_variables]}
@@ -149,7 +149,7 @@ def test_the_teachers_learn_nothing_from_the_divergences(small_model):
 
 
 def settings_of(model):
-    """The config without the backbone, of which Keras records also how it was built."""
+    """The config without the backbone, for which Keras also records how it was built."""
     config = model.get_config()
     loss = config.pop("loss")["config"]
     for key in ("objective", "target_objective"):
@@ -158,7 +158,7 @@ def settings_of(model):
 
 
 @pytest.mark.parametrize("objective", ["multi_similarity", "margin", "proxy_anchor"])
-def test_saved_model_is_the_same_class_and_goes_on_training(small_model, tmp_path, objective):
+def test_saved_model_keeps_its_class_and_resumes_training(small_model, tmp_path, objective):
     model = small_model(
         objective=objective, target_objective="margin", num_classes=3, target_pooling="avg+max", l2=1e-3,
         learning_rate_multipliers={"heads": 2.0}, distill_warmup_steps=3, name="encoder",
@@ -173,7 +173,7 @@ def test_saved_model_is_the_same_class_and_goes_on_training(small_model, tmp_pat
     assert settings_of(loaded) == settings_of(model)
     assert int(tf.convert_to_tensor(loaded.s2sd_loss.step)) == 3
     np.testing.assert_allclose(loaded.predict(images, verbose=0), model.predict(images, verbose=0), atol=1e-6)
-    # Optimizer state, draws of the miners and the step were saved too: both go on alike.
+    # Optimizer state, draws of the miners and the step are saved too, so both continue in the same way.
     for which in (model, loaded):
         which.fit(images, labels, batch_size=12, shuffle=False, epochs=3, verbose=0)
     for one, other in zip(model.get_weights(), loaded.get_weights()):
@@ -190,7 +190,7 @@ def test_config_round_trip(small_model):
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop", "AdamW", "Nadam"])
-def test_learning_rate_multipliers_scale_what_the_optimizer_does(small_model, optimizer):
+def test_learning_rate_multipliers_scale_the_updates(small_model, optimizer):
     images, labels = images_and_labels()
 
     def updates(multipliers):
@@ -216,7 +216,7 @@ def test_learning_rate_multipliers_scale_what_the_optimizer_does(small_model, op
             np.testing.assert_allclose(other, factor * one, atol=2e-6, err_msg=group)
 
 
-def test_layers_of_the_backbone_have_multipliers_of_their_own(small_model):
+def test_backbone_layers_can_have_their_own_multipliers(small_model):
     images, labels = images_and_labels()
 
     def updates(multipliers):
@@ -250,7 +250,7 @@ def test_adam_moves_each_beta_by_the_learning_rate(small_model):
     model.compile(optimizer=keras.optimizers.Adam(1e-3))
     before = tf.convert_to_tensor(objective.betas).numpy()
     model.train_on_batch(*images_and_labels())
-    # Whatever the gradient, Adam's first step is the learning rate; the betas of a batch are gathered repeatedly.
+    # Adam's first step equals the learning rate for any gradient, also for betas that a batch gathers repeatedly.
     np.testing.assert_allclose(np.abs(tf.convert_to_tensor(objective.betas) - before), 1e-3, rtol=1e-3)
 
 
@@ -313,7 +313,7 @@ def test_mixed_precision_trains(policy):
         keras.mixed_precision.set_global_policy(previous)
 
 
-# One that draws and one with proxies; test_objectives.py compiles every objective.
+# One that draws and one with proxies. test_objectives.py compiles every objective.
 @pytest.mark.parametrize("objective", ["margin", "proxy_anchor"])
 def test_jitted_training(small_model, objective):
     model = small_model(objective=objective, num_classes=3)
@@ -325,14 +325,14 @@ def test_jitted_training(small_model, objective):
     assert int(tf.convert_to_tensor(model.s2sd_loss.step)) == 2
 
 
-def test_without_a_gpu_nothing_is_jitted_unasked(small_model):
+def test_without_a_gpu_nothing_is_jitted_by_default(small_model):
     model = small_model()
     model.compile(optimizer="adam")
     assert not model.jit_compile
 
 
 def trained(small_model, implementation, steps, learning_rate=0.05, **compile_settings):
-    """Losses of every step, and the weights at the end."""
+    """The losses of every step, and the final weights."""
     keras.utils.set_random_seed(3)
     model = small_model(feature_distill_delay=10, similarity_kl_implementation=implementation)
     model.compile(optimizer=keras.optimizers.SGD(learning_rate), **compile_settings)
@@ -348,8 +348,8 @@ def test_fused_and_composed_training_agree(small_model):
     np.testing.assert_allclose(fused, composed, rtol=1e-4)
 
 
-def test_a_jitted_step_with_the_fused_op_is_the_plain_one(small_model):
-    """Loss, and by the weights after one step at learning rate 1 the gradients."""
+def test_a_jitted_step_with_the_fused_op_equals_the_plain_one(small_model):
+    """Compares the losses, and the gradients through the weights after one step at learning rate 1."""
     (loss, weights), (jitted_loss, jitted_weights) = (
         trained(small_model, "fused", 1, 1.0, jit_compile=jit) for jit in (False, True)
     )
@@ -360,7 +360,7 @@ def test_a_jitted_step_with_the_fused_op_is_the_plain_one(small_model):
 
 @pytest.mark.parametrize("compile_settings", [{}, {"jit_compile": True}, {"run_eagerly": True}], ids=str)
 @pytest.mark.parametrize("implementation", ["fused", "composed"])
-def test_every_kernel_trains_under_every_way_of_compiling(small_model, implementation, compile_settings):
+def test_every_kernel_trains_with_every_way_of_compiling(small_model, implementation, compile_settings):
     losses, _ = trained(small_model, implementation, 2, **compile_settings)
     assert np.all(np.isfinite(losses))
 

@@ -1,4 +1,4 @@
-"""Samplers: what a batch holds, class frequencies, coresets and matching on toys, storages, resuming, strategies."""
+"""Samplers: batch content, class frequencies, coresets and matching on toy data, storages, resuming, strategies."""
 
 import gc
 import json
@@ -34,7 +34,7 @@ def make(name, p, m, **settings):
 
 
 def filled(sampler, embeddings, positions=None):
-    """The sampler, with these embeddings stored where it stores any."""
+    """Stores the embeddings if the sampler has a storage; returns the sampler."""
     if sampler.storage is not None:
         positions = np.arange(len(embeddings)) if positions is None else positions
         sampler.storage.refill(positions, embeddings.shape[1], [embeddings[positions]])
@@ -42,14 +42,14 @@ def filled(sampler, embeddings, positions=None):
 
 
 def log_draws(sampler):
-    """List that what the sampler draws goes into."""
+    """Returns a list to which everything that the sampler draws is appended."""
     drawn, draw = [], sampler.draw
     sampler.draw = lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1]
     return drawn
 
 
 def random_case(seed):
-    """Labels of a random pattern with gaps among the classes, embeddings for them, and a P and M that they allow."""
+    """Random labels with gaps between the classes, embeddings for them, and a possible P and M."""
     generator = np.random.default_rng(seed)
     counts = generator.integers(3, 12, 9)
     counts[generator.choice(9, 2, replace=False)] = 0
@@ -59,7 +59,7 @@ def random_case(seed):
 
 
 def chosen_counts(sampler, labels, steps, seed=0):
-    """In how many of the batches each class is."""
+    """The number of batches with each class."""
     batches = labels[sampler.epoch(labels, steps, seed, 0)]
     return np.array([(batches == c).any(axis=1).sum() for c in range(labels.max() + 1)])
 
@@ -70,7 +70,7 @@ def covering_radius(points, chosen):
 
 @pytest.fixture
 def linear_model():
-    """Makes a compiled Keras model of digits, with the same weights each time."""
+    """Makes compiled Keras models for digits, always with the same weights."""
 
     def make_model():
         keras.utils.set_random_seed(0)
@@ -100,25 +100,25 @@ class TestEverySampler:
 
     @pytest.mark.parametrize("name", BY_CLASS)
     @pytest.mark.parametrize("seed", range(6))
-    def test_p_classes_m_images_and_none_repeated(self, name, seed):
+    def test_p_classes_with_m_images_and_no_repeats(self, name, seed):
         labels, embeddings, p, m = random_case(seed)
-        m += name != "class_balanced" and m == 1  # the pure coreset, and one image has no distances
+        m += name != "class_balanced" and m == 1  # pure coresets need more, and one image has no distances
         for batch in filled(make(name, p, m), embeddings).epoch(labels, 12, seed, 1):
             assert len(np.unique(batch)) == p * m
-            # Images of a class stand together.
+            # Images of a class are adjacent.
             rows = labels[batch].reshape(p, m)
             assert (rows == rows[:, :1]).all()
             assert len(np.unique(rows[:, 0])) == p
 
     @pytest.mark.parametrize("name", ["random", "greedy_coreset", "d2_coreset"])
     @pytest.mark.parametrize("seed", range(4))
-    def test_no_image_repeated_where_classes_are_not_looked_at(self, name, seed):
+    def test_no_image_repeated_if_classes_are_ignored(self, name, seed):
         labels, embeddings, _, _ = random_case(seed)
         for batch in filled(make(name, 17, 1), embeddings).epoch(labels, 12, seed, 1):
             assert len(np.unique(batch)) == 17
 
     @pytest.mark.parametrize("name", ["random", *BY_CLASS])
-    def test_a_function_of_seed_and_epoch(self, name):
+    def test_draws_depend_only_on_seed_and_epoch(self, name):
         labels, embeddings, _, _ = random_case(0)
         sampler, other = (filled(make(name, 3, 3), embeddings) for _ in range(2))
         first = sampler.epoch(labels, 6, 0, 1)
@@ -172,7 +172,7 @@ class TestEverySampler:
         with pytest.raises(ValueError, match=words):
             samplers.get(name, **{**given, **settings})
 
-    def test_labels_that_do_not_suit(self):
+    def test_unsuitable_labels(self):
         labels = np.arange(12) % 4
         for sampler, words in [
             (make("random", 13, 1), "batch_size: expected at most 12, the number of images. Received: 13"),
@@ -210,7 +210,7 @@ class TestClassFrequencies:
     labels = np.repeat(np.arange(6), [4, 8, 16, 32, 64, 128])
 
     def check(self, sampler, expected, steps=4000):
-        """Counts over batches against inclusion probabilities: within 4 sigma, and by chi-square for P = 1."""
+        """Compares counts with inclusion probabilities: within 4 sigma, and with a chi-square test for P = 1."""
         counts = chosen_counts(sampler, self.labels, steps)
         assert counts.sum() == steps * sampler.classes_per_batch
         certain = np.isclose(expected, 1.0)
@@ -232,8 +232,8 @@ class TestClassFrequencies:
             np.testing.assert_allclose(expected, sizes / sizes.sum())
         self.check(make("class_balanced", p, 2, class_power=power), expected)
 
-    def test_a_class_that_is_always_in(self):
-        # By frequency, 3 of 6: 128/252 of 3 is above 1, then 64/124 of 2, so the rest shares one place.
+    def test_a_class_that_is_always_included(self):
+        # 3 classes by frequency: 3 * 128/252 is above 1, then 2 * 64/124 is, so the other classes share one place.
         expected = np.array([4 / 60, 8 / 60, 16 / 60, 32 / 60, 1, 1])
         np.testing.assert_allclose(class_balanced.inclusion_probabilities(np.bincount(self.labels), 3), expected)
         self.check(make("class_balanced", 3, 2, class_power=1), expected)
@@ -284,7 +284,7 @@ class TestClassFrequencies:
         assert make("random", 4, 2).epoch(self.labels, 63, 0, 0).ravel().tolist() != list(range(252))
         assert (np.bincount(make("random", 4, 2).epoch(self.labels, 63, 0, 0).ravel()) == 2).all()
 
-    def test_random_follows_the_images(self):
+    def test_random_follows_the_number_of_images(self):
         batches = self.labels[make("random", 8, 1).epoch(self.labels, 31 * 40, 0, 0)]
         assert (
             scipy.stats.chisquare(np.bincount(batches.ravel()), batches.size * np.bincount(self.labels) / 252)[1] > 0.01
@@ -309,14 +309,14 @@ class TestClassFrequencies:
 class TestCoresets:
     @pytest.fixture
     def clusters(self):
-        """8 narrow clusters far apart, of 2 classes and 40 images each: labels, clusters and embeddings."""
+        """8 narrow clusters far apart, each with 2 classes and 40 images: labels, clusters and embeddings."""
         generator = np.random.default_rng(0)
         clusters = np.repeat(np.arange(8), 40)
         embeddings = unit(np.eye(8)[clusters] + 0.02 * generator.normal(size=(320, 8)))
         return 2 * clusters + np.arange(320) % 2, clusters, embeddings.astype(np.float32)
 
     def hits(self, sampler, labels, clusters):
-        """Mean number of the clusters that a batch is in."""
+        """The mean number of clusters with images in a batch."""
         return np.mean([len(np.unique(clusters[batch])) for batch in sampler.epoch(labels, 50, 0, 0)])
 
     @pytest.mark.parametrize("m", [1, 3])
@@ -344,14 +344,14 @@ class TestCoresets:
         assert radius["greedy_coreset"].max() < np.median(radius["random"])
         assert radius["greedy_coreset"].mean() < radius["d2_coreset"].mean() < radius["random"].mean()
 
-    def test_greedy_is_within_twice_the_best_radius(self):
-        # 12 points on a circle: 3 of them cover it at 60 degrees, a chord of 1, and greedy ones within twice that.
+    def test_greedy_covers_within_twice_the_best_radius(self):
+        # 3 of 12 points on a circle cover it within 60 degrees, a chord of 1. Greedy ones cover it within twice that.
         angles = np.arange(12) * np.pi / 6
         points = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
         sampler = filled(make("greedy_coreset", 3, 1, pool_factor=4), points)
         for batch in sampler.epoch(np.zeros(12, np.int32), 30, 0, 0):
             assert covering_radius(points, batch) <= 2.0 * 1.0 + 1e-6
-            # The second anchor is opposite of the first, the third at a right angle to both.
+            # The second anchor is opposite the first, the third at a right angle to both.
             assert sorted(np.abs((batch - batch[0] + 6) % 12 - 6)) == [0, 3, 6]
 
     def test_d2_draws_by_squared_distance(self):
@@ -384,7 +384,7 @@ class TestCoresets:
 
 class TestMatching:
     @pytest.mark.filterwarnings("ignore:Matrix is singular")
-    def test_frechet_distance_is_scipys(self):
+    def test_frechet_distance_matches_scipy(self):
         generator = np.random.default_rng(0)
         for batch, dim in ((30, 6), (8, 20), (2, 5)):
             reference = generator.normal(size=(200, dim)) @ generator.normal(size=(dim, dim)) + 1
@@ -396,20 +396,20 @@ class TestMatching:
                 mean = np.square(points.mean(0) - reference.mean(0)).sum()
                 assert value == pytest.approx(mean + np.trace(s) + np.trace(c) - 2 * root, rel=1e-5)
 
-    def test_frechet_distance_to_itself_is_nothing(self):
+    def test_frechet_distance_to_itself_is_zero(self):
         points = np.random.default_rng(0).normal(size=(40, 6))
         assert matching.frechet_distances(points[None], *matching.gaussian(points)) == pytest.approx(0, abs=1e-9)
-        flat = np.concatenate([points, np.zeros((40, 3))], axis=1)  # a covariance without full rank
+        flat = np.concatenate([points, np.zeros((40, 3))], axis=1)  # the covariance does not have full rank
         assert matching.frechet_distances(flat[None], *matching.gaussian(flat)) == pytest.approx(0, abs=1e-9)
 
-    def test_histograms_are_numpys(self):
+    def test_histograms_match_numpy(self):
         points = unit(np.random.default_rng(0).normal(size=(2, 30, 6)))
         for batch, found in zip(points, matching.cumulative_histograms(points, 20)):
             distances = np.linalg.norm(batch[:, None] - batch, axis=-1)[np.triu_indices(30, 1)]
             counts, _ = np.histogram(distances, 20, (0, 2))
             np.testing.assert_allclose(found, np.cumsum(counts) / counts.sum(), atol=2 / counts.sum())
 
-    def test_the_distance_of_histograms_is_wasserstein(self):
+    def test_the_distance_between_histograms_is_wasserstein(self):
         generator = np.random.default_rng(0)
         points, batch = (unit(generator.normal(size=(n, 4)) + np.eye(4)[0]) for n in (60, 20))
         found = make("distance_matching", 2, 2, bins=4000).distance(points, generator)(batch[None])
@@ -434,7 +434,7 @@ class TestMatching:
 
     @pytest.mark.parametrize("name", ["fid_matching", "distance_matching"])
     @pytest.mark.parametrize("count", [1, 6])
-    def test_nothing_to_tell_apart(self, name, count):
+    def test_nothing_to_distinguish(self, name, count):
         """One stored image, and images that coincide."""
         labels = np.zeros(count, np.int32)
         embeddings = np.eye(3, dtype=np.float32)[labels]
@@ -485,12 +485,12 @@ class TestMatching:
 
 
 class TestStorage:
-    def test_nothing_is_drawn_before_it_is_filled(self):
+    def test_drawing_before_it_is_filled_is_refused(self):
         for name in STORED:
             with pytest.raises(RuntimeError, match=r"none yet. Add s2sd_tf.data.RefreshStorage\("):
                 make(name, 2, 2).epoch(np.arange(12) % 4, 1, 0, 0)
 
-    def test_rows_are_normalised_whatever_the_batches(self):
+    def test_rows_are_normalised_for_any_batch_size(self):
         rows = np.random.default_rng(0).normal(size=(10, 3))
         storage = samplers.EmbeddingStorage()
         storage.refill(np.arange(10) * 2, 3, [rows[:4], rows[4:]])
@@ -560,13 +560,13 @@ class TestStorage:
         train, _, preprocessing = data.load_digits()
         old, new = np.random.default_rng(0).normal(size=(2, len(train), 5)).astype(np.float32)
         sampler = filled(make("greedy_coreset", 4, 3), old)
-        begun, go_on = threading.Event(), threading.Event()
+        started, resume = threading.Event(), threading.Event()
         drawn = log_draws(sampler)
 
         def halves():
             yield new[:300]
-            begun.set()
-            assert go_on.wait(30)
+            started.set()
+            assert resume.wait(30)
             yield new[300:]
 
         batches = data.training_batches(train, preprocessing, sampler, 2)
@@ -576,12 +576,12 @@ class TestStorage:
             threading.Thread(target=lambda: list(batches)),
         ]
         threads[0].start()
-        assert begun.wait(30)
+        assert started.wait(30)
         for thread in threads[1:]:
             thread.start()
         threads[1].join(0.5)
         assert not drawn
-        go_on.set()
+        resume.set()
         for thread in threads:
             thread.join(30)
         expected = filled(make("greedy_coreset", 4, 3), new).epoch(train.labels, 2, 0, 7)
@@ -591,12 +591,12 @@ class TestStorage:
 
     def test_a_refill_waits_for_a_draw(self):
         sampler = filled(make("d2_coreset", 2, 2), np.eye(12, dtype=np.float32))
-        begun, go_on = threading.Event(), threading.Event()
+        started, resume = threading.Event(), threading.Event()
         draw = sampler.draw
 
         def slow(*arguments):
-            begun.set()
-            assert go_on.wait(30)
+            started.set()
+            assert resume.wait(30)
             return draw(*arguments)
 
         sampler.draw = slow
@@ -605,17 +605,17 @@ class TestStorage:
             threading.Thread(target=lambda: sampler.storage.refill(np.arange(3), 2, [np.ones((3, 2))], epoch=1)),
         ]
         threads[0].start()
-        assert begun.wait(30)
+        assert started.wait(30)
         threads[1].start()
         threads[1].join(0.2)
         assert sampler.storage.epoch == 0
         assert sampler.storage.embeddings.shape == (12, 12)
-        go_on.set()
+        resume.set()
         for thread in threads:
             thread.join(30)
         assert sampler.storage.epoch == 1
 
-    def test_a_refill_takes_the_memory_of_the_storage_and_a_batch(self):
+    def test_a_refill_needs_memory_for_the_storage_and_a_batch(self):
         storage = samplers.EmbeddingStorage(max_mib=5)
         tracemalloc.start()
         for count in (20_000, 20_000, 19_000):
@@ -633,7 +633,7 @@ class TestStorage:
             ([np.full((4, 2), np.nan)], "expected finite numbers"),
         ],
     )
-    def test_bad_batches_leave_nothing(self, batches, words):
+    def test_bad_batches_leave_it_empty(self, batches, words):
         storage = samplers.EmbeddingStorage()
         storage.refill(np.arange(4), 2, [np.ones((4, 2))])
         with pytest.raises(ValueError, match=words):
@@ -641,7 +641,7 @@ class TestStorage:
         assert not storage.is_filled
 
     @pytest.mark.parametrize("name", STORED)
-    def test_where_not_all_fit(self, name):
+    def test_not_all_images_fit(self, name):
         generator = np.random.default_rng(0)
         labels = generator.permutation(np.repeat(np.arange(20), 50))
         embeddings = generator.normal(size=(1000, 16)).astype(np.float32)
@@ -668,7 +668,7 @@ class TestStorage:
         with pytest.raises(ValueError, match="positions: expected at most 200"):
             sampler.storage.refill(np.arange(201), 16, [])
 
-    def test_fewer_classes_where_not_all_fit(self):
+    def test_fewer_classes_if_not_all_images_fit(self):
         labels = np.repeat(np.arange(20), 50)
         sampler = make("fid_matching", 5, 4, max_mib=33 * 16 * 4 / 2**20)
         counts = np.bincount(labels[sampler.images_to_store(labels, 16, 0, 0)], minlength=20)
@@ -743,7 +743,7 @@ class TestRefresh:
         with pytest.raises(ValueError, match="labels: expected integers"):
             data.training_batches(floats, preprocessing, make("random", 5, 4))
 
-    def test_a_pass_is_of_the_epoch_of_the_refresh(self, linear_model):
+    def test_a_pass_belongs_to_the_epoch_of_the_refresh(self, linear_model):
         train, _, preprocessing = data.load_digits()
         sampler = make("d2_coreset", 5, 4)
         refresh = data.RefreshStorage(sampler, train, preprocessing, seed=1)
@@ -752,7 +752,7 @@ class TestRefresh:
         for epoch in (0, 0, 5):
             refresh.refresh(model, epoch)
             assert sampler.storage.epoch == epoch
-            # Another pass, or a look at the first batch, is of the same epoch.
+            # Another pass, or reading only the first batch, gives the same epoch.
             list(batches)
             next(iter(batches))
             expected = sampler.epoch(train.labels, 3, 1, epoch)
@@ -760,7 +760,7 @@ class TestRefresh:
                 np.testing.assert_array_equal(found, expected)
             drawn.clear()
 
-    def test_fit_again_goes_on(self, linear_model):
+    def test_a_second_fit_resumes(self, linear_model):
         train, _, preprocessing = data.load_digits()
 
         def fit(*epochs):
@@ -812,11 +812,11 @@ class TestRefresh:
         assert train not in data_batches._sources
 
     @pytest.mark.parametrize("name", ["class_balanced", *STORED])
-    def test_resumed_is_as_if_never_stopped(self, tmp_path, linear_model, name):
+    def test_resuming_is_as_if_never_stopped(self, tmp_path, linear_model, name):
         train, _, preprocessing = data.load_digits()
 
         def fit(model, first, last):
-            # Not all fit, so that each epoch stores a sample of its own.
+            # Not all fit, so each epoch stores a different sample.
             sampler = make(name, 5, 4, **({"max_mib": 400 * 5 * 4 / 2**20} if name in STORED else {}))
             drawn = log_draws(sampler)
             batches = data.training_batches(train, preprocessing, sampler, 3, seed=5, start_epoch=first)
@@ -875,7 +875,7 @@ class TestConfig:
 
 class TestTrainingBatches:
     @pytest.mark.parametrize("cache", [True, False])
-    def test_are_the_samplers(self, cache):
+    def test_come_from_the_sampler(self, cache):
         train, _, preprocessing = data.load_digits()
         sampler = make("class_balanced", 4, 3, class_power=0.5)
         batches = data.training_batches(train, preprocessing, sampler, 4, seed=2, start_epoch=1, cache=cache)
@@ -900,7 +900,7 @@ class TestTrainingBatches:
             assert alone == [first + second for first, second in replicas], name
             assert all(len(first) == len(second) == 6 for first, second in replicas), name
         assert found["distance"] < 1e-5
-        # Two `fit` of two epochs: each trains on what is drawn for it, and so is the pass by which Keras 3 builds.
+        # Two calls of `fit` with two epochs: each epoch trains on its own draws, also the pass in which Keras 3 builds.
         assert found["epochs"] == [0, 1, 2, 3]
         assert found["used"] == found["expected"]
         assert len(set(map(str, found["used"]))) == 4
@@ -908,7 +908,7 @@ class TestTrainingBatches:
         for epoch, drawn in draws.items():
             assert all(batches == drawn[0] for batches in drawn), epoch
         assert [len(drawn) for drawn in draws.values()] == ([2, 2, 1, 1] if IS_KERAS_3 else [1, 1, 1, 1])
-        # Without a storage, that pass is an epoch's.
+        # Without a storage, that pass counts as an epoch.
         assert found["passes"] == (4 if IS_KERAS_3 else 2)
 
 

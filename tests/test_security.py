@@ -1,4 +1,4 @@
-"""Hostile input: what is not trusted runs nothing, reads and writes nowhere else, and is refused by its name."""
+"""Hostile input runs nothing, reads and writes nowhere else, and is refused with an error that names it."""
 
 import ast
 import contextlib
@@ -47,7 +47,7 @@ class Payload:
 
 
 def png(width, height):
-    """A PNG file that claims a size, with next to nothing in it."""
+    """A PNG file that claims a size but has almost no data."""
 
     def chunk(kind, content):
         checksum = struct.pack(">I", zlib.crc32(kind + content))
@@ -60,7 +60,7 @@ def png(width, height):
 
 
 class TestTheSources:
-    """What would run code of a file is not in the package at all."""
+    """The package never calls functions that could run code from a file."""
 
     NEVER = {
         "eval", "exec", "compile", "os.system", "os.popen", "pickle.load", "pickle.loads", "torch.load", "joblib.load",
@@ -73,7 +73,7 @@ class TestTheSources:
                 if isinstance(node, ast.Call):
                     yield path.relative_to(REPOSITORY), ast.unparse(node.func), node
 
-    def test_no_code_is_read(self):
+    def test_no_code_is_loaded(self):
         for path, name, node in self.calls():
             assert name not in self.NEVER, f"{path}:{node.lineno}"
             assert not name.endswith((".extractall", ".extract")), f"{path}:{node.lineno}"
@@ -82,7 +82,7 @@ class TestTheSources:
             if name in ("np.load", "np.save"):
                 assert keywords.get("allow_pickle") == "False", f"{path}:{node.lineno}"
 
-    def test_a_state_dict_of_other_things_than_tensors_is_refused(self, tmp_path):
+    def test_a_state_dict_with_other_objects_than_tensors_is_refused(self, tmp_path):
         with zipfile.ZipFile(tmp_path / "weights.pth", "w") as archive:
             archive.writestr("weights/data.pkl", pickle.dumps({"w": Payload(tmp_path / "run")}))
         with pytest.raises(ValueError, match=r"weights\.pth.*not a tensor"):
@@ -116,7 +116,7 @@ class TestModels:
             {"module": "keras", "class_name": "TFOpLambda", "config": {"function": "io.write_file"}},
         ],
     )
-    def test_nothing_is_looked_up_outside_of_keras(self, changed, tmp_path):
+    def test_classes_outside_keras_are_refused(self, changed, tmp_path):
         path = tmp_path / "model.keras"
         keras.Sequential([keras.layers.InputLayer((2,)), keras.layers.Dense(1, activation="relu")]).save(path)
         with zipfile.ZipFile(path) as archive:
@@ -145,7 +145,7 @@ class TestModels:
         with pytest.raises(FileNotFoundError, match=r"none\.keras"):
             export.load_model(tmp_path / "none.keras")
 
-    def test_a_model_of_this_package_is_loaded(self, small_model, tmp_path):
+    def test_a_model_of_this_package_loads(self, small_model, tmp_path):
         model = small_model()
         model.compile(optimizer="adam")
         model.save(tmp_path / "model.keras")
@@ -179,7 +179,7 @@ class TestModels:
         assert not [name for name in os.listdir(tmp_path) if name.startswith("written")]
 
     @pytest.mark.parametrize("name", ["saved_model.pb", "variables/variables.index"])
-    def test_a_broken_saved_model_is_told(self, name, encoder_path, tmp_path):
+    def test_a_broken_saved_model_is_reported(self, name, encoder_path, tmp_path):
         with pytest.raises(FileNotFoundError, match="encoder"):
             serving.Encoder(tmp_path)
         path = encoder_path / name
@@ -194,7 +194,7 @@ class TestModels:
 
 @pytest.fixture(scope="module")
 def encoder_path(tmp_path_factory):
-    """A SavedModel like that of an encoder: the mean colours of an image."""
+    """A SavedModel with an encoder's signatures that returns the mean colours of an image."""
 
     class Encoder(tf.Module):
         @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "encoded_images")])
@@ -234,7 +234,7 @@ class TestArchivesAndImages:
         with pytest.raises(ValueError, match=rf"small1\.zip: {words}"):
             data.load_omniglot(root)
 
-    def test_an_archive_that_inflates_is_refused_before(self, tmp_path):
+    def test_an_archive_that_inflates_too_far_is_refused(self, tmp_path):
         root = self.omniglot(tmp_path, {"a/b/c/d.png": bytes(80 * 2**20)})
         with pytest.raises(ValueError, match=r"small1\.zip: expected a zip archive\. Received: 83,886,080 bytes"):
             data.load_omniglot(root)
@@ -263,7 +263,7 @@ class TestArchivesAndImages:
         with pytest.raises(ValueError, match=r"small1\.zip: .*'x/y/z/0\.png' of more than"):
             data.load_omniglot(self.omniglot(tmp_path, {"x/y/z/0.png": bomb}))
 
-    def test_files_that_are_too_large_or_have_no_end_are_not_read(self, tmp_path):
+    def test_files_that_are_too_large_or_endless_are_not_read(self, tmp_path):
         (tmp_path / "a").mkdir()
         with open(tmp_path / "a" / "large.png", "wb") as file:
             file.truncate(2**40)
@@ -277,8 +277,8 @@ class TestArchivesAndImages:
         assert [bool(error) for error in found] == [True, True]
 
     @pytest.mark.parametrize("offset", [377, 441, 841])
-    def test_a_matlab_file_that_crashes_its_reader_is_told(self, offset, tmp_path):
-        # scipy reads memory that is not its own with a byte changed at these places, as its writer writes it now.
+    def test_a_matlab_file_that_crashes_its_reader_is_reported(self, offset, tmp_path):
+        # With a byte changed at these offsets of a file from its current writer, scipy reads out of bounds.
         records = [(f"car_ims/{i}.jpg", i % 4 + 1) for i in range(8)]
         write_annotations(tmp_path / "cars_annos.mat", "relative_im_path", records, class_names=list("abcd"))
         content = bytearray((tmp_path / "cars_annos.mat").read_bytes())
@@ -287,21 +287,21 @@ class TestArchivesAndImages:
         with contextlib.suppress(ValueError):
             data.load_cars196(str(tmp_path), check="none")
 
-    def test_a_reader_that_is_killed_is_told(self, tmp_path, monkeypatch):
+    def test_a_killed_reader_is_reported(self, tmp_path, monkeypatch):
         (tmp_path / "reader.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
         monkeypatch.setattr(annotations.matlab_reader, "__file__", str(tmp_path / "reader.py"))
         (tmp_path / "cars_annos.mat").write_bytes(bytes(200))
         with pytest.raises(ValueError, match=r"cars_annos\.mat: expected a MATLAB file .*crashes its reader"):
             data.load_cars196(str(tmp_path))
 
-    def test_a_matlab_file_that_inflates_is_refused_before(self, tmp_path):
+    def test_a_matlab_file_that_inflates_too_far_is_refused(self, tmp_path):
         element = zlib.compress(bytes(80 * 2**20))
         head = bytes(124) + b"\x00\x01IM"
         (tmp_path / "cars_annos.mat").write_bytes(head + struct.pack("<II", 15, len(element)) + element)
         with pytest.raises(ValueError, match=r"cars_annos\.mat: .*more than 67,108,864 bytes"):
             data.load_cars196(str(tmp_path))
 
-    def test_whole_images_pass(self, tmp_path):
+    def test_intact_images_pass(self, tmp_path):
         for name in ("a.png", "b.jpg", "c.bmp", "d.gif"):
             write_image(tmp_path / name)
             assert image_excess(tmp_path / name) is None
@@ -322,7 +322,7 @@ class TestPaths:
         assert read_image_under(str(root), name) is None
         assert read_image_under(str(root), "a/0.png") is not None
 
-    def test_links_that_a_user_made_are_followed_and_loops_are_not(self, tmp_path):
+    def test_links_are_followed_and_loops_are_not(self, tmp_path):
         write_image(tmp_path / "disk" / "0.png")
         (tmp_path / "root" / "b").mkdir(parents=True)
         (tmp_path / "root" / "a").symlink_to(tmp_path / "disk")
@@ -333,7 +333,7 @@ class TestPaths:
         assert read_image_under(str(tmp_path / "root"), "a/0.png") is not None
 
     @pytest.mark.parametrize("name", ["../shard.tfrecord", "/etc/passwd", ".."])
-    def test_a_shard_is_in_its_folder(self, name, tmp_path):
+    def test_a_shard_stays_in_its_folder(self, name, tmp_path):
         pixels = np.zeros((4, 4, 4, 3), np.uint8)
         images = data.ImageSet(pixels, np.array([0, 0, 1, 1], np.int32), ("a", "b"))
         data.write_shards(data.RetrievalSplit(images, images), str(tmp_path / "shards"))
@@ -344,7 +344,7 @@ class TestPaths:
         with pytest.raises((ValueError, FileNotFoundError), match="expected"):
             data.read_shards(str(tmp_path / "shards"))
 
-    def test_an_index_names_files_in_its_folder_alone(self, tmp_path):
+    def test_an_index_names_only_files_in_its_folder(self, tmp_path):
         evaluation.build_index(np.eye(3), method="exact").save(tmp_path / "index")
         for key, value in (("method", "../x"), ("dim", 2), ("size", 4), ("metric", None)):
             about = json.loads((tmp_path / "index" / "index.json").read_text())
@@ -380,7 +380,7 @@ class TestPages:
         parser.handle_starttag = lambda tag, attributes: found.extend([tag, *(name for name, _ in attributes)])
         parser.feed(page)
         assert not [name for name in found if name == "script" or name.startswith("on")]
-        # What the browser is told: no rule for scripts lets any run.
+        # The policy for browsers: no scripts may run.
         assert "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in page
         points = [html.unescape(title) for title in re.findall(r"<title>([^<]*)</title></(?:use|path)>", page)]
         expected = [f"{self.EVIL[i // 4]} · {name}" for i, name in enumerate(ids)]
@@ -398,7 +398,7 @@ class TestPages:
 class TestServing:
     @pytest.fixture
     def server(self, encoder_path, monkeypatch):
-        """The address of the example's server, around an encoder in place of a whole index."""
+        """The address of the example's server, with an encoder in place of an index."""
         model = tf.saved_model.load(str(encoder_path))
 
         class Retrieval:
@@ -456,7 +456,7 @@ class TestServing:
 
 
 class TestOutputs:
-    def test_a_folder_of_something_else_is_not_replaced(self, small_model, tmp_path):
+    def test_a_folder_with_other_content_is_not_replaced(self, small_model, tmp_path):
         mine = tmp_path / "mine"
         mine.mkdir()
         (mine / "thesis.txt").write_text("years of work")
@@ -490,7 +490,7 @@ class TestOutputs:
         assert data.read_shards(str(tmp_path / "out" / "shards")).train.class_names == names
 
 
-def test_reading_says_what_it_is_of(tmp_path):
+def test_reading_names_the_file(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "height.json").write_text('{"height": 8, "width": 8, "mean": {}}')

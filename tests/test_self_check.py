@@ -1,4 +1,4 @@
-"""The fused op is compared with the composed version before it is used on a GPU; here the CPU stands in for one."""
+"""The comparison of the fused op with the composed version before its use on a GPU; the CPU stands in for one here."""
 
 import re
 
@@ -23,7 +23,7 @@ def other_single_value(op, **arguments):
 
 
 def other_gradient(op, **arguments):
-    """In one entry, of the larger batches only."""
+    """Differs in one entry, and only for larger batches."""
     total, per_teacher, gradient = op(**arguments)
     if gradient.shape[0] > 256:
         gradient = tf.tensor_scatter_nd_add(gradient, [[270, 3]], [0.05 * tf.reduce_max(gradient)])
@@ -46,13 +46,13 @@ def only_xla_is_wrong(op, **arguments):
 
 @pytest.fixture
 def lines(caplog):
-    """What the package has logged."""
+    """Returns the lines that the package has logged."""
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("s2sd_tf")]
 
 
 @pytest.fixture
 def checked(monkeypatch):
-    """Presents the CPU as a GPU whose op is `change`; returns the list of the checks that were made."""
+    """Presents the CPU as a GPU whose op is `change`; returns the list of checks made."""
     monkeypatch.delenv("S2SD_TF_KERNEL", raising=False)
     assert fused.unavailable(xla=True) is None
     real, complaint, made = fused._op(), self_check.complaint, []
@@ -77,7 +77,7 @@ def rows():
 
 
 def is_fused(student, jit_compile=False, implementation="auto"):
-    """Whether a function of this kind uses the op, called within a tape."""
+    """Whether such a function, called within a tape, uses the op."""
 
     @tf.function(jit_compile=jit_compile)
     def step(student):
@@ -93,7 +93,7 @@ def is_fused(student, jit_compile=False, implementation="auto"):
     return "S2sd>SimilarityKl" in {op.type for op in graph.get_operations()}
 
 
-def test_a_right_op_is_used_and_checked_once_a_device(checked, lines):
+def test_a_correct_op_is_used_and_checked_once_per_device(checked, lines):
     made = checked(devices=(GPU, "/CPU:0"))
     for _ in range(2):
         assert is_fused(rows())
@@ -113,7 +113,7 @@ def test_a_right_op_is_used_and_checked_once_a_device(checked, lines):
         (raises, r": CUDA driver version is insufficient\. The composed version is used\.$"),
     ],
 )
-def test_a_wrong_op_is_one_line_and_the_composed_version(checked, lines, change, words, monkeypatch):
+def test_a_wrong_op_logs_one_line_and_is_not_used(checked, lines, change, words, monkeypatch):
     monkeypatch.setattr(tf.config.experimental, "tensor_float_32_execution_enabled", lambda: False)
     made = checked(change)
     assert not is_fused(rows(), jit_compile=True)  # the first use, while a function is traced
@@ -140,7 +140,7 @@ def test_an_op_that_is_wrong_under_xla_only(checked, lines):
 
 
 def test_a_device_that_the_op_does_not_run_on(checked, lines):
-    """TensorFlow would run it elsewhere."""
+    """TensorFlow would run the op elsewhere."""
     made = checked(devices=(GPU, "/device:GPU:7"))
     assert not is_fused(rows())
     assert made == [(GPU, False), ("/device:GPU:7", False)]
@@ -149,7 +149,7 @@ def test_a_device_that_the_op_does_not_run_on(checked, lines):
 
 
 @pytest.mark.parametrize("jit_compile", ["auto", False])
-def test_training_goes_on(checked, lines, small_model, jit_compile):
+def test_training_continues(checked, lines, small_model, jit_compile):
     calls = []
 
     def wrong(op, **arguments):
@@ -167,7 +167,7 @@ def test_training_goes_on(checked, lines, small_model, jit_compile):
     assert len(calls) == len(self_check._PROBLEMS)  # the check, and nothing after it
 
 
-def test_no_check_where_the_op_is_not_wanted(checked, lines, monkeypatch):
+def test_no_check_if_the_op_is_not_requested(checked, lines, monkeypatch):
     made = checked(raises)
     similarity_kl(tf.cast(rows(), tf.float64), [rows()])
     similarity_kl(rows(), [rows()], implementation="composed")
@@ -178,7 +178,7 @@ def test_no_check_where_the_op_is_not_wanted(checked, lines, monkeypatch):
 
 
 def test_devices_to_check(monkeypatch):
-    """The GPUs of this process; a cluster lists those of all its processes."""
+    """Only the GPUs of this process are checked; a cluster lists those of all processes."""
     if not tf.config.get_visible_devices("GPU"):
         assert fused._devices_to_check() == []
     here, elsewhere = "/job:localhost/replica:0/task:0", "/job:worker/replica:0/task:1"
@@ -189,7 +189,7 @@ def test_devices_to_check(monkeypatch):
     assert fused._devices_to_check() == names[:2]
 
 
-def test_limits_are_those_of_the_kernel():
+def test_limits_match_the_kernel():
     text = (libraries.sources() / "validate.h").read_text()
     written = dict(re.findall(r"kCudaMax(\w+) = (.+);", text))
     assert written == {"Teachers": "64", "Columns": "int64_t{1} << 17", "Dim": "1 << 22"}

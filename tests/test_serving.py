@@ -1,4 +1,4 @@
-"""From images to searchable embeddings: embedding in this process and by Beam, and the retrieval SavedModel."""
+"""From images to searchable embeddings: embedding in this process and with Beam, and the retrieval SavedModel."""
 
 import json
 import os
@@ -29,7 +29,7 @@ IMAGES, BROKEN = 90, ("c1/broken.png", "c2/empty.jpg", "cut.png")
 
 @pytest.fixture(scope="module")
 def encoder_path(tmp_path_factory):
-    """SavedModel of a small untrained encoder."""
+    """A SavedModel of a small untrained encoder."""
     tf.keras.utils.set_random_seed(0)
     backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(6, 8), pools=1)
     path = str(tmp_path_factory.mktemp("encoder") / "encoder")
@@ -40,7 +40,7 @@ def encoder_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Folder of 90 images in three classes, and three files that are none."""
+    """A folder of 90 images in three classes, and three files that are not images."""
     root = tmp_path_factory.mktemp("images")
     generator = np.random.default_rng(0)
     for i in range(IMAGES):
@@ -61,12 +61,12 @@ def content_of(item):
 
 
 def one_by_one(encoder, items):
-    """From id to embedding, each image by itself."""
+    """A dict from id to embedding, with each image embedded alone."""
     return {item.id: encoder([content_of(item)])[0] for item in items if item.id not in BROKEN}
 
 
 def check(folder, summary, encoder, items):
-    """What was written is whole, right and there once."""
+    """Checks that the output is complete and correct, without repeats."""
     expected = one_by_one(encoder, items)
     found = evaluation.read_embeddings(folder)
     assert sorted(found.ids) == sorted(expected)
@@ -89,7 +89,7 @@ def test_embedding_a_folder(encoder_path, images, tmp_path):
     summary = embed_images(items, encoder, folder, shard_size=16, batch_size=5, index={}, progress=False)
     check(folder, summary, encoder, items)
     assert summary["shards"] == len(shard_folders(folder)) == 6
-    # Again: nothing is written twice.
+    # A second call writes nothing.
     times = {path: os.stat(path).st_mtime_ns for path in shard_folders(folder)}
     assert embed_images(items, encoder, folder, shard_size=16, batch_size=7, index={}, progress=False) == summary
     assert times == {path: os.stat(path).st_mtime_ns for path in shard_folders(folder)}
@@ -103,7 +103,7 @@ def test_embedding_a_folder(encoder_path, images, tmp_path):
             )
 
 
-def test_killed_it_goes_on_and_neither_loses_nor_repeats_a_shard(call, encoder_path, images, tmp_path):
+def test_after_a_kill_it_resumes_without_losing_or_repeating_a_shard(call, encoder_path, images, tmp_path):
     folder = tmp_path / "out"
     arguments = [f"--encoder={encoder_path}", f"--images={images}", f"--output={folder}", "--shard_size=3"]
     arguments += ["--batch_size=1"]
@@ -125,13 +125,13 @@ def test_killed_it_goes_on_and_neither_loses_nor_repeats_a_shard(call, encoder_p
     assert "90 images, 4 dimensions, 31 shards" in done.stdout
     assert seen.items() <= {path: os.stat(path).st_mtime_ns for path in shard_folders(folder)}.items()
     check(str(folder), read_json(folder / "summary.json"), Encoder(encoder_path), list_images(images))
-    # Every image is in the shard of its place.
+    # Every image is in the shard for its position.
     order = [item.id for item in list_images(images)]
     for number, path in enumerate(shard_folders(folder)):
         assert read_items(path)[0] == [name for name in order[3 * number : 3 * number + 3] if name not in BROKEN]
 
 
-def test_beam_embeds_files_as_this_process_does(encoder_path, images, tmp_path):
+def test_beam_embeds_files_like_this_process(encoder_path, images, tmp_path):
     items, folder = list_images(images), str(tmp_path / "out")
     gone = Item("gone.png", str(tmp_path / "gone.png"), "")
     summary = beam.run([*items, gone], encoder_path, folder, shards=4, batch_size=7, index={"recall": 0.9})
@@ -168,7 +168,7 @@ def test_beam_embeds_tfrecords(encoder_path, images, tmp_path):
     check(folder, summary, Encoder(encoder_path), items)
 
 
-def test_what_is_not_an_images_fault_is_raised(encoder_path, images, tmp_path, monkeypatch):
+def test_errors_not_caused_by_an_image_are_raised(encoder_path, images, tmp_path, monkeypatch):
     encoder = Encoder(encoder_path)
 
     def broken(self, encoded):
@@ -183,7 +183,7 @@ def test_what_is_not_an_images_fault_is_raised(encoder_path, images, tmp_path, m
     assert summary["embedded"] == IMAGES
 
 
-def test_an_image_outside_of_the_folder_is_not_shown(images, tmp_path):
+def test_an_image_outside_the_folder_is_not_shown(images, tmp_path):
     assert read_image_under(images, "c1/001 ü.png").shape == (10, 12, 3)
     (tmp_path / "other.png").write_bytes((images / "c1" / "001 ü.png").read_bytes())
     for name in (str(tmp_path / "other.png"), os.path.relpath(tmp_path / "other.png", images)):
@@ -258,7 +258,7 @@ def test_a_retrieval_saved_model_in_another_process(
     arguments = (tmp_path / "loader.py", path, items[7].path, tmp_path / "rows.npy")
     output = run_python(*arguments, cwd=tmp_path).stdout
     there = json.loads(output.splitlines()[-1])
-    # Identical, to the last bit.
+    # Identical to the last bit.
     assert there["embeddings"]["scores"] == here["scores"].tolist()
     assert there["embeddings"]["ids"] == [[name.decode() for name in row] for row in here["ids"].tolist()]
     exact = evaluation.find_neighbors(rows[:30], rows, 5, metric=metric)
@@ -291,7 +291,7 @@ def test_a_retrieval_saved_model_without_scann(encoder_path, tmp_path, run_pytho
         export.load_retrieval(tmp_path)
 
 
-def test_an_index_of_another_dimension_is_refused(encoder_path, tmp_path):
+def test_an_index_with_another_dimension_is_refused(encoder_path, tmp_path):
     with pytest.raises(ValueError, match=r"dimension 4\. Received: 3"):
         export.export_retrieval(encoder_path, evaluation.build_index(np.eye(3)), str(tmp_path / "retrieval"))
     assert not (tmp_path / "retrieval").exists()

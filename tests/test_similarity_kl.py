@@ -27,7 +27,7 @@ def naive(student, teachers, temperature):
 
 @pytest.fixture(params=["composed", "fused"])
 def implementation(request):
-    """Both implementations; a machine that cannot build the fused op fails these tests."""
+    """Both implementations; these tests fail on a machine that cannot build the fused op."""
     return request.param
 
 
@@ -61,7 +61,7 @@ def test_value_against_loops(unit_rows, implementation, batch, temperature, dtyp
     assert total.dtype == per_teacher.dtype == (tf.float64 if dtype == "float64" else tf.float32)
 
 
-# Of one row there is one kind, of two there are two.
+# With one row there is one kind of batch, with two rows there are two.
 ROWS = [(1, "random"), (2, "random"), (2, "equal")]
 ROWS += [(batch, rows) for batch in (41, 112, 401) for rows in ("random", "duplicates", "equal")]
 
@@ -69,7 +69,7 @@ ROWS += [(batch, rows) for batch in (41, 112, 401) for rows in ("random", "dupli
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(("batch", "rows"), ROWS)
 def test_fused_is_as_accurate_as_composed(unit_rows, batch, rows, dtype):
-    """Distances from float64, root mean square over dims, temperatures and numbers of teachers: at most twice."""
+    """Its RMS error against float64, over dims, temperatures and numbers of teachers, is at most twice as large."""
     like = {"random": np.arange(batch), "duplicates": np.arange(batch) // 2, "equal": np.zeros(batch, int)}[rows]
     distances = {"composed": [], "fused": []}
     for case, (dim, teacher_dim) in enumerate([(1, 7), (7, 1), (7, 128), (128, 2048), (2048, 128)]):
@@ -81,7 +81,7 @@ def test_fused_is_as_accurate_as_composed(unit_rows, batch, rows, dtype):
             arguments = (student, teachers, temperature, weights)
             exact = value_and_gradient(*arguments, "composed", dtype="float64")
             for implementation, found in distances.items():
-                # What the dtype of the gradient rounds away is not the implementation's.
+                # Rounding to the gradient's dtype is not an error of the implementation.
                 got = value_and_gradient(*arguments, implementation, dtype=dtype)
                 rounded = tf.cast(tf.cast(exact[2], dtype), tf.float64).numpy()
                 scale = temperature * np.sum(weights)
@@ -114,7 +114,7 @@ def test_gradient_by_finite_differences(unit_rows, implementation):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_gradient_is_that_of_the_closed_form(unit_rows, implementation, dtype):
+def test_gradient_matches_the_closed_form(unit_rows, implementation, dtype):
     student, teachers, temperature, weights = unit_rows(9, 4), [unit_rows(9, 5, 1), unit_rows(9, 3, 2)], 0.7, [1.0, 3.0]
 
     def softmax(rows):
@@ -128,7 +128,7 @@ def test_gradient_is_that_of_the_closed_form(unit_rows, implementation, dtype):
     np.testing.assert_allclose(gradient, 5.0 * (g + g.T) @ student, atol=tolerance)
 
 
-def test_gradient_where_none_was_announced(unit_rows, implementation):
+def test_gradient_with_compute_gradient_false(unit_rows, implementation):
     arguments = (unit_rows(9, 4), [unit_rows(9, 5, 1)], 0.7, [2.0], implementation)
     one, other = (value_and_gradient(*arguments, compute_gradient=announced) for announced in (True, False))
     for a, b in zip(one, other):
@@ -184,7 +184,7 @@ def test_permuting_the_batch_changes_nothing(unit_rows, implementation):
     np.testing.assert_allclose(one[2][order], other[2], atol=1e-7)
 
 
-def test_the_same_twice_is_the_same_to_the_bit(unit_rows):
+def test_the_same_input_gives_the_same_bits(unit_rows):
     arguments = (unit_rows(301, 33), [unit_rows(301, 65, 1), unit_rows(301, 7, 2)], 0.2, [1.0, 2.0], "fused")
     one, other = value_and_gradient(*arguments), value_and_gradient(*arguments)
     for a, b in zip(one, other):
@@ -202,7 +202,7 @@ def test_the_workspace_changes_nothing(unit_rows, monkeypatch, mib):
 
 @pytest.mark.parametrize("shape", [(12, 3), (120, 40), (97, 1)])
 def test_slices_of_rows_add_up_to_the_batch(unit_rows, implementation, shape):
-    """What replicas compute that gathered the batch, each for its rows: the mean is that of the whole batch."""
+    """Each replica of a gathered batch computes its own rows; their mean is the value of the whole batch."""
     batch, count = shape
     arguments = (
         unit_rows(batch, 7),
@@ -228,7 +228,7 @@ def test_rows_may_be_a_tensor(unit_rows, implementation):
     np.testing.assert_allclose(part(tf.constant([3, 11])), expected, rtol=1e-5)
 
 
-def test_rows_that_are_not_normalised_stay_stable(implementation):
+def test_rows_that_are_not_normalised_are_stable(implementation):
     rows = np.random.default_rng(0).normal(size=(60, 4)) * 100
     exact = value_and_gradient(rows, [rows[::-1]], dtype="float64")
     got = value_and_gradient(rows, [rows[::-1]], implementation=implementation)
@@ -279,7 +279,7 @@ def test_batch_size_may_be_unknown(unit_rows, implementation, jit_compile):
 
 
 def test_rows_that_a_jitted_function_computes(unit_rows):
-    """XLA would have to know them to use the fused op."""
+    """XLA would have to know the values of the rows to use the fused op."""
     student, teacher = (tf.cast(unit_rows(12, dim, dim), tf.float32) for dim in (4, 9))
 
     @tf.function(jit_compile=True)
@@ -308,8 +308,8 @@ def test_rows_that_a_jitted_function_computes(unit_rows):
     ],
     ids=str,
 )
-def test_what_shows_at_run_time_is_refused_then(unit_rows, implementation, change, words):
-    """By the composed version, the op and XLA's lowering in the same words."""
+def test_errors_at_run_time_name_the_argument(unit_rows, implementation, change, words):
+    """The composed version, the op and XLA's lowering give the same message."""
     arguments = {
         "student": unit_rows(6, 4),
         "temperature": 1.0,
@@ -321,7 +321,7 @@ def test_what_shows_at_run_time_is_refused_then(unit_rows, implementation, chang
     shapes = {"student": (None, 4), "temperature": (), "rows": (2,), "weights": (None,), "teachers": (None, None)}
 
     def total(student, temperature, rows, weights, teachers):
-        # XLA has to know the rows.
+        # XLA must know the values of the rows.
         rows = arguments["rows"].astype(int).tolist() if jit_compile else tf.cast(rows, tf.int32)
         return similarity_kl(student, [teachers] * 2, temperature, weights, implementation, rows=rows)[0]
 
@@ -330,14 +330,14 @@ def test_what_shows_at_run_time_is_refused_then(unit_rows, implementation, chang
         step = tf.function(total, input_signature=signature, jit_compile=jit_compile)
         errors = [tf.errors.InvalidArgumentError]
         if jit_compile and tf.__version__.startswith("2.15."):
-            errors.append(tf.errors.InternalError)  # all that its interface knows while a custom call runs
+            errors.append(tf.errors.InternalError)  # the only error its interface has while a custom call runs
         with pytest.raises(tuple(errors)) as refused:
             step(**arguments)
         assert f"similarity_kl: {words}" in str(refused.value)
 
 
-def test_many_at_once(unit_rows):
-    """From several Python threads, on TensorFlow's one thread pool."""
+def test_concurrent_calls(unit_rows):
+    """Several Python threads share TensorFlow's thread pool."""
     data = [
         (tf.cast(unit_rows(n, 5, n), tf.float32), tf.cast(unit_rows(n, 9, n + 1), tf.float32)) for n in range(40, 72)
     ]

@@ -21,7 +21,7 @@ DIGITS = pathlib.Path(__file__).parent.parent / "configs" / "digits.py"
 RUN = (
     f"--config={DIGITS}",
     "--config.model.filters=(8,8)",
-    # Statistics of a batch's part are not those of the batch.
+    # The statistics of part of a batch differ from the whole batch's.
     "--config.model.frozen_bn=all",
     "--config.s2sd.target_dims=(16,)",
     "--config.data.classes_per_batch=4",
@@ -71,7 +71,7 @@ def assert_same_run(one, other):
     models = [load_model(folder / "best.keras") for folder in (one, other)]
     for expected, weight in zip(*(model.trainable_variables for model in models)):
         np.testing.assert_allclose(tf.convert_to_tensor(weight), tf.convert_to_tensor(expected), atol=1e-5)
-    # A neighbour that is as near as another may come in its place.
+    # Equally near neighbours may be swapped.
     for name, expected in first["test"]["exact"].items():
         np.testing.assert_allclose(second["test"]["exact"][name], expected, atol=0.02)
 
@@ -83,12 +83,12 @@ def on_one_device(tmp_path_factory, call):
     return workdir
 
 
-def test_two_devices_train_what_one_does(on_one_device, tmp_path, call):
+def test_two_devices_train_the_same_as_one(on_one_device, tmp_path, call):
     devices = ("--strategy=mirrored", "--devices=CPU:0,CPU:1")
     with start(tmp_path / "two", *devices) as process:
         while not (tmp_path / "two" / "checkpoints" / "epoch_000001").exists() and process.is_alive():
             time.sleep(0.01)
-        # In the middle of an epoch, from where it resumes.
+        # In the middle of an epoch, where it then resumes.
         process.send_signal(signal.SIGTERM)
         assert "the same command resumes from there" in end(process, 75)
     call("train", *RUN, *devices, f"--workdir={tmp_path / 'two'}")
@@ -102,7 +102,7 @@ def test_two_devices_train_what_one_does(on_one_device, tmp_path, call):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
 
 
-def test_workers_train_what_one_process_does_though_one_is_killed(on_one_device, tmp_path):
+def test_workers_train_the_same_as_one_process_although_one_is_killed(on_one_device, tmp_path):
     workdir = tmp_path / "workers"
     with start_workers(workdir) as (chief, other):
         while not (workdir / "checkpoints" / "epoch_000001").exists() and chief.is_alive():
@@ -111,7 +111,7 @@ def test_workers_train_what_one_process_does_though_one_is_killed(on_one_device,
         assert "lost a worker" in end(chief, 75)
         end(other, -signal.SIGKILL)
     assert not (workdir / "results.json").exists()
-    # All workers are started again.
+    # Restart all workers.
     with start_workers(workdir) as workers:
         for worker in workers:
             end(worker)
@@ -123,7 +123,7 @@ def test_workers_train_what_one_process_does_though_one_is_killed(on_one_device,
 class TestPipelines:
     @pytest.mark.parametrize("augmentation", [None, data.Augmentation(**data.augmentation.preset("flip"))])
     @pytest.mark.parametrize("pipelines", [1, 2, 4])
-    def test_replicas_share_out_every_batch(self, pipelines, augmentation):
+    def test_replicas_share_every_batch(self, pipelines, augmentation):
         train, _, preprocessing = data.load_digits()
         sampler = data.samplers.get("class_balanced", classes_per_batch=4, samples_per_class=3)
 
@@ -141,7 +141,7 @@ class TestPipelines:
             parts.append(np.stack([images for images, _ in dataset]).reshape(3, -1, *whole[0].shape[1:]))
         np.testing.assert_array_equal(np.concatenate(parts, axis=1), np.stack(whole))
 
-    def test_a_batch_that_they_cannot_share_is_refused(self):
+    def test_a_batch_that_cannot_be_shared_is_refused(self):
         train, _, preprocessing = data.load_digits()
         sampler = data.samplers.get("class_balanced", classes_per_batch=3, samples_per_class=3)
         context = tf.distribute.InputContext(1, 0, num_replicas_in_sync=2)
@@ -164,12 +164,12 @@ class TestNames:
             ("multiworker", [], "strategy: expected the environment variable TF_CONFIG"),
         ],
     )
-    def test_what_is_not_there_is_refused(self, name, devices, words, monkeypatch):
+    def test_unknown_names_are_refused(self, name, devices, words, monkeypatch):
         monkeypatch.delenv("TF_CONFIG", raising=False)
         with pytest.raises(ValueError, match=words):
             strategies.get(name, devices)
 
-    def test_none(self):
+    def test_no_strategy(self):
         strategy = strategies.get("none")
         assert strategy is tf.distribute.get_strategy()
         assert strategies.is_chief(strategy)

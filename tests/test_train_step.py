@@ -1,4 +1,4 @@
-"""What a training step does beside the loss: gradients in parts, loss scaling, diagnostics."""
+"""What a training step does besides the loss: gradients in parts, loss scaling, diagnostics."""
 
 import functools
 
@@ -26,7 +26,7 @@ def small_backbone(*extra, norm=None, dtype=None):
 
 
 def trained(micro_batch_size, backbone=small_backbone, steps=3, batch=BATCH, unknown=False, jit=False, **settings):
-    """The model after some steps, and their losses."""
+    """The model after some steps, and the losses of the steps."""
     keras.utils.set_random_seed(0)
     settings = {"target_dims": (8, 12), "feature_distill_delay": 1, **settings}
     model = s2sd_tf.S2SDModel(backbone(), 4, micro_batch_size=micro_batch_size, diagnostics=True, **settings)
@@ -55,7 +55,7 @@ def assert_same(one, other, atol=1e-5):
 
 class TestGradientCaching:
     @pytest.mark.parametrize("size", [1, 4, 7, 14, 100])
-    def test_a_step_is_that_of_the_whole_batch(self, size):
+    def test_a_step_equals_a_step_on_the_whole_batch(self, size):
         assert_same(trained_at_once(), trained(size))
 
     @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ class TestGradientCaching:
     def test_jitted(self):
         assert_same(trained_at_once(), trained(7, jit=True), atol=1e-4)
 
-    def test_statistics_move_once(self):
+    def test_statistics_are_updated_once(self):
         def backbone():
             return small_backbone(norm=keras.layers.BatchNormalization(momentum=0.5, center=False, scale=False))
 
@@ -92,7 +92,7 @@ class TestGradientCaching:
             ]
             np.testing.assert_allclose(*values, rtol=1e-5)
 
-    def test_dropout_is_the_same_both_times(self):
+    def test_dropout_is_the_same_in_both_passes(self):
         def backbone():
             return small_backbone(keras.layers.Dropout(0.5, seed=3))
 
@@ -100,7 +100,7 @@ class TestGradientCaching:
             with pytest.raises(ValueError, match=r"micro_batch_size: .* dropout .* Received: one with 'dropout"):
                 trained(BATCH, backbone=backbone)
             return
-        # In one part the random numbers are those of the whole batch.
+        # With a single part the random numbers are the same as for the whole batch.
         assert_same(trained(0, backbone=backbone), trained(BATCH, backbone=backbone))
 
     def test_activity_regularizers_are_refused(self):
@@ -110,7 +110,7 @@ class TestGradientCaching:
 
     def test_in_low_precision(self):
         settings = {"dtype": "mixed_bfloat16", "backbone": lambda: small_backbone(dtype="mixed_bfloat16")}
-        # The parts' gradients are rounded one by one.
+        # The gradients of the parts are rounded separately.
         assert_same(trained(0, **settings), trained(7, **settings), atol=5e-2)
 
     def test_the_size_is_saved_and_checked(self):
@@ -164,7 +164,7 @@ class TestPrecision:
         def weights():
             return [tf.convert_to_tensor(variable).numpy() for variable in model.trainable_variables]
 
-        # The first scale may be too large by itself.
+        # The initial scale may already be too large.
         for _ in range(8):
             step()
         before, first = weights(), scale()
@@ -184,7 +184,7 @@ class TestPrecision:
 
     @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
     @pytest.mark.parametrize("objective", ["multi_similarity", "margin", "proxy_anchor", "fast_ap", "circle"])
-    def test_the_terms_are_those_of_float32(self, policy, objective):
+    def test_the_terms_match_float32(self, policy, objective):
         def losses(dtype):
             keras.utils.set_random_seed(0)
             model = s2sd_tf.S2SDModel(
@@ -200,19 +200,19 @@ class TestPrecision:
 
 
 class TestDiagnostics:
-    def test_are_what_their_names_say(self, unit_rows):
+    def test_match_their_definitions(self, unit_rows):
         rows = unit_rows(20, 6)
         values = np.linalg.eigvalsh(np.cov(rows.T, bias=True))
         np.testing.assert_allclose(effective_rank(tf.constant(rows)), values.sum() ** 2 / (values**2).sum(), rtol=1e-6)
         similarities = rows @ rows.T
         expected = (similarities.sum() - 20) / (20 * 19)
         np.testing.assert_allclose(mean_similarity(tf.constant(rows)), expected, rtol=1e-6)
-        # Fewer rows than dimensions.
+        # Now with fewer rows than dimensions.
         wide = unit_rows(5, 50)
         values = np.linalg.eigvalsh(np.cov(wide.T, bias=True))
         np.testing.assert_allclose(effective_rank(tf.constant(wide)), values.sum() ** 2 / (values**2).sum(), rtol=1e-6)
 
-    def test_of_embeddings_that_have_collapsed(self, unit_rows):
+    def test_of_collapsed_embeddings(self, unit_rows):
         same = tf.constant(np.repeat(unit_rows(1, 8), 12, axis=0), tf.float32)
         np.testing.assert_allclose(mean_similarity(same), 1.0, rtol=1e-6)
         assert effective_rank(same) == 0
@@ -226,7 +226,7 @@ class TestDiagnostics:
         expected = effective_rank(rows[::500])
         np.testing.assert_allclose([effective_rank(rows), unknown(rows)], [expected] * 2, rtol=1e-2)
 
-    def test_the_norm_is_that_of_all_gradients(self):
+    def test_the_norm_is_over_all_gradients(self):
         model = s2sd_tf.S2SDModel(small_backbone(), 4, target_dims=(8,), diagnostics=True)
         model.compile(optimizer=keras.optimizers.SGD(1.0))
         before = [tf.convert_to_tensor(variable).numpy() for variable in model.trainable_variables]
@@ -235,7 +235,7 @@ class TestDiagnostics:
         np.testing.assert_allclose(logs["gradient_norm"], np.sqrt(np.sum(moved)), rtol=1e-4)
         assert set(model.test_step((tf.constant(IMAGES), tf.constant(LABELS)))).isdisjoint({"gradient_norm"})
 
-    def test_the_first_loss_that_is_not_finite_is_noted(self):
+    def test_the_first_non_finite_loss_is_recorded(self):
         model = s2sd_tf.S2SDModel(small_backbone(), 4, target_dims=(8,))
         model.compile(optimizer=keras.optimizers.SGD(0.01))
         for images in (IMAGES, IMAGES, IMAGES * np.nan, IMAGES):

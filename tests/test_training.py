@@ -1,4 +1,4 @@
-"""Runs: what they leave, resuming after a kill, choosing on held-out classes, the programs, errors."""
+"""Runs: their output, resuming after a kill, choosing on held-out classes, the programs, errors."""
 
 import csv
 import os
@@ -36,7 +36,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def finished(call, tmp_path_factory):
-    """Work directory and output of a small finished run that chose on held-out classes."""
+    """Work directory and output of a small finished run that chose its checkpoint on held-out classes."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     arguments = (
         *SMALL,
@@ -50,7 +50,7 @@ def finished(call, tmp_path_factory):
 
 
 class TestARun:
-    def test_leaves_what_it_should(self, finished):
+    def test_writes_its_output(self, finished):
         workdir, _, output = finished
         assert {path.name for path in workdir.iterdir()} == {
             "config.json", "run.json", "preprocessing.json", "checkpoints", "best.keras", "history.csv", "tensorboard",
@@ -100,7 +100,7 @@ class TestARun:
         assert "optimizer.learning_rate (0.0003 there, 0.5 here)" in done.stderr
         assert "Traceback" not in done.stderr
 
-    def test_goes_on_where_new_keys_have_their_defaults(self, call, finished, tmp_path):
+    def test_resumes_if_new_keys_have_their_defaults(self, call, finished, tmp_path):
         workdir, arguments, output = finished
         copy = tmp_path / "old"
         shutil.copytree(workdir, copy)
@@ -122,7 +122,7 @@ class TestARun:
         assert "finished run" in call("export", f"--workdir={tmp_path}", status=2).stderr
 
 
-def test_compare_prints_a_table_and_leaves_the_pictures(call, tmp_path):
+def test_compare_prints_a_table_and_writes_pictures(call, tmp_path):
     arguments = (
         *SMALL,
         "--config.train.epochs=2",
@@ -145,7 +145,7 @@ def test_compare_prints_a_table_and_leaves_the_pictures(call, tmp_path):
     plain = read_json(tmp_path / "both" / "runs" / "plain_seed1" / "config.json")
     assert (plain["s2sd"]["target_dims"], plain["s2sd"]["feature_distill"]) == ([], False)
     assert read_json(tmp_path / "both" / "runs" / "plain_seed1" / "results.json")["steps"] == 6
-    # Finished runs of another config are not taken for this one's.
+    # Finished runs of another config are not accepted.
     other = call("compare", *arguments, "--config.model.embedding_dim", "5", status=2)
     assert "model.embedding_dim (8 there, 5 here)" in other.stderr
     failed = call("compare", *SMALL, "--config.data.samples_per_class=1000", f"--workdir={tmp_path / 'no'}", status=2)
@@ -169,7 +169,7 @@ class TestErrors:
             ((DIGITS, "--config.sampler.name=nonsense", "--workdir=never"), "config.sampler.name: expected one of"),
         ],
     )
-    def test_on_the_command_line_are_one_line(self, call, tmp_path, monkeypatch, arguments, words):
+    def test_are_one_line_on_the_command_line(self, call, tmp_path, monkeypatch, arguments, words):
         monkeypatch.chdir(tmp_path)
         done = call("train", *arguments, status=2)
         assert "Traceback" not in done.stderr
@@ -218,19 +218,19 @@ class TestErrors:
     )
     def test_name_the_key_and_leave_nothing_behind(self, tmp_path, change, words):
         config = default_config()
-        config.train.deterministic = False  # a setting of the process, which other tests share
+        config.train.deterministic = False  # it would apply to the whole process, which other tests share
         for key, value in change.items():
             config.update_from_flattened_dict({key: value})
         with pytest.raises(ValueError, match=words):
             train(config, str(tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
-    def test_another_config_differs_in_what_is_used(self, tmp_path):
+    def test_another_config_differs_in_the_keys_it_uses(self, tmp_path):
         config = default_config()
         config.train.deterministic = False
         there = config.to_dict()
         there["objective"]["multi_similarity"]["alpha"] = 7.0
-        # Not of this run, or not known when it was written.
+        # Keys that this run does not use, or that the other version does not have.
         there["objective"]["margin"]["beta"] = 7.0
         there["objective"].pop("circle")
         there["miner"].pop("hard")
@@ -249,7 +249,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"differs in data.folder.test_classes \('' there, 'a' here\)$"):
             train(config, str(tmp_path))
 
-    def test_a_run_of_an_older_layout_is_told_in_one_line(self, call, tmp_path):
+    def test_a_run_with_an_older_layout_is_reported_in_one_line(self, call, tmp_path):
         there = default_config().to_dict()
         there["data"].update(source="auto", test_root="")
         there["optimizer"]["settings"]["any_key"] = 1
@@ -262,7 +262,7 @@ class TestErrors:
             assert "config.json: expected the keys of this version's configs." in line
             assert "Received: data.source, data.test_root, from a run of an older version" in line
 
-    def test_a_section_is_no_name(self):
+    def test_a_name_in_place_of_a_section(self):
         config = ml_collections.ConfigDict({**default_config().to_dict(), "objective": "margin"})
         with pytest.raises(ValueError, match=r"config.objective: expected a section with keys .* Received: 'margin'"):
             resolve(config)

@@ -1,4 +1,4 @@
-"""What a config can ask of a run beyond the defaults: schedules, averages, galleries, dry runs, the input's log."""
+"""Options of a run: schedules, averages, galleries, dry runs, and the logs."""
 
 import logging
 import re
@@ -47,7 +47,7 @@ class TestSchedules:
         np.testing.assert_allclose([float(rate(step)) for step in steps], expected, rtol=1e-5)
 
     @pytest.mark.parametrize("name", ["constant", "multi_step", "cosine"])
-    def test_warm_up(self, name):
+    def test_warmup(self, name):
         milestones = (3,) if name == "multi_step" else ()
         rate = optimizers.schedule(0.1, name, warmup_epochs=1.5, milestones=milestones, **self.arguments)
         values = np.array([float(rate(step)) for step in range(51)])
@@ -73,7 +73,7 @@ class TestSchedules:
         assert int(tf.convert_to_tensor(again.optimizer.iterations)) == 1
         model.train_on_batch(*batch)
         again.train_on_batch(*batch)
-        # Keras 3 tells that of the next step, Keras 2 that of the last one.
+        # Keras 3 reports the rate of the next step, Keras 2 that of the last one.
         np.testing.assert_allclose(
             tf.convert_to_tensor(again.optimizer.learning_rate), float(rate(1 + IS_KERAS_3)), rtol=1e-6
         )
@@ -106,7 +106,7 @@ class TestAverages:
         averages = [variable.numpy() for variable in model.trainable_variables]
         for step in range(5):
             model.train_on_batch(images, labels)
-            # Keras 3 begins with the weights after the first step, Keras 2 with those before it.
+            # Keras 3 starts from the weights after the first step, Keras 2 from those before it.
             keep = 0.0 if step == 0 and IS_KERAS_3 else 0.9
             averages = [keep * a + (1 - keep) * v.numpy() for a, v in zip(averages, model.trainable_variables)]
         own = [variable.numpy() for variable in model.trainable_variables]
@@ -117,7 +117,7 @@ class TestAverages:
         for variable, raw in zip(model.trainable_variables, own):
             np.testing.assert_array_equal(variable.numpy(), raw)
 
-    def test_what_does_not_move_keeps_its_weights(self):
+    def test_frozen_layers_keep_their_weights(self):
         backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4,))
         model = s2sd_tf.S2SDModel(
             backbone, 4, target_dims=(), feature_distill=False, learning_rate_multipliers={"backbone": 0.0}
@@ -131,7 +131,7 @@ class TestAverages:
             for variable, value in zip(backbone.trainable_variables, before):
                 np.testing.assert_array_equal(variable.numpy(), value)
 
-    def test_a_model_without_keeps_its_weights(self):
+    def test_without_averages_the_weights_stay(self):
         backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4,))
         model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(), feature_distill=False)
         model.compile("sgd")
@@ -223,7 +223,7 @@ class TestDryRun:
         sections = dry_run(small_config(**{"train.steps_per_epoch": 1}))
         assert "2 steps, 2 epochs of 1" in dict(sections["steps"])["in all"]
 
-    def test_tells_everything_and_writes_nothing(self, tmp_path, monkeypatch):
+    def test_reports_everything_and_writes_nothing(self, tmp_path, monkeypatch):
         write_inshop(tmp_path / "data", classes=8, images_per_class=4)
         before = sorted(tmp_path.rglob("*"))
         monkeypatch.chdir(tmp_path)
@@ -248,7 +248,7 @@ class TestDryRun:
         assert "6 steps, 2 epochs of 3" in dict(sections["steps"])["in all"]
         assert "recall@1" in dict(sections["evaluation"])
 
-    def test_the_program_with_all_colours_where_runs_are_deterministic(self, tmp_path, call):
+    def test_the_program_with_all_colours_in_deterministic_mode(self, tmp_path, call):
         write_cub200(tmp_path, classes=8, images_per_class=4)
         done = call(
             "train", f"--config={REPOSITORY / 'configs' / 'folder.py'}", "--dry_run",
@@ -260,7 +260,7 @@ class TestDryRun:
         assert "4 classes, 16 images (paths)" in done.stdout
         assert "augmentation         adv" in done.stdout
 
-    def test_bad_data_is_told(self, tmp_path):
+    def test_bad_data_is_reported(self, tmp_path):
         config = small_config(**{"data.name": "sop", "data.root": str(tmp_path)})
         with pytest.raises(FileNotFoundError, match="Ebay_train"):
             dry_run(config)
@@ -268,7 +268,7 @@ class TestDryRun:
 
 @pytest.fixture
 def log(caplog):
-    """Function to the different messages in the log."""
+    """Returns a function that returns the distinct logged messages."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.addHandler(caplog.handler)
@@ -301,7 +301,7 @@ def test_the_logs_say_where_the_time_went(slow, log):
         seconds = row["input_seconds"] + row["compute_seconds"]
         assert row["images_per_second"] == pytest.approx(20 / seconds)
         assert row["input_seconds" if slow else "compute_seconds"] >= (0.25 if slow else 0.1)
-    # What is saved after the logs are written is in the next ones.
+    # Time spent saving after the logs are written is in the next row.
     assert rows[0]["checkpoint_seconds"] == 0.0
     assert rows[1]["checkpoint_seconds"] >= 0.05
     times = ("input_seconds", "compute_seconds", "evaluation_seconds", "checkpoint_seconds")
@@ -314,8 +314,8 @@ def test_the_logs_say_where_the_time_went(slow, log):
 
 
 class TestCollapseAlarm:
-    def told(self, log, model, rows):
-        """The epochs (from 0) whose end was told of, with the messages."""
+    def warnings(self, log, model, rows):
+        """The warnings of the alarm, as `(epoch from 0, message)`."""
         alarm, found = CollapseAlarm(), []
         alarm.set_model(model)
         for epoch, row in enumerate(rows):
@@ -324,8 +324,8 @@ class TestCollapseAlarm:
             found += [(epoch, message) for message in log()[before:]]
         return found
 
-    def test_tells_of_every_onset_once(self, small_model, log):
-        found = self.told(
+    def test_warns_once_for_every_collapse(self, small_model, log):
+        found = self.warnings(
             log,
             small_model(),
             [{"mean_similarity": s, "embedding_rank": 3.0} for s in (0.5, 0.95, 0.97, 0.8, 0.99)],
@@ -334,21 +334,21 @@ class TestCollapseAlarm:
         assert "Epoch 2: the embeddings have collapsed: mean similarity 0.95, rank 3.0 of 4; " in found[0][1]
         assert "config.optimizer.learning_rate" in found[0][1]
 
-    def test_tells_of_the_rank_and_of_the_targets(self, small_model, log):
+    def test_reports_the_rank_and_the_targets(self, small_model, log):
         row = {
             "mean_similarity": 0.1, "embedding_rank": 1.5, "target_mean_similarity": 0.99, "target_embedding_rank": 1.1,
         }  # fmt: skip
-        (_, base), (_, targets) = self.told(log, small_model(), [row])
+        (_, base), (_, targets) = self.warnings(log, small_model(), [row])
         assert "the embeddings have collapsed: mean similarity 0.10, rank 1.5 of 4" in base
         assert "the targets' embeddings have collapsed: mean similarity 0.99, rank 1.1 of 8 to 12" in targets
         assert "config.s2sd.target_objective" in targets
 
-    def test_two_dimensions_have_no_more_rank_than_that(self, small_model, log):
+    def test_two_dimensions_do_not_trigger_it(self, small_model, log):
         row = {"mean_similarity": 0.1, "embedding_rank": 1.5}
-        assert not self.told(log, small_model(embedding_dim=2), [row])
+        assert not self.warnings(log, small_model(embedding_dim=2), [row])
 
     def test_without_diagnostics_it_is_silent(self, small_model, log):
-        assert not self.told(log, small_model(), [{"loss": 1.0}, None])
+        assert not self.warnings(log, small_model(), [{"loss": 1.0}, None])
 
 
 class TestWhatARunLogs:
@@ -368,7 +368,7 @@ class TestWhatARunLogs:
         assert load_run(str(tmp_path))[0].micro_batch_size == 2
 
     @pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
-    def test_precision_is_put_back(self, tmp_path, precision):
+    def test_precision_is_restored(self, tmp_path, precision):
         before = keras.mixed_precision.global_policy().name
         changes = {"train.precision": precision, "train.epochs": 1, "eval.every": 0, "s2sd.diagnostics": False}
         results = train(small_config(**changes), str(tmp_path))
@@ -382,7 +382,7 @@ class TestWhatARunLogs:
             train(small_config(**changes, **{"model.embedding_dim": 0}), str(tmp_path / "never"))
         assert keras.mixed_precision.global_policy().name == before
 
-    def test_a_run_of_before_goes_on(self, tmp_path):
+    def test_a_run_of_an_older_version_resumes(self, tmp_path):
         config, results = small_config().to_dict(), {"steps": 6}
         for section, keys in (
             ("train", ("checkpoints_kept", "profile", "precision", "jit_compile")),

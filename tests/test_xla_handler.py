@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_value_and_gradient_through_jax_ffi(tmp_path):
-    """`jax_check.py` compares them with plain JAX, and refuses to run beside TensorFlow."""
+    """Runs `jax_check.py`, which compares them with plain JAX and refuses to run in a process with TensorFlow."""
     include = run_program(sys.executable, "-c", "import jax; print(jax.ffi.include_dir())").strip()
     handler_flags = ["-Wall", "-Wextra", "-Werror", "-isystem", include]
     objects = compile_cpu_kernel(tmp_path, ["-std=c++17", "-O2", "-fPIC"], {"jax_handler.cc": handler_flags})
