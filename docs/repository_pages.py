@@ -14,6 +14,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = pathlib.Path(__file__).parent.parent
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]+)")
+FENCE_OR_INDENT = re.compile(r"(?ms)^(`{3,}).*?^\1$|^ {3}(?=\S)")
 PICTURES = (".png", ".svg")
 LANGUAGES = {".cc": "cpp", ".cu": "cpp", ".cuh": "cpp", ".h": "cpp", ".json": "json", ".py": "python", ".toml": "toml"}
 
@@ -39,14 +40,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns the links out of docs/ to the pages that were added."""
+    """Turns the links out of docs/ to the pages that were added, and indents lists as Python-Markdown reads them."""
     here = page.file.src_uri
 
     def turned(link):
         path = linked(here, link.group())
         return link.group() if path is None else posixpath.relpath(uri_of(path), posixpath.dirname(here) or ".")
 
-    return LINK.sub(turned, markdown)
+    # A numbered item is continued at 3 spaces on GitHub, at 4 here. What is in fences stays.
+    return FENCE_OR_INDENT.sub(lambda found: found[0] if found[1] else "    ", LINK.sub(turned, markdown))
 
 
 def linked(page: str, link: str) -> pathlib.PurePosixPath | None:
