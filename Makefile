@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.10; 
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 RUN := $(VENV)/bin
 
-.PHONY: train test dryrun soak lint clean
+.PHONY: train test dryrun soak lint docs clean
 .DELETE_ON_ERROR:
 
 # Compares the plain objective with S2SD on the embedded digits: a table, and curves, gallery and SavedModel in runs/digits.
@@ -28,6 +28,14 @@ lint: $(VENV)/installed
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
+# Builds the documentation into site/; a dead link or an unknown name fails.
+docs: $(VENV)/docs_installed
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
+$(VENV)/docs_installed: $(VENV)/installed
+	$(RUN)/python -m pip install --quiet -e '.[docs]'
+	touch $@
+
 $(VENV)/installed: pyproject.toml setup.py
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10-3.13 found; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -36,4 +44,4 @@ $(VENV)/installed: pyproject.toml setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

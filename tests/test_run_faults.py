@@ -212,7 +212,7 @@ class TestInterruption:
             raise Interrupted("SIGTERM: stopped at epoch 3; the same command resumes from there")
 
         with pytest.raises(SystemExit) as caught:
-            app._told(main, "s2sd-train")([""])
+            app._reporting_errors(main, "s2sd-train")([""])
         assert caught.value.code == 75
         assert capsys.readouterr().err.splitlines() == [
             "s2sd-train: SIGTERM: stopped at epoch 3; the same command resumes from there"

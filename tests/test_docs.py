@@ -1,0 +1,53 @@
+"""The scripts of the documentation run as they are printed, and the messages that it explains exist."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+from conftest import REPOSITORY
+from PIL import Image
+
+import s2sd_tf
+from s2sd_tf import export
+
+DOCS = REPOSITORY / "docs"
+
+
+def scripts(page):
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+
+
+def test_the_scripts_of_the_first_page_are_those_of_the_readme():
+    readme = (REPOSITORY / "README.md").read_text()
+    assert all(script in readme for script in scripts("getting_started.md"))
+
+
+def test_the_scripts_for_images_of_ones_own(monkeypatch, tmp_path):
+    for name in range(8):
+        (tmp_path / "photos" / str(name)).mkdir(parents=True)
+        for image in range(4):
+            pixels = np.random.default_rng([name, image]).integers(0, 256, (80, 90, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / str(name) / f"{image}.png")
+    monkeypatch.chdir(tmp_path)
+    train, train_longer = (re.sub(r"epochs=\d+", "epochs=1", script) for script in scripts("your_images.md"))
+    names = {}
+    exec(compile(train, "docs/your_images.md", "exec"), names)
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (tmp_path / "photos.keras").rename(run / "best.keras")
+    (run / "preprocessing.json").write_text(json.dumps(names["preprocessing"].get_config()))
+    exec(compile(train_longer, "docs/your_images.md", "exec"), names)
+    assert isinstance(export.load_model("runs/mine/best.keras"), s2sd_tf.S2SDModel)
+    assert int(names["model"].optimizer.iterations) == 2
+
+
+def test_the_messages_are_those_of_the_code():
+    # Without the seams of strings that go over several lines.
+    sources = sorted(pathlib.Path(s2sd_tf.__file__).parent.rglob("*.py"))
+    code = "".join(re.sub(r'"\s+f?"', "", path.read_text()) for path in sources)
+    messages = re.findall(r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(messages) >= 20
+    for message in messages:
+        missing = [part for part in re.split(r"…", message) if part.strip(" .:") and part not in code]
+        assert not missing, f"{message}: not in the code: {missing}"
