@@ -16,7 +16,7 @@ SCRIPTS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_scripts_run_and_the_saved_model_loads(tmp_path, run_python):
-    script, load = SCRIPTS
+    script, _, load = SCRIPTS
     assert len(script.strip().splitlines()) <= 25
     (tmp_path / "script.py").write_text(script)
     output = run_python("script.py", cwd=tmp_path).stdout
@@ -36,6 +36,24 @@ def test_the_scripts_run_and_the_saved_model_loads(tmp_path, run_python):
     before = int(tf.convert_to_tensor(model.s2sd_loss.step))
     model.fit(data.class_balanced_batches(train, preprocessing, 5, 16), epochs=1, verbose=0)
     assert int(tf.convert_to_tensor(model.s2sd_loss.step)) == before + 901 // 80
+
+
+def test_the_loss_in_a_loop():
+    train, _, preprocessing = data.load_digits()
+    dense = [keras.layers.Dense(dim) for dim in (8, 64, 128)]
+    names = {
+        "s2sd_tf": s2sd_tf,
+        "tf": tf,
+        "batches": data.class_balanced_batches(train, preprocessing, 5, 8).take(3),
+        "backbone": s2sd_tf.models.backbones.conv_blocks(preprocessing.output_shape, filters=(8,), pools=1),
+        "pool": keras.layers.GlobalAveragePooling2D(),
+        "head": dense[0],
+        "targets": dense[1:],
+        "optimizer": keras.optimizers.Adam(),
+    }
+    exec(compile(SCRIPTS[1], "README.md", "exec"), names)
+    assert int(names["loss"].step) == 3
+    assert np.isfinite(names["terms"]["loss"])
 
 
 def test_links_and_names():

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from s2sd_tf.cli import help
 
@@ -23,6 +23,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
     if help.answers(sys.argv[1:]):
         print(help.text(sys.modules[main.__module__], sys.argv[1:]))
         sys.exit(0)
+    # A person sees the progress and warnings; files have the rest.
+    logging.set_verbosity(logging.WARNING)
     try:
         app.run(_reporting_errors(main, program), flags_parser=_parse)
     except (flags.Error, _BadConfig) as error:

@@ -1,7 +1,6 @@
 """The training loop, which starts or resumes a run and trains it to the end of its last epoch."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +17,7 @@ from s2sd_tf.training.averages import averaged_weights
 from s2sd_tf.training.build import build_batches, build_evaluations
 from s2sd_tf.training.checkpoints import Checkpoints, RunState
 from s2sd_tf.training.collapse_alarm import CollapseAlarm
+from s2sd_tf.training.console import Console
 from s2sd_tf.training.datasets import RunData
 from s2sd_tf.training.embedding import predict
 from s2sd_tf.training.finite_loss import CHECK_EVERY, FiniteLoss
@@ -84,16 +84,11 @@ class Loop:
         self.finite_loss = FiniteLoss(
             model, images, run.sampler, self.steps, config.seed, lambda: str(checkpoints.latest)
         )
-        # 0: silent, 1: a progress bar, 2: one line per epoch.
-        self.verbose = (1 if sys.stdout.isatty() else 2) if strategies.is_chief(run.strategy) else 0
-        self.display = keras.callbacks.CallbackList(
-            [TensorBoard(run.workdir, config.train.profile)],
-            add_progbar=self.verbose > 0,
-            model=model,
-            verbose=self.verbose,
-            epochs=self.epochs,
-            steps=self.steps,
-        )
+        callbacks = [TensorBoard(run.workdir, config.train.profile)]
+        if strategies.is_chief(run.strategy):
+            position = run.state.epoch * self.steps + run.state.step_in_epoch
+            callbacks.append(Console(self.epochs, self.steps, position))
+        self.display = keras.callbacks.CallbackList(callbacks, model=model)
 
     def train(self) -> None:
         """Trains the remaining epochs.
@@ -146,10 +141,9 @@ class Loop:
             self.display.on_train_batch_begin(number)
             with timer.waiting():
                 batch = next(iterator)
-            logs = self.train_step(batch)
+            self.train_step(batch)
             timer.end_step(run.sampler.batch_size)  # type: ignore[attr-defined]
-            # Reading them is a copy to the host, and only a progress bar needs them.
-            self.display.on_train_batch_end(number, logs if self.verbose == 1 else None)
+            self.display.on_train_batch_end(number)
             if (number + 1) % CHECK_EVERY == 0:
                 self.finite_loss.check()
             state.end_step()
