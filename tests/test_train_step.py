@@ -62,9 +62,7 @@ class TestGradientCaching:
         "settings",
         [
             {"objective": "margin", "num_classes": 4},
-            {"objective": "proxy_anchor", "num_classes": 4},
             {"pooling": "gem", "target_pooling": "avg+max", "l2": 0.01},
-            {"pooling": "gem", "target_pooling": "gem"},
             {"target_dims": (), "feature_distill": False},
             {"unknown": True, "batch": 5, "steps": 1},
             {"learning_rate_multipliers": {"backbone": 0.1, "heads": 2.0}},
