@@ -1,6 +1,5 @@
 """The C++ tests of the kernels: the CPU kernel under sanitizers, the CUDA kernel's source in an emulator on the CPU."""
 
-import pytest
 from conftest import REPOSITORY, compile_cpu_kernel, run_program
 
 from s2sd_tf.distillation import libraries
@@ -8,19 +7,13 @@ from s2sd_tf.distillation import libraries
 SOURCES = REPOSITORY / "custom_ops" / "similarity_kl"
 
 
-@pytest.fixture(scope="module")
-def sanitized(tmp_path_factory):
+def test_cpu_kernel_under_sanitizers(tmp_path):
     """The CPU kernel's test program, with every vector instruction set of this processor."""
-    folder = tmp_path_factory.mktemp("sanitized")
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    objects = compile_cpu_kernel(folder, flags, {"cpu_kernel_test.cc": []})
-    run_program(libraries.compiler(), *flags, *objects, "-o", folder / "test", "-pthread")
-    return folder / "test"
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_cpu_kernel_under_sanitizers(sanitized, seed):
-    assert run_program(sanitized, 40, seed).endswith("all passed\n")
+    objects = compile_cpu_kernel(tmp_path, flags, {"cpu_kernel_test.cc": []})
+    run_program(libraries.compiler(), *flags, *objects, "-o", tmp_path / "test", "-pthread")
+    cases, seed = 60, 1
+    assert run_program(tmp_path / "test", cases, seed).endswith("all passed\n")
 
 
 def test_validation(tmp_path):

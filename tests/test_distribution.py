@@ -73,22 +73,18 @@ OBJECTIVES = {
 }
 GLOBAL = {
     "margin": {"objective": OBJECTIVES["margin"], "model": {"similarity_kl_implementation": "fused"}, **SGD},
-    "adam, multipliers, l2, gem": {
+    "adam, each gradient clipped, multipliers, l2, gem": {
         "objective": OBJECTIVES["proxy_anchor"],
         "model": {
             "l2": 0.01, "pooling": "gem", "learning_rate_multipliers": {"heads": 0.5, "objectives": 10.0},
             "log_per_target": True,
         },
-        "optimizer": "Adam", "settings": {"learning_rate": 0.001, "epsilon": 1e-2},
+        "optimizer": "Adam", "settings": {"learning_rate": 0.001, "epsilon": 1e-2, "clipnorm": 0.02},
     },
     "clipped by the norm of all": {
         "objective": OBJECTIVES["multi_similarity"],
         "model": {"diagnostics": True, "similarity_kl_implementation": "composed"},
         "settings": {"learning_rate": 0.1, "global_clipnorm": 0.05},
-    },
-    "clipped one by one": {
-        "objective": OBJECTIVES["multi_similarity"], "model": {},
-        "settings": {"learning_rate": 0.1, "clipnorm": 0.02},
     },
     "an overflow, the loss scaled": {"objective": OBJECTIVES["multi_similarity"], "model": {}, "overflow": True, **SGD},
     "in parts": {"objective": OBJECTIVES["margin"], "model": {"micro_batch_size": 3, "diagnostics": True}, **SGD},

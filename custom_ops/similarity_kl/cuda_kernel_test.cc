@@ -362,10 +362,10 @@ void TestDepth() {
 void TestGroups() {
   for (int groups : {1, 2, 5}) {
     Errors errors;
-    Case c = {512, 0, 512, 128, {64, 96, 128, 160, 160}, 1, Scalar::kFloat32, true, CudaPath::kLarge64};
+    Case c = {320, 0, 320, 128, {64, 96, 128, 160, 160}, 1, Scalar::kFloat32, true, CudaPath::kLarge64};
     c.groups = groups;
     errors.Add(c);
-    const std::string name = "TF32, 512 rows, " + std::to_string(groups) + " groups of teachers";
+    const std::string name = "TF32, 320 rows, " + std::to_string(groups) + " groups of teachers";
     errors.Report(name.c_str());
   }
 }
