@@ -1,6 +1,7 @@
 """Runs: their output, resuming after a kill, choosing on held-out classes, the programs, errors."""
 
 import csv
+import itertools
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from s2sd_tf.models import backbones
 from s2sd_tf.training import default_config, preset_config, resolve, train
 from s2sd_tf.training.build import build_model
 from s2sd_tf.training.compare import summarize
+from s2sd_tf.training.config_help import explain
 from s2sd_tf.training.datasets import load_data
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs")
@@ -384,6 +386,35 @@ class TestHelp:
             (shards._CHECK, image_files.CHECKS),
         ):
             assert tuple(flags.FLAGS[flag.name].parser.enum_values) == expected
+
+    def test_print_config_prints_a_config_file(self, call):
+        output = call("train", *SMALL, "--config.optimizer.settings.beta_1=0.5", "--print_config").stdout
+        config = default_config()
+        exec(output, {"config": config})
+        assert (config.model.filters, config.optimizer.settings.beta_1, config.train.epochs) == ((8, 8), 0.5, 120)
+
+    @pytest.mark.parametrize(
+        ("section", "registry"),
+        [("data", data.datasets), ("sampler", data.samplers), ("objective", objectives), ("miner", mining)],
+    )
+    def test_every_key_is_explained(self, section, registry):
+        for name in registry.names():
+            config = default_config()
+            if section == "miner":
+                config.objective.triplet.miner = name
+                config.objective.name = "triplet"
+            else:
+                config[section].name = name
+            text = explain(config)
+            copy = default_config()
+            exec(text, {"config": copy})
+            assert copy.to_dict() == config.to_dict()
+            lines = text.splitlines()
+            for before, line in itertools.pairwise(lines):
+                if line.startswith("config.") and not line.startswith("config.model.learning_rate_multipliers"):
+                    assert before.startswith("# "), line
+            place = f"config.{section}.{name}." if name.isidentifier() else f"config.{section}[{name!r}]."
+            assert place in text or not config[section][name]
 
     @pytest.mark.parametrize("kind", ["objectives", "miners", "samplers", "backbones", "datasets"])
     def test_lists(self, call, kind):

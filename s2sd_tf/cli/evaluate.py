@@ -64,6 +64,7 @@ def _main(_):
     from s2sd_tf import evaluation
     from s2sd_tf.checks import check_file_to_write
     from s2sd_tf.files import check_replaceable, write_json
+    from s2sd_tf.progress import stage
     from s2sd_tf.reporting import save_projector
 
     chosen = [flag.name for flag in (_WORKDIR, _MODEL, _EMBEDDINGS) if flag.value]
@@ -88,42 +89,49 @@ def _main(_):
     first = None
     for method in _METHODS.value:
         for metric in metrics:
-            found = evaluation.evaluate_retrieval(
-                queries.rows,
-                queries.labels,
-                *others,
-                **ids,
-                ks=ks,
-                precision_ks=precision_ks,
-                map_ks=map_ks,
-                method=method,
-                metric=metric,
-                memory_mib=_MEMORY.value,
-                progress=len(queries.labels) > 20_000,
-            )
+            with stage(f"Searching, {method}, {metric}"):
+                found = evaluation.evaluate_retrieval(
+                    queries.rows,
+                    queries.labels,
+                    *others,
+                    **ids,
+                    ks=ks,
+                    precision_ks=precision_ks,
+                    map_ks=map_ks,
+                    method=method,
+                    metric=metric,
+                    memory_mib=_MEMORY.value,
+                    progress=len(queries.labels) > 20_000,
+                )
             results[method if metric == metrics[0] else f"{method}, {metric}"] = found.means()
             first = first or found
     print(metrics_table(results))
     space: dict[str, dict[str, float]] = {}
     for metric in metrics:
-        space[metric] = evaluation.embedding_geometry(queries.rows, queries.labels, metric)
+        with stage(f"Measuring the space, {metric}"):
+            space[metric] = evaluation.embedding_geometry(queries.rows, queries.labels, metric)
         if _CLUSTERING.value:
-            space[metric].update(
-                evaluation.clustering_metrics(queries.rows, queries.labels, metric=metric, seed=_SEED.value)
-            )
+            with stage(f"Clustering, {metric}"):
+                space[metric].update(
+                    evaluation.clustering_metrics(queries.rows, queries.labels, metric=metric, seed=_SEED.value)
+                )
     lines = (
         f"{metric}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()) for metric, row in space.items()
     )
     print("\n" + "\n".join(lines))
     output = _OUTPUT.value or (_WORKDIR.value and os.path.join(_WORKDIR.value, "evaluation.json"))
     if output:
-        write_json(output, _finite({**results, "space": space, **_details(first, queries)}))
+        with stage("Computing confidence intervals"):
+            details = _details(first, queries)
+        write_json(output, _finite({**results, "space": space, **details}))
     if _REPORT.value:
-        _report(queries, gallery, ids, first, results, space, metrics[0])
+        with stage("Writing the report"):
+            _report(queries, gallery, ids, first, results, space, metrics[0])
         print(f"\nReport: {_REPORT.value}")
     if _PROJECTOR.value:
         labels = [queries.names[label] for label in queries.labels.tolist()]
-        save_projector(_PROJECTOR.value, queries.rows, labels, queries.ids, queries.image)
+        with stage("Writing the projector's files"):
+            save_projector(_PROJECTOR.value, queries.rows, labels, queries.ids, queries.image)
         print(f"\ntensorboard --logdir={_PROJECTOR.value} shows the projector.")
 
 

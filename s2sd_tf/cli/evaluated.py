@@ -3,9 +3,8 @@
 import os
 
 import numpy as np
-from tqdm import tqdm
 
-from s2sd_tf import evaluation
+from s2sd_tf import evaluation, progress
 from s2sd_tf.data import Preprocessing, load_image_folder
 from s2sd_tf.export import load_model
 from s2sd_tf.reporting import EmbeddedImages
@@ -19,8 +18,9 @@ from s2sd_tf.untrusted import read_array, reading
 
 def run(workdir: str) -> tuple[EmbeddedImages, EmbeddedImages | None]:
     """Embeds the test images of a finished run, and its gallery if it has one."""
-    model, config, preprocessing = load_run(workdir)
-    run_data = load_data(config)
+    with progress.stage("Loading the run"):
+        model, config, preprocessing = load_run(workdir)
+        run_data = load_data(config)
     sets = [images for images in (run_data.test, run_data.gallery) if images is not None]
     parts = [_part(embed(model, images, preprocessing), images) for images in sets]
     return parts[0], parts[1] if len(parts) > 1 else None
@@ -38,7 +38,8 @@ def model(path: str, images: str | None, gallery_images: str | None) -> tuple[Em
     folders = [load_image_folder(root) for root in (images, gallery_images) if root]
     names = sorted({name for folder in folders for name in folder.class_names})
     if not path.endswith(".keras"):
-        encoder = Encoder(path)
+        with progress.stage("Loading the model"):
+            encoder = Encoder(path)
         parts = [_part(_embed_files(encoder, folder), folder, names) for folder in folders]
     else:
         settings = os.path.join(os.path.dirname(path), "preprocessing.json")
@@ -54,9 +55,11 @@ def model(path: str, images: str | None, gallery_images: str | None) -> tuple[Em
 
 def _embed_files(encoder, images, batch=64):
     rows = []
-    for start in tqdm(range(0, len(images), batch), desc="Embedding", unit="batch", disable=None, leave=False):
-        positions = range(start, min(start + batch, len(images)))
-        rows.append(encoder([images.encoded(position) for position in positions]))
+    with progress.steps(len(images), "Embedding", "image") as bar:
+        for start in range(0, len(images), batch):
+            positions = range(start, min(start + batch, len(images)))
+            rows.append(encoder([images.encoded(position) for position in positions]))
+            bar.update(len(positions))
     return np.concatenate(rows)
 
 

@@ -33,6 +33,7 @@ _DEVICES = flags.DEFINE_list(
     "devices", [], "Devices of the strategy, such as GPU:0,GPU:1. CPU:0,CPU:1 are virtual CPUs."
 )
 _LIST = flags.DEFINE_enum("list", None, REGISTRIES, "List the names that a config can choose from, and end.")
+_PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the config with a comment on every key, and end.")
 _CONFIG = configs.define()
 
 
@@ -42,11 +43,16 @@ def main() -> None:
 
 
 def _main(_):
-    from s2sd_tf.training import strategies, train
+    from s2sd_tf.training import resolve, strategies, train
     from s2sd_tf.training.dry_run import dry_run
 
     if _LIST.value:
         print(registry_table(_LIST.value))
+        return
+    if _PRINT_CONFIG.value:
+        from s2sd_tf.training.config_help import explain
+
+        print(explain(resolve(configs.value(_CONFIG))), end="")
         return
     if _DRY_RUN.value:
         print(sections_table(dry_run(configs.value(_CONFIG))))

@@ -60,9 +60,14 @@ def settings(name: str) -> dict[str, Any]:
     }
 
 
+def loader(name: str) -> Callable[..., RetrievalSplit]:
+    """The function that loads a data set."""
+    return _lookup(name).load
+
+
 def describe(name: str) -> str:
     """Returns one line about a data set."""
-    return inspect.getdoc(_lookup(name).load).split("\n", 1)[0]  # type: ignore[union-attr]
+    return inspect.getdoc(loader(name)).split("\n", 1)[0]  # type: ignore[union-attr]
 
 
 def counts(name: str) -> dict[str, tuple[int, int]] | None:

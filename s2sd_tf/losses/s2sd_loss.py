@@ -32,11 +32,11 @@ class S2SDLoss(keras.layers.Layer):
         objective: registered name or `objectives.Objective`, for the base embedding.
         target_objective: the same for the targets; each target gets its own instance. Default: as for the base.
         target_dims: dimensions of the target embeddings, each >= 1.
-        temperature: > 0, T of the divergences.
-        distill_weight: >= 0, w.
+        temperature: > 0, T, by which the similarities are divided in the divergences.
+        distill_weight: >= 0, w, the weight of the targets' divergences.
         distill_warmup_steps: >= 0, length of the linear ramp up to w.
         feature_distill: whether the features are a teacher too.
-        feature_distill_weight: >= 0, w_f.
+        feature_distill_weight: >= 0, w_f, the weight of the features' divergence.
         feature_distill_delay: >= 0, steps before the features begin to teach.
         feature_distill_warmup_steps: >= 0, length of the ramp up to w_f after the delay.
         num_classes: number of training classes, for objectives given by name that have weights per class.

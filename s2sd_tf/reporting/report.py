@@ -63,7 +63,7 @@ def save_report(
     seed: int = 0,
 ) -> None:
     """Writes the page: metrics with their intervals, recall over k, similarities of positives and negatives, the best,
-    typical and worst queries with their neighbours, recall of every class, and a 2-D projection.
+    typical and worst queries with their neighbours, the first metric of every class, and a 2-D projection.
 
     Args:
         path: file to write, atomically.
@@ -160,14 +160,14 @@ def _number(name, value):
 def _choose(result):
     """`(heading, text, positions)` of the queries to show."""
     there = np.flatnonzero(result.answerable)
-    # Break ties by the number of positives: among equally good queries, those with more are more informative.
-    quality = result.values["map@r"][there]
-    order = there[np.lexsort((there, result.positives[there], quality))]
-    middle = order[np.searchsorted(np.sort(quality), np.median(quality)) :]
+    quality, positives = result.values["map@r"][there], result.positives[there]
+    # Among equally good queries, those with more positives say more, so they come first.
+    best, worst = (there[np.lexsort((there, -positives, key))] for key in (-quality, quality))
+    middle = worst[np.searchsorted(np.sort(quality), np.median(quality)) :]
     return [
-        ("Best queries", "Highest MAP@R. Green: same class; red: another.", order[::-1][:_QUERIES]),
+        ("Best queries", "Highest MAP@R. Green: same class; red: another.", best[:_QUERIES]),
         ("Typical queries", "MAP@R at the median.", middle[:_QUERIES]),
-        ("Worst queries", "Lowest MAP@R.", order[:_QUERIES]),
+        ("Worst queries", "Lowest MAP@R.", worst[:_QUERIES]),
     ]
 
 

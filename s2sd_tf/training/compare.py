@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,10 @@ from tqdm import tqdm
 
 from s2sd_tf.files import read_json
 
+# How a run's log begins the line of an epoch, see `console`.
+_EPOCH = re.compile(r"^epoch (\d+)/(\d+)  ", re.MULTILINE)
+_POLL_SECONDS = 1.0
+
 
 class RunFailed(Exception):
     """A run failed; the message contains the end of its log."""
@@ -20,8 +25,9 @@ class RunFailed(Exception):
 def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[str, dict[str, Any]]:
     """Trains every run in its own process and returns the results.
 
-    Finished runs are only read, unfinished runs are resumed, and a work directory written by a different config is an
-    error. The output of a run goes to `<work directory>.log.txt`.
+    Prints a line per finished run, and on a terminal a progress bar. Finished runs are only read, unfinished runs are
+    resumed, and a work directory written by a different config is an error. The output of a run goes to
+    `<work directory>.log.txt`.
 
     Args:
         runs: maps a work directory to the `--config...` flags of `s2sd-train`.
@@ -34,19 +40,35 @@ def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[
         RunFailed: a run failed.
     """
     jobs = jobs or os.cpu_count() or 1
-    bar = tqdm(total=len(runs), desc="Training", unit="run")
+    bar = tqdm(
+        total=len(runs),
+        desc="Training",
+        bar_format="{desc}: {percentage:.0f}%|{bar}| {postfix}[{elapsed}<{remaining}]",
+        disable=None,
+    )
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(_run, workdir, arguments): workdir for workdir, arguments in runs.items()}
+        running = set(futures)
         try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-                bar.update()
+            while running:
+                finished, running = concurrent.futures.wait(running, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+                    found = summarize([_results(futures[future])])
+                    line = ", ".join(
+                        f"{name} {100 * found[name][0]:.1f}" for name in ("recall@1", "map@r") if name in found
+                    )
+                    bar.write(f"{futures[future]}: {line}", file=sys.stdout)
+                    sys.stdout.flush()
+                bar.set_postfix_str(f"{len(futures) - len(running)} of {len(futures)} runs ", refresh=False)
+                bar.n = len(futures) - len(running) + sum(_fraction(futures[future]) for future in running)
+                bar.refresh()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
         finally:
             bar.close()
-    return {workdir: read_json(os.path.join(workdir, "results.json")) for workdir in runs}
+    return {workdir: _results(workdir) for workdir in runs}
 
 
 def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
@@ -66,10 +88,28 @@ def mean_and_deviation(values: Sequence[Sequence[float]] | np.ndarray) -> tuple[
     return values.mean(axis=0), values.std(axis=0, ddof=min(1, len(values) - 1))
 
 
+def _fraction(workdir):
+    """Returns the fraction of a run's epochs that its log reports as finished."""
+    try:
+        with open(_log_path(workdir)) as log:
+            epochs = _EPOCH.findall(log.read())
+    except FileNotFoundError:
+        return 0.0
+    return int(epochs[-1][0]) / int(epochs[-1][1]) if epochs else 0.0
+
+
+def _results(workdir):
+    return read_json(os.path.join(workdir, "results.json"))
+
+
+def _log_path(workdir):
+    return f"{os.path.abspath(workdir)}.log.txt"
+
+
 def _run(workdir, arguments):
     os.makedirs(os.path.dirname(os.path.abspath(workdir)), exist_ok=True)
     command = [sys.executable, "-m", "s2sd_tf.cli.train", *arguments, f"--workdir={workdir}"]
-    log_path = f"{os.path.abspath(workdir)}.log.txt"
+    log_path = _log_path(workdir)
     with open(log_path, "w") as log:
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     if status:

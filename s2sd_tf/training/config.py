@@ -28,132 +28,133 @@ _GIVEN_BY_THE_RUN = (
     "samples_per_class",
 )
 # The sections that accept any key.
-_FREE = ("config.optimizer.settings", "config.data.augmentation_settings", "config.model.learning_rate_multipliers")
+FREE = ("optimizer.settings", "data.augmentation_settings", "model.learning_rate_multipliers")
 # The sections with one section per name in a registry.
-_REGISTRIES = ("config.data", "config.sampler", "config.objective", "config.miner")
+REGISTRIES = {"data": datasets, "sampler": samplers, "objective": objectives, "miner": mining}
+
+
+# The sections, in the order of a run.
+SECTIONS = ("data", "sampler", "model", "objective", "miner", "s2sd", "optimizer", "train", "eval")
+# The keys that are not arguments of a class or of a data set: default and meaning.
+KEYS: dict[str, tuple[Any, str]] = {
+    "seed": (0, "Seed of everything random: initial weights, batches, miners."),
+    "data.name": ("digits", "Name of the data set; `s2sd-train --list=datasets` lists them."),
+    "data.root": ("", 'Folder with the data; not used by "digits".'),
+    "data.image_size": (28, 'Size of the model\'s input in pixels; not used by "digits".'),
+    "data.channels": (3, '1 or 3, the channels of an image; not used by "digits" and "omniglot".'),
+    "data.resize_size": (
+        0,
+        "Length to which the shorter side is scaled before the crop to image_size; 0: no crop. Not used by "
+        '"digits" and "omniglot".',
+    ),
+    "data.invert": (False, 'Whether to invert the images; not used by "digits" and "omniglot".'),
+    "data.augmentation": (
+        "",
+        'Random crops, flips and colours of training images: "" for none, or "base", "adv", "big" (its image_size is '
+        '256), "red", "rand", "flip"; see `s2sd_tf.data.augmentation.preset`.',
+    ),
+    "data.augmentation_settings": (
+        {},
+        "Settings of `s2sd_tf.data.Augmentation` that override the preset: rand_augment, magnitude, scale, ...",
+    ),
+    "data.validation_classes": (
+        0,
+        "Number of training classes held out to choose the best checkpoint; 0: train on all, and the last one is the "
+        "best.",
+    ),
+    "data.validation_fraction": (
+        0.0,
+        "Instead of classes: the fraction of the images of every training class to hold out.",
+    ),
+    "data.classes_per_batch": (4, "A batch has P classes with M images each: P."),
+    "data.samples_per_class": (16, "A batch has P classes with M images each: M."),
+    "sampler.name": ("class_balanced", "How batches are drawn; `s2sd-train --list=samplers` lists the names."),
+    "model.backbone": ("conv_blocks", "Name of the backbone; `s2sd-train --list=backbones` lists them."),
+    "model.weights": (
+        "",
+        'Initial weights of the backbone: "" random; "imagenet" from Keras; or a file with Keras weights or a PyTorch '
+        "state dict.",
+    ),
+    "model.frozen_bn": (
+        "",
+        'Frozen part of BatchNorm in the backbone: "" nothing; "statistics" as published; "all" also its weights.',
+    ),
+    "model.filters": ((64, 64, 64, 64), 'Only for "conv_blocks": channels of each block.'),
+    "model.pools": (4, 'Only for "conv_blocks": number of blocks that halve the resolution.'),
+    "model.embedding_dim": (128, ">= 1, dimension of the base embedding."),
+    "objective.name": ("multi_similarity", "Name of the objective; `s2sd-train --list=objectives` lists them."),
+    "s2sd.target_objective": ("", 'Objective of the targets; "": the same as for the base embedding.'),
+    "s2sd.diagnostics": (True, "Log a warning if embeddings collapse."),
+    "optimizer.name": (
+        "adam",
+        'Class name of a Keras optimizer; on the classic stack also "addons/lamb" (LAMB of tensorflow-addons) and '
+        "so on.",
+    ),
+    "optimizer.learning_rate": (1e-3, "The learning rate."),
+    "optimizer.schedule.name": (
+        "constant",
+        'Learning rate after the warm-up: "constant"; "multi_step" multiplies it by gamma after each epoch in '
+        'milestones; "cosine" decreases it to final_fraction of its value at the end.',
+    ),
+    "optimizer.schedule.warmup_epochs": (0.0, "Epochs in which the learning rate grows linearly from 0."),
+    "optimizer.schedule.milestones": ((), 'Only for "multi_step": the epochs.'),
+    "optimizer.schedule.gamma": (0.3, 'Only for "multi_step": the factor.'),
+    "optimizer.schedule.final_fraction": (0.0, 'Only for "cosine": the fraction.'),
+    "optimizer.settings": (
+        {},
+        "More arguments of the optimizer (weight_decay, beta_1, momentum, clipnorm, use_ema, ...). They are checked "
+        "when the optimizer is created. With use_ema, the averaged weights are evaluated and exported, and the best "
+        "checkpoint is chosen by them.",
+    ),
+    "train.epochs": (20, "Number of epochs."),
+    "train.steps_per_epoch": (0, "Steps in an epoch; 0: one pass over the training images."),
+    "train.checkpoint_every": (1, "Epochs between checkpoints."),
+    "train.deterministic": (True, "Whether the same seed and number of threads give bit-identical weights."),
+    "train.threads": (0, "Threads for TensorFlow; 0: one per core."),
+    "train.checkpoints_kept": (2, "Number of latest checkpoints to keep, besides the best one."),
+    "train.profile": (
+        (),
+        "(first, last): the steps to profile for TensorBoard, counted from 1 since the program started; (): none.",
+    ),
+    "train.precision": (
+        "float32",
+        '"float32", or "mixed_float16" or "mixed_bfloat16": layers compute in 16 bits, weights and losses stay in 32 '
+        "bits.",
+    ),
+    "train.jit_compile": (False, "Whether to compile the training step with XLA."),
+    "eval.every": (
+        1,
+        "Epochs between evaluations on the held-out part and the test classes; 0: only after the last epoch.",
+    ),
+    "eval.ks": ((1, 2, 4, 8), "The k of recall@k."),
+    "eval.select_by": ("map@r", "The metric on held-out classes by which the best checkpoint is chosen."),
+}
 
 
 def default_config() -> config_dict.ConfigDict:
     """Returns a locked config with all keys and their defaults. A config file changes some of them and returns it.
 
-    Other keys are an error, except in sections that accept any key, such as `optimizer.settings`. The comments below
-    are the reference for the keys.
+    Other keys are an error, except in sections that accept any key, such as `optimizer.settings`.
+    `s2sd-train --config=<file> --print_config` explains every key.
     """
     config = ml_collections.ConfigDict()
-    # Seed of everything random: initial weights, batches, miners.
-    config.seed = 0
-
-    config.data = ml_collections.ConfigDict()
-    # Name of the data set. The settings of each data set are in the section with its name. They are arguments of its
-    # function in `s2sd_tf.data`; see its docstring: `load_folder` for "folder", `load_cub200` for "cub200", ...
-    config.data.name = "digits"
-    # Folder with the data; not used by "digits".
-    config.data.root = ""
-    for name in datasets.names():
-        config.data[name] = datasets.settings(name)
-    # Size of the model's input in pixels; not used by "digits". The next three are not used by "digits" and "omniglot":
-    # channels (1 or 3); length to which the shorter side is scaled before the centre crop (0: no crop); whether to
-    # invert the image.
-    config.data.image_size = 28
-    config.data.channels = 3
-    config.data.resize_size = 0
-    config.data.invert = False
-    # Random crops, flips and colours of training images: "" for none, or "base", "adv", "big" (its image_size is 256),
-    # "red", "rand", "flip"; see `s2sd_tf.data.augmentation.preset`.
-    config.data.augmentation = ""
-    # Settings of `Augmentation` that override the preset (`rand_augment`, `magnitude`, `scale`, ...).
-    config.data.augmentation_settings = ml_collections.ConfigDict()
-    # Number of training classes held out to choose the best checkpoint; 0: train on all, and the last one is the best.
-    config.data.validation_classes = 0
-    # Instead of classes: the fraction of the images of every training class to hold out.
-    config.data.validation_fraction = 0.0
-    # A batch has P classes with M images each: P and M.
-    config.data.classes_per_batch = 4
-    config.data.samples_per_class = 16
-
-    # `sampler.name` chooses how batches are drawn. The settings of each sampler are in the section with its name.
-    config.sampler = ml_collections.ConfigDict({"name": "class_balanced"})
-    for name in samplers.names():
-        config.sampler[name] = _settings(samplers, name)
-
-    config.model = ml_collections.ConfigDict()
-    # One of `models.backbones.names()`.
-    config.model.backbone = "conv_blocks"
-    # Initial weights: "" random; "imagenet" from Keras; or a file with Keras weights or a PyTorch state dict.
-    config.model.weights = ""
-    # Frozen part of BatchNorm in the backbone: "" nothing; "statistics" as published; "all" also its weights.
-    config.model.frozen_bn = ""
-    # Only for "conv_blocks": channels of each block, and the number of blocks that halve the resolution.
-    config.model.filters = (64, 64, 64, 64)
-    config.model.pools = 4
-    config.model.embedding_dim = 128
-    # The other arguments of `S2SDModel`; see its docstring.
-    config.model.update(
-        _arguments(S2SDModel, without=("backbone", "embedding_dim", "loss", "learning_rate_multipliers"))
-    )
-    # Factors on the updates of groups of weights. More keys: "backbone/<shell pattern>" for layers of the backbone.
-    # `'--config.model.learning_rate_multipliers["backbone/conv1*"]=0.0'` freezes the weights of the stem.
+    for name in SECTIONS:
+        config[name] = ml_collections.ConfigDict()
+    config.optimizer.schedule = ml_collections.ConfigDict()
+    # The settings of each data set, sampler, objective and miner are in the section with its name.
+    for section, registry in REGISTRIES.items():
+        for name in registry.names():
+            config[section][name] = _own(registry.settings(name))
+    # `preset_config` sets a variant of the paper. The plain objective has no `target_dims` and no `feature_distill`.
+    config.s2sd.update(_own(constructor_arguments([S2SDLoss]), without=("objective", "target_objective")))
+    config.model.update(_own(constructor_arguments([S2SDModel]), without=("backbone", "embedding_dim", "loss")))
     config.model.learning_rate_multipliers = dict.fromkeys(updates.GROUPS, 1.0)
-
-    # `objective.name` chooses the objective. The settings of each objective are in the section with its name.
-    config.objective = ml_collections.ConfigDict({"name": "multi_similarity"})
-    for name in objectives.names():
-        config.objective[name] = _settings(objectives, name)
-
-    # The setting `miner` of an objective names a miner. The settings of each miner are in the section with its name.
-    config.miner = {name: _settings(mining, name) for name in mining.names()}
-
-    # The arguments of `S2SDLoss`; see its docstring. `preset_config` sets a variant of the paper. The plain objective
-    # has no `target_dims` and no `feature_distill`.
-    config.s2sd = _arguments(S2SDLoss, without=("objective", "target_objective"))
-    # Objective of the targets; empty: the same as for the base embedding.
-    config.s2sd.target_objective = ""
-    # Log a warning if embeddings collapse.
-    config.s2sd.diagnostics = True
-
-    config.optimizer = ml_collections.ConfigDict()
-    # Class name of a Keras optimizer; on the classic stack also "addons/lamb" (LAMB of tensorflow-addons) and so on.
-    config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 1e-3
-    # Learning rate after a linear warm-up: "constant"; "multi_step" multiplies it by `gamma` after each epoch in
-    # `milestones`; "cosine" decreases it to `final_fraction` of its value at the end.
-    config.optimizer.schedule = ml_collections.ConfigDict({
-        "name": "constant", "warmup_epochs": 0.0, "milestones": (), "gamma": 0.3, "final_fraction": 0.0
-    })  # fmt: skip
-    # More arguments of the optimizer (weight_decay, beta_1, momentum, clipnorm, use_ema, ...). Any key is accepted here
-    # and checked when the optimizer is created. With use_ema, the averaged weights are evaluated and exported, and the
-    # best checkpoint is chosen by them.
-    config.optimizer.settings = ml_collections.ConfigDict()
-
-    config.train = ml_collections.ConfigDict()
-    config.train.epochs = 20
-    # 0: one pass over the training images.
-    config.train.steps_per_epoch = 0
-    # Epochs between checkpoints.
-    config.train.checkpoint_every = 1
-    # The same seed and number of threads give bit-identical weights.
-    config.train.deterministic = True
-    # Threads for TensorFlow; 0: one per core.
-    config.train.threads = 0
-    # Number of latest checkpoints to keep, besides the best one.
-    config.train.checkpoints_kept = 2
-    # (first, last): the steps to profile for TensorBoard, counted from 1 since the program started; (): none.
-    config.train.profile = ()
-    # "float32", or "mixed_float16" or "mixed_bfloat16": layers compute in 16 bits, weights and losses stay in 32 bits.
-    config.train.precision = "float32"
-    # Compile the training step with XLA.
-    config.train.jit_compile = False
-
-    config.eval = ml_collections.ConfigDict()
-    # Epochs between evaluations on the held-out part and the test classes; 0: only after the last epoch.
-    config.eval.every = 1
-    config.eval.ks = (1, 2, 4, 8)
-    # The metric on held-out classes by which the best checkpoint is chosen.
-    config.eval.select_by = "map@r"
+    for path, (value, _) in KEYS.items():
+        *sections, key = path.split(".")
+        functools.reduce(getattr, sections, config)[key] = value
     config.lock()
-    config.optimizer.settings.unlock()
-    config.data.augmentation_settings.unlock()
-    config.model.learning_rate_multipliers.unlock()
+    for path in FREE:
+        functools.reduce(getattr, path.split("."), config).unlock()
     return preset_config(config, "msdfa")
 
 
@@ -238,30 +239,23 @@ def unknown_keys(config: Mapping[str, Any]) -> list[str]:
 
     def find(section, known, path):
         for key, value in section.items():
-            here = f"{path}.{key}"
+            here = f"{path}.{key}" if path else key
             if key not in known:
-                if not (path in _REGISTRIES and isinstance(value, dict)):
-                    yield here.removeprefix("config.")
-            elif isinstance(value, dict) and here not in _FREE:
+                if not (path in REGISTRIES and isinstance(value, dict)):
+                    yield here
+            elif isinstance(value, dict) and here not in FREE:
                 yield from find(value, known[key], here)
 
-    return sorted(find(config, default_config().to_dict(), "config"))
+    return sorted(find(config, default_config().to_dict(), ""))
 
 
-def _arguments(cls, without):
-    """A config section with the arguments of a constructor and their defaults."""
-    arguments = constructor_arguments([cls])
-    return ml_collections.ConfigDict(
-        {key: value for key, value in arguments.items() if key not in (*without, *_GIVEN_BY_THE_RUN)}
-    )
-
-
-def _settings(registry, name):
-    return {key: value for key, value in registry.settings(name).items() if key not in _GIVEN_BY_THE_RUN}
+def _own(arguments, without=()):
+    """Returns the arguments that the run does not set itself."""
+    return {key: value for key, value in arguments.items() if key not in (*without, *_GIVEN_BY_THE_RUN)}
 
 
 def _check_keys(config, known, path):
-    if path in _FREE:
+    if path.removeprefix("config.") in FREE:
         return
     for key in config:
         if key not in known:

@@ -48,6 +48,7 @@ class Console(keras.callbacks.Callback):
             f"epoch {epoch + 1}/{self._epochs}  {'  '.join(shown)}  {tqdm.format_interval(seconds)} left",
             file=sys.stdout,
         )
+        sys.stdout.flush()  # for who follows a log file
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._bar.close()

@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
+from s2sd_tf import progress
 from s2sd_tf.data import ImageSet, Preprocessing, evaluation_batches
 from s2sd_tf.export import load_model
 from s2sd_tf.keras_compat import keras
@@ -16,12 +17,19 @@ def embed(model: keras.Model, images: ImageSet, preprocessing: Preprocessing) ->
 
 
 def predict(model: keras.Model, batches: tf.data.Dataset) -> np.ndarray:
-    """Outputs of the model for batches of images, as `model.predict`.
+    """Outputs of the model for batches of images, as `model.predict`, with a progress bar on a terminal.
 
     With several replicas, the first device of this process computes all of them, because Keras 3 cannot predict under
     MultiWorkerMirroredStrategy.
     """
-    if model.distribute_strategy.num_replicas_in_sync == 1:
-        return model.predict(batches, verbose=0)
-    compute = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
-    return np.concatenate([compute(images).numpy() for images in batches])
+    total = int(tf.data.experimental.cardinality(batches))
+    with progress.steps(total if total >= 0 else None, "Embedding", "batch") as bar:
+        if model.distribute_strategy.num_replicas_in_sync == 1:
+            update = keras.callbacks.LambdaCallback(on_predict_batch_end=lambda batch, logs=None: bar.update())
+            return model.predict(batches, verbose=0, callbacks=[update])
+        compute = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
+        parts = []
+        for images in batches:
+            parts.append(compute(images).numpy())
+            bar.update()
+        return np.concatenate(parts)

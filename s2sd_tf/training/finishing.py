@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from s2sd_tf import progress
 from s2sd_tf.data import evaluation_batches
 from s2sd_tf.evaluation import find_neighbors, retrieval_metrics
 from s2sd_tf.export import export_encoder
@@ -48,11 +49,12 @@ def _evaluate_and_export(run, model, steps):
     gallery: tuple = ()
     if run_data.gallery is not None:
         gallery = (embed(model, run_data.gallery, run_data.preprocessing), run_data.gallery.labels)
+    test = {}
+    for method in ("exact", "scann"):
+        with progress.stage(f"Evaluating, {method} search"):
+            test[method] = retrieval_metrics(embeddings, labels, *gallery, ks=config.eval.ks, method=method)
     results = {
-        "test": {
-            method: retrieval_metrics(embeddings, labels, *gallery, ks=config.eval.ks, method=method)
-            for method in ("exact", "scann")
-        },
+        "test": test,
         "best_epoch": state.best_epoch,
         "selected_by": "last epoch"
         if run_data.validation is None
@@ -78,10 +80,12 @@ def _evaluate_and_export(run, model, steps):
         },
         "versions": {"tensorflow": tf.__version__, "keras": keras_version()},
     }
-    export_encoder(model, run_data.preprocessing, os.path.join(workdir, "saved_model"))
+    with progress.stage("Exporting"):
+        export_encoder(model, run_data.preprocessing, os.path.join(workdir, "saved_model"))
     write_json(os.path.join(workdir, "preprocessing.json"), run_data.preprocessing.get_config())
     write_history(workdir, state.history)
-    _draw(config, workdir, state.history, run_data, embeddings, *gallery)
+    with progress.stage("Drawing"):
+        _draw(config, workdir, state.history, run_data, embeddings, *gallery)
     return results
 
 
