@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python3.10; 
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 RUN := $(VENV)/bin
 
-.PHONY: train test dryrun soak lint docs clean
+.PHONY: train test dryrun soak lint notebooks docs clean
 .DELETE_ON_ERROR:
 
 # Compares the plain objective with S2SD on the embedded digits: a table, and curves, gallery and SavedModel in runs/digits.
@@ -28,12 +28,16 @@ lint: $(VENV)/installed
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
+# Runs the notebooks and keeps their output; two minutes.
+notebooks: $(VENV)/notebooks_installed
+	$(RUN)/jupyter nbconvert --to=notebook --execute --inplace --ExecutePreprocessor.record_timing=False examples/*.ipynb
+
 # Builds the documentation into site/; a dead link or an unknown name fails.
 docs: $(VENV)/docs_installed
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
-$(VENV)/docs_installed: $(VENV)/installed
-	$(RUN)/python -m pip install --quiet -e '.[docs]'
+$(VENV)/%_installed: $(VENV)/installed
+	$(RUN)/python -m pip install --quiet -e '.[$*]'
 	touch $@
 
 $(VENV)/installed: pyproject.toml setup.py

@@ -1,9 +1,11 @@
 """Hook of mkdocs: gives every file of the repository that a page links to a page of its own.
 
 The Markdown files in docs/ link to sources and figures outside of it, as they are read in the repository too. In the
-site these links lead to `repository/<path>`: Markdown and pictures as they are, other files as code.
+site these links lead to `repository/<path>`: Markdown, pictures and notebooks as they are, other
+files as code.
 """
 
+import json
 import pathlib
 import posixpath
 import re
@@ -32,7 +34,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 files.append(File.generated(config, uri_of(path), abs_src_path=str(ROOT / path)))
                 continue
             content = (ROOT / path).read_text()
-            if path.suffix != ".md":
+            if path.suffix == ".ipynb":
+                content = notebook(content)
+            elif path.suffix != ".md":
                 content = f"# {path.name}\n\n`{path}`\n\n````{LANGUAGES.get(path.suffix, 'text')}\n{content}````\n"
             files.append(File.generated(config, uri_of(path), content=content))
             waiting.append((uri_of(path), content))
@@ -49,6 +53,21 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     # A numbered item is continued at 3 spaces on GitHub, at 4 here. What is in fences stays.
     return FENCE_OR_INDENT.sub(lambda found: found[0] if found[1] else "    ", LINK.sub(turned, markdown))
+
+
+def notebook(content: str) -> str:
+    """Returns the Markdown of a notebook with its outputs."""
+    parts = []
+    for cell in json.loads(content)["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(f"![Output](data:image/png;base64,{''.join(data['image/png'].split())})")
+            else:
+                parts.append(f"```text\n{''.join(output.get('text') or data['text/plain']).rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def linked(page: str, link: str) -> pathlib.PurePosixPath | None:

@@ -5,6 +5,7 @@ import pathlib
 import re
 
 import numpy as np
+import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
@@ -40,6 +41,18 @@ def test_the_scripts_for_images_of_ones_own(monkeypatch, tmp_path):
     exec(compile(train_longer, "docs/your_images.md", "exec"), names)
     assert isinstance(export.load_model("runs/mine/best.keras"), s2sd_tf.S2SDModel)
     assert int(names["model"].optimizer.iterations) == 2
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_notebooks_were_run_from_top_to_bottom(path):
+    """`make notebooks` runs them."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert {output.get("name", "stdout") for output in outputs} == {"stdout"}, "something was written to stderr"
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert [output for output in outputs if "image/png" in output.get("data", ())]
+    assert path.stat().st_size < 500_000
 
 
 def test_the_messages_are_those_of_the_code():

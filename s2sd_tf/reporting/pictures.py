@@ -113,7 +113,7 @@ def _save_grid(path, cells, title=""):
             for spine in axes.spines.values():
                 spine.set(color=color, linewidth=width)
             # Names with dollar signs are not formulas.
-            axes.set_title(_printable(caption), fontsize=7, color=color, pad=2, parse_math=False)
+            axes.set_title(_printable(caption), fontsize=7, color=color, pad=4, parse_math=False)
     if title:
         figure.suptitle(title, fontsize=10)
     save_figure(path, figure)
