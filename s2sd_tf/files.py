@@ -43,7 +43,7 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
         IsADirectoryError: `path` is a folder, but a file was written.
     """
     path = os.path.abspath(path)
-    with telling_out_of_space(path):
+    with reporting_out_of_space(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         folder = tempfile.mkdtemp(prefix=LEFTOVER, dir=os.path.dirname(path))
         temporary = os.path.join(folder, os.path.basename(path))
@@ -60,7 +60,7 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def telling_out_of_space(path: str | os.PathLike) -> Iterator[None]:
+def reporting_out_of_space(path: str | os.PathLike) -> Iterator[None]:
     """Turns any error in the block that means "no room to write" into `OutOfSpace` for `path`."""
     try:
         yield

@@ -342,7 +342,7 @@ class TestOursAndTheirs:
         other = objectives.get("addons/contrastive", margin=1.2)
         assert_same(ours, other, unit_rows(len(labels), 6).astype(np.float32), labels, factor=2.0)
 
-    def test_n_pair_with_one_pair_a_class(self, unit_rows):
+    def test_n_pair_with_one_pair_per_class(self, unit_rows):
         labels = np.repeat(np.arange(5), 2)
         ours = objectives.get("n_pair", miner=EvenWithOdd())
         ours.build((None, 6))

@@ -12,7 +12,7 @@ import tensorflow as tf
 from conftest import REPOSITORY
 
 from s2sd_tf import data
-from s2sd_tf.data.retrieval_split import tell_unpublished_counts
+from s2sd_tf.data.retrieval_split import report_unpublished_counts
 
 LAYOUTS = [(name, layout) for name, known in layouts.LAYOUTS.items() for layout in known]
 
@@ -282,9 +282,9 @@ class TestCounts:
             split = data.load_cub200(str(tmp_path))
             assert [record.levelname for record in caplog.records] == ["INFO"]
             assert "cub200: expected the published split, train 5,864 images of 100 classes; test" in caplog.text
-            tell_unpublished_counts("x", {"train": (12, 4), "test": (13, 4)}, split)
+            report_unpublished_counts("x", {"train": (12, 4), "test": (13, 4)}, split)
             assert caplog.records[-1].levelname == "WARNING"
-            tell_unpublished_counts("x", split.counts(), split)
+            report_unpublished_counts("x", split.counts(), split)
             assert len(caplog.records) == 2
         assert "expected the published split, train 12 images of 4 classes; test 13 images" in caplog.text
         assert "Received: train 12 images of 4 classes; test 12 images" in caplog.text

@@ -299,7 +299,7 @@ def test_rows_that_a_jitted_function_computes(unit_rows):
         ({"temperature": 0.0}, "temperature: expected a finite number > 0. Received: "),
         ({"temperature": np.inf}, "temperature: expected a finite number > 0. Received: "),
         ({"rows": (2, 5)}, "rows: expected offset >= 0, count >= 1 and offset + count <= "),
-        ({"weights": [1.0]}, "weights: expected 2 weights, one a teacher. Received: "),
+        ({"weights": [1.0]}, "weights: expected 2 weights, one per teacher. Received: "),
         ({"teachers": np.ones((1, 3))}, "teachers[0]: expected the batch size of the student. Received: student"),
         (
             {"student": np.ones((0, 4)), "teachers": np.ones((0, 3))},

@@ -41,7 +41,7 @@ WRONG = [
     ({"teachers": [(111, 8)]}, "teachers[0]: expected the batch size of the student. Received: student (112, 16)"),
     ({"teachers": [(112,)]}, "teachers[0]: expected shape (batch, dim)"),
     ({"teachers": []}, "teachers: expected at least one teacher"),
-    ({"weights": (2,)}, "weights: expected 1 weights, one a teacher. Received: shape (2,)"),
+    ({"weights": (2,)}, "weights: expected 1 weights, one per teacher. Received: shape (2,)"),
     ({"gradient": (112, 15)}, "gradient: expected shape (112, 16). Received: (112, 15)"),
 ]
 

@@ -75,7 +75,7 @@ inline std::string ValidateShapes(const ArgumentShapes& shapes) {
   }
   if (!shapes.temperature.empty()) return Message("temperature", "a scalar", "shape " + Text(shapes.temperature));
   if (shapes.weights != Shape{static_cast<int64_t>(shapes.teachers.size())}) {
-    return Message("weights", std::to_string(shapes.teachers.size()) + " weights, one a teacher",
+    return Message("weights", std::to_string(shapes.teachers.size()) + " weights, one per teacher",
                    "shape " + Text(shapes.weights));
   }
   return "";

@@ -39,7 +39,7 @@ void TestShapes() {
   Expect(ValidateShapes({student, {teacher}, one, one}),
          "similarity_kl: temperature: expected a scalar. Received: shape (1,)");
   Expect(ValidateShapes({student, {teacher}, {}, {}}),
-         "similarity_kl: weights: expected 1 weights, one a teacher. Received: shape ()");
+         "similarity_kl: weights: expected 1 weights, one per teacher. Received: shape ()");
   Expect(ValidateShapeOfRows({2}), "");
   Expect(ValidateShapeOfRows({3}), "similarity_kl: rows: expected (offset, count). Received: shape (3,)");
   Expect(ValidateShape("gradient", student, student), "");

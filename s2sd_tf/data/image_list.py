@@ -9,7 +9,7 @@ from s2sd_tf.data.annotations import Row, image_set, path_under, read_columns
 from s2sd_tf.data.image_files import check_options, select_readable
 from s2sd_tf.data.image_folder import EXTENSIONS
 from s2sd_tf.data.image_set import ImageSet
-from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split, tell_unpublished_counts
+from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split, report_unpublished_counts
 
 # Brown et al., ECCV 2020, "Smooth-AP".
 _INATURALIST = {"train": (325_846, 5_690), "test": (136_093, 2_452)}
@@ -68,7 +68,7 @@ def load_lists(
     check_options(on_corrupt, check)
     split = RetrievalSplit(_read(root, train_list, "train_list"), _read(root, test_list, "test_list"))
     split = readable_split(split, root, on_corrupt, check)
-    tell_unpublished_counts("inaturalist", _INATURALIST, split)
+    report_unpublished_counts("inaturalist", _INATURALIST, split)
     return split
 
 

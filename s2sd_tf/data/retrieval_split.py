@@ -71,7 +71,7 @@ def readable_split(
     return RetrievalSplit(**parts)
 
 
-def tell_unpublished_counts(name: str, expected: Mapping[str, tuple[int, int]], split: RetrievalSplit) -> None:
+def report_unpublished_counts(name: str, expected: Mapping[str, tuple[int, int]], split: RetrievalSplit) -> None:
     """Logs a warning if the counts of a split differ from the published ones.
 
     With less than half of the published images, the data is assumed to be a subset, and the level is info.

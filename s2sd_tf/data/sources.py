@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 
 from s2sd_tf.data import datasets
-from s2sd_tf.data.retrieval_split import RetrievalSplit, tell_unpublished_counts
+from s2sd_tf.data.retrieval_split import RetrievalSplit, report_unpublished_counts
 from s2sd_tf.data.shards import DESCRIPTION, read_shards
 from s2sd_tf.data.tensorflow_datasets import builder_of, load_tfds
 
@@ -36,5 +36,5 @@ def load_source(
     is_shards = source == "shards" or (source == "auto" and os.path.isfile(os.path.join(root, DESCRIPTION)))
     split = read_shards(root, name) if is_shards else read_files()
     if counts := datasets.counts(name):
-        tell_unpublished_counts(name, counts, split)
+        report_unpublished_counts(name, counts, split)
     return split

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from s2sd_tf.data import datasets
 from s2sd_tf.data.image_set import ImageSet, split_classes
-from s2sd_tf.data.retrieval_split import RetrievalSplit, tell_unpublished_counts
+from s2sd_tf.data.retrieval_split import RetrievalSplit, report_unpublished_counts
 
 # The features to read besides the image, and the name of the data set in this package.
 _BUILDERS: dict[str, tuple[dict[str, bool], str]] = {
@@ -57,7 +57,7 @@ def load_tfds(name: str, data_dir: str | os.PathLike | None = None) -> Retrieval
     size = sum(len(example["image"]) for part in examples.values() for example in part)
     logging.info("%s: %.0f MiB of encoded images are in memory", name, size / 2**20)
     if published := datasets.counts(registered):
-        tell_unpublished_counts(registered, published, split)
+        report_unpublished_counts(registered, published, split)
     return split
 
 

@@ -203,7 +203,7 @@ def _check_shapes(student, teachers, temperature, weights):
 
 
 def _expected_weights(teachers):
-    return f"weights: expected {len(teachers)} weights, one a teacher. Received: "
+    return f"weights: expected {len(teachers)} weights, one per teacher. Received: "
 
 
 def _refuse(message):

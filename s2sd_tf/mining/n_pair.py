@@ -15,7 +15,7 @@ class NPair(PairMiner):
     no negatives, and all rows are empty.
     """
 
-    def one_pair_a_class(self, labels: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def one_pair_per_class(self, labels: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Draws the pairs and returns their positions in the batch.
 
         Returns:
@@ -37,7 +37,7 @@ class NPair(PairMiner):
 
     def pairs(self, distances: tf.Tensor, labels: tf.Tensor, *, dim: int, seed: tf.Tensor) -> Pairs:
         del distances, dim
-        anchors, positives, valid = self.one_pair_a_class(labels, seed)
+        anchors, positives, valid = self.one_pair_per_class(labels, seed)
         batch = tf.shape(labels)[0]
         cells = tf.scatter_nd(tf.stack([anchors, positives], axis=1), tf.cast(valid, tf.int32), [batch, batch])
         chosen = cells > 0

@@ -231,8 +231,8 @@ class PairObjective(MinedObjective):
     def compute_mined(self, embeddings: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, training: bool) -> tf.Tensor:
         if isinstance(self.miner, NPair):
             # Only the rows of the chosen pairs: the matrices are at most half as high and wide as those of the batch.
-            anchors, positives, valid = self.miner.one_pair_a_class(labels, seed)
-            loss = self.compute_one_pair_a_class(
+            anchors, positives, valid = self.miner.one_pair_per_class(labels, seed)
+            loss = self.compute_one_pair_per_class(
                 tf.gather(embeddings, anchors), tf.gather(embeddings, positives), valid
             )
         else:
@@ -253,7 +253,7 @@ class PairObjective(MinedObjective):
         self.remembered.assign(tf.minimum(remembered + tf.shape(labels)[0], self.memory_size))
         return loss
 
-    def compute_one_pair_a_class(self, anchors: tf.Tensor, positives: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
+    def compute_one_pair_per_class(self, anchors: tf.Tensor, positives: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
         """Computes the loss over one pair per class: row i of `anchors` and of `positives`, both `(m, dim)`, is a pair.
 
         Rows where `valid`, bool `(m,)`, is False do not count.

@@ -36,7 +36,7 @@ class NPair(LengthPenalizedObjective):
     def compute_pairs(self, anchors: tf.Tensor, references: tf.Tensor, pairs: Pairs) -> tf.Tensor:
         return pair_softmax(anchors, references, pairs, self.temperature)
 
-    def compute_one_pair_a_class(self, anchors: tf.Tensor, positives: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
+    def compute_one_pair_per_class(self, anchors: tf.Tensor, positives: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
         # Only the diagonal holds positive pairs.
         logits = tf.matmul(anchors, positives, transpose_b=True) / self.temperature
         others = valid & tf.logical_not(tf.eye(tf.shape(valid)[0], dtype=tf.bool))

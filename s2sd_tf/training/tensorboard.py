@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 
-from s2sd_tf.files import telling_out_of_space
+from s2sd_tf.files import reporting_out_of_space
 from s2sd_tf.keras_compat import keras
 
 
@@ -20,13 +20,13 @@ class TensorBoard(keras.callbacks.TensorBoard):
         super().__init__(self.folder, write_graph=False, profile_batch=tuple(profile) or 0)
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
-        with telling_out_of_space(self.folder):
+        with reporting_out_of_space(self.folder):
             super().on_epoch_end(epoch, logs)
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
-        with telling_out_of_space(self.folder):
+        with reporting_out_of_space(self.folder):
             super().on_train_begin(logs)
 
     def on_train_end(self, logs: Mapping[str, float] | None = None) -> None:
-        with telling_out_of_space(self.folder):
+        with reporting_out_of_space(self.folder):
             super().on_train_end(logs)
