@@ -43,7 +43,7 @@ def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[
     bar = tqdm(
         total=len(runs),
         desc="Training",
-        bar_format="{desc}: {percentage:.0f}%|{bar}| {postfix}[{elapsed}<{remaining}]",
+        bar_format="{desc}: {percentage:.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         disable=None,
     )
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -60,7 +60,7 @@ def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[
                     )
                     bar.write(f"{futures[future]}: {line}", file=sys.stdout)
                     sys.stdout.flush()
-                bar.set_postfix_str(f"{len(futures) - len(running)} of {len(futures)} runs ", refresh=False)
+                bar.set_postfix_str(f"{len(futures) - len(running)} of {len(futures)} runs", refresh=False)
                 bar.n = len(futures) - len(running) + sum(_fraction(futures[future]) for future in running)
                 bar.refresh()
         except BaseException:
