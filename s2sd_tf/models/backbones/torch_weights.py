@@ -70,6 +70,11 @@ def _convolution(layer: keras.layers.Layer, shapes: list[_Shape]) -> _Parameters
     return names, lambda weight, *bias: [weight.transpose(2, 3, 1, 0), *bias]
 
 
+def _depthwise(layer, shapes):
+    height, width, channels, _ = shapes[0]
+    return {f"{layer.name}.weight": (channels, 1, height, width)}, lambda weight: [weight.transpose(2, 3, 0, 1)]
+
+
 def _dense(layer, shapes):
     names = {f"{layer.name}.weight": shapes[0][::-1], f"{layer.name}.bias": shapes[1]}
     return names, lambda weight, bias: [weight.T, bias]
@@ -103,6 +108,7 @@ def _tokens(layer, shapes):
 
 
 _KINDS: dict[Any, Callable[[Any, list[_Shape]], _Parameters]] = {
+    keras.layers.DepthwiseConv2D: _depthwise,
     keras.layers.Conv2D: _convolution,
     keras.layers.Dense: _dense,
     keras.layers.BatchNormalization: _norm,
