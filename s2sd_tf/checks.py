@@ -61,6 +61,25 @@ def checked_int(argument: str, value: Any, least: int) -> int:
 
 
 def check_file_to_write(argument: str, path: str | os.PathLike) -> None:
-    """Raises ValueError if `path` is a folder, which a file must not replace."""
+    """Raises ValueError if a file cannot be written to `path`: it is a folder, or the folder cannot be written to."""
     if os.path.isdir(path):
         raise ValueError(f"{argument}: expected a file to write. Received: {os.fspath(path)!r}, which is a folder")
+    _check_parent(argument, path)
+
+
+def check_folder_to_write(argument: str, path: str | os.PathLike) -> None:
+    """Raises ValueError if a folder cannot be made or written at `path`."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise ValueError(f"{argument}: expected a folder to write. Received: {os.fspath(path)!r}, which is a file")
+    _check_parent(argument, path)
+
+
+def _check_parent(argument, path):
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+        reason = "not writable" if os.path.isdir(folder) else "not a folder"
+        raise ValueError(
+            f"{argument}: expected a path to write. Received: {os.fspath(path)!r}, where {folder!r} is {reason}"
+        )

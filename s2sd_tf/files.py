@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from s2sd_tf.checks import check_folder_to_write
+
 # Name prefix of the temporary folders of writes in progress. One that remains was left by a killed process.
 LEFTOVER = ".writing-"
 
@@ -72,12 +74,13 @@ def reporting_out_of_space(path: str | os.PathLike) -> Iterator[None]:
 
 
 def check_replaceable(argument: str, path: str | os.PathLike, marker: str) -> None:
-    """Raises ValueError if writing a folder to `path` would replace something of another kind: a file, or a folder that
-    is not empty and has no file named `marker`.
+    """Raises ValueError if a folder cannot be written to `path`, or would replace something of another kind: a file, or
+    a folder that is not empty and has no file named `marker`.
     """
     taken = os.path.exists(path) and (not os.path.isdir(path) or bool(os.listdir(path)))
     if taken and not os.path.exists(os.path.join(path, marker)):
         raise ValueError(f"{argument}: expected a new folder, or one of its kind, with {marker}. Received: {path!r}")
+    check_folder_to_write(argument, path)
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:

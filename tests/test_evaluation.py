@@ -2,14 +2,18 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from test_fuzz import clear_errors, examples
 
 from s2sd_tf import evaluation
+from s2sd_tf.evaluation import embeddings as embeddings_module
 from s2sd_tf.evaluation import exact
 from s2sd_tf.evaluation import metrics as metrics_module
 from s2sd_tf.evaluation.clustering import cluster_agreement
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.reporting import choose_queries, save_curves, save_gallery
+from s2sd_tf.reporting import EmbeddedImages, choose_queries, save_curves, save_gallery, save_report
 
 
 def similarities_of(queries, gallery, metric):
@@ -225,6 +229,104 @@ def test_equal_similarities_are_ordered_by_position(monkeypatch):
         assert found[i].tolist() == [j for j in range(i % 4, 2000, 4) if j != i][:7]
 
 
+def grid_similarities(rows, metric):
+    """Similarities of integer rows by sums that are exact, rounded to float32."""
+    if metric == "euclidean":
+        return (-np.sqrt(((rows[:, None] - rows[None]) ** 2).sum(axis=2))).astype(np.float32)
+    norms = np.maximum((rows**2).sum(axis=1), 1.0)
+    return (rows @ rows.T / np.sqrt(norms[:, None] * norms)).astype(np.float32)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_search_and_metrics_order_ties_by_position(metric, monkeypatch):
+    monkeypatch.setattr(exact, "_WIDTH", 64)
+    generator = np.random.default_rng(0)
+    for size, dim, factor in ((9, 1, 1.0), (40, 2, 2.0**67), (90, 2, 2.0**-100), (300, 3, 1.0), (300, 2, 1.0)):
+        rows, labels = generator.integers(-3, 4, (size, dim)).astype(np.float64), generator.integers(0, 4, size)
+        similarities = grid_similarities(rows, metric)
+        np.fill_diagonal(similarities, -np.inf)
+        order = np.argsort(-similarities, axis=1, kind="stable")[:, :-1]
+        hits = labels[order] == labels[:, None]
+        rows, ids = (rows * factor).astype(np.float32), np.arange(size)
+        k = min(10, size - 1)
+        found = evaluation.find_neighbors(rows, rows, k, ids, ids, metric=metric)
+        np.testing.assert_array_equal(found.indices, order[:, :k])
+        if factor == 1.0:
+            np.testing.assert_array_equal(found.similarities, -np.sort(-similarities, axis=1)[:, :k])
+        indexed = evaluation.build_index(rows, method="exact", metric=metric).search(rows, k).indices
+        similarities = grid_similarities(rows.astype(np.float64) / factor, metric)
+        np.testing.assert_array_equal(indexed, np.argsort(-similarities, axis=1, kind="stable")[:, :k])
+        result = evaluation.evaluate_retrieval(rows, labels, metric=metric, memory_mib=1)
+        first = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0)
+        np.testing.assert_array_equal(result.first_ranks, first)
+        precisions = np.cumsum(hits, axis=1) / np.arange(1, size)
+        within = np.arange(size - 1) < hits.sum(axis=1, keepdims=True)
+        expected = np.sum(precisions * hits * within, axis=1) / np.maximum(hits.sum(axis=1), 1)
+        np.testing.assert_allclose(result.values["map@r"][hits.any(axis=1)], expected[hits.any(axis=1)])
+
+
+def test_the_lower_position_comes_first_at_equal_distances():
+    query, gallery = np.zeros((1, 2)), np.array([[-1.0, 1.0], [0.0, 1.0], [0.0, -1.0]])
+    assert evaluation.find_neighbors(query, gallery, 1, metric="euclidean").indices.tolist() == [[1]]
+    ranks = [
+        evaluation.evaluate_retrieval(query, [0], gallery, (np.arange(3) != item) + 0, metric="euclidean").first_ranks[
+            0
+        ]
+        for item in range(3)
+    ]
+    assert ranks == [3, 1, 2]
+
+
+@pytest.mark.parametrize("method", ["exact", "scann"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_rows_of_any_length(metric, method):
+    generator = np.random.default_rng(0)
+    labels = np.arange(40) // 8
+    rows = np.round(generator.normal(size=(5, 4))[labels] * 64 + generator.normal(size=(40, 4)) * 32) / 16
+    rows[7] = 0
+    ids = np.arange(40)
+    arguments = {"metric": metric, "method": method}
+    expected = evaluation.evaluate_retrieval(rows, labels, **arguments).means()
+    neighbors = evaluation.find_neighbors(rows, rows, 5, ids, ids, **arguments)
+    geometry = evaluation.embedding_geometry(rows, labels, metric)
+    clusters = evaluation.clustering_metrics(rows, labels, metric=metric)
+    for factor, dtype in ((2.0**67, np.float32), (2.0**123, np.float32), (2.0**-100, np.float32),
+                          (2.0**-900, np.float64), (2.0**-10, np.float16), (2.0**7, np.float16)):  # fmt: skip
+        made = (rows * factor).astype(dtype)
+        assert evaluation.evaluate_retrieval(made, labels, **arguments).means() == pytest.approx(expected)
+        found = evaluation.find_neighbors(made, made, 5, ids, ids, **arguments)
+        np.testing.assert_array_equal(found.indices, neighbors.indices)
+        times = factor if metric == "euclidean" else 1.0
+        np.testing.assert_allclose(found.similarities, np.float32(neighbors.similarities * times), rtol=1e-5, atol=1e-7)
+        if method == "scann":
+            continue
+        scales = np.array([times, times, 1.0, 1.0])
+        np.testing.assert_allclose(
+            list(evaluation.embedding_geometry(made, labels, metric).values()), scales * list(geometry.values())
+        )
+        assert evaluation.clustering_metrics(made, labels, metric=metric) == pytest.approx(clusters)
+        index = evaluation.build_index(made, **arguments)
+        np.testing.assert_array_equal(index.search(made[:5], 1).indices[:, 0], ids[:5])
+    if method == "scann" and metric == "euclidean":
+        for factor in (2.0**67, 2.0**-100):
+            with pytest.raises(ValueError, match=r"^embeddings: expected a largest absolute value"):
+                evaluation.build_index(rows * factor, **arguments)
+        with pytest.raises(ValueError, match=r"^queries: expected a largest absolute value"):
+            evaluation.build_index(rows, **arguments).search(rows * 2.0**67, 1)
+    # Subnormal rows lose digits. What remains of them is used.
+    tiny = (rows * 2.0**-147).astype(np.float32)
+    again = evaluation.evaluate_retrieval(tiny.astype(np.float64) * 2.0**147, labels, **arguments).means()
+    assert evaluation.evaluate_retrieval(tiny, labels, **arguments).means() == pytest.approx(again)
+    with pytest.raises(ValueError, match=r"^queries: expected finite float32 values"):
+        evaluation.evaluate_retrieval(rows * 1e200, labels, **arguments)
+    with pytest.raises(ValueError, match=r"^embeddings: expected finite float32 values"):
+        evaluation.build_index(rows * 1e200, **arguments)
+    ends = np.array([[3e38], [-3e38]], np.float32)
+    apart = evaluation.find_neighbors(ends, ends, 2, **arguments)
+    assert apart.indices.tolist() == [[0, 1], [1, 0]]
+    assert np.isfinite(apart.similarities).all()
+
+
 def test_searching_on_a_device_equals_searching_on_the_cpu(monkeypatch):
     rows = np.random.default_rng(0).normal(size=(300, 12)).astype(np.float32)
     ids = np.arange(300) // 2
@@ -297,11 +399,14 @@ def test_rows_are_checked_once(method, monkeypatch):
     generator = np.random.default_rng(0)
     queries, gallery = (evaluation.EmbeddingShards([generator.normal(size=(size, 4))]) for size in (20, 300))
     evaluation.find_neighbors(queries, gallery, 3, method=method)
-    # Read once for checking and once for searching.
-    assert [sum(count for rows, count in read if rows is one) for one in (queries, gallery)] == [2 * 20, 2 * 300]
+    # Read once for checking and once for searching. Of the exact search, the nearest are read once more.
+    again = (20, 20 * (3 + exact._MARGIN)) if method == "exact" else (0, 0)
+    counts = [sum(count for rows, count in read if rows is one) for one in (queries, gallery)]
+    assert counts == [2 * 20 + again[0], 2 * 300 + again[1]]
     read.clear()
     evaluation.build_index(gallery, method=method).search(queries, 3)
-    assert [sum(count for rows, count in read if rows is one) for one in (queries, gallery)] == [2 * 20, 2 * 300]
+    counts = [sum(count for rows, count in read if rows is one) for one in (queries, gallery)]
+    assert counts == [2 * 20, 2 * 300 + again[1]]
 
 
 def test_memory_stays_within_the_budget(tmp_path, run_python):
@@ -352,6 +457,188 @@ def test_empty_sets():
 def test_errors_name_the_argument(arguments, words):
     with pytest.raises(ValueError, match=words):
         evaluation.retrieval_metrics(**{"queries": np.eye(3), "query_labels": [0, 0, 1], **arguments})
+
+
+LABELS = np.repeat([0, 1, 2], 4)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        LABELS + 2**40,
+        (LABELS + (2**63 - 9)).astype(np.uint64),
+        LABELS.astype(np.uint8),
+        LABELS[:, None],
+        LABELS.tolist(),
+        LABELS.astype(np.uint64) + np.uint64(2**63),
+        LABELS.astype(float),
+        LABELS + 0.5,
+        LABELS.astype(str),
+        LABELS.astype(object),
+        LABELS > 0,
+        np.eye(3, dtype=int)[LABELS],
+        LABELS[1:],
+        [[0], [1, 2]],
+        3,
+        None,
+    ],
+)
+def test_labels_are_right_or_refused(labels, tmp_path):
+    rows = np.random.default_rng(0).normal(size=(12, 4))
+    result = evaluation.evaluate_retrieval(rows, LABELS)
+    neighbors = evaluation.find_neighbors(rows, rows, 2)
+    right = isinstance(labels, list) or getattr(labels, "dtype", None) in (np.int64, np.uint8, np.uint64)
+    right = right and len(labels) == 12 and np.size(labels) == 12 and np.max(labels) < 2**63
+    doors = {
+        "query_labels": lambda: evaluation.retrieval_metrics(rows, labels),
+        "gallery_labels": lambda: evaluation.retrieval_metrics(rows, LABELS, rows, labels),
+        "labels": lambda: evaluation.clustering_metrics(rows, labels),
+        "labels:": lambda: evaluation.embedding_geometry(rows, labels),
+        "queries.labels": lambda: save_report(tmp_path / "a.html", result, neighbors, EmbeddedImages(rows, labels)),
+    }
+    if not right:
+        for name, door in doors.items():
+            with pytest.raises(ValueError, match=name) as raised:
+                door()
+            assert "\n" not in str(raised.value)
+        assert not (tmp_path / "a.html").exists()
+        return
+    assert doors["query_labels"]() == result.means()
+    assert doors["labels"]() == evaluation.clustering_metrics(rows, LABELS)
+    assert doors["labels:"]() == evaluation.embedding_geometry(rows, LABELS)
+    if np.ndim(labels) == 2:
+        doors["queries.labels"]()
+    shifted = np.asarray(labels).reshape(-1).astype(np.int64)
+    assert evaluation.retrieval_metrics(rows, shifted, rows, labels) == evaluation.retrieval_metrics(
+        rows, LABELS, rows, LABELS
+    )
+
+
+def test_ids_are_right_or_refused():
+    rows = np.eye(4)
+    large = 2**62 + np.arange(4)
+    clean = evaluation.find_neighbors(rows, rows, 3, np.arange(4), np.arange(4)).indices
+    for one, other in ((large, large), (large.astype(np.uint64), large)):
+        np.testing.assert_array_equal(evaluation.find_neighbors(rows, rows, 3, one, other).indices, clean)
+    for wrong in (large.astype(np.uint64) * 2 + 5, large.astype(str), [[1], [1, 2]], np.arange(4) + 0.5):
+        with pytest.raises(ValueError, match=r"^gallery_ids: expected integers"):
+            evaluation.find_neighbors(rows, rows, 3, large, wrong)
+
+
+@pytest.mark.parametrize("kind", ["labels", "ids"])
+def test_labels_and_ids_of_an_index(kind):
+    import tensorflow as tf
+
+    def texts(values):
+        return getattr(evaluation.build_index(np.eye(3), method="exact", **{kind: values}), kind)
+
+    for values in (["1", "2", "3"], [1, 2, 3], [1.0, 2.0, 3.0], [b"1", b"2", b"3"], np.array([1, 2, 3], np.uint64),
+                   np.array(["1", "2", "3"]), np.array([b"1", b"2", b"3"]), np.array([[1.0], [2.0], [3.0]]),
+                   tf.constant(["1", "2", "3"]), (i for i in (1, 2, 3)), np.array([1, 2, 3], object)):  # fmt: skip
+        assert texts(values) == ["1", "2", "3"]
+    assert texts([2**70, -1, 0]) == [str(2**70), "-1", "0"]
+    for wrong in ([0.5, 1.5, 2.5], np.eye(3), [None, "a", "b"], [float("nan")] * 3, "abc", 3, [{}, [], 1], ["a"]):
+        with pytest.raises(ValueError, match=f"^{kind}: expected"):
+            texts(wrong)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cat\ndog\ncat\n",
+        b"\xef\xbb\xbfcat\ndog\ncat",
+        b"cat\r\ndog\r\ncat\r\n",
+        b"cat  \ndog\t\ncat\n\n\n",
+        b"\xef\xbb\xbfcat \r\ndog\r\ncat\r\n \r\n",
+        np.array(["cat", "dog", "cat"]),
+        np.array([b"cat", b"dog", b"cat"]),
+        np.array([["cat"], ["dog"], ["cat"]]),
+    ],
+)
+def test_label_files(content, tmp_path):
+    path = tmp_path / ("labels.npy" if isinstance(content, np.ndarray) else "labels.txt")
+    np.save(path, content) if isinstance(content, np.ndarray) else path.write_bytes(content)
+    assert embeddings_module.read_labels("labels", path, 3) == ["cat", "dog", "cat"]
+    with pytest.raises(ValueError, match=r"^labels: expected 4 labels"):
+        embeddings_module.read_labels("labels", path, 4)
+
+
+def test_label_files_of_numbers_and_others(tmp_path):
+    path = tmp_path / "labels.npy"
+    for values in (np.array([1, 2]), np.array([1.0, 2.0]), np.array([1, 2], np.uint8), np.array(["1", "2"])):
+        np.save(path, values)
+        assert embeddings_module.read_labels("labels", path, 2) == ["1", "2"]
+        np.savez(tmp_path / "a.npz", embeddings=np.eye(2), labels=values)
+        assert [str(label) for label in evaluation.read_embeddings(tmp_path / "a.npz").labels] == ["1", "2"]
+    for values in (np.array([0.5, 1.0]), np.eye(2), np.array(["a", {}], object), np.array([np.nan, 1.0])):
+        np.save(path, values, allow_pickle=True)
+        with pytest.raises(ValueError, match=r"^labels: .*expected integers or texts"):
+            embeddings_module.read_labels("labels", path, 2)
+    np.savez(tmp_path / "a.npz", embeddings=np.eye(2), labels=np.array([b"cat", b"dog"]))
+    assert evaluation.read_embeddings(tmp_path / "a.npz").labels == ["cat", "dog"]
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\nb\n")
+    with pytest.raises(ValueError, match=r"^labels: .*utf-8"):
+        embeddings_module.read_labels("labels", tmp_path / "latin.txt", 2)
+    (tmp_path / "odd.txt").write_text("a\u2028b\nc\x0bd\n", encoding="utf-8")
+    assert embeddings_module.read_labels("labels", tmp_path / "odd.txt", 2) == ["a\u2028b", "c\x0bd"]
+
+
+@examples(25)
+@given(
+    st.lists(st.sampled_from(["a", "b", "é", "c d", "1"]), min_size=4, max_size=9),
+    st.sampled_from(["npy", "npz", "txt", "bytes", "float"]),
+    st.sampled_from([np.float16, np.float32, np.float64, int, object, "mixed"]),
+    st.integers(-160, 300),
+    st.sampled_from(["", "\ufeff"]),
+    st.sampled_from(["\n", "\r\n", " \n", "\t\r\n"]),
+    st.integers(-1, 2),
+    st.sampled_from(["cosine", "euclidean"]),
+)
+def test_embeddings_and_label_files_give_the_clean_result_or_an_error(
+    tmp_path_factory, labels, kind, dtype, power, mark, end, more, metric
+):
+    folder = tmp_path_factory.mktemp("fuzz")
+    clean = np.random.default_rng(len(labels)).integers(-8, 9, (len(labels), 3)).astype(np.float64)
+    codes = np.unique(labels, return_inverse=True)[1]
+    names = ("embeddings", "labels", "queries", "query_labels", "gallery_labels")
+    with clear_errors(*names) as raised, np.errstate(over="ignore"):
+        rows = clean * 2.0**power
+        if dtype == "mixed":
+            rows = [*rows.tolist()[1:], [1.0]]
+        elif dtype is object:
+            rows = rows.astype(object)
+        else:
+            rows = rows.astype(dtype) if dtype is not int else clean.astype(int)
+        path = folder / ("labels.txt" if kind == "txt" else "labels.npy")
+        if kind == "txt":
+            path.write_bytes((mark + "".join(label + end for label in labels) + end * max(more, 0)).encode())
+        else:
+            values = codes * 1.0 if kind == "float" else np.array(labels)
+            np.save(path, np.char.encode(values, "utf-8") if kind == "bytes" else values)
+        read = embeddings_module.read_labels("labels", path, len(labels) - min(more, 0))
+        found = np.unique(read, return_inverse=True)[1]
+        result = evaluation.evaluate_retrieval(rows, found, metric=metric)
+    if raised:
+        stored = np.abs(clean * 2.0**power).max() <= np.finfo(np.float32).max
+        fine = dtype in (np.float32, np.float64) and stored and more >= 0
+        assert not fine or max(np.bincount(codes)) == 1, raised
+        return
+    if kind == "float" or dtype is np.float16 or power < -140:
+        return
+    np.testing.assert_array_equal(found, codes)
+    expected = evaluation.evaluate_retrieval(clean, codes, metric=metric).means()
+    assert result.means() == pytest.approx(expected, nan_ok=True)
+
+
+def test_mrr_of_scann_does_not_depend_on_the_other_metrics():
+    rows, labels = np.random.default_rng(0).normal(size=(600, 6)), np.arange(600) // 2
+    exact_mrr = evaluation.retrieval_metrics(rows, labels, mrr_depth=100)["mrr@100"]
+    for more in ({}, {"map_ks": (1000,)}, {"ks": (1, 500)}):
+        found = evaluation.retrieval_metrics(rows, labels, method="scann", **more)
+        assert found["mrr"] == pytest.approx(exact_mrr)
+    assert evaluation.retrieval_metrics(rows, labels, method="scann", mrr_depth=300)["mrr@300"] == pytest.approx(
+        evaluation.retrieval_metrics(rows, labels, mrr_depth=300)["mrr@300"]
+    )
 
 
 def test_callback_logs_every_n_epochs_and_the_last(small_model):

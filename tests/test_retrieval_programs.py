@@ -1,6 +1,7 @@
 """s2sd-evaluate, -embed, -index, -search and -beam, run from the command line."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from PIL import Image
 
 import s2sd_tf
 from s2sd_tf import data, evaluation, export
-from s2sd_tf.files import read_json, write_json
+from s2sd_tf.checks import check_file_to_write
+from s2sd_tf.cli import evaluated
+from s2sd_tf.files import check_replaceable, read_json, write_json
 from s2sd_tf.keras_compat import keras
 
 
@@ -140,6 +143,54 @@ def test_an_image_in_queries_and_gallery_does_not_find_itself(call, made, tmp_pa
     assert call("evaluate", *given, others).stdout.splitlines()[2].split()[1] == "100.0"
 
 
+def test_label_files_and_rows_without_a_label(tmp_path, caplog):
+    generator = np.random.default_rng(0)
+    labels = np.repeat(["a", "b", "c"], 4)
+    rows = generator.normal(size=(3, 5)).repeat(4, axis=0) + generator.normal(size=(12, 5))
+    np.savez(tmp_path / "clean.npz", embeddings=rows, labels=labels)
+    np.save(tmp_path / "rows.npy", rows)
+    (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbf" + b"".join(f"{label} \r\n".encode() for label in labels))
+    loose = np.insert(rows, [0, 7], generator.normal(size=(2, 5)), axis=0)
+    np.savez(tmp_path / "loose.npz", embeddings=loose, labels=np.insert(labels, [0, 7], "").astype(bytes),
+             ids=np.insert(np.arange(12).astype("U9"), [0, 7], ["one.png", "two.png"]))  # fmt: skip
+    clean, _ = evaluated.embeddings((str(tmp_path / "clean.npz"), None, None), None)
+    for path, file in (("rows.npy", str(tmp_path / "labels.txt")), ("loose.npz", None)):
+        with caplog.at_level("WARNING"):
+            found, _ = evaluated.embeddings((str(tmp_path / path), file, None), None)
+        np.testing.assert_array_equal(found.rows, clean.rows)
+        np.testing.assert_array_equal(found.labels, clean.labels)
+        assert found.names == clean.names == {0: "a", 1: "b", 2: "c"}
+    assert found.ids == [str(i) for i in range(12)]
+    assert "left out 2 of 14 rows, which have no label" in caplog.text
+    assert "one.png, two.png" in caplog.text
+    # Whole numbers are the same label in every type.
+    np.savez(tmp_path / "ints.npz", embeddings=rows, labels=np.arange(12) // 4)
+    np.savez(tmp_path / "floats.npz", embeddings=rows, labels=np.arange(12) // 4 * 1.0)
+    one, other = evaluated.embeddings(*((str(tmp_path / f"{name}.npz"), None, None) for name in ("ints", "floats")))
+    np.testing.assert_array_equal(one.labels, other.labels)
+    np.savez(tmp_path / "none.npz", embeddings=rows, labels=[""] * 12)
+    with pytest.raises(ValueError, match="labels: expected rows with a label"):
+        evaluated.embeddings((str(tmp_path / "none.npz"), None, None), None)
+
+
+def test_outputs_that_cannot_be_written_are_refused_first(made, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    items, encoder = s2sd_tf.serving.list_images(made / "images"), s2sd_tf.serving.Encoder(made / "encoder")
+    closed = [] if os.access(tmp_path / "closed", os.W_OK) else [tmp_path / "closed" / "a"]
+    for path in (tmp_path / "file" / "a", tmp_path / "file" / "a" / "b", *closed):
+        with pytest.raises(ValueError, match="path: expected a path to write"):
+            check_file_to_write("path", path)
+        with pytest.raises(ValueError, match="path: expected a path to write"):
+            check_replaceable("path", path, "index.json")
+        with pytest.raises(ValueError, match="folder: expected a path to write"):
+            s2sd_tf.serving.embed_images(items, encoder, path, progress=False)
+    with pytest.raises(ValueError, match="folder: expected a folder to write"):
+        s2sd_tf.serving.embed_images(items, encoder, tmp_path / "file", progress=False)
+    check_file_to_write("path", tmp_path / "new" / "folder" / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["closed", "file"]
+
+
 ERRORS = [
     ((), "exactly one of --workdir, --model and --embeddings"),
     (("--embeddings=a", "--model=b"), "exactly one of"),
@@ -151,7 +202,8 @@ ERRORS = [
     (("--embeddings=rows.npy", "--ks=0"), "--ks: expected integers >= 1"),
     (("--embeddings=rows.npy", "--methods="), "--methods: expected at least one"),
     (("--embeddings=rows.npy", "--gallery_labels=labels.npy"), "--gallery_labels: expected --gallery_embeddings"),
-    (("--embeddings=rows.npy", "--labels=some.txt"), "1 have none"),
+    (("--embeddings=rows.npy", "--labels=some.txt"), "1 have none, first line 3"),
+    (("--embeddings=rows.npy", "--metrics=cosine,guess"), "--metrics: expected one of"),
     (("--embeddings=rows.npy", "--projector=."), "--projector: expected a new folder"),
 ]
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ from s2sd_tf import data, evaluation, export
 from s2sd_tf.evaluation.embeddings import read_items, shard_folders
 from s2sd_tf.files import read_json
 from s2sd_tf.serving import Encoder, Item, beam, embed_images, list_images
+from s2sd_tf.serving import embed as embed_module
 from s2sd_tf.serving.encoder import read_image_under
 
 IMAGES, BROKEN = 90, ("c1/broken.png", "c2/empty.jpg", "cut.png")
@@ -96,11 +98,39 @@ def test_embedding_a_folder(encoder_path, images, tmp_path):
     index = evaluation.load_index(folder)
     query = encoder([content_of(items[5])])
     assert index.ids[index.search(query, 1).indices[0, 0]] == items[5].id
-    for change in ({"shard_size": 17}, {"items": items[1:]}, {"index": None}):
-        with pytest.raises(ValueError, match="folder: expected a new one"):
+    relabelled = [items[0]._replace(label="x"), *items[1:]]
+    for change in ({"shard_size": 17}, {"items": items[1:]}, {"items": relabelled}, {"index": None}):
+        with pytest.raises(ValueError, match=r"folder: expected (a new one|shards whose images are still there)"):
             embed_images(
                 **{"items": items, "encoder": encoder, "folder": folder, "shard_size": 16, "index": {}, **change}
             )
+
+
+def test_embedding_a_folder_that_has_grown(encoder_path, images, tmp_path, monkeypatch):
+    items, encoder, folder = list_images(images), Encoder(encoder_path), str(tmp_path / "out")
+    settings = {"shard_size": 16, "progress": False}
+    # New images are anywhere in the order.
+    embed_images(items[1::2], encoder, folder, **settings)
+    times = {path: os.stat(path).st_mtime_ns for path in shard_folders(folder)}
+    # An interruption while it grows.
+    write = embed_module.write_items_as_shard
+    with monkeypatch.context() as patched:
+        patched.setattr(embed_module, "write_items_as_shard", lambda path, *rest: write(path, *rest) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            embed_images(items, encoder, folder, **settings)
+    with pytest.raises(ValueError, match="interrupted"):
+        evaluation.read_embeddings(folder)
+    summary = embed_images(items, encoder, folder, **settings)
+    check(folder, summary, encoder, items)
+    assert times.items() <= {path: os.stat(path).st_mtime_ns for path in shard_folders(folder)}.items()
+    # An image is gone: its shard is named, and embedded again once it is removed.
+    kept = [item for item in items if item.id != items[1].id]
+    with pytest.raises(ValueError, match=rf"shard-00000'.*1 gone, such as '{items[1].id}'"):
+        embed_images(kept, encoder, folder, **settings)
+    shutil.rmtree(os.path.join(folder, "shard-00000"))
+    assert embed_images(kept, encoder, folder, **settings)["images"] == len(kept)
+    found = evaluation.read_embeddings(folder)
+    assert sorted(found.ids) == sorted(item.id for item in kept if item.id not in BROKEN)
 
 
 def test_after_a_kill_it_resumes_without_losing_or_repeating_a_shard(call, encoder_path, images, tmp_path):

@@ -26,8 +26,10 @@ def main() -> None:
 
 
 def _main(_):
+    from s2sd_tf.checks import check_folder_to_write
     from s2sd_tf.serving import Encoder, embed_images, list_images
 
+    check_folder_to_write("--output", _OUTPUT.value)
     items = list_images(_IMAGES.value)
     summary = embed_images(items, Encoder(_ENCODER.value), _OUTPUT.value, _SHARD_SIZE.value, _BATCH_SIZE.value)
     print(embedding_summary(summary, _OUTPUT.value))

@@ -28,7 +28,7 @@ _IMAGES = flags.DEFINE_string(
     "images", None, "With --model: folder of class folders. With --embeddings: folder in which the ids are paths."
 )
 _LABELS = flags.DEFINE_string(
-    "labels", None, "With --embeddings: labels, a .npy file or a text file with one label per line."
+    "labels", None, "With --embeddings: labels, a .npy file or a text file in UTF-8 with one label per line."
 )
 _GALLERY_IMAGES = flags.DEFINE_string(
     "gallery_images", None, "With --model: folder of class folders to search in; by default --images."
@@ -43,7 +43,9 @@ _SAME_IDS = flags.DEFINE_bool(
 _KS = flags.DEFINE_list("ks", ["1", "2", "4", "8"], "Values of k for recall@k, separated by commas.")
 _PRECISION_KS = flags.DEFINE_list("precision_ks", ["1"], "Values of k for precision@k.")
 _MAP_KS = flags.DEFINE_list("map_ks", ["1000"], "Values of k for map@k.")
-_METHODS = flags.DEFINE_list("methods", ["exact", "scann"], "Search methods: exact, scann.")
+_METHODS = flags.DEFINE_list(
+    "methods", ["exact", "scann"], "Search methods: exact, scann. With scann, mrr is over the 100 nearest."
+)
 _METRICS = flags.DEFINE_list(
     "metrics", [], "Similarities: cosine, euclidean. By default cosine, and euclidean unless all rows have unit length."
 )
@@ -62,7 +64,8 @@ def main() -> None:
 
 def _main(_):
     from s2sd_tf import evaluation
-    from s2sd_tf.checks import check_file_to_write
+    from s2sd_tf.checks import check_choice, check_file_to_write
+    from s2sd_tf.evaluation.neighbors import METHODS, METRICS
     from s2sd_tf.files import check_replaceable, write_json
     from s2sd_tf.progress import stage
     from s2sd_tf.reporting import save_projector
@@ -73,6 +76,9 @@ def _main(_):
     ks, precision_ks, map_ks = (_ints(flag) for flag in (_KS, _PRECISION_KS, _MAP_KS))
     if not _METHODS.value:
         raise ValueError("--methods: expected at least one. Received: none")
+    for list_flag, choices in ((_METHODS, METHODS), (_METRICS, METRICS)):
+        for value in list_flag.value:
+            check_choice(f"--{list_flag.name}", value, choices)
     for more, needed in ((_GALLERY_LABELS, _GALLERY_EMBEDDINGS), (_GALLERY_EMBEDDINGS, _EMBEDDINGS)):
         if more.value and not needed.value:
             raise ValueError(f"--{more.name}: expected --{needed.name} too. Received: none")

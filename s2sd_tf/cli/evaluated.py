@@ -3,9 +3,12 @@
 import os
 
 import numpy as np
+from absl import logging
 
 from s2sd_tf import evaluation, progress
 from s2sd_tf.data import Preprocessing, load_image_folder
+from s2sd_tf.evaluation.embeddings import read_labels
+from s2sd_tf.evaluation.rows import take
 from s2sd_tf.export import load_model
 from s2sd_tf.reporting import EmbeddedImages
 from s2sd_tf.serving import Encoder
@@ -13,7 +16,6 @@ from s2sd_tf.serving.encoder import decode_image, read_image, read_image_under
 from s2sd_tf.training import load_run
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.embedding import embed
-from s2sd_tf.untrusted import read_array, reading
 
 
 def run(workdir: str) -> tuple[EmbeddedImages, EmbeddedImages | None]:
@@ -76,31 +78,32 @@ def _part(rows, images, names=None):
 def embeddings(
     queries: tuple[str, str | None, str | None], gallery: tuple[str, str | None, str | None] | None
 ) -> tuple[EmbeddedImages, EmbeddedImages | None]:
-    """Reads embeddings of queries and gallery.
+    """Reads embeddings of queries and gallery. Leaves out rows without a label, with a warning.
 
     Args:
         queries: path of the embeddings, path of their labels or None, and the folder of the images or None.
         gallery: the same for the gallery, or None.
 
     Raises:
-        ValueError: rows without a label, or a wrong number of labels.
+        ValueError: no labels, or a wrong number of them.
         FileNotFoundError: a file does not exist.
     """
     read = []
     for flag, (path, labels, root) in zip(("labels", "gallery_labels"), (queries, gallery) if gallery else (queries,)):
         rows, ids, its_labels = evaluation.read_embeddings(path)
         if labels:
-            its_labels = _read_labels(labels)
+            its_labels = read_labels(f"--{flag}", labels, rows.shape[0])
+            if "" in its_labels:
+                raise ValueError(
+                    f"--{flag}: expected a label on every line. Received: {labels!r}, where {its_labels.count('')} "
+                    f"have none, first line {its_labels.index('') + 1}"
+                )
         if its_labels is None:
             raise ValueError(f"--{flag}: expected labels of {path!r}, which has none. Received: none")
-        if "" in its_labels:
-            raise ValueError(
-                f"--{flag}: expected a label for every row. Received: {path!r}, where "
-                f"{list(its_labels).count('')} have none, such as images outside of class folders"
-            )
-        if len(its_labels) != rows.shape[0]:
-            raise ValueError(f"--{flag}: expected {rows.shape[0]} labels. Received: {len(its_labels)}")
-        read.append((rows, [str(label) for label in its_labels], ids, root))
+        texts = [str(label) for label in its_labels]
+        if "" in texts:
+            rows, texts, ids = _with_label(path, rows, texts, ids)
+        read.append((rows, texts, ids, root))
     names, codes = np.unique([label for _, labels, _, _ in read for label in labels], return_inverse=True)
     parts, start = [], 0
     for rows, row_labels, ids, root in read:
@@ -116,10 +119,18 @@ def _under(root, ids):
     return lambda position: read_image_under(root, ids[position])
 
 
-def _read_labels(path):
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"labels: expected a file. Received: {path!r}")
-    if path.endswith(".npy"):
-        return read_array(path).reshape(-1).tolist()
-    with reading(path, "a label a line"), open(path, encoding="utf-8") as file:
-        return file.read().splitlines()
+def _with_label(path, rows, labels, ids):
+    """`(rows, labels, ids)` of the rows that have a label. Warns of the others."""
+    kept = [position for position, label in enumerate(labels) if label]
+    without = [position for position, label in enumerate(labels) if not label]
+    if not kept:
+        raise ValueError(f"labels: expected rows with a label. Received: {path!r}, where all {len(labels)} have none")
+    names = [str(position) if ids is None else ids[position] for position in without]
+    logging.warning(
+        "%s: left out %d of %d rows, which have no label, such as images outside of class folders: %s",
+        path,
+        len(without),
+        len(labels),
+        ", ".join(names[:5]) + (", ..." if len(names) > 5 else ""),
+    )
+    return take(rows, np.array(kept)), [labels[i] for i in kept], None if ids is None else [ids[i] for i in kept]

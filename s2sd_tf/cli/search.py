@@ -42,7 +42,6 @@ def _main(_):
         raise ValueError("--images: expected the folder in which the ids are paths, with --picture. Received: none")
     if _PICTURE.value:
         check_file_to_write("--picture", _PICTURE.value)
-    index, encoder = load_index(_INDEX.value), Encoder(_ENCODER.value)
     contents = []
     for path in _IMAGE.value:
         if not os.path.isfile(path):
@@ -51,6 +50,7 @@ def _main(_):
             raise ValueError(f"--image: expected an image. Received: {path!r}: {reason}")
         with open(path, "rb") as file:
             contents.append(file.read())
+    index, encoder = load_index(_INDEX.value), Encoder(_ENCODER.value)
     rows, errors = encoder.embed(contents)
     if errors:
         position, error = next(iter(errors.items()))

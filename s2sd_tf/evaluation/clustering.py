@@ -8,7 +8,7 @@ import tensorflow as tf
 from s2sd_tf.checks import check_choice, checked_int
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.neighbors import METRICS
-from s2sd_tf.evaluation.rows import checked_labels, checked_rows, normalized
+from s2sd_tf.evaluation.rows import checked_labels, checked_rows, normalized, scale_of, scaled
 
 
 def clustering_metrics(
@@ -86,7 +86,7 @@ def _kmeans(rows, num_clusters, metric, iterations, restarts, seed):
         import faiss
     except ImportError as error:
         raise ImportError("clustering metrics need faiss: `pip install faiss-cpu`") from error
-    rows = normalized(rows) if metric == "cosine" else np.ascontiguousarray(rows, np.float32)
+    rows = normalized(rows) if metric == "cosine" else np.ascontiguousarray(scaled(rows, scale_of(rows)), np.float32)
     search = faiss.Kmeans(
         rows.shape[1],
         num_clusters,

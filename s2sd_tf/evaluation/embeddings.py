@@ -1,6 +1,7 @@
 """Reads and writes embeddings on disk: our own shards, and the files of other programs."""
 
 import glob
+import numbers
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -210,7 +211,7 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
 
     - a folder: the shards that `s2sd-embed` and the Beam pipeline write;
     - `.npy`: float rows, memory-mapped; no ids and labels;
-    - `.npz`: the array `embeddings` and optionally `labels` and `ids`;
+    - `.npz`: the array `embeddings` and optionally `labels` and `ids`, integers or texts;
     - `.tfrecord` or `.tfrecords`: examples with the features `embedding` (floats), `id` (bytes or an int) and `label`
       (bytes or an int).
 
@@ -247,11 +248,75 @@ def _read_npz(path):
     content = read_arrays(path)
     if "embeddings" not in content:
         raise ValueError(f"no array named embeddings, only {sorted(content)}")
-    labels = content["labels"].reshape(-1).tolist() if "labels" in content else None
-    ids = None
-    if "ids" in content:
-        ids = [i.decode() if isinstance(i, bytes) else str(i) for i in content["ids"].reshape(-1)]
+    labels = ints_or_texts("labels", content["labels"]) if "labels" in content else None
+    ids = [str(item) for item in ints_or_texts("ids", content["ids"])] if "ids" in content else None
     return Embeddings(content["embeddings"], ids, labels)
+
+
+def read_labels(name: str, path: str | os.PathLike, count: int) -> list[str]:
+    """Reads a label file: a `.npy` file, or a text file in UTF-8 with one label per line.
+
+    Args:
+        name: argument name for the error messages.
+        path: the file.
+        count: number of labels that it must have.
+
+    Blanks at the end of a line, a byte order mark and blank lines after the last label are left out. Whole numbers give
+    the same labels in every type: 1, 1.0 and "1".
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, or another number of labels; the message names the file.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{name}: expected a file. Received: {path!r}")
+    with reading(f"{name}: {path}", "integers or texts, one for each row"):
+        if path.lower().endswith(".npy"):
+            labels = [str(label) for label in ints_or_texts(name, read_array(path))]
+        else:
+            with open(path, encoding="utf-8-sig") as file:
+                labels = [line.rstrip() for line in file.read().split("\n")]
+            while labels and not labels[-1]:
+                labels.pop()
+    if len(labels) != count:
+        raise ValueError(f"{name}: expected {count} labels, one for each row, in {path!r}. Received: {len(labels)}")
+    return labels
+
+
+def ints_or_texts(name: str, values: Any) -> list[Any]:
+    """Returns labels or ids as a list of ints or texts. Bytes become texts, whole floats become ints.
+
+    Raises:
+        ValueError: values of another kind or shape.
+    """
+    if hasattr(values, "numpy"):
+        values = values.numpy()
+    if isinstance(values, np.ndarray):
+        if values.ndim == 2 and values.shape[1] == 1:
+            values = values[:, 0]
+        if values.ndim != 1:
+            raise ValueError(f"{name}: expected one for each row, of shape (n,). Received: shape {values.shape}")
+        values = values.tolist()
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name}: expected integers or texts, one for each row. Received: {values!r}")
+    return [value if type(value) in (str, int) else _int_or_text(name, value) for value in values]
+
+
+def _int_or_text(name, value):
+    try:
+        value = value.numpy() if hasattr(value, "numpy") else value
+        if isinstance(value, bytes):
+            return value.decode()
+        if isinstance(value, str):
+            return str(value)
+        if isinstance(value, numbers.Integral):
+            return int(value)
+        if isinstance(value, numbers.Real) and float(value).is_integer():
+            return int(float(value))
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name}: expected integers or texts, one for each row. Received: {value!r}")
 
 
 def _read_tfrecord(path):
@@ -264,9 +329,9 @@ def _read_tfrecord(path):
         for name, values in (("id", ids), ("label", labels)):
             if features[name].bytes_list.value:
                 values.append(features[name].bytes_list.value[0].decode())
-            elif features[name].int64_list.value:
-                value = features[name].int64_list.value[0]
-                values.append(str(value) if name == "id" else value)
+            elif features[name].int64_list.value or features[name].float_list.value:
+                value = (features[name].int64_list.value or features[name].float_list.value)[0]
+                values.append(_int_or_text(name, value))
     if not rows:
         raise ValueError("no examples")
-    return Embeddings(np.stack(rows), ids or None, labels or None)
+    return Embeddings(np.stack(rows), [str(item) for item in ids] or None, labels or None)

@@ -5,6 +5,8 @@ Arguments are not checked here; the callers have done that.
 
 import concurrent.futures
 import contextlib
+import functools
+import hashlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -14,11 +16,13 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from s2sd_tf.evaluation.embeddings import Rows
-from s2sd_tf.evaluation.neighbors import Neighbors, padded
-from s2sd_tf.evaluation.rows import mean_row, normalized, take
+from s2sd_tf.evaluation.neighbors import Neighbors, lengths, padded
+from s2sd_tf.evaluation.rows import mean_row, normalized, parts, row_scales, scale_of, scaled
 
-# Extra candidates beyond the k nearest, whose Euclidean distances are recomputed in float64.
+# Extra candidates beyond the k nearest, whose similarities are recomputed in float64.
 _MARGIN = 8
+# Above this number of items of one query, similarities are computed once for equal rows; and in parts of this size.
+_FEW, _NUMBERS = 64, 2**18
 # Columns in a group. Single columns are examined only if the maximum of their group is among the best so far.
 _GROUP = 32
 # A block of similarities has at most _WIDTH columns and _FLATTER times fewer rows, so that it stays in the cache.
@@ -45,15 +49,30 @@ def exact_neighbors(
         memory_mib: MiB that blocks may take, in addition to the arguments and results.
         progress: whether to show a progress bar.
 
-    Among equal similarities the lower position comes first. Euclidean distances are recomputed in float64.
+    The similarity of two rows is computed in float64 and rounded to float32, so it does not depend on where the rows
+    are. Among items whose similarities are then equal, the lower position comes first. Products in float32 only choose
+    the items for which this is done: those whose rank rounding could change.
     """
     left, right = _factors(queries, gallery, metric)
-    if metric == "cosine":
-        return Neighbors(*_search(left, right, k, keys, memory_mib, progress))
     # Take some more, as those near the end may change places.
-    indices, _ = _search(left, right, min(k + _MARGIN, gallery.shape[0]), keys, memory_mib, progress)
-    indices, similarities = _exact_distances(queries, gallery, indices)
-    return padded(indices[:, :k], similarities[:, :k], k)
+    wanted = min(k + _MARGIN, len(right))
+    indices, rough = _search(left, right, wanted, keys, memory_mib, progress)
+    similarities, bands = _similarities_of(left, right, indices, rough[:, min(k, wanted) - 1])
+    order = np.lexsort((np.where(indices < 0, np.iinfo(np.int64).max, indices), -similarities), axis=1)[:, :k]
+    indices, similarities = (np.take_along_axis(values, order, axis=1) for values in (indices, similarities))
+    if k < wanted < len(right):
+        # Where the last item found is as near as the k-th, but for rounding, those not found may be so too.
+        lowest = rough[:, k - 1] - bands
+        crowded = np.flatnonzero((rough[:, -1] >= lowest) & np.isfinite(rough[:, -1]))
+        for chosen, scores in _products(left, right, crowded, memory_mib):
+            for query, row in zip(chosen, scores):
+                close = _others(np.flatnonzero(row >= lowest[query]), query, keys)
+                values = _similarities(left, right, query, close)
+                nearest = np.argsort(-values, kind="stable")[:k]
+                indices[query], similarities[query] = close[nearest], values[nearest]
+    if metric == "euclidean":
+        similarities = lengths(indices, similarities, left.scale)
+    return padded(indices, similarities, k)
 
 
 def positive_ranks(
@@ -73,58 +92,77 @@ def positive_ranks(
         query_labels, gallery_labels: int64 arrays `(queries,)` and `(gallery,)`. A positive is an item with the label
             of the query and another key.
 
-    The ranks come from float32 products. Items may change places if their similarities differ by less than the
-    rounding error: about 1e-7 for cosine, and 1e-7 times the squared distances from the mean row for Euclidean.
-
     Yields:
         `(queries, ranks)` for one block of queries at a time: their positions, int64 `(n,)`, and a list of n int64
         arrays, the ranks of their positives, ascending and counted from 1. Queries whose label is not in the gallery
-        are skipped. Among equal similarities the lower position ranks first, as in `exact_neighbors`.
+        are skipped. The ranking is that of `exact_neighbors`.
     """
     left, right = _factors(queries, gallery, metric)
     order = np.argsort(gallery_labels, kind="stable")
     ordered = gallery_labels[order]
     begin, end = np.searchsorted(ordered, query_labels, "left"), np.searchsorted(ordered, query_labels, "right")
     wanted = np.flatnonzero(end > begin)
+
+    def one(query, row, size):
+        positives = _others(order[begin[query] : end[query]], query, keys)
+        if not len(positives):
+            return np.empty(0, np.int64)
+        found = row[positives]
+        band = left.band(size, found.min())
+        above = _others(np.flatnonzero(row >= found.min() - band), query, keys)
+        values = row[above]
+        ascending = np.sort(values)
+        high = np.searchsorted(ascending, found + band, "right")
+        ranks = len(ascending) - high + 1
+        crowded = high - np.searchsorted(ascending, found - band, "left") > 1
+        if crowded.any():
+            # Rank the items that are as near as one of these positives, but for rounding, by their similarities.
+            found = found[crowded]
+            levels = np.sort(found)
+            at = np.searchsorted(levels, values)
+            below, next_ = levels[np.maximum(at - 1, 0)], levels[np.minimum(at, len(levels) - 1)]
+            near = np.minimum(np.abs(values - below), np.abs(values - next_)) <= band
+            close, values = above[near], np.sort(values[near])
+            place = np.empty(len(close), np.int64)
+            place[np.argsort(-_similarities(left, right, query, close), kind="stable")] = np.arange(1, len(close) + 1)
+            # Before these are the items that are nearer by more than rounding.
+            nearer = len(ascending) - np.searchsorted(ascending, found, "right")
+            nearer -= len(values) - np.searchsorted(values, found, "right")
+            ranks[crowded] = nearer + place[np.searchsorted(close, positives[crowded])]
+        return np.sort(ranks)
+
+    bar = tqdm(total=len(wanted), desc="Ranking", unit="query", disable=not progress)
+    with bar, _workers() as pool:
+        for chosen, scores in _products(left, right, wanted, memory_mib):
+            sizes = left.sizes(left.wide(chosen))
+            yield chosen, list(pool.map(one, chosen, scores, sizes, chunksize=16))
+            bar.update(len(chosen))
+
+
+def _others(positions, query, keys):
+    """Leaves out the positions whose items have the key of the query."""
+    return positions if keys is None else positions[keys[1][positions] != keys[0][query]]
+
+
+def _products(left, right, wanted, memory_mib):
+    """Yields `(queries, scores)`: the positions of a block of the queries `wanted`, and float32 `(n, gallery)`."""
     size = len(right)
     # Room for a product as wide as the gallery, twice, as it may be assembled from parts.
     height = max(1, min(1024, memory_mib * 2**20 // (8 * max(size, 1))))
     width = _block_width(memory_mib, right.width)
     whole = None
-    if 4 * size * right.width <= memory_mib * 2**18:
+    if len(wanted) and 4 * size * right.width <= memory_mib * 2**18:
         whole = np.empty((right.width, size), np.float32)
         for first in range(0, size, width):
             whole[:, first : first + width] = right.right(slice(first, min(first + width, size)))
-
-    def one(query, row):
-        positives = order[begin[query] : end[query]]
-        if keys is not None:
-            positives = positives[keys[1][positives] != keys[0][query]]
-        if not len(positives):
-            return np.empty(0, np.int64)
-        found = row[positives]
-        above = np.flatnonzero(row >= found.min())
-        if keys is not None:
-            above = above[keys[1][above] != keys[0][query]]
-        values = row[above]
-        ascending = np.sort(values)
-        after = np.searchsorted(ascending, found, "right")
-        ranks = len(ascending) - after + 1
-        equal = after - np.searchsorted(ascending, found, "left")
-        if (equal > 1).any():
-            place = np.empty(len(above), np.int64)
-            place[np.argsort(-values, kind="stable")] = np.arange(1, len(above) + 1)
-            ranks = place[np.searchsorted(above, positives)]
-        return np.sort(ranks)
-
-    bar = tqdm(total=len(wanted), desc="Ranking", unit="query", disable=not progress)
-    with bar, _workers() as pool, _full_precision(bool(tf.config.get_visible_devices("GPU"))):
-        for start in range(0, len(wanted), height):
-            chosen = wanted[start : start + height]
-            # Read a slice if possible: usually nearly all queries are wanted, in order.
-            begin_row, end_row = int(chosen[0]), int(chosen[-1]) + 1
-            near = end_row - begin_row <= 2 * height
-            rows = left.left(slice(begin_row, end_row))[chosen - begin_row] if near else left.left(chosen)
+    on_gpu = bool(tf.config.get_visible_devices("GPU"))
+    for start in range(0, len(wanted), height):
+        chosen = wanted[start : start + height]
+        # Read a slice if possible: usually nearly all queries are wanted, in order.
+        begin_row, end_row = int(chosen[0]), int(chosen[-1]) + 1
+        near = end_row - begin_row <= 2 * height
+        rows = left.left(slice(begin_row, end_row))[chosen - begin_row] if near else left.left(chosen)
+        with _full_precision(on_gpu):
             if whole is not None:
                 scores = np.asarray(tf.matmul(rows, whole))
             else:
@@ -132,26 +170,58 @@ def positive_ranks(
                 for first in range(0, size, width):
                     columns = right.right(slice(first, min(first + width, size)))
                     scores[:, first : first + width] = np.asarray(tf.matmul(rows, columns))
-            yield chosen, list(pool.map(one, chosen, scores, chunksize=16))
-            bar.update(len(chosen))
+        yield chosen, scores
+
+
+def _similarities(left, right, query, items):
+    """Similarities of one query, a position, to the gallery's `items`: float32 `(items,)`, of scaled rows."""
+    row = left.wide([query])
+    chosen, inverse = items, np.arange(len(items))
+    if len(items) > _FEW:
+        # Many items are as near only if most of them are copies.
+        chosen, inverse = np.unique(right.originals[items], return_inverse=True)
+    values = np.empty(len(chosen), np.float32)
+    step = max(1, _NUMBERS // row.shape[1])
+    for start in range(0, len(chosen), step):
+        values[start : start + step] = left.similarities(row, right.wide(chosen[start : start + step]))
+    return values[inverse]
+
+
+def _similarities_of(left, right, indices, levels, block=1024):
+    """`(similarities, bands)` of neighbours: float32 `(queries, k)`, -inf if missing, of scaled rows; and how far their
+    products may be from `levels` `(queries,)` to be the same but for rounding, float32 `(queries,)`.
+    """
+    similarities = np.full(indices.shape, -np.inf, np.float32)
+    bands = np.empty(len(indices), np.float32)
+    for start in range(0, len(indices), block):
+        part = slice(start, min(start + block, len(indices)))
+        rows = left.wide(part)
+        bands[part] = left.band(left.sizes(rows), levels[part])
+        for column in range(indices.shape[1]):
+            there = np.flatnonzero(indices[part, column] >= 0)
+            others = right.wide(indices[start + there, column])
+            similarities[start + there, column] = left.similarities(rows[there], others)
+    return similarities, bands
 
 
 class _Factor:
     """One side of the product `left @ right.T` that computes the similarities of a metric.
 
     Cosine: the product of unit rows. Euclidean: minus the squared distance, as (2x, -|x|^2, 1) times (y, 1, -|y|^2).
-    The gallery's mean is subtracted from both sides first, so that a distance is not a small difference of large
-    numbers.
+    For "euclidean" all rows are scaled first, so that squares neither overflow nor vanish. Then the gallery's mean is
+    subtracted from both sides, so that a distance is not a small difference of large numbers.
 
     Args:
         rows: float rows `(n, dim)`.
         metric: "cosine" or "euclidean".
-        center: float64 `(dim,)` for "euclidean".
+        scale: factor of the rows for "euclidean", a power of two.
+        center: mean of the scaled gallery for "euclidean", float64 `(dim,)`.
     """
 
-    def __init__(self, rows: Rows, metric: str, center: np.ndarray | None = None) -> None:
+    def __init__(self, rows: Rows, metric: str, scale: float = 1.0, center: np.ndarray | None = None) -> None:
         self.rows = rows
         self.metric = metric
+        self.scale = scale
         self.center: Any = center
 
     def __len__(self) -> int:
@@ -176,20 +246,62 @@ class _Factor:
             rows = np.concatenate([rows, np.ones_like(squares), -squares], axis=1)
         return np.ascontiguousarray(rows.T)
 
-    def _prepared(self, chosen):
+    def wide(self, chosen: Any) -> np.ndarray:
+        """The rows `chosen`, scaled by powers of two so that squares fit, which is exact: float64 `(n, dim)`."""
         rows = np.asarray(self.rows[chosen])
+        return scaled(rows, row_scales(rows) if self.metric == "cosine" else self.scale)
+
+    def similarities(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
+        """Similarities of pairs of `wide` rows, or of one row to all others: float32 `(n,)`."""
         if self.metric == "cosine":
-            return normalized(rows), None
-        moved = rows.astype(np.float64) - self.center
+            # Products of the rows as they are: integers give equal similarities, also 0, where unit rows would not.
+            norms = np.sqrt(np.sum(rows * rows, axis=1) * np.sum(others * others, axis=1))
+            return (np.sum(rows * others, axis=1) / np.where(norms > 0, norms, 1.0)).astype(np.float32)
+        return -np.linalg.norm(rows - others, axis=1).astype(np.float32)
+
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Distances of `wide` rows from the mean for "euclidean", else 0: float64 `(n,)`."""
+        return np.zeros(len(rows)) if self.metric == "cosine" else np.linalg.norm(rows - self.center, axis=1)
+
+    def band(self, size: Any, score: Any) -> Any:
+        """How far apart two products of a query may be though the similarities are equal, in float32.
+
+        Args:
+            size: of the query, as `sizes` returns it.
+            score: the lower product.
+        """
+        # A product of n terms errs by about sqrt(n) roundings of the sum of their absolute values; float32 rounds by
+        # 2^-24. For "euclidean" that sum is at most (|x| + |y|)^2, where |y| <= |x| + |x - y|.
+        terms = 1.0 if self.metric == "cosine" else np.square(2.0 * size + np.sqrt(np.maximum(-score, 0.0)))
+        return np.float32(2.0**-23 * (8.0 + 2.0 * np.sqrt(self.width)) * terms + 1e-36)
+
+    @functools.cached_property
+    def originals(self) -> np.ndarray:
+        """For every row the position of the first row that is equal, int64 `(n,)`."""
+        digests = np.empty(len(self), np.uint64)
+        for start, part in parts(self.rows):
+            for position, row in enumerate(part, start):
+                digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
+                digests[position] = int.from_bytes(digest, "little")
+        _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+        return first[inverse]
+
+    def _prepared(self, chosen):
+        if self.metric == "cosine":
+            return normalized(self.rows[chosen]), None
+        moved = self.wide(chosen) - self.center
         squares = np.sum(moved * moved, axis=1, keepdims=True)
         return moved.astype(np.float32), squares.astype(np.float32)
 
 
 def _factors(queries, gallery, metric):
     """`(left, right)` factors of a search; the same object twice if the queries are the gallery."""
-    center = mean_row(gallery) if metric == "euclidean" else None
-    right = _Factor(gallery, metric, center)
-    return (right if queries is gallery else _Factor(queries, metric, center)), right
+    settings: dict[str, Any] = {}
+    if metric == "euclidean":
+        scale = scale_of(gallery, *(() if queries is gallery else (queries,)))
+        settings = {"scale": scale, "center": scale * mean_row(gallery)}
+    right = _Factor(gallery, metric, **settings)
+    return (right if queries is gallery else _Factor(queries, metric, **settings)), right
 
 
 def _search(left, right, k, keys=None, memory_mib=512, progress=False):
@@ -367,25 +479,6 @@ def _most_own(keys, start, stop, offset, width):
     wanted = keys[0][start:stop]
     found = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
     return int(np.max(counts[found] * (there[found] == wanted)))
-
-
-def _exact_distances(queries, gallery, indices, block=1024):
-    """Recomputes the distances of neighbours one by one in float64, and sorts by them."""
-    ordered = np.empty_like(indices)
-    similarities = np.empty(indices.shape, np.float32)
-    for start in range(0, len(indices), block):
-        found = indices[start : start + block]
-        rows = np.asarray(queries[start : start + block]).astype(np.float64)
-        distances = np.full(found.shape, np.inf)
-        for column in range(found.shape[1]):
-            there = np.flatnonzero(found[:, column] >= 0)
-            others = take(gallery, found[there, column]).astype(np.float64)
-            distances[there, column] = np.linalg.norm(rows[there] - others, axis=1)
-        # Equal distances: the lower position first. Missing neighbours are last.
-        order = np.lexsort((np.where(found < 0, np.iinfo(np.int64).max, found), distances), axis=1)
-        ordered[start : start + block] = np.take_along_axis(found, order, axis=1)
-        similarities[start : start + block] = -np.take_along_axis(distances, order, axis=1)
-    return ordered, similarities
 
 
 def _block_width(memory_mib, dim):

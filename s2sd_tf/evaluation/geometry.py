@@ -8,7 +8,7 @@ import tensorflow as tf
 from s2sd_tf.checks import check_choice
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.neighbors import METRICS
-from s2sd_tf.evaluation.rows import checked_labels, checked_rows
+from s2sd_tf.evaluation.rows import checked_labels, checked_rows, scale_of, scaled, unit
 
 _BLOCK = 2048
 
@@ -44,9 +44,8 @@ def embedding_geometry(
     labels = checked_labels("labels", labels, rows)
     if not len(rows):
         raise ValueError("embeddings: expected at least one row. Received: none")
-    rows = rows.astype(np.float64)
-    if metric == "cosine":
-        rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    scale = scale_of(rows)
+    rows = unit(rows) if metric == "cosine" else scaled(rows, scale)
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=labels[order][0] - 1))
     ordered, counts = rows[order], np.diff(np.append(starts, len(rows)))
@@ -59,9 +58,10 @@ def embedding_geometry(
     intra = within / pairs if pairs else float("nan")
     classes = len(means)
     inter = _pair_sum(means, metric) / (classes * (classes - 1) / 2) if classes > 1 else float("nan")
+    unscaled = 1.0 if metric == "cosine" else 1.0 / scale
     return {
-        "intra": float(intra),
-        "inter": float(inter),
+        "intra": float(intra * unscaled),
+        "inter": float(inter * unscaled),
         "ratio": float(np.divide(intra, inter)) if inter else float("nan"),
         "rho": spectral_decay(rows),
     }

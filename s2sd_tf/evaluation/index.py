@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import check_choice, checked_int
-from s2sd_tf.evaluation.embeddings import Rows, read_rows, write_items
+from s2sd_tf.evaluation.embeddings import Rows, ints_or_texts, read_rows, write_items
 from s2sd_tf.evaluation.exact import exact_neighbors
 from s2sd_tf.evaluation.neighbors import METRICS, Neighbors, no_neighbors, padded
 from s2sd_tf.evaluation.rows import checked_rows
@@ -86,7 +86,7 @@ class Index:
         Raises:
             ValueError: an id that is unknown or given twice, or no item would be left.
         """
-        ids = [str(item) for item in ids]
+        ids = [str(item) for item in ints_or_texts("ids", ids)]
         unknown = sorted(set(ids) - set(self.ids))
         if unknown or len(set(ids)) < len(ids):
             raise ValueError(f"ids: expected different ids of items in the index. Received: {unknown[:5] or ids[:5]}")
@@ -220,8 +220,8 @@ def checked_items(
     rows = checked_rows("embeddings", embeddings)
     if not rows.shape[0]:
         raise ValueError("embeddings: expected at least one row. Received: none")
-    ids = [str(i) for i in range(rows.shape[0])] if ids is None else [str(item) for item in ids]
-    labels = None if labels is None else [str(label) for label in labels]
+    ids = [str(item) for item in (range(rows.shape[0]) if ids is None else ints_or_texts("ids", ids))]
+    labels = None if labels is None else [str(label) for label in ints_or_texts("labels", labels)]
     for name, values in (("ids", ids), ("labels", labels)):
         if values is not None and len(values) != rows.shape[0]:
             raise ValueError(f"{name}: expected one for each of {rows.shape[0]} rows. Received: {len(values)}")

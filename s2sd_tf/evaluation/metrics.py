@@ -14,6 +14,9 @@ from s2sd_tf.evaluation.neighbors import check_search
 from s2sd_tf.evaluation.rows import checked_keys, checked_labels, checked_sets
 from s2sd_tf.evaluation.scann_index import scann_neighbors
 
+# The neighbours of ScaNN that `mrr` is computed over.
+_SCANN_MRR = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalResult:
@@ -144,8 +147,10 @@ def evaluate_retrieval(
     - `mrr`: 1 / rank of the first positive in the whole ranking. With `mrr_depth` = k it is called `mrr@k`, and is 0 if
       no positive is among the k nearest.
 
-    Exact search finds the true rank of every positive, however low. ScaNN finds only as many neighbours as the largest
-    k or R; positives beyond count as not found, so its `mrr` is limited to that depth.
+    Exact search finds the true rank of every positive, however low. The ranking is that of `find_neighbors`: by
+    similarity in float32, and by position where that is equal. ScaNN finds only the nearest neighbours, at least as
+    many as the largest k and R, and positives beyond count as not found. Its `mrr` is always over the 100 nearest, so
+    that it does not depend on the other metrics.
 
     Args:
         queries: float rows `(queries, dim)`: an array, a memory-mapped file or `EmbeddingShards`.
@@ -168,17 +173,19 @@ def evaluate_retrieval(
         raise ValueError("ks: expected at least one int >= 1. Received: none")
     if mrr_depth is not None:
         checked_int("mrr_depth", mrr_depth, 1)
-    if (gallery is None) != (gallery_labels is None):
+    alone = gallery is None
+    if alone != (gallery_labels is None):
         raise ValueError("gallery and gallery_labels: expected both or neither")
-    if gallery is None:
+    if alone:
         if gallery_ids is not None:
             raise ValueError("gallery_ids: expected None without a gallery")
-        if query_ids is None:
-            query_ids = np.arange(len(query_labels))
-        gallery, gallery_labels, gallery_ids = queries, query_labels, query_ids
+        gallery, gallery_labels = queries, query_labels
     check_search(method, metric, recall)
     memory_mib = checked_int("memory_mib", memory_mib, 1)
     queries, gallery = checked_sets(queries, gallery)
+    if alone:
+        query_ids = np.arange(queries.shape[0]) if query_ids is None else query_ids
+        gallery_ids = query_ids
     query_labels = checked_labels("query_labels", query_labels, queries)
     gallery_labels = checked_labels("gallery_labels", gallery_labels, gallery)
     if not len(query_labels):
@@ -190,18 +197,22 @@ def evaluate_retrieval(
         raise ValueError(
             "gallery_labels: expected at least one query to have a positive in the gallery. Received: none"
         )
+    reach = mrr_depth
     if method == "exact":
         blocks = positive_ranks(queries, gallery, query_labels, gallery_labels, metric, keys, memory_mib, progress)
     else:
-        depth = min(len(gallery_labels), max(*ks, *precision_ks, *map_ks, int(positives.max()), mrr_depth or 1))
+        reach = mrr_depth or _SCANN_MRR
+        depth = min(len(gallery_labels), max(*ks, *precision_ks, *map_ks, int(positives.max()), reach))
         found = scann_neighbors(queries, gallery, depth, metric, keys, recall)
         blocks = _ranks_in(found.indices, query_labels, gallery_labels)
 
     values: dict[str, np.ndarray] = {}
     first_ranks = np.zeros(len(query_labels), np.int64)
     for chosen, ranks in blocks:
-        at = (ks, precision_ks, map_ks, mrr_depth)
+        at = (ks, precision_ks, map_ks, reach)
         per_query = _per_query(ranks, positives[chosen], candidates[chosen], *at)
+        if reach != mrr_depth:
+            per_query["mrr"] = per_query.pop(f"mrr@{reach}")
         first_ranks[chosen] = per_query.pop("first_rank")
         for name, part in per_query.items():
             values.setdefault(name, np.full(len(query_labels), np.nan))[chosen] = part

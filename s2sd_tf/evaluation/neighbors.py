@@ -32,6 +32,15 @@ def check_search(method: str, metric: str, recall: float) -> None:
         raise ValueError(f"recall: expected a number in (0, 1]. Received: {recall!r}")
 
 
+def lengths(indices: np.ndarray, similarities: np.ndarray, scale: float) -> np.ndarray:
+    """Euclidean similarities of rows that were multiplied by `scale`, as those of the rows themselves, in float32.
+
+    Distances that are too long for float32 become its largest number, as -inf means that there is no item.
+    """
+    found = np.maximum(similarities.astype(np.float64) / scale, np.finfo(np.float32).min)
+    return np.where(indices < 0, -np.inf, found).astype(np.float32)
+
+
 def padded(indices: np.ndarray, similarities: np.ndarray, k: int) -> Neighbors:
     """`Neighbors` with k columns; missing columns are filled with -1 and -inf."""
     missing = k - indices.shape[1]

@@ -10,6 +10,7 @@ from s2sd_tf.evaluation.embeddings import Rows
 
 # A part has at most this many numbers.
 _PART = 2**22
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def checked_rows(name: str, rows: Any) -> Rows:
@@ -20,7 +21,8 @@ def checked_rows(name: str, rows: Any) -> Rows:
         rows: an array, tensor, memory-mapped file or `EmbeddingShards`.
 
     Raises:
-        ValueError: another shape or dtype, or values that are not finite.
+        ValueError: another shape or dtype, or values that are not finite or too large for float32, in which embeddings
+            are stored.
     """
     if not (hasattr(rows, "shape") and hasattr(rows, "dtype")) or hasattr(rows, "numpy"):
         try:
@@ -34,12 +36,17 @@ def checked_rows(name: str, rows: Any) -> Rows:
     for start, part in parts(rows):
         # If the sum is finite, so are all values. Otherwise check each one.
         with np.errstate(over="ignore", invalid="ignore"):
-            if np.isfinite(np.sum(part, dtype=np.float64)):
-                continue
-        bad = np.flatnonzero(~np.isfinite(part).all(axis=1))
+            finite = np.isfinite(np.sum(part, dtype=np.float64))
+        bad = np.empty(0, int) if finite else np.flatnonzero(~np.isfinite(part).all(axis=1))
         if len(bad):
             raise ValueError(
                 f"{name}: expected finite values. Received: NaN or infinity, first in row {start + bad[0]}"
+            )
+        large = np.flatnonzero(np.abs(part).max(axis=1) > _LARGEST) if rows.dtype.itemsize > 4 else bad
+        if len(large):
+            raise ValueError(
+                f"{name}: expected finite float32 values; divide all rows by one number. Received: values above "
+                f"{_LARGEST:.3g}, first in row {start + large[0]}"
             )
     return rows
 
@@ -73,10 +80,7 @@ def checked_keys(
         raise ValueError("query_ids and gallery_ids: expected both or neither")
     if query_ids is None:
         return None
-    query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
-    for name, ids in (("query_ids", query_ids), ("gallery_ids", gallery_ids)):
-        if not ids.ndim or (ids.size and ids.dtype.kind not in "iu"):
-            raise ValueError(f"{name}: expected integers, one for each row. Received: {ids.dtype} {ids.shape}")
+    query_ids, gallery_ids = _int64("query_ids", query_ids), _int64("gallery_ids", gallery_ids)
     if len(query_ids) != queries.shape[0] or len(gallery_ids) != gallery.shape[0]:
         raise ValueError(
             f"ids: expected {queries.shape[0]} query and {gallery.shape[0]} gallery ids. "
@@ -98,12 +102,30 @@ def checked_labels(name: str, labels: tf.Tensor | np.ndarray, rows: Rows) -> np.
     Raises:
         ValueError: labels that are not integers, or another number of them than rows.
     """
-    labels = np.asarray(labels).reshape(-1)
-    if len(labels) and not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{name}: expected integers. Received: {labels.dtype}")
-    if len(labels) != rows.shape[0]:
-        raise ValueError(f"{name}: expected one for each of {rows.shape[0]} rows. Received: {len(labels)}")
-    return labels.astype(np.int64)
+    values = _int64(name, labels)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.shape != (rows.shape[0],):
+        received = len(values) if values.ndim == 1 else f"shape {values.shape}"
+        raise ValueError(f"{name}: expected one for each of {rows.shape[0]} rows. Received: {received}")
+    return values
+
+
+def _int64(name, values):
+    try:
+        values = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected integers, one for each row. Received: {error}") from error
+    if not values.ndim or (values.size and values.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{name}: expected integers, one for each row; `np.unique(values, return_inverse=True)[1]` numbers others. "
+            f"Received: {values.dtype} {values.shape}"
+        )
+    if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
+        raise ValueError(
+            f"{name}: expected integers that fit into int64; of hashes pass `.view(np.int64)`. Received: {values.max()}"
+        )
+    return values.astype(np.int64)
 
 
 def parts(rows: Rows) -> Iterator[tuple[int, np.ndarray]]:
@@ -118,12 +140,42 @@ def take(rows: Rows, positions: np.ndarray) -> np.ndarray:
     return np.asarray(rows[np.asarray(positions)])
 
 
+def unit(rows: tf.Tensor | np.ndarray) -> np.ndarray:
+    """Scales rows of any length to unit length, in float64. Rows of zeros stay zero."""
+    wide = np.asarray(rows).astype(np.float64)
+    squares = np.einsum("ij,ij->i", wide, wide)
+    extreme = np.flatnonzero((squares < 1e-200) | (squares > 1e200))
+    if len(extreme):
+        # Their squares may be too small or too large even for float64.
+        wide[extreme] *= row_scales(wide[extreme])
+        squares[extreme] = np.einsum("ij,ij->i", wide[extreme], wide[extreme])
+    return wide / np.sqrt(np.where(squares > 0, squares, 1.0))[:, None]
+
+
 def normalized(rows: tf.Tensor | np.ndarray) -> np.ndarray:
-    """Scales rows to unit length, in float32. Rows of zeros stay zero."""
-    rows = np.asarray(rows)
-    wide = rows.astype(np.float64)
-    norms = np.sqrt(np.einsum("ij,ij->i", wide, wide))[:, None]
-    return (wide / np.maximum(norms, 1e-12)).astype(np.float32)
+    """`unit` in float32."""
+    return unit(rows).astype(np.float32)
+
+
+def row_scales(rows: np.ndarray) -> np.ndarray:
+    """For every row the power of two that brings its largest absolute value into [0.5, 1): float64 `(n, 1)`.
+
+    Multiplying by it is exact. Afterwards squares neither overflow nor vanish. It is 1 for rows of zeros.
+    """
+    exponents = np.frexp(np.abs(rows).max(axis=1, keepdims=True, initial=0.0).astype(np.float64))[1]
+    # Beyond 2^1000 the power itself is too large. Such rows then have values below 0.5, which is large enough.
+    return np.ldexp(1.0, np.minimum(-exponents, 1000))
+
+
+def scaled(rows: Rows, scale: Any) -> np.ndarray:
+    """All rows times `scale`, a number or `(n, 1)`, as a float64 array."""
+    return np.asarray(rows[:]).astype(np.float64) * scale
+
+
+def scale_of(*sets: Rows) -> float:
+    """`row_scales` of all values in `sets` together."""
+    largest = [np.abs(part).max() for rows in sets for _, part in parts(rows)]
+    return float(row_scales(np.array([largest], np.float64))[0, 0])
 
 
 def mean_row(rows: Rows) -> np.ndarray:

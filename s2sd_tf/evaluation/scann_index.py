@@ -12,8 +12,8 @@ from absl import logging
 from s2sd_tf.checks import check_choice, checked_int
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.index import Index, checked_items
-from s2sd_tf.evaluation.neighbors import Neighbors, check_search, padded, without_own
-from s2sd_tf.evaluation.rows import normalized
+from s2sd_tf.evaluation.neighbors import Neighbors, check_search, lengths, padded, without_own
+from s2sd_tf.evaluation.rows import normalized, scale_of, scaled
 from s2sd_tf.evaluation.scann_files import digests, load_searcher, save_searcher
 from s2sd_tf.evaluation.scann_searcher import build_searcher, import_scann, settings_for
 from s2sd_tf.evaluation.scann_tuning import RecallSample, smallest_numbers
@@ -21,6 +21,7 @@ from s2sd_tf.untrusted import read_array, reading
 
 # Subfolder of an index with the files of ScaNN.
 _ASSETS = "scann"
+_LARGEST = 1e15
 # The numbers in the settings of each kind of search.
 _NUMBERS = {"brute_force": (), "hashing": ("reorder",), "tree": ("reorder", "leaves", "leaves_to_search")}
 
@@ -87,7 +88,7 @@ class ScannIndex(Index):
         rows, ids, labels = checked_items(embeddings, ids, labels)
         check_search(cls.method, metric, recall)
         k, seed = checked_int("k", k, 1), checked_int("seed", seed, 0)
-        ops, rows = import_scann().scann_ops_pybind, _prepared(rows, metric)
+        ops, rows = import_scann().scann_ops_pybind, _prepared("embeddings", rows, metric)
         settings = settings_for(len(rows), spilling=metric == "cosine")
         return cls._tuned(ops, rows, metric, ids, labels, settings=settings, recall=recall, k=k, seed=seed)
 
@@ -119,7 +120,7 @@ class ScannIndex(Index):
             return read_array(os.path.join(folder, "dataset.npy"))
 
     def _search(self, queries, k):
-        return self._found(_prepared(queries, self.metric), k)
+        return self._found(_prepared("queries", queries, self.metric), k)
 
     def _found(self, queries, k, **numbers):
         """`(indices, similarities)` of prepared queries. `numbers` replace the tuned arguments of ScaNN's search."""
@@ -159,7 +160,7 @@ class ScannIndex(Index):
 
     def _add(self, rows, ids):
         updater = self._for_updates()
-        updater.upsert(ids, _prepared(rows, self.metric), batch_size=256)
+        updater.upsert(ids, _prepared("embeddings", rows, self.metric), batch_size=256)
         return list(updater.docids)
 
     def _remove(self, ids):
@@ -210,10 +211,16 @@ def scann_neighbors(
     if keys is not None:
         counts = np.bincount(keys[1], minlength=int(keys[0].max()) + 1)
         own = int(counts[keys[0]].max())
-    ops, rows = import_scann().scann_ops_pybind, _prepared(gallery, metric)
+    ops, scale = import_scann().scann_ops_pybind, 1.0
+    if metric == "euclidean":
+        scale = scale_of(queries, gallery)
+        queries, gallery = (scaled(one, scale) for one in (queries, gallery))
+    rows = _prepared("gallery", gallery, metric)
     wanted, settings = min(k + own, len(rows)), settings_for(len(rows), spilling=metric == "cosine")
     index = ScannIndex._tuned(ops, rows, metric, range(len(rows)), None, settings=settings, recall=recall, k=wanted)
     found = index.nearest(np.asarray(queries), wanted)
+    if scale != 1.0:
+        found = found._replace(similarities=lengths(found.indices, found.similarities, scale))
     return padded(found.indices, found.similarities, k) if keys is None else without_own(found, k, *keys)
 
 
@@ -227,7 +234,7 @@ def index_for_graphs(index: Index, k: int) -> tuple[Any, str, dict[str, int]]:
         ImportError: ScaNN is missing or does not fit TensorFlow.
     """
     ops = import_scann("scann.scann_ops.py.scann_ops")
-    rows = _prepared(index.rows(), index.metric)
+    rows = _prepared("index", index.rows(), index.metric)
     settings = {"kind": "brute_force"} if index.method == "exact" else settings_for(len(rows), spilling=False)
     tuned = getattr(index, "tuned", {"recall": 0.99, "k": k})
     asked = {"recall": tuned["recall"], "k": tuned["k"]}
@@ -246,7 +253,15 @@ def _checked_settings(path, about):
     return settings, tuned
 
 
-def _prepared(rows, metric):
-    """Copies rows into memory as float32, normalised for the cosine metric."""
+def _prepared(name, rows, metric):
+    """Copies rows into memory as float32, normalised for the cosine metric. `name` is that of the argument."""
     rows = np.asarray(rows[:])
-    return normalized(rows) if metric == "cosine" else np.ascontiguousarray(rows, np.float32)
+    if metric == "cosine":
+        return normalized(rows)
+    largest = float(np.abs(rows).max(initial=0.0))
+    if largest > _LARGEST or (name == "embeddings" and 0 < largest < 1 / _LARGEST):
+        raise ValueError(
+            f"{name}: expected a largest absolute value from {1 / _LARGEST:g} to {_LARGEST:g}, as ScaNN squares "
+            f"distances in float32; multiply all rows by one number, or use method='exact'. Received: {largest:.3g}"
+        )
+    return np.ascontiguousarray(rows, np.float32)

@@ -52,11 +52,13 @@ def find_neighbors(
         progress: whether to show a progress bar.
 
     Returns:
-        `Neighbors`. Among equal similarities "exact" puts the lower position first.
+        `Neighbors`. Among items whose similarities are equal as returned, "exact" puts the lower position first. It
+        computes them in float64 from the two rows alone and rounds to float32, so equal rows are equally similar
+        wherever they are, and so are integer rows at the same distance. `evaluate_retrieval` ranks in the same way.
 
     Raises:
-        ValueError: shapes that do not fit, values that are not finite, an unknown method or metric, or only one of the
-            ids given.
+        ValueError: shapes that do not fit, values that are not finite in float32, an unknown method or metric, or only
+            one of the ids given.
     """
     queries, gallery = checked_sets(queries, gallery)
     keys = checked_keys(query_ids, gallery_ids, queries, gallery)

@@ -16,6 +16,7 @@ from s2sd_tf.checks import check_file_to_write
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.metrics import RetrievalResult
 from s2sd_tf.evaluation.neighbors import Neighbors
+from s2sd_tf.evaluation.rows import checked_labels, checked_rows
 from s2sd_tf.files import replacing
 from s2sd_tf.reporting.charts import embedding_map, recall_curve, similarity_histogram
 from s2sd_tf.reporting.pictures import RIGHT, WRONG, data_uri
@@ -76,10 +77,18 @@ def save_report(
         seed: seed of the samples that charts show.
 
     Raises:
-        ValueError: `path` is a folder.
+        ValueError: `path` is a folder, or arguments that do not fit.
     """
     check_file_to_write("path", path)
-    gallery = gallery or queries
+    queries = _checked("queries", queries)
+    gallery = queries if gallery is None else _checked("gallery", gallery)
+    for name, values in (("result", result.labels), ("neighbors", neighbors.indices)):
+        if len(values) != len(queries.labels):
+            raise ValueError(f"{name}: expected that of {len(queries.labels)} queries. Received: {len(values)}")
+    if neighbors.indices.max(initial=-1) >= len(gallery.labels):
+        raise ValueError(
+            f"neighbors: expected positions of {len(gallery.labels)} gallery items. Received: {neighbors.indices.max()}"
+        )
     generator = np.random.default_rng(seed)
     sections = [
         _section("Metrics", "In percent, with the 95% interval over classes (bootstrap).", _metrics(result, table)),
@@ -108,6 +117,20 @@ def save_report(
     # Ids may be file names with bytes that are not UTF-8.
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(page)
+
+
+def _checked(name, images):
+    """`EmbeddedImages` with checked rows, labels, names and ids."""
+    rows = checked_rows(f"{name}.rows", images.rows)
+    labels = checked_labels(f"{name}.labels", images.labels, rows)
+    if images.ids is not None and len(images.ids) != len(labels):
+        raise ValueError(f"{name}.ids: expected one for each of {len(labels)} rows. Received: {len(images.ids)}")
+    if images.names is not None:
+        known = images.names if isinstance(images.names, Mapping) else range(len(images.names))
+        missing = [label for label in np.unique(labels).tolist() if label not in known]
+        if missing:
+            raise ValueError(f"{name}.names: expected a name for every label. Received: none for {missing[:5]}")
+    return images._replace(rows=rows, labels=labels)
 
 
 class _Markup(str):

@@ -16,6 +16,7 @@ import tensorflow as tf
 from apache_beam.utils.shared import Shared
 from google.protobuf.message import DecodeError
 
+from s2sd_tf.checks import check_folder_to_write
 from s2sd_tf.evaluation.embeddings import shard_name
 from s2sd_tf.files import read_json, write_json
 from s2sd_tf.serving.embed import Item, read_item, write_items_as_shard
@@ -94,6 +95,7 @@ def run(
     Raises:
         ValueError: `folder` is not empty, or `encoder` is invalid.
     """
+    check_folder_to_write("folder", folder)
     if os.path.isdir(folder) and os.listdir(folder):
         raise ValueError(f"folder: expected a new or empty one. Received: {folder!r}")
     embed = EmbedImages(encoder, folder, shards, batch_size, index)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import hashlib
+import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,9 +11,9 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from s2sd_tf.checks import checked_int
+from s2sd_tf.checks import check_folder_to_write, checked_int
 from s2sd_tf.data.image_folder import EXTENSIONS, walk_folders
-from s2sd_tf.evaluation.embeddings import read_items, shard_name, write_shard
+from s2sd_tf.evaluation.embeddings import read_items, shard_folders, shard_name, write_shard
 from s2sd_tf.evaluation.search import build_index
 from s2sd_tf.files import LEFTOVER, read_json, remove_leftovers, replacing, write_json
 from s2sd_tf.serving.encoder import Encoder, first_line
@@ -68,16 +69,22 @@ def embed_images(
     index: dict[str, Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Embeds images into `folder`, one shard at a time. If you call it again after an interruption, it resumes.
+    """Embeds images into `folder`, one shard at a time. If you call it again, it embeds the images that are not in a
+    shard yet: after an interruption, or because images were added.
 
     Every shard is a folder such as `shard-00000`. It has `embeddings.npy`, `items.json` (ids and labels), `failed.json`
-    if images could not be read, and an index if `index` is set. The order of the images determines their shards, so no
-    image is embedded twice and none is lost. `summary.json` is written at the end.
+    if images could not be read, and an index if `index` is set. No image is embedded twice and none is lost.
+    `summary.json` is written at the end.
+
+    Finished shards are never changed. An image goes by its id, so one whose file changed, or could not be read, is not
+    embedded again. If images are gone or have another label, the call is refused and names their shards; remove these
+    and call again.
 
     Args:
         items: the images, with unique ids.
         encoder: the encoder.
-        folder: folder to write; a new folder, or that of an earlier call with the same arguments.
+        folder: folder to write; a new folder, or that of an earlier call with the same encoder, `shard_size` and
+            `index`.
         shard_size, batch_size: >= 1, images per shard and images embedded at a time.
         index: arguments of `build_index` (method, metric, recall, k) for an index in every shard, or None.
         progress: whether to show a progress bar.
@@ -86,13 +93,14 @@ def embed_images(
         The content of `summary.json`: "images", "embedded", "failed" (a list of `{"id", "error"}`), "dim", "shards".
 
     Raises:
-        ValueError: an argument is invalid, or `folder` was written for other images, settings or another encoder.
+        ValueError: an argument is invalid, `folder` was written with other settings or another encoder, or its shards
+            have images that are not among `items`.
     """
     items = list(items)
+    check_folder_to_write("folder", folder)
     shard_size, batch_size = checked_int("shard_size", shard_size, 1), checked_int("batch_size", batch_size, 1)
     if len({item.id for item in items}) < len(items) or not items:
         raise ValueError("items: expected at least one item, and unique ids. Received: none, or duplicate ids")
-    shards = -(-len(items) // shard_size)
     plan = {
         "images": len(items),
         "items": hashlib.sha256(
@@ -102,38 +110,68 @@ def embed_images(
         "shard_size": shard_size,
         "index": index,
     }
-    _start(folder, plan)
-    names = [shard_name(number) for number in range(shards)]
-    missing = [number for number, name in enumerate(names) if not os.path.isdir(os.path.join(folder, name))]
-    if len(missing) < shards:
-        logging.info("%s has %d of %d shards; resuming", folder, shards - len(missing), shards)
-    done = len(items) - sum(len(items[n * shard_size : (n + 1) * shard_size]) for n in missing)
-    bar = tqdm(total=len(items), initial=done, desc="Embedding", unit="image", disable=not progress)
+    missing = _start(folder, plan, items)
+    if len(missing) < len(items):
+        logging.info("%s has %d of %d images; resuming", folder, len(items) - len(missing), len(items))
+    free = (name for name in map(shard_name, itertools.count()) if not os.path.isdir(os.path.join(folder, name)))
+    bar = tqdm(
+        total=len(items), initial=len(items) - len(missing), desc="Embedding", unit="image", disable=not progress
+    )
     with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for number in missing:
-            _write(folder, number, items[number * shard_size : (number + 1) * shard_size], encoder, batch_size, index,
-                   pool, bar)  # fmt: skip
-    return _summarize(folder, names, len(items), encoder.dim)
+        for start in range(0, len(missing), shard_size):
+            path = os.path.join(folder, next(free))
+            _write(path, missing[start : start + shard_size], encoder, batch_size, index, pool, bar)
+    return _summarize(folder, len(items), encoder.dim)
 
 
-def _start(folder, plan):
+def _start(folder, plan, items):
+    """Checks the folder, writes the plan, and returns the items that are in no shard."""
+    missing = items
     path = os.path.join(folder, "plan.json")
     if os.path.exists(path):
         there = read_json_object(path)
-        differing = sorted(key for key in plan if there.get(key) != plan[key])
+        differing = sorted(key for key in ("encoder", "shard_size", "index") if there.get(key) != plan[key])
         if differing:
             raise ValueError(
-                f"folder: expected a new one, or one with the same images, encoder and settings. Received: {folder!r}, "
+                f"folder: expected a new one, or one with the same encoder and settings. Received: {folder!r}, "
                 f"which differs in {', '.join(differing)}"
             )
+        missing = _missing(folder, items)
     elif os.path.isdir(folder) and any(not name.startswith(LEFTOVER) for name in os.listdir(folder)):
         raise ValueError(f"folder: expected a new or empty one, or the folder of an earlier call. Received: {folder!r}")
     os.makedirs(folder, exist_ok=True)
     remove_leftovers(folder)
+    if missing and os.path.exists(summary := os.path.join(folder, "summary.json")):
+        # Without it, the folder counts as unfinished.
+        os.remove(summary)
     write_json(path, plan)
+    return missing
 
 
-def _write(folder, number, items, encoder, batch_size, index, pool, bar):
+def _missing(folder, items):
+    """The items that are in no shard of `folder`. Refuses shards with others."""
+    labels = {item.id: item.label for item in items}
+    done: set[str] = set()
+    for shard in shard_folders(folder):
+        ids, its_labels = read_items(shard)
+        failed = [row["id"] for row in _failed(shard)]
+        gone = [name for name in (*ids, *failed) if name not in labels]
+        gone += [name for name, label in zip(ids, its_labels or ()) if labels.get(name, label) != label]
+        if gone:
+            raise ValueError(
+                f"folder: expected shards whose images are still there, with the same label; remove {shard!r} to embed "
+                f"the others of its images again. Received: {len(gone)} gone, such as {gone[0]!r}"
+            )
+        done.update(ids, failed)
+    return [item for item in items if item.id not in done]
+
+
+def _failed(shard):
+    path = os.path.join(shard, "failed.json")
+    return read_json(path) if os.path.exists(path) else []
+
+
+def _write(path, items, encoder, batch_size, index, pool, bar):
     rows, kept, failed = [], [], []
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     # While one batch is embedded, the next is read.
@@ -152,7 +190,7 @@ def _write(folder, number, items, encoder, batch_size, index, pool, bar):
         kept += [there[at] for at in good]
         bar.update(len(batch))
     write_items_as_shard(
-        os.path.join(folder, shard_name(number)),
+        path,
         np.concatenate(rows),
         kept,
         [{"id": i, "error": e} for i, e in failed],
@@ -198,13 +236,10 @@ def read_item(item: Item) -> tuple[bytes | None, str | None]:
         return None, first_line(error)
 
 
-def _summarize(folder, names, images, dim):
-    failed, embedded = [], 0
-    for name in names:
-        embedded += len(read_items(os.path.join(folder, name))[0])
-        path = os.path.join(folder, name, "failed.json")
-        if os.path.exists(path):
-            failed += read_json(path)
-    summary = {"images": images, "embedded": embedded, "failed": failed, "dim": dim, "shards": len(names)}
+def _summarize(folder, images, dim):
+    shards = shard_folders(folder)
+    embedded = sum(len(read_items(shard)[0]) for shard in shards)
+    failed = [row for shard in shards for row in _failed(shard)]
+    summary = {"images": images, "embedded": embedded, "failed": failed, "dim": dim, "shards": len(shards)}
     write_json(os.path.join(folder, "summary.json"), summary)
     return summary
