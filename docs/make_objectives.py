@@ -38,8 +38,38 @@ squared length.
 
 {objectives}
 
-To add your own objective, subclass `objectives.Objective`, `PairObjective`, `TupleObjective` or `ProxyObjective` and
-decorate the class with `@s2sd_tf.objectives.register("my_objective")`.
+### Your own objective
+
+Subclass `PairObjective` (implement `compute_pairs`), `TupleObjective` (`compute_triplets`), `ProxyObjective` or
+`Objective` (`compute`), and register the class. Return its settings from `get_config`, so that a saved model has them:
+
+```python
+import tensorflow as tf
+
+import s2sd_tf
+
+
+@s2sd_tf.objectives.register("soft_margin_triplet")
+class SoftMarginTriplet(s2sd_tf.objectives.TupleObjective):
+    # The mean of log(1 + exp(scale * (s_an - s_ap))) over the triplets, with cosine similarities s.
+    def __init__(self, scale=10.0, miner="semi_hard", **kwargs):
+        super().__init__(miner=miner, **kwargs)
+        self.scale = scale
+
+    def compute_triplets(self, embeddings, labels, triplets, seed):
+        positive, negative = triplets.of(1.0 - tf.matmul(embeddings, embeddings, transpose_b=True))
+        losses = tf.math.softplus(self.scale * (positive - negative))
+        losses = tf.where(triplets.valid, losses, 0.0)
+        return tf.reduce_sum(losses) / tf.maximum(tf.reduce_sum(tf.cast(triplets.valid, losses.dtype)), 1.0)
+
+    def get_config(self):
+        return {{**super().get_config(), "scale": self.scale}}
+```
+
+Now `S2SDModel(backbone, 64, objective="soft_margin_triplet")` works. For `s2sd-train`, define the class in the config
+file: its settings are then `config.objective.soft_margin_triplet`. `s2sd-evaluate` and `s2sd-export` take the file by
+`--register=<config file>`. In a script, define the class before you load a saved model.
+[Contributing](contributing.md#an-objective) says how to add one to the package.
 
 ### As a Keras loss
 

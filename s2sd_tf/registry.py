@@ -23,11 +23,20 @@ class Registry:
     def add(self, name: str, cls: Any) -> Any:
         """Registers the class `cls` under `name`, sets its `registered_name`, and returns it.
 
+        A class that is defined again, as by running a cell of a notebook twice, replaces the earlier one.
+
         Raises:
-            ValueError: the name is taken.
+            ValueError: the name, or the name of the class, which saved models refer to, is taken by another class.
         """
-        if name in self._classes:
-            raise ValueError(f"{self._kind}: the name {name!r} is taken by {self._classes[name].__name__}")
+        for taken, other in self._classes.items():
+            same = (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+            if taken == name and not same:
+                raise ValueError(f"{self._kind}: the name {name!r} is taken by {other.__module__}.{other.__name__}")
+            if taken != name and other.__name__ == cls.__name__:
+                raise ValueError(
+                    f"{self._kind}: the class name {cls.__name__!r} is taken by {taken!r}, and saved models refer to "
+                    f"it. Rename the class of {name!r}"
+                )
         cls.registered_name = name
         self._classes[name] = cls
         return cls

@@ -1,7 +1,9 @@
-"""The flag of the config file."""
+"""The flags of config files."""
 
+import runpy
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 
@@ -15,6 +17,23 @@ def define() -> Any:
         lock_config=False,
         accept_new_attributes=True,
     )
+
+
+def define_register() -> Any:
+    """Defines `--register`; pass the result to `register`."""
+    return flags.DEFINE_string(
+        "register", None, "Python file to run first, which registers your own objectives: the run's config file."
+    )
+
+
+def register(flag: Any) -> None:
+    """Runs the file of the flag, if it is given.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if flag.value:
+        runpy.run_path(flag.value)
 
 
 def value(flag: Any) -> ConfigDict:

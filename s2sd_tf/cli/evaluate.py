@@ -14,7 +14,7 @@ import os
 import numpy as np
 from absl import flags
 
-from s2sd_tf.cli import app
+from s2sd_tf.cli import app, configs
 from s2sd_tf.cli.tables import metrics_table
 
 _WORKDIR = flags.DEFINE_string(
@@ -52,6 +52,7 @@ _METRICS = flags.DEFINE_list(
 _CLUSTERING = flags.DEFINE_bool("clustering", True, "Compute NMI, AMI and F1 of k-means.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of k-means, intervals and samples.", lower_bound=0)
 _MEMORY = flags.DEFINE_integer("memory_mib", 512, "Memory for exact search in MiB.", lower_bound=1)
+_REGISTER = configs.define_register()
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write. With --workdir, by default evaluation.json in it.")
 _REPORT = flags.DEFINE_string("report", None, "HTML page to write; it needs no other file.")
 _PROJECTOR = flags.DEFINE_string("projector", None, "Folder to write for TensorBoard's embedding projector.")
@@ -87,6 +88,7 @@ def _main(_):
             check_file_to_write(f"--{flag.name}", flag.value)
     if _PROJECTOR.value:
         check_replaceable("--projector", _PROJECTOR.value, "projector_config.pbtxt")
+    configs.register(_REGISTER)
     queries, gallery = _inputs(chosen[0])
     metrics = _METRICS.value or ["cosine", *([] if _is_unit(queries.rows) else ["euclidean"])]
     others = () if gallery is None else (gallery.rows, gallery.labels)

@@ -12,10 +12,11 @@ import os
 
 from absl import flags
 
-from s2sd_tf.cli import app
+from s2sd_tf.cli import app, configs
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write. By default saved_model in the work directory.")
+_REGISTER = configs.define_register()
 
 
 def main() -> None:
@@ -30,6 +31,7 @@ def _main(_):
 
     output = _OUTPUT.value or os.path.join(_WORKDIR.value, "saved_model")
     check_replaceable("--output", output, "saved_model.pb")
+    configs.register(_REGISTER)
     model, _, preprocessing = load_run(_WORKDIR.value)
     export_encoder(model, preprocessing, output)
     print(f"SavedModel with signatures serving_default and encoded_images: {output}")

@@ -213,11 +213,15 @@ settings = _registry.settings
 
 
 def register(name: str) -> Callable[[_MinerClass], _MinerClass]:
-    """Class decorator: registers a miner under `name`, and with Keras for saving."""
+    """Class decorator: registers a miner under `name`, and with Keras for saving.
+
+    Raises:
+        ValueError: the name or the class name is taken by another miner.
+    """
 
     # Keras gets a package name used only for miners, because an objective may have the class name of a miner.
     def add(cls: _MinerClass) -> _MinerClass:
-        return _registry.add(name, keras.utils.register_keras_serializable("s2sd_tf.mining")(cls))
+        return keras.utils.register_keras_serializable("s2sd_tf.mining")(_registry.add(name, cls))
 
     return add
 

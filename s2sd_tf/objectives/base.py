@@ -91,7 +91,7 @@ class Objective(keras.layers.Layer):
 
     def compute(self, embeddings: tf.Tensor, labels: tf.Tensor, training: bool) -> tf.Tensor:
         """Computes the loss of prepared `embeddings` `(batch, dim)` with int32 `labels` `(batch,)`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement this method")
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -129,7 +129,7 @@ class MinedObjective(Objective):
 
     def compute_mined(self, embeddings: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor, training: bool) -> tf.Tensor:
         """Computes the loss over what the miner chooses with `seed`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement this method")
 
     def mine(self, choose: Callable[..., Any], embeddings: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor) -> Any:
         """Returns what `choose`, the miner or one of its methods, chooses from the batch."""
@@ -171,7 +171,7 @@ class TupleObjective(MinedObjective):
         self, embeddings: tf.Tensor, labels: tf.Tensor, triplets: mining.Triplets, seed: tf.Tensor
     ) -> tf.Tensor:
         """Computes the loss over `triplets`; `seed` is for further draws."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement this method")
 
     def compute_all(self, embeddings: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         """Computes the loss over every valid triplet. A subclass with a closed form avoids the batch^3 entries."""
@@ -270,7 +270,7 @@ class PairObjective(MinedObjective):
             references: `(m, dim)`, the anchors themselves or the memory.
             pairs: masks `(batch, m)` of the pairs that count.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement this method")
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -431,10 +431,14 @@ def names(kind: str | None = None) -> list[str]:
 
 
 def register(name: str) -> Callable[[_ObjectiveClass], _ObjectiveClass]:
-    """Class decorator: registers an objective under `name`, and with Keras for saving."""
+    """Class decorator: registers an objective under `name`, and with Keras for saving.
+
+    Raises:
+        ValueError: the name or the class name is taken by another objective.
+    """
 
     def add(cls: _ObjectiveClass) -> _ObjectiveClass:
-        return _registry.add(name, keras.utils.register_keras_serializable("s2sd_tf")(cls))
+        return keras.utils.register_keras_serializable("s2sd_tf")(_registry.add(name, cls))
 
     return add
 
