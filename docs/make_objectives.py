@@ -103,8 +103,8 @@ keras.models.load_model("digits.keras").fit(batches, epochs=5)
 
 - With several replicas, each compares only the images in its own part of the batch; the loss is the mean over the
   replicas. `S2SDModel` compares the images of the whole batch.
-- Labels are integers. Floating-point labels must be whole numbers below 2^24. Sample and class weights are not
-  supported.
+- Labels are integers of any size. Floating-point labels must be whole numbers below 2^24. Sample and class weights are
+  not supported.
 - A stochastic miner makes new draws at every call, in evaluation too. Without an `ObjectiveHolder`, the draws of a
   loaded model start again from the seed.
 - A cross-batch memory is not supported, because a Keras loss cannot tell training from evaluation, and

@@ -27,6 +27,13 @@ def keras_version() -> str:
     return version("keras")
 
 
+def is_keras_tensor(value: Any) -> bool:
+    """Whether `value` is a symbolic tensor of a functional model. Keras 2 raises an error for what is no tensor."""
+    if not IS_KERAS_3 and not hasattr(value, "type_spec"):
+        return False
+    return keras.backend.is_keras_tensor(value)
+
+
 def loss_dtype(layer: keras.layers.Layer) -> str:
     """The dtype in which `layer` computes losses: float64 for a float64 layer, else float32.
 

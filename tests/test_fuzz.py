@@ -534,7 +534,7 @@ class TestEvaluation:
             def predict(images, verbose):
                 return images
 
-        with clear_errors("every", "ks", "queries", "query_labels", "gallery_labels"):
+        with clear_errors("every", "ks", "queries", "labels"):
             callback = evaluation.RetrievalEvaluation(rows, labels, every=every, ks=ks)
             callback.set_model(Model())
             callback.set_params({"epochs": 1})

@@ -78,7 +78,7 @@ def test_the_examples_in_the_documentation_run(tmp_path, monkeypatch):
     names = {}
     for example in examples:
         exec(example.replace("epochs=5", "epochs=1, verbose=0"), names)
-    assert len(examples) == 2
+    assert len(examples) == 3
     assert (tmp_path / "digits.keras").exists()
 
 
@@ -295,7 +295,7 @@ class TestRefusals:
 
     def test_shapes(self):
         loss = objectives.as_keras_loss("supcon")
-        with pytest.raises(ValueError, match=r"y_true: expected labels .*Received: shape \(4, 3\)"):
+        with pytest.raises(ValueError, match=r"y_true: expected integers .*of shape \(4, 3\)"):
             loss(np.eye(3, dtype=int)[[0, 0, 1, 1]], self.rows)
         with pytest.raises(ValueError, match=r"y_pred: expected embeddings .*Received: shape \(4, 2, 3\)"):
             loss(self.labels, tf.ones((4, 2, 3)))
@@ -303,6 +303,8 @@ class TestRefusals:
     @pytest.mark.parametrize("labels", [[0.5, 1.0, 0.0, 1.0], [0.0, 0.0, 1.0, 2.0**24]])
     def test_labels_that_are_not_integers(self, labels):
         loss = objectives.as_keras_loss("supcon")
-        with pytest.raises(tf.errors.InvalidArgumentError, match="y_true: expected whole numbers"):
+        with pytest.raises(ValueError, match=r"y_true: expected integers .*whole numbers below"):
             loss(np.float32(labels), self.rows)
+        with pytest.raises(tf.errors.InvalidArgumentError, match="y_true: expected integers; or whole numbers below"):
+            tf.function(loss)(tf.constant(labels), self.rows)
         assert np.isnan(tf.function(loss, jit_compile=True)(tf.constant(labels), self.rows))

@@ -562,3 +562,23 @@ def test_a_custom_objective_can_be_registered():
     finally:
         objectives.base._registry._classes.pop("test_sum")
     assert "S2SDModel" in s2sd_tf.__all__
+
+
+def test_the_gradient_of_lifted_structure_at_a_tie():
+    """With a cross-batch memory, the sums of an anchor and of its positive can be equal: each has half the gradient."""
+    objective = objectives.get("lifted_structure", dtype="float64")
+    anchors, references = np.eye(2), np.array([[0.6, 0.8], [0.8, 0.6]])
+    pairs = mining.Pairs(tf.constant([[True, False], [False, False]]), tf.constant([[False, True], [True, False]]))
+
+    def loss(rows):
+        return objective.compute_pairs(tf.constant(rows), tf.constant(references), pairs)
+
+    variable = tf.Variable(anchors)
+    with tf.GradientTape() as tape:
+        value = objective.compute_pairs(variable, tf.constant(references), pairs)
+    found = tape.gradient(value, variable).numpy()
+    for place in np.ndindex(2, 2):
+        step = np.zeros((2, 2))
+        step[place] = 1e-5
+        expected = float(loss(anchors + step) - loss(anchors - step)) / 2e-5
+        assert found[place] == pytest.approx(expected, abs=1e-8)

@@ -425,3 +425,127 @@ def test_presets():
     assert not s2sd_tf.preset("plain")["target_dims"]
     with pytest.raises(ValueError, match="preset"):
         s2sd_tf.preset("xyz")
+
+
+@keras.utils.register_keras_serializable("test_s2sd_model")
+class Subclassed(keras.Model):
+    """A backbone without a known input shape."""
+
+    def __init__(self, outputs="one", **kwargs):
+        super().__init__(**kwargs)
+        self.form = outputs
+        self.convolution = keras.layers.Conv2D(4, 3)
+
+    def call(self, images, training=None):
+        features = self.convolution(images)
+        return {"one": features, "list": [features, features], "dict": {"a": features}}[self.form]
+
+    def get_config(self):
+        return {"outputs": self.form}
+
+
+class TestBackbones:
+    """Any Keras model with one output is a backbone."""
+
+    images, labels = np.random.default_rng(0).normal(size=(8, 8, 8, 1)).astype(np.float32), np.arange(8) // 2
+
+    @staticmethod
+    def functional(outputs):
+        inputs = keras.Input((8, 8, 1))
+        return keras.Model(inputs, outputs(keras.layers.Conv2D(4, 3)(inputs)))
+
+    @pytest.mark.parametrize("kind", ["unbuilt", "called", "sequential"])
+    def test_is_built_at_the_first_batch(self, kind, tmp_path):
+        backbone = keras.Sequential([keras.layers.Conv2D(4, 3)]) if kind == "sequential" else Subclassed()
+        if kind == "called":
+            backbone(self.images)
+        settings = {"micro_batch_size": 4} if kind == "unbuilt" else {}
+        model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(6,), **settings)
+        model.compile(optimizer="adam")
+        model.fit(self.images, self.labels, batch_size=8, verbose=0)
+        assert len(model.trainable_variables) == 8
+        embeddings = model.predict(self.images, verbose=0)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.models.load_model(tmp_path / "model.keras")
+        np.testing.assert_allclose(loaded.predict(self.images, verbose=0), embeddings, atol=1e-6)
+        first, second = (
+            each.train_on_batch(self.images, self.labels, return_dict=True)["loss"] for each in (model, loaded)
+        )
+        assert np.isfinite([first, second]).all()
+
+    def test_other_outputs_are_refused(self):
+        for outputs in (lambda features: [features, features], lambda features: {"a": features}):
+            with pytest.raises(ValueError, match=r"^backbone: expected one output.*Received: a model with"):
+                s2sd_tf.S2SDModel(self.functional(outputs), 4)
+        for form in ("list", "dict"):
+            model = s2sd_tf.S2SDModel(Subclassed(form), 4)
+            with pytest.raises(ValueError, match=r"^backbone: expected one output.*Received: a model with"):
+                model.build((None, 8, 8, 1))
+
+    @pytest.mark.parametrize("backbone", ["resnet50", None, 5])
+    def test_what_is_no_model_is_refused(self, backbone):
+        with pytest.raises(ValueError, match=r"^backbone: expected a Keras model.*Received: "):
+            s2sd_tf.S2SDModel(backbone, 4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"embedding_dim": 4.7}, "embedding_dim: expected an int >= 1. Received: 4.7"),
+        ({"target_dims": (8.9,)}, "target_dims: expected an int >= 1. Received: 8.9"),
+        ({"target_dims": 16}, "target_dims: expected a sequence of ints >= 1.* Received: 16"),
+        ({"target_dims": "16"}, "target_dims: expected a sequence of ints >= 1.* Received: '16'"),
+        ({"num_classes": 4.5}, "num_classes: expected an int >= 1. Received: 4.5"),
+    ],
+)
+def test_sizes_are_ints(settings, message, small_model):
+    with pytest.raises(ValueError, match=rf"^{message}$"):
+        small_model(**settings)
+
+
+def test_a_loss_in_compile_is_refused(small_model):
+    model = small_model(target_dims=())
+    for name, value in (("loss", "mse"), ("metrics", ["mse"]), ("weighted_metrics", ["mse"]), ("loss_weights", [2.0])):
+        with pytest.raises(ValueError, match=rf"^{name}: expected none in compile"):
+            model.compile("adam", **{name: value})
+    with pytest.raises(ValueError, match=r"metrics.*: expected none in compile"):
+        model.compile("adam", None, ["mse"], ["mse"])
+    model.compile("adam", None)
+
+
+def test_a_frozen_model_is_refused(small_model):
+    model = small_model(target_dims=())
+    model.trainable = False
+    model.compile(optimizer="adam")
+    with pytest.raises(ValueError, match=r"^trainable: expected at least one weight"):
+        model.fit(TestBackbones.images, TestBackbones.labels, verbose=0)
+
+
+def test_hdf5_is_refused(small_model, tmp_path):
+    with pytest.raises(ValueError, match=r"^filepath: expected a file that ends in '\.keras'"):
+        small_model(target_dims=()).save(tmp_path / "model.h5")
+    assert not list(tmp_path.iterdir())
+
+
+def test_keras_exports_the_encoder(small_model, tmp_path):
+    model = small_model(target_dims=())
+    model.export(str(tmp_path / "encoder"))
+    encoder = tf.saved_model.load(str(tmp_path / "encoder"))
+    images = TestBackbones.images
+    np.testing.assert_allclose(encoder.serve(images), model.predict(images, verbose=0), atol=1e-6)
+
+
+class Stop(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = epoch == 1
+
+
+def test_an_evaluation_is_made_when_training_stops_early(small_model):
+    images, labels = TestBackbones.images, TestBackbones.labels
+    model = small_model(target_dims=())
+    model.compile(optimizer="adam")
+    evaluation = s2sd_tf.evaluation.RetrievalEvaluation(images, labels, every=5, ks=(1,))
+    history = model.fit(images, labels, epochs=10, verbose=0, callbacks=[evaluation, Stop()]).history
+    expected = s2sd_tf.evaluation.retrieval_metrics(model.predict(images, verbose=0), labels, ks=(1,))
+    assert len(history["loss"]) == 2
+    assert history["val_map@r"] == [evaluation.latest["map@r"]] == [pytest.approx(expected["map@r"])]

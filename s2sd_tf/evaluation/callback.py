@@ -9,6 +9,7 @@ import tensorflow as tf
 from s2sd_tf.checks import checked_int
 from s2sd_tf.evaluation.metrics import checked_ks, retrieval_metrics
 from s2sd_tf.keras_compat import keras
+from s2sd_tf.labels import label_array
 
 
 class RetrievalEvaluation(keras.callbacks.Callback):
@@ -21,7 +22,8 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         images: what `model.predict` takes: an array `(n, height, width, channels)`, or a finite `tf.data.Dataset` of
             image batches in the order of `labels`.
         labels: integer array `(n,)`.
-        every: number of epochs between evaluations, >= 1. The last epoch of `fit` is always evaluated.
+        every: number of epochs between evaluations, >= 1. The end of `fit` is always evaluated: if training stops early
+            (`EarlyStopping`), with the final weights, and the metrics are added to the `History` after the last epoch.
         prefix: goes before the names of the metrics.
         ks: ints >= 1, for recall@k.
         method: "exact" or "scann".
@@ -47,14 +49,22 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         if (gallery_images is None) != (gallery_labels is None):
             raise ValueError("gallery_labels: expected labels if gallery_images is given, else None")
         self.images = images
-        self.labels = labels
+        self.labels = label_array("labels", labels)
         self.every = checked_int("every", every, 1)
         self.prefix = prefix
         self.ks = tuple(checked_ks("ks", ks))
         self.method = method
         self.gallery_images = gallery_images
-        self.gallery_labels = gallery_labels
+        self.gallery_labels = None if gallery_labels is None else label_array("gallery_labels", gallery_labels)
+        for argument, there, known in (
+            ("labels", images, self.labels),
+            ("gallery_labels", gallery_images, self.gallery_labels),
+        ):
+            shape = getattr(there, "shape", None)
+            if known is not None and shape is not None and len(known) != shape[0]:
+                raise ValueError(f"{argument}: expected one for each of {shape[0]} images. Received: {len(known)}")
         self.latest: dict[str, float] | None = None
+        self._is_due_at_end = False
 
     def is_due(self, epoch: int, epochs: int) -> bool:
         """Whether epoch number `epoch`, counted from 0, of `epochs` in total is evaluated."""
@@ -73,8 +83,28 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         self.latest = {name: value for name, value in metrics.items() if isinstance(value, float)}
         return {self.prefix + name: value for name, value in self.latest.items()}
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if self.is_due(epoch, self.params.get("epochs")):
-            found = self.evaluate(lambda images: self.model.predict(images, verbose=0))
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._is_due_at_end = False
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        if self._is_due_at_end:
+            found = self._evaluate_model()
+            for name, value in found.items():
+                self.model.history.history.setdefault(name, []).append(value)
             if logs is not None:
                 logs.update(found)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        due = self.is_due(epoch, self.params.get("epochs"))
+        self._is_due_at_end = not due
+        if due:
+            found = self._evaluate_model()
+            if logs is not None:
+                logs.update(found)
+
+    def _evaluate_model(self):
+        # Keras 2's `predict` replaces the history, which `fit` returns.
+        history = getattr(self.model, "history", None)
+        found = self.evaluate(lambda images: self.model.predict(images, verbose=0))
+        self.model.history = history
+        return found

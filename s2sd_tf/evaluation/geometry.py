@@ -47,7 +47,7 @@ def embedding_geometry(
     scale = scale_of(rows)
     rows = unit(rows) if metric == "cosine" else scaled(rows, scale)
     order = np.argsort(labels, kind="stable")
-    starts = np.flatnonzero(np.diff(labels[order], prepend=labels[order][0] - 1))
+    starts = np.flatnonzero(np.append(True, labels[order][1:] != labels[order][:-1]))
     ordered, counts = rows[order], np.diff(np.append(starts, len(rows)))
     means = np.add.reduceat(ordered, starts, axis=0) / counts[:, None]
     if metric == "cosine":

@@ -187,7 +187,7 @@ def evaluate_retrieval(
         query_ids = np.arange(queries.shape[0]) if query_ids is None else query_ids
         gallery_ids = query_ids
     query_labels = checked_labels("query_labels", query_labels, queries)
-    gallery_labels = checked_labels("gallery_labels", gallery_labels, gallery)
+    gallery_labels = query_labels if alone else checked_labels("gallery_labels", gallery_labels, gallery)
     if not len(query_labels):
         raise ValueError("queries: expected at least one. Received: none")
     keys = checked_keys(query_ids, gallery_ids, queries, gallery)

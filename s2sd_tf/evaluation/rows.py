@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.evaluation.embeddings import Rows
+from s2sd_tf.labels import label_array
 
 # A part has at most this many numbers.
 _PART = 2**22
@@ -100,15 +101,12 @@ def checked_labels(name: str, labels: tf.Tensor | np.ndarray, rows: Rows) -> np.
     """Returns integer labels, one for each row, as int64 `(n,)`.
 
     Raises:
-        ValueError: labels that are not integers, or another number of them than rows.
+        ValueError: labels that `label_array` refuses, or another number of them than rows.
     """
-    values = _int64(name, labels)
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
-    if values.shape != (rows.shape[0],):
-        received = len(values) if values.ndim == 1 else f"shape {values.shape}"
-        raise ValueError(f"{name}: expected one for each of {rows.shape[0]} rows. Received: {received}")
-    return values
+    labels = label_array(name, labels)
+    if len(labels) != rows.shape[0]:
+        raise ValueError(f"{name}: expected one for each of {rows.shape[0]} rows. Received: {len(labels)}")
+    return labels
 
 
 def _int64(name, values):

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from s2sd_tf.labels import exact_labels
+
 
 class Batch(NamedTuple):
     """The inputs to the loss of a batch.
@@ -40,8 +42,8 @@ def gather(batch: Batch) -> Batch:
     replica = tf.distribute.get_replica_context()
     if replica is None or replica.num_replicas_in_sync == 1:
         return batch
-    own = tf.convert_to_tensor(replica.replica_id_in_sync_group, tf.int32)
-    labels = tf.cast(tf.reshape(batch.labels, [-1]), tf.int32)
+    own = tf.cast(replica.replica_id_in_sync_group, tf.int64)
+    labels, _ = exact_labels("labels", batch.labels)
     size = tf.shape(labels)[0]
 
     def all_gather(rows):

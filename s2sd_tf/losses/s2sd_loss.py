@@ -1,7 +1,7 @@
 """The S2SD loss as a Keras layer: from embeddings to the terms of the loss."""
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -10,10 +10,11 @@ from s2sd_tf import objectives
 from s2sd_tf.checks import check_above, check_at_least, check_bool, checked_int
 from s2sd_tf.distillation import similarity_kl
 from s2sd_tf.keras_compat import keras
+from s2sd_tf.labels import checked_labels
 from s2sd_tf.losses import replicas
 from s2sd_tf.losses.diagnostics import effective_rank, mean_similarity
 from s2sd_tf.losses.schedules import distillation_weight
-from s2sd_tf.objectives.base import unit_rows
+from s2sd_tf.objectives.base import len_of, unit_rows
 
 
 @keras.utils.register_keras_serializable("s2sd_tf")
@@ -100,6 +101,10 @@ class S2SDLoss(keras.layers.Layer):
             ("diagnostics", diagnostics),
         ):
             check_bool(argument, value)
+        if isinstance(target_dims, (str, bytes)) or not isinstance(target_dims, Iterable):
+            raise ValueError(
+                f"target_dims: expected a sequence of ints >= 1, such as (512,). Received: {target_dims!r}"
+            )
         self.target_dims = tuple(checked_int("target_dims", dim, 1) for dim in target_dims)
         self.temperature = temperature
         self.distill_weight = distill_weight
@@ -108,7 +113,7 @@ class S2SDLoss(keras.layers.Layer):
         self.feature_distill_weight = feature_distill_weight
         self.feature_distill_delay = checked_int("feature_distill_delay", feature_distill_delay, 0)
         self.feature_distill_warmup_steps = checked_int("feature_distill_warmup_steps", feature_distill_warmup_steps, 0)
-        self.num_classes = num_classes
+        self.num_classes = None if num_classes is None else checked_int("num_classes", num_classes, 1)
         self.similarity_kl_implementation = similarity_kl_implementation
         self.gather_replicas = gather_replicas
         self.diagnostics = diagnostics
@@ -130,6 +135,19 @@ class S2SDLoss(keras.layers.Layer):
                 objective.build((None, dim))
         super().build(input_shape)
 
+    def __call__(
+        self,
+        embedding: tf.Tensor,
+        targets: Sequence[tf.Tensor],
+        features: tf.Tensor | None,
+        labels: tf.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, tf.Tensor]:
+        # Before Keras; see `Objective.__call__`.
+        labels = checked_labels("labels", labels, len_of(embedding))
+        return super().__call__(embedding, targets, features, labels, *args, **kwargs)
+
     def call(
         self,
         embedding: tf.Tensor,
@@ -144,7 +162,7 @@ class S2SDLoss(keras.layers.Layer):
             embedding: float `(batch, dim)`, the base embeddings.
             targets: each float `(batch, target_dims[k])`.
             features: float `(batch, features)`, the pooled features that teach; None without `feature_distill`.
-            labels: integer `(batch,)`.
+            labels: integers `(batch,)`, as for `Objective.call`.
             training: if True, `step` is incremented and stochastic miners draw new samples.
 
         Returns:
@@ -154,7 +172,8 @@ class S2SDLoss(keras.layers.Layer):
             "loss" over the replicas is the loss of the batch.
 
         Raises:
-            ValueError: the dimensions of the targets are not `target_dims`, or features are missing.
+            ValueError: the dimensions of the targets are not `target_dims`, features are missing, or labels that are
+                not one whole number for each image.
         """
         batch = self._checked_batch(embedding, targets, features, labels)
         if self.gather_replicas:

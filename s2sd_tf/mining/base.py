@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 import tensorflow as tf
 
 from s2sd_tf.keras_compat import keras
+from s2sd_tf.labels import exact_labels
 from s2sd_tf.registry import Registry
 
 
@@ -51,8 +52,8 @@ class Miner:
     """Chooses triplets from a batch. A miner is stateless: a stochastic one draws from the seed it receives.
 
     A miner is called with `distances` `(batch, batch)`, the Euclidean distances between l2-normalised embeddings;
-    `labels` int32 `(batch,)`; `dim`, the embedding dimension; and `seed`, an integer tensor `(2,)`. The same arguments
-    give the same triplets in a graph, eagerly and under XLA.
+    `labels`, integers `(batch,)`; `dim`, the embedding dimension; and `seed`, an integer tensor `(2,)`. The same
+    arguments give the same triplets in a graph, eagerly and under XLA.
 
     Attributes:
         negatives_in_class: whether a triplet's negative may be a sample of the anchor's class.
@@ -107,7 +108,12 @@ def uniform_draws(shape: Sequence[int | tf.Tensor] | tf.Tensor, seed: tf.Tensor,
 
 
 def pair_masks(labels: tf.Tensor) -> Pairs:
-    """Returns all `Pairs`: masks of equal and of different labels, both without the diagonal."""
+    """Returns all `Pairs`: masks of equal and of different labels, both without the diagonal.
+
+    Raises:
+        ValueError: labels that `checked_labels` refuses.
+    """
+    labels, _ = exact_labels("labels", labels)
     same = tf.equal(labels[:, None], labels[None, :])
     others = tf.logical_not(tf.eye(tf.shape(labels)[0], dtype=tf.bool))
     return Pairs(same & others, tf.logical_not(same))

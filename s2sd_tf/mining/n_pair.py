@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from s2sd_tf.labels import exact_labels
 from s2sd_tf.mining.base import PairMiner, Pairs, pair_masks, register, uniform_draws
 
 
@@ -22,6 +23,7 @@ class NPair(PairMiner):
             `(anchors, positives, valid)`: int32, int32 and bool `(batch // 2,)`, the largest possible number of pairs.
             Where `valid` is False there is no pair.
         """
+        labels, _ = exact_labels("labels", labels)
         batch = tf.shape(labels)[0]
         # Shuffled and then sorted by class, the first two of each class are a random pair.
         shuffled = tf.argsort(uniform_draws(tf.shape(labels), seed, tf.float32), stable=True)

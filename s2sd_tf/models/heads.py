@@ -5,6 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from s2sd_tf.checks import checked_int
 from s2sd_tf.keras_compat import keras, loss_dtype
 
 
@@ -13,7 +14,7 @@ class _Head(keras.layers.Layer):
 
     def __init__(self, dim: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.dim = dim
+        self.dim = checked_int("dim", dim, 1)
 
     def _dense(self, name, activation=None):
         # Uniform in +-1/sqrt(fan_in), the initialisation of the published implementation's linear layers.

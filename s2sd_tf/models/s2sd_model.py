@@ -18,6 +18,7 @@ from s2sd_tf.keras_compat import (
     resolve_jit_compile,
     restore_legacy_optimizer_state,
 )
+from s2sd_tf.labels import checked_labels
 from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models.gradient_caching import GradientCaching
 from s2sd_tf.models.heads import EmbeddingHead, TargetHead
@@ -44,6 +45,8 @@ class S2SDModel(keras.Model):
 
     Args:
         backbone: model from images to feature maps `(batch, h, w, features)` or to pooled features `(batch, features)`.
+            One without a known input shape (subclassed, or a `Sequential` that is not built) is built at the first
+            batch.
         embedding_dim: >= 1, dimension of the base embedding.
         loss: the loss; by default, one with `loss_settings`.
         pooling: "avg", "max", "avg+max" (their sum) or "gem" (`GeM`); turns feature maps into the f of the base
@@ -115,6 +118,10 @@ class S2SDModel(keras.Model):
         self.micro_batch_size = checked_int("micro_batch_size", micro_batch_size, 0)
         self.log_per_target = log_per_target
 
+        if not isinstance(backbone, keras.Model):
+            raise ValueError(
+                f"backbone: expected a Keras model, such as those of s2sd_tf.models.backbones. Received: {backbone!r}"
+            )
         self.backbone = backbone
         self.s2sd_loss = _checked_loss(loss, loss_settings, loss_dtype(self))
         has_teachers = self.s2sd_loss.target_dims or self.s2sd_loss.feature_distill
@@ -132,8 +139,10 @@ class S2SDModel(keras.Model):
         gem = () if self.gem is None else (self.gem,)
         self.weight_updates = Updates(backbone, (*gem, *heads), heads, objectives, l2, learning_rate_multipliers)
         self._step_metrics = StepMetrics(self.s2sd_loss, log_per_target)
-        if backbone.built:
-            self.build(backbone.input_shape)
+        # A subclassed model does not know its input shape, even if it has been called.
+        shape = getattr(backbone, "input_shape", None) if backbone.built else None
+        if shape is not None:
+            self.build(shape)
 
     def build(self, input_shape: Sequence[int | None]) -> None:
         """Creates all weights, for images of the shape `input_shape`, `(batch, ...)`.
@@ -144,8 +153,6 @@ class S2SDModel(keras.Model):
         """
         if self.built:
             return
-        if not self.backbone.built:
-            self.backbone.build(input_shape)
         shape = _output_shape(self.backbone, input_shape)
         if len(shape) not in (2, 4) or shape[-1] is None:
             raise ValueError(
@@ -176,18 +183,43 @@ class S2SDModel(keras.Model):
                 dims,
                 dtype,
             )
+        self._image_shape = tuple(input_shape)[1:]
         self.built = True
 
-    def compile(self, *args: Any, jit_compile: bool | str = "auto", **kwargs: Any) -> None:
-        """Compiles the model like any Keras model.
+    def get_build_config(self) -> dict[str, Any]:
+        """The shape that `build_from_config` builds a loaded model with (Keras hook)."""
+        return {"input_shape": [None, *self._image_shape]} if self.built else {}
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        """Builds a loaded model whose backbone has no known input shape (Keras hook)."""
+        if config.get("input_shape"):
+            self.build(tuple(config["input_shape"]))
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: None = None,
+        *args: Any,
+        jit_compile: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        """Compiles the model like any Keras model, except that it has its own loss and metrics.
 
         `jit_compile="auto"` uses XLA with Keras 3 on a single replica with a GPU. If you wrap `train_step` in your own
         function with `jit_compile=True`, compile the model with `jit_compile=True` too: the loss depends on it.
 
         Raises:
-            ValueError: `jit_compile=True` on several replicas: XLA does not support the collectives of TensorFlow's
-                strategies.
+            ValueError: a loss or metrics, which the model would not use; `jit_compile=True` on several replicas: XLA
+                does not support the collectives of TensorFlow's strategies.
         """
+        given = {"loss": loss, **dict(zip(("metrics or loss_weights",) * 2 + ("weighted_metrics",), args))}
+        given.update((name, kwargs.get(name)) for name in ("loss_weights", "metrics", "weighted_metrics"))
+        for name, value in given.items():
+            if value:
+                raise ValueError(
+                    f"{name}: expected none in compile: S2SDModel is trained with its own loss, whose terms it logs; "
+                    f"choose it by S2SDModel(objective=...). Received: {value!r}"
+                )
         several = self.distribute_strategy.num_replicas_in_sync > 1
         if several and jit_compile is True:
             raise ValueError(
@@ -195,7 +227,7 @@ class S2SDModel(keras.Model):
                 f"True with {self.distribute_strategy.num_replicas_in_sync} replicas"
             )
         jit_compile = False if several else resolve_jit_compile(jit_compile)
-        super().compile(*args, jit_compile=jit_compile, **kwargs)
+        super().compile(optimizer, None, *args, jit_compile=jit_compile, **kwargs)
         self.s2sd_loss.jit_compile = bool(self.jit_compile)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
@@ -209,8 +241,36 @@ class S2SDModel(keras.Model):
     def make_train_function(self, force: bool = False) -> Any:
         """Keras's hook before training. Creates the optimizer's variables, so that a step is traced only once."""
         if self.built:
+            self._check_trainable()
             build_optimizer(self)
         return super().make_train_function(force)
+
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves the model like any Keras model, in the format ".keras".
+
+        Raises:
+            ValueError: a file in the format HDF5, which Keras could not load.
+        """
+        if str(filepath).endswith((".h5", ".hdf5")) or kwargs.get("save_format") == "h5":
+            raise ValueError(f"filepath: expected a file that ends in '.keras', not in HDF5. Received: {filepath!r}")
+        super().save(filepath, *args, **kwargs)
+
+    def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Exports the model from images to base embeddings like any Keras model.
+
+        `s2sd_tf.export.export_encoder` writes the preprocessing of the images with it.
+
+        Raises:
+            ValueError: the model is not built.
+        """
+        if not self.built:
+            raise ValueError(
+                "export: expected a model that is built: train or call it, or use s2sd_tf.export.export_encoder. "
+                "Received: one whose backbone has no input shape yet"
+            )
+        # Keras exports what a model has been called with; training does not call it.
+        self(tf.zeros([1, *(size or 64 for size in self._image_shape)]))
+        super().export(filepath, *args, **kwargs)
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the model's own variables and the legacy optimizer state that Keras does not save (Keras hook)."""
@@ -238,9 +298,10 @@ class S2SDModel(keras.Model):
 
         Args:
             inputs: images, in the backbone's input format.
-            labels: integers `(batch,)`.
+            labels: integers `(batch,)`, as for `Objective.call`.
             training: whether backbone and loss run in training mode.
         """
+        labels = checked_labels("labels", labels)
         if not self.built:
             self.build(inputs.shape)
         return self._losses_of(self._pooled(inputs, training), labels, training)
@@ -250,6 +311,7 @@ class S2SDModel(keras.Model):
         inputs, labels = _unpack(data)
         if not self.built:
             self.build(inputs.shape)
+        self._check_trainable()
         variables = self.trainable_variables
 
         def loss_of(pooled):
@@ -306,6 +368,13 @@ class S2SDModel(keras.Model):
             config[key] = keras.utils.deserialize_keras_object(config[key], custom_objects=custom_objects)
         return cls(**config)
 
+    def _check_trainable(self):
+        if not self.trainable_variables:
+            raise ValueError(
+                "trainable: expected at least one weight of the model to train. Received: a model of which everything "
+                "is frozen (trainable=False)"
+            )
+
     def _pooled(self, inputs, training):
         """Returns the pooled features of images, `[f, f']`, or `[f]` if both are the same."""
         features = self.backbone(inputs, training=training)
@@ -335,10 +404,23 @@ def _checked_loss(loss, settings, dtype):
 
 
 def _output_shape(backbone, input_shape):
-    # A functional model knows its outputs. Keras 2 cannot always compute their shape: it calls every layer's
+    """Shape of the backbone's output for images of a shape. Creates its weights, if it has none yet."""
+    # A functional model knows its output. Keras 2 cannot always compute the shape: it calls every layer's
     # `compute_output_shape`, which fails for multi-head attention and for the operations in ConvNeXt.
-    outputs = getattr(backbone, "outputs", None)
-    return tuple(outputs[0].shape if outputs else backbone.compute_output_shape(input_shape))
+    if getattr(backbone, "outputs", None):
+        # A `Sequential` has one, and with Keras 3 no `output` until it is called.
+        output = backbone.outputs[0] if isinstance(backbone, keras.Sequential) else backbone.output
+    else:
+        # Its weights must not belong to the step that is being traced.
+        with tf.init_scope():
+            output = backbone(keras.Input(tuple(input_shape)[1:]))
+    if isinstance(output, (dict, list, tuple)):
+        received = f"the outputs {list(output)}" if isinstance(output, dict) else f"{len(output)} outputs"
+        raise ValueError(
+            "backbone: expected one output, feature maps or pooled features; make it with "
+            f"keras.Model(backbone.input, the output). Received: a model with {received}"
+        )
+    return tuple(output.shape)
 
 
 def _unpack(data):
@@ -347,4 +429,4 @@ def _unpack(data):
         raise ValueError("data: expected batches (images, labels). Received: batches without labels")
     if sample_weight is not None:
         raise ValueError("data: expected batches (images, labels). Received: sample weights, which are not supported")
-    return inputs, labels
+    return inputs, checked_labels("labels", labels)

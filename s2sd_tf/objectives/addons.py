@@ -60,7 +60,7 @@ class AddonsObjective(Objective):
         Args:
             losses: the module `tensorflow_addons.losses`.
             embeddings: float32 `(batch, dim)`, l2-normalised.
-            labels: int32 `(batch,)`.
+            labels: int64 `(batch,)`.
         """
         raise NotImplementedError
 

@@ -8,6 +8,7 @@ import tensorflow as tf
 from s2sd_tf import mining
 from s2sd_tf.checks import check_at_least, checked_int
 from s2sd_tf.keras_compat import keras
+from s2sd_tf.labels import checked_labels, exact_labels
 from s2sd_tf.mining.n_pair import NPair
 from s2sd_tf.registry import Registry
 
@@ -53,26 +54,33 @@ class Objective(keras.layers.Layer):
         self.num_classes = num_classes
         self.learning_rate_multiplier = learning_rate_multiplier
 
+    def __call__(self, embeddings: tf.Tensor, labels: tf.Tensor, *args: Any, **kwargs: Any) -> tf.Tensor:
+        # Before Keras, which casts float labels to float32 and appends all arguments to an error in `call`.
+        return super().__call__(embeddings, checked_labels("labels", labels, len_of(embeddings)), *args, **kwargs)
+
     def call(self, embeddings: tf.Tensor, labels: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Computes the loss of a batch.
 
         Args:
             embeddings: float `(batch, dim)`, batch >= 1.
-            labels: integers `(batch,)` or `(batch, 1)`, within the range of int32.
+            labels: integers `(batch,)` or `(batch, 1)`, of any integer dtype. Whole numbers in floating point count
+                as integers, as far as the dtype holds them exactly.
             training: only in training do stochastic miners advance to new draws, and does a cross-batch memory count.
 
         Returns:
             A scalar. It is NaN if an embedding is not finite.
 
         Raises:
-            InvalidArgumentError: the objective has weights per class and labels are outside `[0, num_classes)`. XLA has
-                no assertions; there the loss is NaN.
+            ValueError: labels of another type or shape, or that are not whole numbers.
+            InvalidArgumentError: the objective has weights per class and labels are outside `[0, num_classes)`, or in a
+                graph, floating-point labels that are not whole numbers. XLA has no assertions; there the loss is NaN.
         """
-        labels = tf.cast(tf.reshape(labels, [-1]), tf.int32)
+        labels, whole = exact_labels("labels", labels, len_of(embeddings))
         embeddings = tf.cast(embeddings, self.compute_dtype)
         # Comparisons with NaN are false, so masks would hide a NaN and training would continue with broken weights. The
         # normalisation computes the same squares, so they cost nothing extra.
         valid = tf.reduce_all(tf.math.is_finite(tf.reduce_sum(tf.square(embeddings), axis=-1, keepdims=True)))
+        valid &= whole
         embeddings = self.prepare(embeddings)
         checks = []
         if self.uses_classes and self.num_classes is not None:
@@ -81,6 +89,8 @@ class Objective(keras.layers.Layer):
             check = tf.debugging.Assert(in_range, [message, labels], 1000)
             checks = [check] if check is not None else []
             valid &= in_range
+            # Positions of weights.
+            labels = tf.cast(labels, tf.int32)
         with tf.control_dependencies(checks):
             loss = self.compute(embeddings, labels, training)
         return tf.where(valid, loss, tf.constant(float("nan"), loss.dtype))
@@ -90,7 +100,10 @@ class Objective(keras.layers.Layer):
         return unit_rows(embeddings)
 
     def compute(self, embeddings: tf.Tensor, labels: tf.Tensor, training: bool) -> tf.Tensor:
-        """Computes the loss of prepared `embeddings` `(batch, dim)` with int32 `labels` `(batch,)`."""
+        """Computes the loss of prepared `embeddings` `(batch, dim)` with `labels` `(batch,)`.
+
+        The labels are int64, and int32 for an objective with weights per class.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not implement this method")
 
     def get_config(self) -> dict[str, Any]:
@@ -224,7 +237,7 @@ class PairObjective(MinedObjective):
                 return self.add_weight(name=name, shape=shape, dtype=dtype, initializer="zeros", trainable=False)
 
             self.memory = make("memory", (self.memory_size, input_shape[-1]), None)
-            self.memory_labels = make("memory_labels", (self.memory_size,), "int32")
+            self.memory_labels = make("memory_labels", (self.memory_size,), "int64")
             self.remembered = make("remembered", (), "int32")
         super().build(input_shape)
 
@@ -241,13 +254,13 @@ class PairObjective(MinedObjective):
             return loss
         memory, memory_labels = tf.convert_to_tensor(self.memory), tf.convert_to_tensor(self.memory_labels)
         remembered = tf.convert_to_tensor(self.remembered)
-        same = tf.equal(labels[:, None], memory_labels[None, :])
+        same = tf.equal(tf.cast(labels[:, None], tf.int64), memory_labels[None, :])
         filled = (tf.range(self.memory_size) < remembered) & (seed[1] >= self.memory_start)
         pairs = mining.Pairs(same & filled, tf.logical_not(same) & filled)
         loss += self.memory_weight * self.compute_pairs(embeddings, memory, pairs)
         for variable, new, old in (
             (self.memory, tf.stop_gradient(embeddings), memory),
-            (self.memory_labels, labels, memory_labels),
+            (self.memory_labels, tf.cast(labels, tf.int64), memory_labels),
         ):
             variable.assign(tf.ensure_shape(tf.concat([new, old], axis=0)[: self.memory_size], variable.shape))
         self.remembered.assign(tf.minimum(remembered + tf.shape(labels)[0], self.memory_size))
@@ -345,6 +358,12 @@ class ProxyObjective(Objective):
     def unit_proxies(self, length: float = 1.0) -> tf.Tensor:
         """Returns the proxies, l2-normalised along the last axis, times `length`."""
         return unit_rows(tf.convert_to_tensor(self.proxies), length)
+
+
+def len_of(values: Any) -> int | None:
+    """Number of rows of a tensor or array; None if it is unknown."""
+    shape = tuple(getattr(values, "shape", None) or ())
+    return shape[0] if shape else None
 
 
 def unit_rows(values: tf.Tensor, length: float = 1.0) -> tf.Tensor:

@@ -8,7 +8,8 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.keras_compat import keras, share_of_loss
-from s2sd_tf.objectives.base import Objective, get
+from s2sd_tf.labels import exact_labels
+from s2sd_tf.objectives.base import Objective, get, len_of
 
 # The objectives of all live holders, by key. A loaded loss looks up the objective that was loaded with its model.
 _held: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
@@ -37,10 +38,10 @@ def as_keras_loss(objective: str | Objective, **settings: Any) -> keras.losses.L
 
     Raises:
         ValueError: an unknown name or setting; the name of an objective with weights; an objective with a cross-batch
-            memory. When the loss is called: labels or embeddings of another shape; sample weights; an objective with
-            weights that is in no holder.
-        InvalidArgumentError: when the loss is called with floating-point labels that are not whole numbers below 2^24.
-            XLA has no assertions; there the loss is NaN.
+            memory. When the loss is called: labels or embeddings of another shape; labels that are not whole numbers;
+            sample weights; an objective with weights that is in no holder.
+        InvalidArgumentError: when the loss is called in a graph with floating-point labels that are not whole numbers
+            below 2^24 (2^53 in float64). XLA has no assertions; there the loss is NaN.
     """
     named = isinstance(objective, str)
     objective = get(objective, **settings)
@@ -121,15 +122,15 @@ class ObjectiveLoss(keras.losses.Loss):
         return share_of_loss(self.call(y_true, y_pred))
 
     def call(self, y_true: tf.Tensor | np.ndarray, y_pred: tf.Tensor | np.ndarray) -> tf.Tensor:
-        y_true, y_pred = tf.convert_to_tensor(y_true), tf.convert_to_tensor(y_pred)
-        if y_true.shape.rank not in (None, 1) and y_true.shape[1:] != (1,):
-            raise ValueError(f"y_true: expected labels (batch,) or (batch, 1). Received: shape {tuple(y_true.shape)}")
+        y_pred = tf.convert_to_tensor(y_pred)
         if y_pred.shape.rank not in (None, 2):
             raise ValueError(f"y_pred: expected embeddings (batch, dim). Received: shape {tuple(y_pred.shape)}")
         objective = self._objective()
         if self._needs_holder and not hasattr(objective, "holder_key"):
             raise _without_holder(objective)
-        labels, whole = _integers(y_true)
+        # Floating point is accepted because Keras 3 traces a step with float labels before it runs one on several
+        # replicas.
+        labels, whole = exact_labels("y_true", y_true, len_of(y_pred))
         loss = objective(y_pred, labels, training=True)
         return tf.where(whole, loss, tf.constant(float("nan"), loss.dtype))
 
@@ -154,13 +155,3 @@ def _without_holder(objective):
         "objective: expected one without weights, or an instance that is in an ObjectiveHolder of the model; or use "
         f"S2SDModel. Received: {objective.registered_name!r}, which has weights"
     )
-
-
-def _integers(labels):
-    """Returns the labels as integers, and whether that changed none of them."""
-    if labels.dtype.is_integer:
-        return labels, True
-    # Floating point is accepted because Keras 3 traces a step with float labels before it runs one on several replicas.
-    whole = tf.reduce_all(tf.equal(labels, tf.floor(labels)) & (tf.abs(labels) < 2**24))
-    tf.debugging.Assert(whole, ["y_true: expected whole numbers, below 2^24 if floating-point. Received:", labels])
-    return tf.cast(labels, tf.int32), whole

@@ -47,8 +47,8 @@ class LiftedStructure(LengthPenalizedObjective):
         of_anchor = masked_logsumexp(self.margin - distances, pairs.negative, axis=1)[:, None]
         of_positive = masked_logsumexp(self.margin - distances, pairs.negative, axis=0)[None, :]
         has_negative = tf.reduce_any(pairs.negative, axis=1, keepdims=True)
-        both = tf.maximum(of_anchor, of_positive)
-        both += tf.math.log1p(tf.exp(-tf.abs(of_anchor - of_positive)))
+        # The logarithm of the sum of both; where they are equal, each has half of the gradient.
+        both = of_anchor + tf.nn.softplus(of_positive - of_anchor)
         return mean_where(tf.square(tf.nn.relu(both + distances)) / 2.0, pairs.positive & has_negative)
 
     def get_config(self) -> dict[str, Any]:
