@@ -3,7 +3,7 @@
     python examples/serve.py <folder of the SavedModel> 8501
     curl --data-binary @query.jpg http://localhost:8501/
 
-Answers {"matches": [{"id": ..., "label": ..., "score": ...}, ...]}, or {"error": ...} with status 400 or 413.
+Answers {"matches": [{"id": ..., "label": ..., "score": ...}, ...]}, or {"error": ...} with status 400, 413 or 500.
 """
 
 import http.server
@@ -14,6 +14,9 @@ import tensorflow as tf
 from scann.scann_ops.py import scann_ops  # noqa: F401  registers the index's ops
 
 MODEL, MAX_BYTES = tf.saved_model.load(sys.argv[1]), 2**24
+SEARCH = MODEL.signatures.get("encoded_images")
+if SEARCH is None or "ids" not in SEARCH(tf.zeros([0], tf.string)):  # the first call also prepares the graph
+    sys.exit(f"expected a SavedModel of export_retrieval. Received: {sys.argv[1]}")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -24,12 +27,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if length.isdecimal() and len(length) < 15 and int(length) <= MAX_BYTES:
             try:
-                found = MODEL.signatures["encoded_images"](tf.constant([self.rfile.read(int(length))]))
+                found = SEARCH(tf.constant([self.rfile.read(int(length))]))
                 rows = zip(*(found[name].numpy()[0].tolist() for name in ("ids", "labels", "scores")))
                 matches = [{"id": i.decode(), "label": n.decode(), "score": s} for i, n, s in rows if i]
                 status, answer = 200, {"matches": matches}
+            except tf.errors.InvalidArgumentError:
+                status, answer = 400, {"error": f"expected an encoded image. Received: {length} other bytes"}
             except tf.errors.OpError:
-                status, answer = 400, {"error": "expected a PNG, JPEG, BMP or GIF image"}
+                status, answer = 500, {"error": "the search failed"}
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.end_headers()

@@ -77,8 +77,10 @@ def check_replaceable(argument: str, path: str | os.PathLike, marker: str) -> No
     """Raises ValueError if a folder cannot be written to `path`, or would replace something of another kind: a file, or
     a folder that is not empty and has no file named `marker`.
     """
-    taken = os.path.exists(path) and (not os.path.isdir(path) or bool(os.listdir(path)))
-    if taken and not os.path.exists(os.path.join(path, marker)):
+    # An empty path is the current folder.
+    full = os.path.abspath(path)
+    taken = os.path.exists(full) and (not os.path.isdir(full) or bool(os.listdir(full)))
+    if taken and not os.path.exists(os.path.join(full, marker)):
         raise ValueError(f"{argument}: expected a new folder, or one of its kind, with {marker}. Received: {path!r}")
     check_folder_to_write(argument, path)
 

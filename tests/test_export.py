@@ -1,15 +1,27 @@
 """The encoder SavedModel, loaded in a process that cannot import this package."""
 
+import http.server
 import io
 import json
+import runpy
+import sys
+import threading
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import REPOSITORY
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
+from test_fuzz import examples
 
-from s2sd_tf import data, export
-from s2sd_tf.files import replacing
+import s2sd_tf
+from s2sd_tf import data, evaluation, export, serving
+from s2sd_tf.files import check_replaceable, replacing
+from s2sd_tf.keras_compat import keras
 
 LOADER = """
 import sys, json
@@ -96,3 +108,246 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
         raise RuntimeError
     assert (target / "file").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+COLOUR = data.Preprocessing(8, 8, 3, mean=(0.1, 0.2, 0.3), std=0.5, channel_order="bgr")
+
+
+@pytest.fixture(scope="module")
+def colour_model():
+    tf.keras.utils.set_random_seed(0)
+    backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 3), filters=(6,), pools=1)
+    return s2sd_tf.S2SDModel(backbone, 4, target_dims=(8,))
+
+
+@pytest.fixture(scope="module")
+def saved(colour_model, tmp_path_factory):
+    """A folder with the SavedModels "encoder" and "retrieval", which has five items."""
+    folder = tmp_path_factory.mktemp("saved")
+    export.export_encoder(colour_model, COLOUR, folder / "encoder")
+    rows = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    export.export_retrieval(folder / "encoder", evaluation.build_index(rows, list("abcde")), folder / "retrieval", k=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(saved):
+    return tf.saved_model.load(str(saved / "encoder"))
+
+
+@pytest.fixture(scope="module")
+def retrieval(saved):
+    return export.load_retrieval(saved / "retrieval")
+
+
+SOME = np.random.default_rng(1).random((2, 9, 7, 3), np.float32)
+NO_INPUT = {
+    "serving_default": np.zeros((0, 9, 7, 3), np.float32),
+    "pixels": np.zeros((0, 0, 0, 3), np.uint8),
+    "encoded_images": tf.zeros([0], tf.string),
+    "embeddings": np.zeros((0, 4), np.float32),
+}
+
+
+def with_value(value):
+    images = SOME.copy()
+    images[1, 3, 2, 0] = value
+    return images
+
+
+class TestSignatures:
+    @pytest.mark.parametrize("name", NO_INPUT)
+    def test_an_empty_batch_gives_no_rows(self, encoder, retrieval, name):
+        if name != "embeddings":
+            assert encoder.signatures[name](tf.constant(NO_INPUT[name]))["embedding"].shape == (0, 4)
+        found = retrieval.signatures[name](tf.constant(NO_INPUT[name]))
+        assert {key: value.shape for key, value in found.items()} == dict.fromkeys(("ids", "labels", "scores"), (0, 3))
+
+    def test_pixels_are_the_same_images_as_floats(self, encoder, retrieval, colour_model):
+        pixels = (SOME * 255).astype(np.uint8)
+        expected = colour_model(COLOUR.from_pixels(pixels), training=False)
+        found = encoder.signatures["pixels"](pixels=tf.constant(pixels))["embedding"]
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        floats = encoder.signatures["serving_default"](images=tf.constant(pixels.astype(np.float32) / 255))
+        np.testing.assert_allclose(floats["embedding"], expected, atol=1e-5)
+        by_pixels = retrieval.signatures["pixels"](pixels=tf.constant(pixels))
+        by_embeddings = retrieval.signatures["embeddings"](embeddings=found)
+        np.testing.assert_allclose(by_pixels["scores"], by_embeddings["scores"], atol=1e-5)
+        assert by_pixels["ids"].numpy().tolist() == by_embeddings["ids"].numpy().tolist()
+
+    @pytest.mark.parametrize(
+        ("name", "value", "reason"),
+        [
+            ("serving_default", with_value(np.nan), "images: expected numbers in .*, and 1 that are not finite"),
+            ("serving_default", with_value(-np.inf), "images: expected numbers in .*, and 1 that are not finite"),
+            ("serving_default", with_value(1.75), r"images: expected numbers in .*pixels.* to 1\.75"),
+            ("serving_default", with_value(-0.75), r"images: expected numbers in .*pixels.* from -0\.75"),
+            ("serving_default", SOME[..., :1], r"images: .*\(batch, height, width, 3\)\. Received: shape \[2 9 7 1\]"),
+            ("serving_default", SOME[0], r"images: expected shape .* Received: shape \[9 7 3\]"),
+            ("serving_default", SOME[..., :0], r"images: expected shape .* Received: shape \[2 9 7 0\]"),
+            ("serving_default", SOME[:, :0], r"images: expected shape .* Received: shape \[2 0 7 3\]"),
+            ("pixels", np.zeros((1, 9, 7, 4), np.uint8), r"pixels: expected shape .* Received: shape \[1 9 7 4\]"),
+            ("encoded_images", tf.constant(b""), r"encoded_images: expected strings .* Received: shape \[\]"),
+        ],
+    )
+    def test_other_images_are_refused(self, encoder, retrieval, name, value, reason):
+        for model in (encoder, retrieval):
+            with pytest.raises(tf.errors.InvalidArgumentError, match=reason):
+                model.signatures[name](tf.constant(value))
+
+    def test_overshoot_of_resizing_is_accepted(self, encoder):
+        wide = np.kron(np.eye(3)[None, :, :, None] * np.ones(3), np.ones((1, 3, 3, 1))).astype(np.float32)
+        for method in ("bicubic", "lanczos3", "lanczos5"):
+            images = tf.image.resize(wide, (20, 20), method)
+            assert np.max(images) > 1.05
+            assert encoder.signatures["serving_default"](images=images)["embedding"].shape == (1, 4)
+
+    def test_embeddings_that_cannot_be_searched_are_refused(self, retrieval):
+        search = retrieval.signatures["embeddings"]
+        for value, reason in (
+            (np.full((1, 4), np.nan), "embeddings: expected finite numbers"),
+            (np.zeros((1, 5)), r"embeddings: expected shape \(batch, 4\)\. Received: shape \[1 5\]"),
+            (np.zeros(4), r"embeddings: expected shape \(batch, 4\)\. Received: shape \[4\]"),
+        ):
+            with pytest.raises(tf.errors.InvalidArgumentError, match=reason):
+                search(tf.constant(value, tf.float32))
+
+    def test_the_length_of_an_embedding_does_not_matter_for_cosine(self, retrieval):
+        row = np.array([[1, -2, 3, 0.5]], np.float32)
+        expected = retrieval.signatures["embeddings"](tf.constant(row))["scores"]
+        for factor in (1e-9, 1e30):
+            found = retrieval.signatures["embeddings"](tf.constant(row * np.float32(factor)))["scores"]
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+
+    @examples(30)
+    @given(st.data())
+    def test_any_images_give_the_models_embeddings_or_one_line(self, encoder, colour_model, draw):
+        batch, height, width = (draw.draw(st.sampled_from(sizes)) for sizes in ((0, 1, 3), (8, 8, 1, 5, 0), (8, 8, 11)))
+        channels = draw.draw(st.sampled_from((3, 3, 3, 1, 4, 0)))
+        shape = draw.draw(
+            st.sampled_from([(batch, height, width, channels)] * 4 + [(height, width, 3), (1, 1, 8, 8, 3)])
+        )
+        images = np.random.default_rng(0).random(shape).astype(np.float32)
+        value = draw.draw(st.sampled_from((0, 0, -0.5, 1.5, 255, -1, np.nan, np.inf)))
+        images[..., -1:, :] = value
+        name = draw.draw(st.sampled_from(("serving_default", "pixels")))
+        is_float = draw.draw(st.sampled_from((name == "serving_default",) * 4 + (name == "pixels",)))
+        fits = len(shape) == 4 and channels == 3 and (batch == 0 or height > 0)
+        if is_float:
+            fits &= name == "serving_default" and (images.size == 0 or -0.5 <= value <= 1.5)
+        else:
+            images = (np.clip(np.nan_to_num(images), 0, 1) * 255).astype(np.uint8)
+            fits &= name == "pixels"
+        call = encoder.signatures[name]
+        if not fits:
+            with pytest.raises(
+                tf.errors.InvalidArgumentError, match=r"(images|pixels): expected .*Received: |expected to be a"
+            ):
+                call(tf.constant(images))
+            return
+        floats = images if is_float else images.astype(np.float32) / np.float32(255)
+        expected = [colour_model(COLOUR(image)[None], training=False)[0] for image in floats]
+        found = call(tf.constant(images))["embedding"]
+        np.testing.assert_allclose(found, np.reshape(expected, (batch, 4)), atol=1e-5)
+
+
+class TestPythonDoors:
+    def test_encoder(self, saved):
+        encoder = serving.Encoder(saved / "encoder")
+        png = encode((SOME[0] * 255).astype(np.uint8), "PNG")
+        assert encoder([]).shape == (0, 4)
+        assert encoder.embed([])[0].shape == (0, 4)
+        np.testing.assert_array_equal(encoder(tf.constant([png])), encoder([png]))
+        for value, found in ((png, "bytes"), (None, "NoneType"), (["a.png"], "str at position 0"),
+                             ([png, None], "NoneType at position 1"), (SOME, "ndarray at position 0")):  # fmt: skip
+            for door in (encoder, encoder.embed):
+                with pytest.raises(ValueError, match=f"encoded: expected a list of bytes.* Received: {found}$"):
+                    door(value)
+
+    def test_one_saved_model_in_place_of_the_other(self, saved, tmp_path):
+        with pytest.raises(ValueError, match=r"encoder: expected a SavedModel of export_encoder.*returns .'ids'"):
+            serving.Encoder(saved / "retrieval")
+        index = evaluation.build_index(np.eye(4, dtype=np.float32))
+        with pytest.raises(ValueError, match="encoder: expected a SavedModel of export_encoder"):
+            export.export_retrieval(saved / "retrieval", index, tmp_path / "out")
+        with pytest.raises(ValueError, match=r"index: expected an index .*Received: ndarray"):
+            export.export_retrieval(saved / "encoder", np.eye(4), tmp_path / "out")
+        with pytest.raises(ValueError, match="path: expected a SavedModel of export_retrieval"):
+            export.load_retrieval(saved / "encoder")
+        assert not list(tmp_path.iterdir())
+
+    def test_the_example_that_serves(self, saved, monkeypatch):
+        made = []
+
+        class Server(http.server.ThreadingHTTPServer):
+            def serve_forever(self):
+                made.append(self)
+
+        def start(name):
+            monkeypatch.setattr(sys, "argv", ["serve.py", str(saved / name), "0"])
+            runpy.run_path(str(REPOSITORY / "examples" / "serve.py"))
+
+        monkeypatch.setattr(http.server, "ThreadingHTTPServer", Server)
+        with pytest.raises(SystemExit, match=r"expected a SavedModel of export_retrieval\. Received: .*encoder"):
+            start("encoder")
+        start("retrieval")
+        threading.Thread(target=super(Server, made[0]).serve_forever, daemon=True).start()
+
+        def post(body):
+            try:
+                answer = urllib.request.urlopen(f"http://localhost:{made[0].server_address[1]}/", body, timeout=30)
+            except urllib.error.HTTPError as error:
+                answer = error
+            return answer.status, json.load(answer)
+
+        image = encode((SOME[0] * 255).astype(np.uint8), "PNG")
+        status, answer = post(image)
+        assert (status, len(answer["matches"])) == (200, 3)
+        for body in (b"", b"no image", image[:40]):
+            assert post(body) == (400, {"error": f"expected an encoded image. Received: {len(body)} other bytes"})
+
+        def broken(encoded_images):
+            raise tf.errors.InternalError(None, None, "the device is gone")
+
+        monkeypatch.setitem(made[0].RequestHandlerClass.do_POST.__globals__, "SEARCH", broken)
+        assert post(image) == (500, {"error": "the search failed"})
+        made[0].shutdown()
+        made[0].server_close()
+
+
+class TestExportEncoder:
+    @pytest.mark.parametrize(
+        ("size", "received"), [((9, 9, 1), r"\(9, 9, 1\)"), ((8, 8, 3), r"\(8, 8, 3\)"), (None, "None")]
+    )
+    def test_preprocessing_that_does_not_fit(self, small_model, tmp_path, size, received):
+        preprocessing = size and data.Preprocessing(*size)
+        with pytest.raises(ValueError, match=f"preprocessing: expected .*Received: .*{received}$"):
+            export.export_encoder(small_model(), preprocessing, tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+    def test_models_that_cannot_be_exported(self, small_model, tmp_path):
+        unbuilt = s2sd_tf.S2SDModel(keras.Sequential([keras.layers.Conv2D(3, 3)]), 4, target_dims=(8,))
+        for model, reason in (
+            (unbuilt, "model: expected a built Keras model; .*Received: S2SDModel, which is not built"),
+            (None, "model: expected a built Keras model; .*Received: NoneType"),
+            (small_model().backbone, r"model: expected one output, .*Received: float32 \(None, 4, 4, 8\)"),
+        ):
+            with pytest.raises(ValueError, match=reason):
+                export.export_encoder(model, data.Preprocessing(8, 8, 1), tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+    def test_another_keras_model(self, tmp_path):
+        layers = [keras.layers.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(3)]
+        model, images = keras.Sequential(layers), np.random.default_rng(0).random((2, 8, 8, 1), np.float32)
+        export.export_encoder(model, data.Preprocessing(8, 8, 1), tmp_path / "out")
+        found = tf.saved_model.load(str(tmp_path / "out")).signatures["serving_default"](images=tf.constant(images))
+        np.testing.assert_allclose(found["embedding"], model(images), atol=1e-6)
+
+    def test_places_that_cannot_be_written(self, small_model, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("mine")
+        monkeypatch.chdir(tmp_path)
+        for path in ("file", "file/out", "file/new/out", ""):
+            with pytest.raises(ValueError, match="path: expected a new folder"):
+                export.export_encoder(small_model(), data.Preprocessing(8, 8, 1), path)
+        check_replaceable("path", "new/folder", "saved_model.pb")
+        assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]

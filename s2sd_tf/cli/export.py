@@ -1,7 +1,7 @@
 """s2sd-export: writes the encoder of a finished run as a SavedModel.
 
-The SavedModel embeds images without this package. Its signature serving_default takes float images, encoded_images
-takes the bytes of image files.
+The SavedModel embeds images without this package. Its signature serving_default takes float images in [0, 1], pixels
+takes uint8 images, encoded_images takes the bytes of image files.
 
 Examples:
   s2sd-export --workdir=runs/digits
@@ -34,7 +34,7 @@ def _main(_):
     configs.register(_REGISTER)
     model, _, preprocessing = load_run(_WORKDIR.value)
     export_encoder(model, preprocessing, output)
-    print(f"SavedModel with signatures serving_default and encoded_images: {output}")
+    print(f"SavedModel with signatures serving_default, pixels and encoded_images: {output}")
 
 
 if __name__ == "__main__":

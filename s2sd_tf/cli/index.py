@@ -57,7 +57,7 @@ def _main(_):
     print(f"{len(index):,} items, {index.dim} dimensions, {index.method}{tuning}: {_OUTPUT.value}")
     if _SAVED_MODEL.value:
         export_retrieval(_ENCODER.value, index, _SAVED_MODEL.value, _K.value)
-        print(f"SavedModel with signatures serving_default, encoded_images, embeddings: {_SAVED_MODEL.value}")
+        print(f"SavedModel with signatures serving_default, pixels, encoded_images, embeddings: {_SAVED_MODEL.value}")
 
 
 if __name__ == "__main__":

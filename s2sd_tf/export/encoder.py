@@ -5,33 +5,68 @@ from typing import Any
 
 import tensorflow as tf
 
+from s2sd_tf.export.graph_checks import checked_range, checked_shape, for_any_batch
+from s2sd_tf.export.saved_model import load_saved_model
 from s2sd_tf.files import check_replaceable, replacing
 from s2sd_tf.keras_compat import keras, raw_variable
 
+# Float images are in [0, 1], but resizing with a bicubic or Lanczos filter overshoots, by a quarter at corners.
+_LOW, _HIGH = -0.5, 1.5
+_EXPECTED = "images: expected numbers in [0, 1], where white is 1 (for uint8 images, use the signature pixels)"
+
 
 def export_encoder(model: keras.Model, preprocessing: Any, path: str | os.PathLike) -> None:
-    """Writes a SavedModel that turns images into l2-normalised embeddings, preprocessing included.
+    """Writes a SavedModel that turns images into embeddings, preprocessing included.
 
-    It has two signatures. Both return `{"embedding": (batch, embedding_dim) float32}`:
+    All signatures return `{"embedding": (batch, embedding_dim) float32}`, with no rows for an empty batch:
 
-    - "serving_default": `images`, float32 `(batch, h, w, channels)` of any size, where white is 1;
+    - "serving_default": `images`, float32 `(batch, h, w, channels)` of any size in [0, 1], where white is 1;
+    - "pixels": `pixels`, uint8 `(batch, h, w, channels)` of any size in 0..255;
     - "encoded_images": `encoded_images`, strings `(batch,)`, each an encoded PNG, JPEG, BMP or GIF image of any size.
 
-    Only TensorFlow is needed to load it: `tf.saved_model.load(path).signatures["encoded_images"]`.
+    `channels` is that of `preprocessing`. Images of another shape, and floats that are not finite or not in
+    [-0.5, 1.5], are refused with `tf.errors.InvalidArgumentError`. Only TensorFlow is needed to load the SavedModel:
+    `tf.saved_model.load(path).signatures["encoded_images"]`.
 
     Args:
-        model: built `S2SDModel`.
+        model: built `S2SDModel`, whose embeddings are l2-normalised. Another built Keras model from images to rows
+            `(batch, dim)` works too; its rows are returned as they are.
         preprocessing: the `data.Preprocessing` used in training.
-        path: folder to write; a new folder, or a SavedModel to replace.
+        path: folder to write; a new folder, or a SavedModel to replace. It is written completely or not at all.
 
     Raises:
-        ValueError: `path` exists and is neither an empty folder nor a SavedModel.
+        ValueError: `model` is not built or returns something else, `preprocessing` does not fit it, or `path` exists
+            and is neither an empty folder nor a SavedModel.
     """
     check_replaceable("path", path, "saved_model.pb")
     module = _Encoder(model, preprocessing)
-    signatures = {"serving_default": module.from_images, "encoded_images": module.from_encoded_images}
+    signatures = {
+        "serving_default": module.from_images,
+        "pixels": module.from_pixels,
+        "encoded_images": module.from_encoded_images,
+    }
     with replacing(path) as temporary:
         tf.saved_model.save(module, temporary, signatures=signatures)
+
+
+def load_encoder(path: str | os.PathLike) -> tuple[Any, int]:
+    """Loads a SavedModel that `export_encoder` wrote; returns it and the dimension of its embeddings.
+
+    Raises:
+        FileNotFoundError: `path` is not a SavedModel.
+        ValueError: the SavedModel is no encoder, is damaged, or `load_saved_model` refuses it.
+    """
+    model = load_saved_model("encoder", path)
+    signature = model.signatures.get("encoded_images")
+    outputs = {} if signature is None else signature.structured_outputs
+    shape = outputs["embedding"].shape if "embedding" in outputs else tf.TensorShape(None)
+    if shape.rank != 2 or shape[-1] is None:
+        raise ValueError(
+            "encoder: expected a SavedModel of export_encoder, with the signature 'encoded_images' that returns "
+            f"'embedding'. Received: {os.fspath(path)!r} with the signatures {sorted(model.signatures)}"
+            + (f", which returns {sorted(outputs)}" if outputs else "")
+        )
+    return model, int(shape[-1])
 
 
 class _Encoder(tf.Module):
@@ -39,24 +74,68 @@ class _Encoder(tf.Module):
 
     def __init__(self, model: keras.Model, preprocessing: Any) -> None:
         super().__init__()
-        # Exactly the variables that the graphs below capture must be tracked.
-        layers = [model.backbone, model.embedding_head, *([model.gem] if model.pooling == "gem" else [])]
+        embed = _traced(model, preprocessing)
+        # Only the variables that the graphs below capture: the heads of an `S2SDModel` for training are left out. They
+        # come from the layers, since a graph has the parts of a distributed variable, which must be saved as one.
+        layers = [model]
+        if hasattr(model, "embedding_head"):
+            layers = [model.backbone, model.embedding_head, *([model.gem] if model.pooling == "gem" else [])]
         self._variables = [raw_variable(variable) for layer in layers for variable in layer.variables]
+        channels = preprocessing.channels
+        shape = [None, None, None, channels]
 
-        def encode(images):
-            return {"embedding": tf.cast(model(preprocessing(images), training=False), tf.float32)}
+        def checked_images(argument, images):
+            return checked_shape(images, shape, f"{argument}: expected shape (batch, height, width, {channels})")
 
-        shape = [None, None, None, preprocessing.channels]
-        self.from_images = tf.function(encode, input_signature=[tf.TensorSpec(shape, tf.float32, "images")])
+        def embedded(images, preprocess):
+            return {"embedding": for_any_batch(lambda batch: embed(preprocess(batch)), images, [1, 1, channels])}
 
-        def encode_bytes(encoded_images):
+        @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32, "images")])
+        def from_images(images):
+            images = checked_range(checked_images("images", images), _LOW, _HIGH, _EXPECTED)
+            return embedded(images, preprocessing)
+
+        @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8, "pixels")])
+        def from_pixels(pixels):
+            return embedded(checked_images("pixels", pixels), preprocessing.from_pixels)
+
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "encoded_images")])
+        def from_encoded_images(encoded_images):
             images = tf.map_fn(
                 preprocessing.from_bytes,
-                encoded_images,
+                checked_shape(encoded_images, [None], "encoded_images: expected strings of shape (batch,)"),
                 fn_output_signature=tf.TensorSpec(preprocessing.output_shape, tf.float32),
             )
-            return {"embedding": tf.cast(model(images, training=False), tf.float32)}
+            return {"embedding": for_any_batch(embed, images, preprocessing.output_shape)}
 
-        self.from_encoded_images = tf.function(
-            encode_bytes, input_signature=[tf.TensorSpec([None], tf.string, "encoded_images")]
+        self.from_images, self.from_pixels, self.from_encoded_images = from_images, from_pixels, from_encoded_images
+
+
+def _traced(model, preprocessing):
+    """Returns the model as a `tf.function` of preprocessed images, traced once for all signatures."""
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(
+            "model: expected a built Keras model; call it on a batch of images to build it. Received: "
+            f"{type(model).__name__}{', which is not built' if isinstance(model, keras.Model) else ''}"
         )
+    size = getattr(preprocessing, "output_shape", None)
+    if size is None or not hasattr(preprocessing, "from_pixels"):
+        raise ValueError(f"preprocessing: expected a Preprocessing. Received: {preprocessing!r}")
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *size], tf.float32)])
+    def embed(images):
+        rows = model(images, training=False)
+        return tf.cast(rows, tf.float32) if tf.is_tensor(rows) and rows.dtype.is_floating else rows
+
+    try:
+        rows = embed.get_concrete_function().structured_outputs
+    except (ValueError, TypeError, tf.errors.OpError) as error:
+        wanted = getattr(getattr(model, "backbone", model), "input_shape", None)
+        raise ValueError(
+            f"preprocessing: expected images that the model accepts{f', {wanted[1:]}' if wanted else ''}. "
+            f"Received: images {size}"
+        ) from error
+    if getattr(rows, "dtype", None) != tf.float32 or rows.shape.rank != 2 or rows.shape[-1] is None:
+        found = f"{rows.dtype.name} {rows.shape}" if hasattr(rows, "dtype") else type(rows).__name__
+        raise ValueError(f"model: expected one output, floats of shape (batch, dim). Received: {found}")
+    return embed

@@ -9,6 +9,8 @@ from s2sd_tf.checks import checked_int
 from s2sd_tf.evaluation.index import Index
 from s2sd_tf.evaluation.scann_index import index_for_graphs
 from s2sd_tf.evaluation.scann_searcher import import_scann
+from s2sd_tf.export.encoder import load_encoder
+from s2sd_tf.export.graph_checks import checked_finite, checked_shape, for_any_batch
 from s2sd_tf.export.saved_model import load_saved_model
 from s2sd_tf.files import check_replaceable, replacing
 
@@ -30,9 +32,8 @@ def export_retrieval(encoder: str | os.PathLike, index: Index, path: str | os.Pa
     similarities or negative Euclidean distances. If fewer items are found, the remaining ids are empty and the
     remaining scores -inf.
 
-    - "serving_default": `images`, float32 `(batch, h, w, channels)` of any size, where white is 1;
-    - "encoded_images": `encoded_images`, strings `(batch,)`, each an encoded PNG, JPEG, BMP or GIF image;
-    - "embeddings": `embeddings`, float32 `(batch, dim)`.
+    - "serving_default", "pixels" and "encoded_images" take images, and refuse some, as those of `export_encoder`;
+    - "embeddings": `embeddings`, float32 `(batch, dim)`; numbers that are not finite are refused.
 
     Only TensorFlow and ScaNN are needed to load it; `load_retrieval` reports if ScaNN is missing. The index is rebuilt
     with ScaNN's TensorFlow operations, which do not support spilling, and tuned to the same recall.
@@ -44,13 +45,15 @@ def export_retrieval(encoder: str | os.PathLike, index: Index, path: str | os.Pa
         k: >= 1; if the index has fewer items, all of them are returned.
 
     Raises:
-        ValueError: encoder and index have different dimensions, or `path` exists and is neither an empty folder nor a
-            SavedModel.
+        ValueError: `encoder` or `index` is something else, they have different dimensions, or `path` exists and is
+            neither an empty folder nor a SavedModel.
         ImportError: ScaNN is missing or does not fit TensorFlow.
     """
     k = checked_int("k", k, 1)
     check_replaceable("path", path, "saved_model.pb")
-    module = _Retrieval(load_saved_model("encoder", encoder), index, min(k, len(index)))
+    if not isinstance(index, Index):
+        raise ValueError(f"index: expected an index of build_index or load_index. Received: {type(index).__name__}")
+    module = _Retrieval(*load_encoder(encoder), index, min(k, len(index)))
     with replacing(path) as temporary:
         tf.saved_model.save(module, temporary, signatures=module.signatures())
         os.makedirs(os.path.join(temporary, "assets.extra"), exist_ok=True)
@@ -63,24 +66,30 @@ def load_retrieval(path: str | os.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: `path` is not a SavedModel.
-        ValueError: the SavedModel is damaged, or `load_saved_model` refuses it.
+        ValueError: the SavedModel is another or damaged, or `load_saved_model` refuses it.
         ImportError: ScaNN's operations are missing or do not fit TensorFlow; the message says what to install.
     """
     if not tf.saved_model.contains_saved_model(os.fspath(path)):
         raise FileNotFoundError(f"path: expected the folder of a SavedModel. Received: {path!r}")
     import_scann("scann.scann_ops.py.scann_ops")
-    return load_saved_model("path", path)
+    model = load_saved_model("path", path)
+    if "embeddings" not in model.signatures:
+        raise ValueError(
+            f"path: expected a SavedModel of export_retrieval, with the signature 'embeddings'. Received: {path!r} "
+            f"with the signatures {sorted(model.signatures)}"
+        )
+    return model
 
 
 class _Retrieval(tf.Module):
-    def __init__(self, encoder: Any, index: Index, k: int) -> None:
+    def __init__(self, encoder: Any, dim: int, index: Index, k: int) -> None:
         super().__init__()
         self._ops = import_scann("scann.scann_ops.py.scann_ops")
         self._encoder = encoder
+        self._dim = dim
         self._k = k
-        found = encoder.signatures["encoded_images"].structured_outputs["embedding"].shape[-1]
-        if found != index.dim:
-            raise ValueError(f"index: expected an index of the encoder's dimension {found}. Received: {index.dim}")
+        if dim != index.dim:
+            raise ValueError(f"index: expected an index of the encoder's dimension {dim}. Received: {index.dim}")
         searcher, self._metric, self._numbers = index_for_graphs(index, k)
         self._state = searcher.serialize_to_module()
         # Variables, because the constants of a graph are limited to 2 GiB.
@@ -89,30 +98,34 @@ class _Retrieval(tf.Module):
 
     def signatures(self) -> dict[str, Any]:
         """Returns the functions to export, by signature name."""
-        images = self._encoder.signatures["serving_default"].structured_input_signature[1]["images"]
 
-        @tf.function(input_signature=[tf.TensorSpec(images.shape, tf.float32, "images")])
-        def serving_default(images):
-            return self._search(self._encoder.signatures["serving_default"](images=images)["embedding"])
+        def through(encode):
+            (spec,) = encode.structured_input_signature[1].values()
 
-        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "encoded_images")])
-        def encoded_images(encoded_images):
-            embedded = self._encoder.signatures["encoded_images"](encoded_images=encoded_images)
-            return self._search(embedded["embedding"])
+            @tf.function(input_signature=[spec])
+            def search(images):
+                return self._search(encode(**{spec.name: images})["embedding"])
 
-        dim = self._encoder.signatures["encoded_images"].structured_outputs["embedding"].shape[-1]
+            return search
 
-        @tf.function(input_signature=[tf.TensorSpec([None, dim], tf.float32, "embeddings")])
+        @tf.function(input_signature=[tf.TensorSpec([None, self._dim], tf.float32, "embeddings")])
         def embeddings(embeddings):
-            return self._search(embeddings)
+            expected = f"embeddings: expected shape (batch, {self._dim})"
+            return self._search(checked_shape(embeddings, [None, self._dim], expected))
 
-        return {f.__name__: f for f in (serving_default, encoded_images, embeddings)} | {
-            "serving_default": serving_default
-        }
+        # Encoders of earlier versions have no signature "pixels".
+        there = [name for name in ("serving_default", "pixels", "encoded_images") if name in self._encoder.signatures]
+        return {**{name: through(self._encoder.signatures[name]) for name in there}, "embeddings": embeddings}
 
     def _search(self, embeddings):
+        embeddings = checked_finite(embeddings, "embeddings: expected finite numbers")
+        return for_any_batch(self._nearest, embeddings, [self._dim])
+
+    def _nearest(self, embeddings):
         if self._metric == "cosine":
-            embeddings = tf.math.l2_normalize(embeddings, axis=1, epsilon=1e-12)
+            # In float64, as the index's own rows: the squares of float32 numbers can be too large or small for float32.
+            embeddings = tf.math.l2_normalize(tf.cast(embeddings, tf.float64), axis=1, epsilon=1e-24)
+            embeddings = tf.cast(embeddings, tf.float32)
         searcher = self._ops.searcher_from_module(self._state)
         indices, scores = searcher.search_batched_parallel(embeddings, final_num_neighbors=self._k, **self._numbers)
         indices, scores = tf.cast(indices, tf.int64), tf.cast(scores, tf.float32)

@@ -2,18 +2,16 @@
 
 import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.data.annotations import path_under
 from s2sd_tf.data.preprocessing import decode_rgb
-from s2sd_tf.export.saved_model import load_saved_model
+from s2sd_tf.export.encoder import load_encoder
 from s2sd_tf.files import sha256
 from s2sd_tf.untrusted import image_excess
-
-_SIGNATURE = "encoded_images"
 
 
 class Encoder:
@@ -27,28 +25,23 @@ class Encoder:
 
     Raises:
         FileNotFoundError: `path` is not a SavedModel.
-        ValueError: the SavedModel has no signature "encoded_images", is damaged, or `load_saved_model` refuses it.
+        ValueError: the SavedModel is no encoder, is damaged, or `load_saved_model` refuses it.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = os.fspath(path)
         # Kept, because its functions stop working when the model is deleted.
-        self._model = load_saved_model("encoder", self.path)
-        if _SIGNATURE not in self._model.signatures:
-            raise ValueError(
-                f"encoder: expected a SavedModel of export_encoder, with the signature {_SIGNATURE!r}. Received: "
-                f"{self.path!r} with the signatures {sorted(self._model.signatures)}"
-            )
-        self._encode = self._model.signatures[_SIGNATURE]
-        self.dim = int(self._encode.structured_outputs["embedding"].shape[-1])
+        self._model, self.dim = load_encoder(self.path)
+        self._encode = self._model.signatures["encoded_images"]
 
     def __call__(self, encoded: Sequence[bytes]) -> np.ndarray:
-        """Embeds n encoded images; returns float32 `(n, dim)`.
+        """Embeds n encoded images; returns float32 `(n, dim)`, also for n = 0.
 
         Raises:
+            ValueError: `encoded` is something else.
             tf.errors.OpError: an image cannot be decoded.
         """
-        return self._encode(encoded_images=tf.constant(encoded, tf.string))["embedding"].numpy()
+        return self._encode(encoded_images=tf.constant(_checked(encoded), tf.string))["embedding"].numpy()
 
     def embed(self, encoded: Sequence[bytes]) -> tuple[np.ndarray, dict[int, str]]:
         """Embeds n encoded images, some of which may be damaged.
@@ -60,8 +53,10 @@ class Encoder:
             image that cannot be decoded is NaN.
 
         Raises:
+            ValueError: `encoded` is something else.
             tf.errors.OpError: something other than an image fails, such as a device.
         """
+        encoded = _checked(encoded)
         rows = np.full((len(encoded), self.dim), np.nan, np.float32)
         errors = {
             position: reason
@@ -88,6 +83,19 @@ class Encoder:
         """Returns the SHA-256 of the SavedModel's graph and weights."""
         variables = sorted(glob.glob(os.path.join(glob.escape(self.path), "variables", "*")))
         return sha256(os.path.join(self.path, "saved_model.pb"), *variables)
+
+
+def _checked(encoded):
+    """Returns the encoded images as a list of bytes."""
+    wanted = "encoded: expected a list of bytes, each an encoded image"
+    if isinstance(encoded, (bytes, str)) or not hasattr(encoded, "__len__") or isinstance(encoded, Mapping):
+        raise ValueError(f"{wanted}. Received: {type(encoded).__name__}")
+    if hasattr(encoded, "numpy"):
+        encoded = encoded.numpy()
+    for position, image in enumerate(encoded):
+        if not isinstance(image, bytes):
+            raise ValueError(f"{wanted}. Received: {type(image).__name__} at position {position}")
+    return list(encoded)
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray | None:
