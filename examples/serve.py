@@ -32,7 +32,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 matches = [{"id": i.decode(), "label": n.decode(), "score": s} for i, n, s in rows if i]
                 status, answer = 200, {"matches": matches}
             except tf.errors.InvalidArgumentError:
-                status, answer = 400, {"error": f"expected an encoded image. Received: {length} other bytes"}
+                status, answer = 400, {"error": "expected a PNG, JPEG, BMP or GIF image of at most 89478485 pixels"}
             except tf.errors.OpError:
                 status, answer = 500, {"error": "the search failed"}
         self.send_response(status)

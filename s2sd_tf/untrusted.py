@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# 1 GiB as float RGB; also Pillow's default limit.
+# 256 MiB as RGB; also Pillow's default limit.
 MAX_PIXELS = 2**30 // 12
 MAX_IMAGE_BYTES = 2**26
 # An archive may inflate to this many bytes, or to this many times its size if that is more.
@@ -40,7 +40,7 @@ def image_excess(image: str | os.PathLike | bytes) -> str | None:
         return f"{size:,} bytes, more than {MAX_IMAGE_BYTES:,}"
     with io.BytesIO(image) if isinstance(image, bytes) else open(image, "rb") as file:
         try:
-            with Image.open(file, formats=("PNG", "JPEG", "BMP", "GIF")) as header:
+            with Image.open(file, formats=("PNG", "JPEG", "BMP", "GIF", "WEBP")) as header:
                 width, height = header.size
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             return f"more than {MAX_PIXELS:,} pixels"

@@ -1,6 +1,7 @@
 """Data: image sets and splits, folders with bad files, P x M batches, preprocessing, Omniglot's archives."""
 
 import io
+import os
 import zipfile
 
 import numpy as np
@@ -9,8 +10,10 @@ import tensorflow as tf
 from PIL import Image
 
 from s2sd_tf import data
+from s2sd_tf.data.decoding import decodes_webp
 from s2sd_tf.data.preprocessing import resize_antialiased
 from s2sd_tf.keras_compat import keras
+from s2sd_tf.serving import list_images
 
 
 def write_image(path, seed=0, size=(9, 7), mode="RGB"):
@@ -61,6 +64,63 @@ class TestImageFolder:
             data.load_image_folder(str(tmp_path / "missing"))
         with pytest.raises(ValueError, match="on_corrupt"):
             data.load_image_folder(str(tmp_path), on_corrupt="ignore")
+
+
+class TestParts:
+    @pytest.mark.parametrize(
+        ("names", "parts"),
+        [
+            (["train/cat", "test/cat"], ("train", "test")),
+            (["images/Training/cat", "images/validation/dog"], ("images/Training", "images/validation")),
+            (["train_images/cat", "test_images/dog", "extra/dog"], ("train_images", "test_images")),
+        ],
+    )
+    def test_a_root_divided_into_parts_is_refused(self, names, parts, tmp_path):
+        for name in names:
+            write_image(tmp_path / name / "0.png")
+        with pytest.raises(ValueError, match="root: expected class folders") as refused:
+            data.load_image_folder(str(tmp_path))
+        train, test = (tmp_path / part for part in parts)
+        assert f"config.data.root={train} and config.data.folder.test_root={test}" in str(refused.value)
+        assert data.load_image_folder(train).num_classes == 1
+
+    def test_classes_of_these_names_are_classes(self, tmp_path):
+        names = ["test/strip", "train", "vehicles/bus", "vehicles/test", "vehicles/train"]
+        for name in names:
+            write_image(tmp_path / name / "0.png")
+        assert data.load_image_folder(tmp_path).class_names == tuple(names)
+
+
+class TestSkippedFiles:
+    def test_the_programs_know_the_same_extensions(self, tmp_path):
+        for name in ("a.jfif", "b.jpe", "c.JPG"):
+            write_image(tmp_path / "cat" / "jpg.jpg")
+            (tmp_path / "cat" / "jpg.jpg").rename(tmp_path / "cat" / name)
+        Image.new("RGB", (4, 4)).save(tmp_path / "cat" / "d.webp")
+        assert [item.id[4:] for item in list_images(tmp_path)] == ["a.jfif", "b.jpe", "c.JPG", "d.webp"]
+        images = data.load_image_folder(tmp_path, on_corrupt="skip")
+        assert len(images) == 3 + decodes_webp()
+        if not decodes_webp():
+            with pytest.raises(ValueError, match=r"d\.webp: WebP, which this version of TensorFlow does not decode"):
+                data.load_image_folder(tmp_path)
+
+    def test_folders_that_cannot_be_listed_are_named(self, folder, monkeypatch, caplog):
+        whole, scandir = str(folder / "cat"), os.scandir
+
+        def failing(path):
+            if path == whole:
+                raise PermissionError(13, "Permission denied", path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", failing)
+        with pytest.raises(ValueError, match=r"1 files .*\n.*cat: a folder that cannot be listed: Permission denied"):
+            data.load_image_folder(folder)
+        (folder / "dog" / "notes.txt").write_text("no image")
+        with caplog.at_level("WARNING"):
+            assert len(list_images(folder)) == 10
+        assert "2 files or folders under" in caplog.text
+        assert "notes.txt: not an image file by its extension" in caplog.text
+        assert "cat: a folder that cannot be listed" in caplog.text
 
 
 class TestSplits:

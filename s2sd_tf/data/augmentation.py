@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
+from s2sd_tf.data.decoding import decode_jpeg_window, decode_pixels, jpeg_shape
 from s2sd_tf.data.preprocessing import Preprocessing, resize_antialiased, to_grayscale, with_channels
 
 # Random crops to try before falling back to the centre crop, as in torchvision.
@@ -103,7 +104,7 @@ class Augmentation:
         """Decodes and augments an image. Only the crop of a JPEG is decoded.
 
         Args:
-            encoded: string scalar, PNG, JPEG, BMP or GIF.
+            encoded: string scalar, an image that `decode_pixels` decodes.
             preprocessing: size of the result, and the steps after the augmentation.
             seed: int32 or int64 `(2,)`, seed of all random numbers.
 
@@ -111,24 +112,19 @@ class Augmentation:
             float32 `(height, width, channels)`, the model's input.
         """
         if self.crop == "center":
-            return self._finish(preprocessing.decode(encoded), preprocessing, seed)
-        return self._finish(
-            tf.cond(
-                tf.io.is_jpeg(encoded),
-                lambda: self._cropped_jpeg(encoded, preprocessing, seed),
-                lambda: self._cropped(
-                    tf.io.decode_image(encoded, channels=3, expand_animations=False), preprocessing, seed
-                ),
-            ),
-            preprocessing,
-            seed,
+            return self.from_pixels(decode_pixels(encoded), preprocessing, seed)
+        crop = tf.cond(
+            tf.io.is_jpeg(encoded),
+            lambda: self._cropped_jpeg(encoded, preprocessing, seed),
+            lambda: self._cropped(decode_pixels(encoded), preprocessing, seed),
         )
+        return self._finish(crop, preprocessing, seed)
 
     def from_pixels(self, pixels: tf.Tensor | np.ndarray, preprocessing: Preprocessing, seed: tf.Tensor) -> tf.Tensor:
         """Augments a uint8 image `(h, w, channels)`, see `from_bytes`."""
-        if self.crop != "center":
-            return self._finish(self._cropped(pixels, preprocessing, seed), preprocessing, seed)
-        return self._finish(tf.cast(pixels, tf.float32) / 255.0, preprocessing, seed)
+        if self.crop == "center":
+            return self._finish(preprocessing.resize_pixels(pixels), preprocessing, seed)
+        return self._finish(self._cropped(pixels, preprocessing, seed), preprocessing, seed)
 
     def crop_window(
         self, height: tf.Tensor, width: tf.Tensor, preprocessing: Preprocessing, seed: tf.Tensor
@@ -164,9 +160,9 @@ class Augmentation:
         return tf.where(tf.reduce_any(fits), chosen, centre)
 
     def _cropped_jpeg(self, encoded, preprocessing, seed):
-        shape = tf.image.extract_jpeg_shape(encoded)
-        window = self.crop_window(shape[0], shape[1], preprocessing, seed)
-        return _resized(tf.image.decode_and_crop_jpeg(encoded, window, channels=3), preprocessing)
+        height, width, orientation = jpeg_shape(encoded)
+        window = self.crop_window(height, width, preprocessing, seed)
+        return _resized(decode_jpeg_window(encoded, window, height, width, orientation), preprocessing)
 
     def _cropped(self, image, preprocessing, seed):
         shape = tf.shape(image)
@@ -176,8 +172,6 @@ class Augmentation:
 
     def _finish(self, image, preprocessing, seed):
         """Flips, colours and normalises a crop, float `(height, width, c)` in [0, 1]."""
-        if self.crop == "center":
-            image = preprocessing.resize(with_channels(image, preprocessing.channels))
         draws = tf.unstack(tf.random.stateless_uniform([6], _sub_seed(seed, 1)))
         if self.flip:
             # tf.where takes twenty times as long.

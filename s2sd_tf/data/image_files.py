@@ -8,16 +8,16 @@ import tensorflow as tf
 from absl import logging
 from tqdm import tqdm
 
+from s2sd_tf.data.decoding import FORMATS, NO_WEBP, decode_pixels, decodes_webp, first_line, why_not_decoded
 from s2sd_tf.data.image_set import ImageSet
-from s2sd_tf.data.preprocessing import decode_rgb
 from s2sd_tf.untrusted import image_excess
 
 CHECKS = ("none", "files", "decode")
 ON_CORRUPT = ("raise", "skip")
 
-# The first bytes of the supported formats, and the marker near the end of a complete file.
-_FORMATS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"", b"BM": b""}
-# Cameras and editors append data to a JPEG after its end marker.
+# The first bytes of the supported formats, and the marker at the end of a complete file.
+_FORMATS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND", b"GIF8": b"", b"BM": b"", b"RIFF": b""}
+# The marker is looked for in these last bytes first.
 _TAIL_BYTES = 4096
 _CHUNK = 64
 
@@ -71,7 +71,8 @@ def unreadable(paths: Sequence[str], check: str) -> list[tuple[str, str]]:
     Args:
         paths: the files.
         check: "none" opens no file. "files" reads the first bytes and the last 4 KiB of each file: it has to exist,
-            begin as PNG, JPEG, BMP or GIF, and if it is PNG or JPEG have the end marker, which a truncated file lacks.
+            begin as PNG, JPEG, BMP, GIF or WebP, and if it is PNG, JPEG or WebP have its end, which a truncated file
+            lacks. Data after the end are allowed.
             "decode" decodes each file, as training does. Both also refuse files that are not regular files, have more
             than 64 MiB, or have more than 89 million pixels according to their header.
 
@@ -102,9 +103,11 @@ def _decode_error(path):
         if not content:
             return "empty file"
         with tf.device("CPU:0"):
-            decode_rgb(content)
-    except (OSError, tf.errors.OpError) as error:
-        return _first_line(error)
+            decode_pixels(tf.constant(content))
+    except OSError as error:
+        return error.strerror or first_line(error)
+    except tf.errors.OpError as error:
+        return why_not_decoded(content, error)
     return _name_error(path)
 
 
@@ -113,18 +116,42 @@ def _file_error(path):
         if reason := image_excess(path):
             return reason
         with open(path, "rb") as file:
-            head = file.read(8)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            tail = file.read()
+            head = file.read(12)
+            if not head:
+                return "empty file"
+            end = next((end for begin, end in _FORMATS.items() if head.startswith(begin)), None)
+            if end is None:
+                return f"not a {FORMATS} by its first bytes"
+            if not _is_whole(file, head, end):
+                return "truncated: its end is missing"
     except OSError as error:
-        return error.strerror or _first_line(error)
-    if not head:
-        return "empty file"
-    ends = [end for begin, end in _FORMATS.items() if head.startswith(begin)]
-    if not ends:
-        return "not a PNG, JPEG, BMP or GIF by its first bytes"
-    return _name_error(path) if ends[0] in tail else "truncated: its end marker is missing"
+        return error.strerror or first_line(error)
+    if head.startswith(b"RIFF") and not decodes_webp():
+        return NO_WEBP
+    return _name_error(path)
+
+
+def _is_whole(file, head, end):
+    size = file.seek(0, os.SEEK_END)
+    if head.startswith(b"RIFF"):
+        return size >= 8 + int.from_bytes(head[4:8], "little")
+    file.seek(max(0, size - _TAIL_BYTES))
+    if end in file.read():
+        return True
+    # Cameras append data after the end of the image, such as a video.
+    file.seek(0)
+    content = file.read()
+    return content.find(end, _scan_start(content)) >= 0
+
+
+def _scan_start(content):
+    """Where the pixels of a JPEG begin, after the segments, one of which may hold a whole thumbnail. 0 for others."""
+    if not content.startswith(b"\xff\xd8"):
+        return 0
+    position = 2
+    while position + 4 <= len(content) and content[position + 1] != 0xDA:
+        position += 2 + int.from_bytes(content[position + 2 : position + 4], "big")
+    return position
 
 
 def _name_error(path):
@@ -134,7 +161,3 @@ def _name_error(path):
     except UnicodeEncodeError:
         return "its name is not UTF-8"
     return None
-
-
-def _first_line(error):
-    return str(error).strip().splitlines()[0][:200]

@@ -26,7 +26,7 @@ def load_image_list(
 
     Args:
         root: folder that the paths are relative to.
-        image_list: text file, UTF-8. Paths end in .png, .jpg, .jpeg, .bmp or .gif and may contain blanks.
+        image_list: text file, UTF-8. Paths end in one of `image_folder.EXTENSIONS` and may contain blanks.
         on_corrupt, check: see `load_cub200`.
 
     Raises:

@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import math
 import os
+import reprlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -15,29 +16,42 @@ from s2sd_tf.checks import check_number, checked_int
 class ImageSet:
     """Images with integer labels.
 
+    Lists, tensors and arrays of other types are converted; the attributes say to what.
+
     Attributes:
-        images: uint8 `(n, height, width, channels)`, pixels; or object array `(n,)` of `bytes`, encoded images; or
-            array `(n,)` of `str`, paths of image files; or structured array `(n,)` from `image_slices`, encoded images
-            that are byte ranges of files.
-        labels: int32 `(n,)`, positions in `class_names`.
-        class_names: names of the classes.
+        images: uint8 `(n, height, width, channels)`, pixels, with 1 or 3 channels; or object array `(n,)` of `bytes`,
+            encoded images; or array `(n,)` of `str`, paths of image files; or structured array `(n,)` from
+            `image_slices`, encoded images that are byte ranges of files. Pixels may be given without channels, with an
+            alpha channel, which is dropped, as integers in [0, 255] or as floats in [0, 1].
+        labels: int32 `(n,)`, positions in `class_names`. They may be given as names.
+        class_names: names of the classes. Default: the sorted names in `labels`, or "0", "1", ... up to the greatest
+            label.
         super_classes: the super-class of each class; empty if there are none.
+
+    Raises:
+        ValueError: an argument that cannot be converted, or does not fit the others; the message names it.
+
+    Example:
+        >>> data.ImageSet(pixels, ["cat", "dog", "cat"]).class_names
+        ('cat', 'dog')
     """
 
     images: np.ndarray
     labels: np.ndarray
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...] = ()
     super_classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        # The class is frozen.
+        object.__setattr__(self, "images", _checked_images(self.images))
+        for argument in ("class_names", "super_classes"):
+            object.__setattr__(self, argument, _checked_names(argument, getattr(self, argument)))
+        labels, class_names = _checked_labels(self.labels, self.class_names)
+        object.__setattr__(self, "labels", labels)
+        object.__setattr__(self, "class_names", class_names)
         if len(self.images) != len(self.labels):
             raise ValueError(
                 f"labels: expected one for each of {len(self.images)} images. Received: {len(self.labels)} labels"
-            )
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
-            raise ValueError(
-                f"labels: expected integers in [0, {len(self.class_names)}). "
-                f"Received: {self.labels.min()} to {self.labels.max()}"
             )
         if len(self.super_classes) not in (0, len(self.class_names)):
             raise ValueError(
@@ -113,6 +127,92 @@ class ImageSet:
                 raise ValueError(f"classes: expected names or patterns of classes ({some}, ...). Received: {pattern!r}")
             chosen += [c for c in found if c not in chosen]
         return self.select_classes(sorted(chosen))
+
+
+_WANTED = (
+    "pixels (n, h, w) or (n, h, w, 1, 3 or 4), uint8 or floats in [0, 1]; or n encoded images, bytes; or n paths, str"
+)
+
+
+def _as_array(argument, values, wanted):
+    """A list, tensor or array as an array; of texts and bytes as an object array."""
+    if isinstance(values, np.ndarray):
+        return values
+    try:
+        values = values.numpy() if hasattr(values, "numpy") else values
+        if isinstance(values, (list, tuple)) and any(isinstance(v, (str, bytes, os.PathLike)) for v in values):
+            array = np.empty(len(values), object)
+            array[:] = values
+            return array
+        if isinstance(values, (list, tuple, range, np.ndarray)) or hasattr(values, "__array__"):
+            return np.asarray(values)
+    except Exception as error:  # values of many libraries end up here
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{argument}: expected {wanted}. Received: {type(values).__name__}: {reason}") from error
+    raise ValueError(f"{argument}: expected {wanted}. Received: {reprlib.repr(values)}")
+
+
+def _checked_images(images):
+    images = _as_array("images", images, _WANTED)
+    received = f"an array {images.shape} of {images.dtype}"
+    if images.dtype.names or (images.dtype.kind == "U" and images.ndim == 1):
+        return images
+    if images.dtype == object and images.ndim == 1:
+        if all(isinstance(image, bytes) for image in images):
+            return images
+        if all(isinstance(image, (str, os.PathLike)) for image in images):
+            return np.array([os.fspath(image) for image in images], np.str_)
+        kinds = sorted({type(image).__name__ for image in images})
+        raise ValueError(f"images: expected {_WANTED}. Received: {kinds}")
+    if images.shape == (0,):
+        return images.astype(np.str_)
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.dtype.kind not in "uif" or images.shape[-1] not in (1, 3, 4) or 0 in images.shape[1:]:
+        raise ValueError(f"images: expected {_WANTED}. Received: {received}")
+    if images.shape[-1] == 4:
+        images = images[..., :3]
+    if images.dtype == np.uint8:
+        return images
+    most = 1 if images.dtype.kind == "f" else 255
+    if images.size and not (images.min() >= 0 and images.max() <= most):
+        wanted = "floats in [0, 1]" if most == 1 else "integers in [0, 255]"
+        raise ValueError(f"images: expected {wanted}. Received: {images.min()} to {images.max()}")
+    return np.rint(images * 255.0 if most == 1 else images).astype(np.uint8)
+
+
+def _checked_names(argument, names):
+    names = tuple(_as_array(argument, names, "names").tolist())
+    wrong = [name for name in names if not isinstance(name, str)]
+    if wrong:
+        raise ValueError(f"{argument}: expected names, str. Received: {reprlib.repr(wrong[0])}")
+    return names
+
+
+def _checked_labels(labels, class_names):
+    wanted = "integers or class names (n,)"
+    labels = _as_array("labels", labels, wanted)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.dtype.kind in "OSU" and labels.ndim == 1 and len(labels):
+        names = [label.decode(errors="replace") if isinstance(label, bytes) else label for label in labels.tolist()]
+        if all(isinstance(name, str) for name in names):
+            class_names = class_names or tuple(sorted(set(names)))
+            unknown = sorted(set(names) - set(class_names))
+            if unknown:
+                raise ValueError(f"labels: expected names in class_names. Received: {unknown[:5]}")
+            position = {name: at for at, name in enumerate(class_names)}
+            return np.array([position[name] for name in names], np.int32), class_names
+    if labels.ndim != 1 or (labels.dtype.kind not in "ui" and len(labels)):
+        raise ValueError(f"labels: expected {wanted}. Received: an array {labels.shape} of {labels.dtype}")
+    if len(labels):
+        if not class_names and labels.min() >= 0 and labels.max() < 2**24:
+            class_names = tuple(str(label) for label in range(int(labels.max()) + 1))
+        if not 0 <= labels.min() <= labels.max() < len(class_names):
+            raise ValueError(
+                f"labels: expected integers in [0, {len(class_names)}). Received: {labels.min()} to {labels.max()}"
+            )
+    return labels.astype(np.int32, copy=False), class_names
 
 
 def image_slices(

@@ -1,5 +1,6 @@
 """Turns images into the model's input, in the same way for training, evaluation and exported graphs."""
 
+import functools
 import math
 import numbers
 import os
@@ -10,14 +11,16 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
+from s2sd_tf.data.decoding import decode_pixels
 from s2sd_tf.untrusted import read_json_object, reading
+
+# The most pixels of an image whose rows are scaled before its columns, as `tf.image.resize` does.
+_MOST_BETWEEN = 2**22
 
 
 def decode_rgb(encoded: tf.Tensor | bytes) -> tf.Tensor:
-    """Decodes an image of any supported format, a string scalar, to float32 RGB `(h, w, 3)` in [0, 1]."""
-    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-    image.set_shape([None, None, 3])
-    return tf.cast(image, tf.float32) / 255.0
+    """Decodes an image of any supported format, a string scalar, to upright float32 RGB `(h, w, 3)` in [0, 1]."""
+    return tf.cast(decode_pixels(encoded), tf.float32) / 255.0
 
 
 def to_grayscale(images: tf.Tensor) -> tf.Tensor:
@@ -46,20 +49,61 @@ def resize_antialiased(images: tf.Tensor, height: int | tf.Tensor, width: int | 
     Returns:
         float32 images of that size.
     """
-    channels = images.shape[-1]
-    *batch, _, old_width, _ = _sizes(images)
+    return _resized_window(images, [height, width], [0, 0], [height, width])
+
+
+def _resized_window(images, size, corner, window):
+    """The window `(height, width)` at `corner` of images that are resized to `size`; all are ints or int scalars.
+
+    Only the part of the images that the window needs is resized. So neither time nor memory depends on `size`.
+    """
+    sides = zip(_sizes(images)[-3:-1], size, corner, window)
+    starts, spans, scales, shifts = zip(*[_needed(*side) for side in sides])
+    images = images[..., starts[0] : starts[0] + spans[0], starts[1] : starts[1] + spans[1], :]
+    scale_rows = functools.partial(_scale_axis, axis=-3, size=window[0], scale=scales[0], shift=shifts[0])
+    scale_columns = functools.partial(_scale_axis, axis=-2, size=window[1], scale=scales[1], shift=shifts[1])
+    # Long strips would need much memory between the two steps in the usual order.
+    between = tf.cast(window[0], tf.int64) * tf.cast(spans[1], tf.int64)
+    return tf.cond(
+        between <= _MOST_BETWEEN,
+        lambda: scale_columns(scale_rows(images)),
+        lambda: scale_rows(scale_columns(images)),
+    )
+
+
+def _needed(old, new, begin, length):
+    """What `length` pixels from `begin` on need of a side of `old` pixels that is scaled to `new`.
+
+    Returns:
+        `(start, span, scale, shift)`: the part of the old side, the factor that scales it, and where it then begins.
+    """
+    scale, begin = tf.cast(new, tf.float32) / tf.cast(old, tf.float32), tf.cast(begin, tf.float64)
+    # The triangle of the antialiasing reaches as far as one pixel of the smaller image.
+    step = 1.0 / tf.cast(scale, tf.float64)
+    reach = tf.maximum(step, 1.0) + 1.0
+    start = tf.maximum(tf.floor((begin + 0.5) * step - reach), 0.0)
+    end = tf.math.ceil((begin + tf.cast(length, tf.float64) - 0.5) * step + reach)
+    span = tf.minimum(end, tf.cast(old, tf.float64)) - start
+    shift = tf.cast(start * tf.cast(scale, tf.float64) - begin, tf.float32)
+    return tf.cast(start, tf.int32), tf.cast(span, tf.int32), scale, shift
+
+
+def _scale_axis(images, axis, size, scale, shift):
+    """Scales the height (axis -3) or width (-2) of images by `scale`; returns `size` pixels from `-shift` on."""
+    *batch, height, width, channels = _sizes(images)
     swap = [*range(len(batch)), len(batch) + 1, len(batch), len(batch) + 2]
-
-    def scale_height(images, new_height, row):
-        old_height = _sizes(images)[-3]
-        rows = tf.image.resize(
-            tf.reshape(images, [*batch, old_height, 1, row * channels]), (new_height, 1), antialias=True
-        )
-        return tf.reshape(rows, [*batch, new_height, row, channels])
-
-    images = scale_height(images, height, old_width)
-    images = scale_height(tf.transpose(images, swap), width, height)
-    return tf.transpose(images, swap)
+    if axis == -2:
+        images, height, width = tf.transpose(images, swap), width, height
+    images = tf.raw_ops.ScaleAndTranslate(
+        images=tf.reshape(images, [math.prod(batch), height, 1, width * channels]),
+        size=tf.stack([size, 1]),
+        scale=tf.stack([scale, 1.0]),
+        translation=tf.stack([shift, 0.0]),
+        kernel_type="triangle",
+        antialias=True,
+    )
+    images = tf.reshape(images, [*batch, size, width, channels])
+    return tf.transpose(images, swap) if axis == -2 else images
 
 
 def _sizes(images):
@@ -182,35 +226,42 @@ class Preprocessing:
         return Preprocessing(self.height, self.width, self.channels, self.resize_size)
 
     def decode(self, encoded: tf.Tensor | bytes) -> tf.Tensor:
-        """Decodes a PNG, JPEG, BMP or GIF (first frame), a string scalar, to float32 `(h, w, channels)` in [0, 1]."""
+        """Decodes an image, a string scalar, to upright float32 `(h, w, channels)` in [0, 1]; see `decode_pixels`."""
         return with_channels(decode_rgb(encoded), self.channels)
 
     def from_pixels(self, pixels: tf.Tensor | np.ndarray) -> tf.Tensor:
         """Preprocesses uint8 images `(..., h, w, c)`, converted to `channels` if needed."""
-        images = tf.cast(pixels, tf.float32) / 255.0
-        return self(with_channels(images, self.channels))
+        return self.normalize(self.resize_pixels(pixels))
 
     def from_bytes(self, encoded: tf.Tensor | bytes) -> tf.Tensor:
         """Decodes and preprocesses an image, a string scalar, to `(height, width, channels)`."""
-        return self(self.decode(encoded))
+        return self.from_pixels(decode_pixels(encoded))
+
+    def resize_pixels(self, pixels: tf.Tensor | np.ndarray) -> tf.Tensor:
+        """Resizes and crops uint8 images `(..., h, w, c)` to `(..., height, width, channels)` in [0, 1]."""
+        # As bytes until they are small, because large images take four times the memory as floats.
+        return with_channels(tf.cast(self.resize(tf.convert_to_tensor(pixels)), tf.float32) / 255.0, self.channels)
 
     def resize(self, images: tf.Tensor) -> tf.Tensor:
-        """Resizes and crops float images `(..., h, w, channels)` to `(..., height, width, channels)`."""
+        """Resizes and crops images `(..., h, w, channels)` to float `(..., height, width, channels)`.
+
+        Of a long image, only the part that becomes the crop is resized.
+        """
         size = (self.height, self.width)
         if self.resize_size is None:
             if images.shape[-3:-1] == size:
                 return images
             return self._set_size(resize_antialiased(images, *size))
-        height, width = tf.shape(images)[-3], tf.shape(images)[-2]
-        shorter = tf.cast(tf.minimum(height, width), tf.float32)
+        sides = [tf.cast(side, tf.float64) for side in _sizes(images)[-3:-1]]
+        shorter = tf.minimum(*sides)
+        # As int64, because the scaled image, which is not computed, may be longer than int32 counts.
         scaled = [
-            tf.maximum(tf.cast(tf.round(tf.cast(side, tf.float32) * self.resize_size / shorter), tf.int32), least)
-            for side, least in ((height, self.height), (width, self.width))
+            tf.maximum(tf.cast(tf.round(side * self.resize_size / shorter), tf.int64), least)
+            for side, least in zip(sides, size)
         ]
-        images = resize_antialiased(images, *scaled)
-        top, left = (scaled[0] - self.height) // 2, (scaled[1] - self.width) // 2
-        return self._set_size(images[..., top : top + self.height, left : left + self.width, :])
+        corner = [(length - least) // 2 for length, least in zip(scaled, size)]
+        return self._set_size(_resized_window(images, scaled, corner, size))
 
     def _set_size(self, images):
-        images.set_shape([*images.shape[:-3], *self.output_shape])
+        images.set_shape([*images.shape[:-3], self.height, self.width, images.shape[-1]])
         return images

@@ -22,7 +22,9 @@ def export_encoder(model: keras.Model, preprocessing: Any, path: str | os.PathLi
 
     - "serving_default": `images`, float32 `(batch, h, w, channels)` of any size in [0, 1], where white is 1;
     - "pixels": `pixels`, uint8 `(batch, h, w, channels)` of any size in 0..255;
-    - "encoded_images": `encoded_images`, strings `(batch,)`, each an encoded PNG, JPEG, BMP or GIF image of any size.
+    - "encoded_images": `encoded_images`, strings `(batch,)`, each an encoded PNG, JPEG, BMP or GIF image, or WebP where
+      TensorFlow decodes it. Images are turned upright by their EXIF orientation. An image of more than 89,478,485
+      pixels by its header is refused with an InvalidArgumentError before it is decoded.
 
     `channels` is that of `preprocessing`. Images of another shape, and floats that are not finite or not in
     [-0.5, 1.5], are refused with `tf.errors.InvalidArgumentError`. Only TensorFlow is needed to load the SavedModel:

@@ -12,11 +12,12 @@ from absl import logging
 from tqdm import tqdm
 
 from s2sd_tf.checks import check_folder_to_write, checked_int
+from s2sd_tf.data.decoding import first_line
 from s2sd_tf.data.image_folder import EXTENSIONS, walk_folders
 from s2sd_tf.evaluation.embeddings import read_items, shard_folders, shard_name, write_shard
 from s2sd_tf.evaluation.search import build_index
 from s2sd_tf.files import LEFTOVER, read_json, remove_leftovers, replacing, write_json
-from s2sd_tf.serving.encoder import Encoder, first_line
+from s2sd_tf.serving.encoder import Encoder
 from s2sd_tf.untrusted import image_excess, read_json_object
 
 
@@ -38,7 +39,8 @@ def list_images(root: str | os.PathLike) -> list[Item]:
     """Lists all image files under a folder as `Item`s, sorted by id.
 
     The id is the path relative to `root`. The label is the file's folder relative to `root`, and empty for files in
-    `root` itself. Links are followed, except a link to a folder that contains it.
+    `root` itself. Links are followed, except a link to a folder that contains it. Other files, and folders that cannot
+    be listed, are counted in a warning; names that begin with a dot are ignored.
 
     Raises:
         FileNotFoundError: `root` is not a folder.
@@ -47,14 +49,20 @@ def list_images(root: str | os.PathLike) -> list[Item]:
     if not os.path.isdir(root):
         raise FileNotFoundError(f"images: expected a folder. Received: {root!r}")
     items = []
-    for folder, names in walk_folders(root):
+    skipped: list[tuple[str, str]] = []
+    for folder, names in walk_folders(root, skipped):
         label = os.path.relpath(folder, root).replace(os.sep, "/")
         for name in names:
+            path = os.path.join(folder, name)
             if name.lower().endswith(EXTENSIONS):
-                path = os.path.join(folder, name)
                 items.append(
                     Item(os.path.relpath(path, root).replace(os.sep, "/"), path, "" if label == "." else label)
                 )
+            else:
+                skipped.append((path, "not an image file by its extension"))
+    if skipped:
+        some = "\n".join([f"  {path}: {why}" for path, why in skipped[:10]] + ["  ..."] * (len(skipped) > 10))
+        logging.warning("%d files or folders under %r are skipped:\n%s", len(skipped), os.fspath(root), some)
     if not items:
         raise ValueError(f"images: expected files {', '.join(EXTENSIONS)} under the folder. Received: {root!r}")
     return sorted(items)

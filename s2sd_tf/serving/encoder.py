@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.data.annotations import path_under
+from s2sd_tf.data.decoding import why_not_decoded
 from s2sd_tf.data.preprocessing import decode_rgb
 from s2sd_tf.export.encoder import load_encoder
 from s2sd_tf.files import sha256
@@ -74,7 +75,7 @@ class Encoder:
                 try:
                     rows[position] = self([encoded[position]])[0]
                 except tf.errors.InvalidArgumentError as error:
-                    errors[position] = first_line(error)
+                    errors[position] = why_not_decoded(encoded[position], error)
         for row in np.flatnonzero(~np.isfinite(rows).all(axis=1)):
             errors.setdefault(int(row), "its embedding is not finite")
         return rows, errors
@@ -118,14 +119,5 @@ def read_image_under(root: str | os.PathLike, name: str) -> np.ndarray | None:
 
 
 def decode_image(encoded: bytes | tf.Tensor) -> np.ndarray:
-    """Decodes an image to float RGB `(h, w, 3)` in [0, 1]."""
-    return decode_rgb(encoded).numpy()
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message that says what is wrong, at most 200 characters."""
-    lines = str(getattr(error, "message", error)).splitlines()
-    # Lines that only say where in the graph it happened.
-    where = ("Graph execution error", "Detected at node", "<stack traces", "[[")
-    reasons = [line.strip() for line in lines if line.strip() and not line.strip().startswith(where)]
-    return (reasons or [type(error).__name__])[0][:200]
+    """Decodes an image to upright float RGB `(h, w, 3)` in [0, 1]."""
+    return decode_rgb(tf.convert_to_tensor(encoded)).numpy()
