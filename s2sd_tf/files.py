@@ -1,20 +1,32 @@
-"""Atomic file writes that survive a power cut, JSON and digests, and the error raised when a disk is full."""
+"""Atomic file writes that survive a power cut, locks, JSON and digests, and the error raised when a disk is full."""
 
 import contextlib
+import datetime
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from absl import logging
+
 from s2sd_tf.checks import check_folder_to_write
 
-# Name prefix of the temporary folders of writes in progress. One that remains was left by a killed process.
+# Name prefix of the temporary folders of writes in progress, and of locks. One that remains was left by a killed
+# process.
 LEFTOVER = ".writing-"
 
+# In a folder that is locked by its only writer.
+_LOCK = f"{LEFTOVER}lock"
+_TEMPORARY = re.compile(re.escape(LEFTOVER) + "[a-z0-9_]{8}")
+# As a `pathlib.Path`, a URL has one slash.
+_URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -32,22 +44,41 @@ class OutOfSpace(OSError):
         self.reason = reason
 
 
+def local_path(argument: str, path: str | os.PathLike) -> str:
+    """Returns the path with `~` and `~user` expanded.
+
+    Raises:
+        ValueError: `path` is a URL, such as gs://bucket/folder; the message names `argument`.
+    """
+    path = os.fspath(path)
+    if _URL.match(path):
+        raise ValueError(
+            f"{argument}: expected a path in the file systems of this machine; mount the storage, or copy the files. "
+            f"Received: {path!r}"
+        )
+    return os.path.expanduser(path)
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[str]:
     """Writes a file or folder atomically: `with replacing(path) as temporary`.
 
     Yields a temporary path in a folder beside `path`, with the same name. When the block ends, what was written there
     replaces `path` and is flushed to the disk, so that it survives a power cut. If the block raises, it is removed. A
-    folder replaces only a folder, by two renames.
+    folder replaces only a folder, by two renames. What killed processes left beside `path` is removed first.
 
     Raises:
         OutOfSpace: the block, or the flush to the disk, ran out of room.
         IsADirectoryError: `path` is a folder, but a file was written.
     """
-    path = os.path.abspath(path)
+    path = os.path.abspath(local_path("path", path))
     with reporting_out_of_space(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=LEFTOVER, dir=os.path.dirname(path))
+        with _explaining(f"{path}: expected a path that can be written"):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            for name in os.listdir(os.path.dirname(path)):
+                if _TEMPORARY.fullmatch(name):
+                    _remove_abandoned(os.path.join(os.path.dirname(path), name))
+            folder, lock = _temporary_folder(os.path.dirname(path))
         temporary = os.path.join(folder, os.path.basename(path))
         try:
             yield temporary
@@ -59,6 +90,44 @@ def replacing(path: str | os.PathLike) -> Iterator[str]:
             _sync(os.path.dirname(path))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def only_writer(argument: str, path: str | os.PathLike, inside: bool = False) -> Iterator[None]:
+    """Within the block no other process, on any machine, gets past `only_writer` for the same folder.
+
+    The kernel holds the lock and releases it when the process ends in any way, so a killed process blocks nobody. The
+    lock is a file that says who holds it, and is removed at the end. On a file system without locks, a warning is
+    logged instead.
+
+    Args:
+        argument: name of the argument or flag for the message.
+        path: folder to write. It need not exist.
+        inside: whether the lock is in the folder, which is created for it, and removed at the end if it is still empty.
+            Otherwise the lock is beside it, for a folder that is replaced as a whole.
+
+    Raises:
+        ValueError: another process has the folder; the message names it.
+        OSError: the folder cannot be written.
+    """
+    path = os.path.abspath(local_path(argument, path))
+    lock = os.path.join(path, _LOCK)
+    if not inside:
+        lock = os.path.join(os.path.dirname(path), f"{_LOCK}-{_short_name(path)}")
+    created = _missing_folders(os.path.dirname(lock))
+    with reporting_out_of_space(path), _explaining(f"{argument}: expected a folder that can be written", path):
+        descriptor = _acquire(argument, path, lock)
+    try:
+        yield
+    finally:
+        # Removed before it is released: a process that waits for the removed file notices, see `_acquire`.
+        with contextlib.suppress(OSError):
+            os.unlink(lock)
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            for folder in created:
+                os.rmdir(folder)
 
 
 @contextlib.contextmanager
@@ -78,18 +147,25 @@ def check_replaceable(argument: str, path: str | os.PathLike, marker: str) -> No
     a folder that is not empty and has no file named `marker`.
     """
     # An empty path is the current folder.
-    full = os.path.abspath(path)
+    full = os.path.abspath(local_path(argument, path))
     taken = os.path.exists(full) and (not os.path.isdir(full) or bool(os.listdir(full)))
     if taken and not os.path.exists(os.path.join(full, marker)):
         raise ValueError(f"{argument}: expected a new folder, or one of its kind, with {marker}. Received: {path!r}")
-    check_folder_to_write(argument, path)
+    check_folder_to_write(argument, full)
+
+
+def has_content(folder: str | os.PathLike) -> bool:
+    """Whether a folder has anything except what a killed writer left, and locks."""
+    return any(not name.startswith(LEFTOVER) for name in os.listdir(folder))
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Removes what killed writers left in `folder`. Nothing else may be writing there at the time."""
+    """Removes what killed writers left in `folder`. What a living process is writing stays, except on a file system
+    without locks, where nothing else may be writing at the time.
+    """
     for name in os.listdir(folder):
-        if name.startswith(LEFTOVER):
-            shutil.rmtree(os.path.join(folder, name))
+        if name.startswith(LEFTOVER) and not name.startswith(_LOCK):
+            _remove_abandoned(os.path.join(folder, name), without_locks=True)
 
 
 def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> None:
@@ -120,6 +196,119 @@ def sha256(*paths: str | os.PathLike) -> str:
             while block := file.read(2**20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _explaining(expected, path=None):
+    """Turns an OSError of the block, which would name a temporary file, into one of the same type that explains it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or _out_of_space(error) is not None:
+            raise
+        received = error.strerror if path is None else f"{path!r}: {error.strerror}"
+        raise type(error)(f"{expected}. Received: {received}") from error
+
+
+def _acquire(argument, path, lock):
+    """Returns the descriptor of the locked file `lock`, which says who holds it."""
+    while True:
+        os.makedirs(os.path.dirname(lock), exist_ok=True)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # The process that created the folder has removed it again.
+        try:
+            locked = _lock(descriptor)
+            if locked is False:
+                raise ValueError(
+                    f"{argument}: expected a folder that no other process is writing. Received: {path!r}, which "
+                    f"{_holder(descriptor)} is writing"
+                )
+            if locked is None:
+                logging.warning(
+                    "%s is on a file system without locks: make sure that no other process writes it at the same time",
+                    path,
+                )
+            # The process that held it may have removed it meanwhile.
+            if _is_open(descriptor, lock):
+                now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+                holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _short_name(path):
+    """A name of fixed length for the last part of a path, which may itself be as long as names can be."""
+    return hashlib.sha256(os.fsencode(os.path.basename(path))).hexdigest()[:16]
+
+
+def _lock(descriptor):
+    """Whether the open file or folder is now locked; False: by somebody else; None: the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+
+
+def _holder(descriptor):
+    try:
+        about = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {about['pid']} on {about['host']}, since {about['since']},"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _is_open(descriptor, path):
+    """Whether `path` is the open file or folder."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _missing_folders(folder):
+    """The folders that `os.makedirs(folder)` would create, the innermost first."""
+    missing = []
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    return missing
+
+
+def _temporary_folder(parent):
+    """A new folder in `parent`, locked as long as the returned descriptor is open."""
+    while True:
+        folder = tempfile.mkdtemp(prefix=LEFTOVER, dir=parent)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # Another process took it for abandoned before it was locked, here and below.
+        if _lock(descriptor) is not False and _is_open(descriptor, folder):
+            return folder, descriptor
+        os.close(descriptor)
+
+
+def _remove_abandoned(folder, without_locks=False):
+    """Removes a temporary folder unless its writer lives. `without_locks`: also if there are no locks that tell."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        locked = _lock(descriptor)
+        if locked or (locked is None and without_locks):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
 
 
 def _move(temporary, path, aside):

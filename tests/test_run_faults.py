@@ -16,7 +16,7 @@ from s2sd_tf import data
 from s2sd_tf.cli import app
 from s2sd_tf.files import LEFTOVER, OutOfSpace, read_json, replacing, write_json
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.training import Interrupted, NonFiniteLoss, finishing, loop, train
+from s2sd_tf.training import Interrupted, NonFiniteLoss, finishing, loop, resolve, train
 from s2sd_tf.training import run as run_module
 from s2sd_tf.training.checkpoints import Checkpoints, RunState
 from s2sd_tf.training.finite_loss import FiniteLoss
@@ -153,6 +153,48 @@ class TestInterruption:
         assert len(steps) == STEPS * (EPOCHS - 2)
         assert_the_same(left(workdir), whole)
 
+    def test_trained_on_for_more_epochs(self, tmp_path, tmp_path_factory, monkeypatch):
+        """A finished run gets more epochs: the same weights and logs as if it had had them from the start."""
+
+        def finish(run):
+            results = {"epochs": run.state.epoch}
+            write_json(os.path.join(run.workdir, "results.json"), results)
+            return results
+
+        monkeypatch.setattr(run_module, "finish", finish)
+        changes = {"optimizer.schedule.name": "constant", "eval.every": 1}
+        whole = left_alone(tmp_path_factory, **changes)
+        workdir = str(tmp_path / "run")
+        assert train(small_config(**changes, **{"train.epochs": EPOCHS - 1}), workdir) == {"epochs": EPOCHS - 1}
+        # A run that was stopped on the way to its new end does not take the old results for the new ones.
+        after_steps(monkeypatch, (EPOCHS - 1) * STEPS + 1, term)
+        with pytest.raises(Interrupted):
+            train(small_config(**changes), workdir)
+        assert train(small_config(**changes), workdir) == {"epochs": EPOCHS}
+        assert read_json(tmp_path / "run" / "results.json") == {"epochs": EPOCHS}
+        assert_the_same(left(tmp_path / "run"), whole)
+        assert read_json(tmp_path / "run" / "config.json")["train"]["epochs"] == EPOCHS
+        assert [s.get("epochs") for s in read_json(tmp_path / "run" / "run.json")["sessions"]] == [None, EPOCHS, None]
+        with pytest.raises(ValueError, match=rf"differs in train.epochs \({EPOCHS} there, {EPOCHS - 1} here\)$"):
+            train(small_config(**changes, **{"train.epochs": EPOCHS - 1}), workdir)
+
+    def test_a_cosine_schedule_needs_its_number_of_epochs(self, tmp_path):
+        (tmp_path / "config.json").write_text(resolve(small_config()).to_json())
+        with pytest.raises(
+            ValueError, match=r"differs in train.epochs \(3 there, 4 here\), and the cosine schedule dep"
+        ):
+            train(small_config(**{"train.epochs": EPOCHS + 1}), tmp_path)
+
+    def test_a_failed_evaluation_costs_no_step(self, tmp_path, monkeypatch, whole):
+        workdir = tmp_path / "run"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("s2sd_tf.evaluation.callback.retrieval_metrics", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                train(small_config(), str(workdir))
+        assert (workdir / "checkpoints" / f"epoch_000001_step_{STEPS:06d}").exists()
+        train(small_config(), str(workdir))
+        assert_the_same(left(workdir), whole)
+
     def test_at_the_start(self, tmp_path, monkeypatch):
         monkeypatch.setattr(run_module, "load_data", lambda *_: term())
         with pytest.raises(Interrupted, match="SIGTERM: stopped at the start; "):
@@ -206,6 +248,24 @@ class TestInterruption:
 
         with Interruption() as interruption, pytest.raises(Interrupted, match="SIGTERM"), interruption.interruptible():
             wrap()
+
+    @pytest.mark.parametrize(
+        ("error", "message"),
+        [
+            (IsADirectoryError(21, "Is a directory", "x/y"),
+             "x/y: expected a path that can be read or written. Received: Is a directory"),
+            (PermissionError("report: expected a path"), "report: expected a path"),
+            (tf.errors.NotFoundError(None, None, "x; No such file"), "x; No such file"),
+        ],
+    )  # fmt: skip
+    def test_errors_of_the_system_are_reported_in_one_line(self, error, message, capsys):
+        def main(_):
+            raise error
+
+        with pytest.raises(SystemExit) as caught:
+            app._reporting_errors(main, "s2sd-train")(["s2sd-train"])
+        assert caught.value.code == 2
+        assert capsys.readouterr().err == f"s2sd-train: error: {message}\n"
 
     def test_the_program_reports_it_in_one_line(self, capsys):
         def main(_):
@@ -469,8 +529,8 @@ class TestNoRoom:
         again = ". Make room; the same command then resumes from"
         message = full(Checkpoints, "save", lambda _, model, state: state.epoch == EPOCHS, 30_000)
         assert f"{workdir}/checkpoints/epoch_{EPOCHS:06d}: expected room" in message
-        assert f"{again} epoch 2" in message
-        assert set(os.listdir(workdir / "checkpoints")) == {"epoch_000002"}
+        assert f"{again} epoch {EPOCHS}, step {STEPS}" in message
+        assert set(os.listdir(workdir / "checkpoints")) == {"epoch_000002", f"epoch_000002_step_{STEPS:06d}"}
         message = full(loop, "write_history", lambda _, history: len(history) == EPOCHS, 100)
         assert f"{workdir}/history.csv: expected room" in message
         assert len(read_history(workdir)) == 2

@@ -16,8 +16,9 @@ from s2sd_tf import data
 from s2sd_tf.cli.tables import sections_table
 from s2sd_tf.files import write_json
 from s2sd_tf.keras_compat import IS_KERAS_3, keras
-from s2sd_tf.training import CollapseAlarm, load_run, optimizers, train
+from s2sd_tf.training import CollapseAlarm, load_run, optimizers, resolve, train
 from s2sd_tf.training.averages import averaged_weights
+from s2sd_tf.training.build import warn_of_short_run
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.dry_run import dry_run
 from s2sd_tf.training.history import read_history
@@ -157,14 +158,14 @@ class TestBenchmarkSets:
         assert int(tf.convert_to_tensor(model.s2sd_loss.step)) == 6
 
     def test_validation_by_image(self, tmp_path):
-        write_sop(tmp_path, classes=8, images_per_class=4)
+        write_sop(tmp_path, classes=8, images_per_class=6)
         config = small_config(**{
-            "data.name": "sop", "data.root": str(tmp_path), "data.validation_fraction": 0.25,
+            "data.name": "sop", "data.root": str(tmp_path), "data.validation_fraction": 0.4,
         })  # fmt: skip
         parts = load_data(config)
         assert parts.train.class_names == parts.validation.class_names
-        assert (parts.train.class_counts() == 3).all()
-        assert (parts.validation.class_counts() == 1).all()
+        assert (parts.train.class_counts() == 4).all()
+        assert (parts.validation.class_counts() == 2).all()
         assert parts.train.super_classes
 
     def test_sizes_and_normalisation_follow_preset_and_backbone(self, tmp_path):
@@ -216,6 +217,106 @@ class TestBenchmarkSets:
     def test_errors(self, changes, message):
         with pytest.raises(ValueError, match=message):
             load_data(small_config(**changes))
+
+
+class TestSmallFolders:
+    """Class folders that are too small are refused before a run writes anything; the message names key and class."""
+
+    @pytest.fixture
+    def config(self, tmp_path):
+        def make(counts, **changes):
+            pixels = tf.io.encode_png(np.zeros((8, 8, 3), np.uint8)).numpy()
+            for name, count in counts.items():
+                (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+                for number in range(count):
+                    (tmp_path / "data" / name / f"{number}.png").write_bytes(pixels)
+            return small_config(**{"data.name": "folder", "data.root": str(tmp_path / "data"), **changes})
+
+        return make
+
+    @pytest.mark.parametrize(
+        ("counts", "changes", "message"),
+        [
+            ({"a": 1, "b": 2, "c": 1, "d": 1}, {}, "config.data, the test classes: expected at least one class with "
+             "two images, or nothing can be evaluated. Received: 2 queries of 2 classes, all without"),
+            ({"a": 3, "b": 3, "c": 3, "d": 3}, {"data.validation_classes": 4},
+             "config.data.validation_classes: expected 0, as there are 2 classes that do not test, and 2 must train. "
+             "Received: 4. With few classes, hold out images instead: config.data.validation_classes=0 and "
+             "config.data.validation_fraction=0.2"),
+            ({name: 1 + (name > "e") for name in "abcdefgh"}, {"data.validation_classes": 2},
+             "config.data.validation_classes, the held-out classes: expected at least one class with two images, or "
+             "nothing can be evaluated. Received: 2 queries of 2 classes, all without"),
+            ({"a": 1, "b": 1, "c": 2, "d": 2}, {"data.validation_fraction": 0.2},
+             "config.data.validation_fraction: expected 0, as no training class has more than one image. Received: "
+             "0.2"),
+            ({"a": 3, "b": 3, "c": 2}, {"data.folder.test_classes": "c", "data.validation_fraction": 0.2},
+             "config.data.validation_fraction, the held-out images: expected at least one class with two images, or "
+             "nothing can be evaluated. Received: 2 queries of 2 classes, all without"),
+            ({"a": 3, "b": 1, "c": 5, "d": 2, "e": 2, "f": 2}, {"data.samples_per_class": 4},
+             "config.data.samples_per_class: expected at least 4 images in every class that trains. Received: 'a' "
+             "with 3, 'b' with 1. Set it to 1 or less, or config.sampler.class_balanced.short_classes to "
+             "'repeat' or 'skip'"),
+            ({"a": 3, "b": 1, "c": 5, "d": 2, "e": 2, "f": 2}, {"sampler.class_balanced.short_classes": "skip"},
+             "config.data.classes_per_batch: expected at most 2, the number of classes that train; config.sampler."
+             "class_balanced.short_classes skips 1 with fewer images than config.data.samples_per_class. Received: 3"),
+            (dict.fromkeys("abcdefgh", 2), {"data.validation_classes": 2},
+             "config.data.classes_per_batch: expected at most 2, the number of classes that train; "
+             "config.data.validation_classes holds out 2. Received: 3"),
+            ({"a": 3}, {}, "root: expected at least 2 classes, one to train on and one to test on, or a test_root. "
+             "Received: '{root}' with 1, 'a'"),
+        ],
+    )  # fmt: skip
+    def test_are_refused(self, counts, changes, message, tmp_path, config):
+        for begin in (lambda config: train(config, str(tmp_path / "run")), dry_run):
+            with pytest.raises(ValueError, match=f"^{re.escape(message.format(root=tmp_path / 'data'))}$"):
+                begin(config(counts, **changes))
+        assert not (tmp_path / "run").exists()
+
+    def test_a_comparison_is_refused_before_its_runs(self, tmp_path, config, call):
+        config({"a": 4, "b": 4, "c": 4, "d": 4, "e": 1, "f": 1, "g": 1, "h": 1})
+        done = call("compare", f"--config={REPOSITORY / 'configs' / 'folder.py'}", f"--workdir={tmp_path / 'compared'}",
+                    f"--config.data.root={tmp_path / 'data'}", status=2)  # fmt: skip
+        assert "error: config.data, the test classes: expected at least one class with two images" in done.stderr
+        assert not (tmp_path / "compared").exists()
+
+    def test_in_fit(self, small_model):
+        images = np.zeros((4, 8, 8, 1), np.float32)
+        model = small_model()
+        model.compile()
+        for labels, gallery, message in (
+            (np.arange(4), {}, "labels: expected at least one class with two images, or nothing can be evaluated."),
+            (np.zeros(4, int), {"gallery_images": images, "gallery_labels": np.ones(4, int)},
+             "labels: expected at least one class with a query and an image in the gallery"),
+            (np.zeros(3, int), {}, "labels: expected one for each of 4 images. Received: 3"),
+        ):  # fmt: skip
+            callback = s2sd_tf.evaluation.RetrievalEvaluation(images, labels, **gallery)
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+                model.fit(images, np.zeros(4, np.int32), callbacks=[callback], verbose=0)
+        assert not int(tf.convert_to_tensor(model.s2sd_loss.step))
+
+
+class TestShortRuns:
+    """Distillation terms that a run of 6 steps does not reach are reported."""
+
+    @pytest.mark.parametrize(
+        ("s2sd", "expected"),
+        [
+            ({"feature_distill": False}, ""),
+            ({"feature_distill": False, "distill_warmup_steps": 6}, ""),
+            ({"feature_distill_delay": 5}, ""),
+            ({"feature_distill_delay": 6, "feature_distill_weight": 0.0}, ""),
+            ({"feature_distill_delay": 6}, "the feature distillation never acts (config.s2sd.feature_distill_delay is "
+             "6). Train for 7 steps or more (config.train.epochs), or lower these keys."),
+            ({"distill_warmup_steps": 24, "feature_distill_delay": 3, "feature_distill_warmup_steps": 12},
+             "the distillation reaches only 25% of its weight (config.s2sd.distill_warmup_steps is 24) and the feature "
+             "distillation reaches only 25% of its weight (config.s2sd.feature_distill_warmup_steps is 12). Train for "
+             "24 steps or more (config.train.epochs), or lower these keys."),
+        ],
+    )  # fmt: skip
+    def test_are_reported(self, s2sd, expected, log):
+        config = small_config(**{f"s2sd.{key}": value for key, value in s2sd.items()})
+        warn_of_short_run(resolve(config), load_data(config))
+        assert log() == ([f"In the 6 steps of this run, {expected}"] if expected else [])
 
 
 class TestDryRun:
@@ -316,7 +417,7 @@ def test_the_logs_say_where_the_time_went(slow, log):
 class TestCollapseAlarm:
     def warnings(self, log, model, rows):
         """The warnings of the alarm, as `(epoch from 0, message)`."""
-        alarm, found = CollapseAlarm(), []
+        alarm, found = CollapseAlarm(after_steps=0), []
         alarm.set_model(model)
         for epoch, row in enumerate(rows):
             before = len(log())
@@ -333,6 +434,14 @@ class TestCollapseAlarm:
         assert [epoch for epoch, _ in found] == [1, 4]
         assert "Epoch 2: the embeddings have collapsed: mean similarity 0.95, rank 3.0 of 4; " in found[0][1]
         assert "config.optimizer.learning_rate" in found[0][1]
+
+    def test_the_first_steps_do_not_count(self, small_model, log):
+        model = small_model()
+        alarm = CollapseAlarm()
+        for step, expected in ((99, 0), (100, 1)):
+            model.s2sd_loss.step.assign(step)
+            alarm.check(model, 0, {"mean_similarity": 0.99})
+            assert len(log()) == expected
 
     def test_reports_the_rank_and_the_targets(self, small_model, log):
         row = {

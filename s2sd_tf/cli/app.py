@@ -9,13 +9,16 @@ from absl import app, flags, logging
 
 from s2sd_tf.cli import help
 
+# The flags that `define_path` defines belong to the program that calls it.
+flags.disclaim_key_flags()
+
 
 def run(main: Callable[[list[str]], Any]) -> None:
     """Runs an absl `main(argv)`.
 
-    `--help` and `--version` are answered before anything else, with exit status 0. Bad arguments, configs and files, a
-    loss that is not finite and a full disk end in one message on stderr and exit status 2. An interrupted run, which
-    can be resumed, reports that in one line and ends with exit status 75.
+    `--help` and `--version` are answered before anything else, with exit status 0. Bad arguments, configs and files,
+    paths that cannot be read or written, a loss that is not finite and a full disk end in one message on stderr and
+    exit status 2. An interrupted run, which can be resumed, reports that in one line and ends with exit status 75.
 
     If the environment variable `S2SD_TF_TRACEBACK` is set, errors are raised instead.
     """
@@ -29,6 +32,29 @@ def run(main: Callable[[list[str]], Any]) -> None:
         app.run(_reporting_errors(main, program), flags_parser=_parse)
     except (flags.Error, _BadConfig) as error:
         _fail(program, error)
+
+
+def define_path(name: str, default: str | None, about: str, required: bool = False) -> Any:
+    """Defines a flag that is a path, see `files.local_path`."""
+    return flags.DEFINE(_Path(name), name, default, about, serializer=flags.ArgumentSerializer(), required=required)
+
+
+def define_paths(name: str, default: list[str] | None, about: str, required: bool = False) -> Any:
+    """Defines a flag that is a path, and may be repeated."""
+    serializer: Any = flags.ArgumentSerializer()
+    return flags.DEFINE_multi(_Path(name), serializer, name, default, about, required=required)
+
+
+class _Path(flags.ArgumentParser):
+    syntactic_help = "a path"
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def parse(self, argument: str) -> str:
+        from s2sd_tf.files import local_path
+
+        return local_path(f"--{self._name}", argument)
 
 
 class _BadConfig(Exception):
@@ -55,19 +81,25 @@ def _parse(argv):
 
 
 def _reporting_errors(main, program):
-    from s2sd_tf.files import OutOfSpace
+    import tensorflow as tf
+
     from s2sd_tf.training import Interrupted
     from s2sd_tf.training.compare import RunFailed
+
+    # What TensorFlow raises where Python raises an OSError.
+    files = (tf.errors.NotFoundError, tf.errors.PermissionDeniedError)
 
     def reporting(argv):
         if len(argv) > 1:
             _fail(program, f"unexpected arguments {argv[1:]}")
         try:
-            return main(argv)
+            result = main(argv)
+            sys.stdout.flush()
+            return result
         except Interrupted as error:
             print(f"{program}: {error}", file=sys.stderr)
             raise
-        except (ValueError, FileNotFoundError, FloatingPointError, ImportError, OutOfSpace, RunFailed) as error:
+        except (ValueError, OSError, FloatingPointError, ImportError, RunFailed, *files) as error:
             if os.environ.get("S2SD_TF_TRACEBACK"):
                 raise
             _fail(program, error)
@@ -76,5 +108,14 @@ def _reporting_errors(main, program):
 
 
 def _fail(program, error):
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # A full disk or a closed pipe. Python would report it once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        error = (
+            f"{os.fsdecode(error.filename)}: expected a path that can be read or written. Received: {error.strerror}"
+        )
     print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)

@@ -15,12 +15,12 @@ from absl import flags
 from s2sd_tf.cli import app
 from s2sd_tf.cli.tables import embedding_summary
 
-_ENCODER = flags.DEFINE_string(
+_ENCODER = app.define_path(
     "encoder", None, "SavedModel of s2sd-export, on a file system that the workers can read.", required=True
 )
-_IMAGES = flags.DEFINE_string("images", None, "Folder of images, on a file system that the workers can read.")
+_IMAGES = app.define_path("images", None, "Folder of images, on a file system that the workers can read.")
 _TFRECORDS = flags.DEFINE_string("tfrecords", None, "Pattern of TFRecord files with the features image, id and label.")
-_OUTPUT = flags.DEFINE_string("output", None, "New folder, on a file system that the workers share.", required=True)
+_OUTPUT = app.define_path("output", None, "New folder, on a file system that the workers share.", required=True)
 _SHARDS = flags.DEFINE_integer("shards", 16, "Maximum number of shards.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images embedded at a time.", lower_bound=1)
 _METHOD = flags.DEFINE_enum("method", "scann", ["scann", "exact", "none"], "Search method of each shard's index.")

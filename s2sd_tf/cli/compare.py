@@ -17,7 +17,7 @@ from absl import flags
 from s2sd_tf.cli import app, configs
 from s2sd_tf.cli.tables import metrics_table
 
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = app.define_path(
     "workdir", None, "Folder of the comparison. Each run gets a folder in its runs/.", required=True
 )
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, separated by commas.")
@@ -33,8 +33,16 @@ def main() -> None:
 
 
 def _main(_):
+    from s2sd_tf.files import only_writer
+
+    with only_writer("--workdir", _WORKDIR.value, inside=True):
+        _compare()
+
+
+def _compare():
     from s2sd_tf.files import check_replaceable, replacing, write_json
     from s2sd_tf.training import resolve
+    from s2sd_tf.training.build import check_data_of_runs
     from s2sd_tf.training.compare import run_all, summarize
 
     if not all(seed.isdecimal() for seed in _SEEDS.value):
@@ -55,6 +63,8 @@ def _main(_):
             workdir = os.path.join(_WORKDIR.value, "runs", f"{folder}_seed{seed}")
             runs[workdir] = [*given, f"--config.seed={seed}"]
             groups[name].append(workdir)
+    if not all(os.path.exists(os.path.join(workdir, "results.json")) for workdir in runs):
+        check_data_of_runs(config, map(int, _SEEDS.value))
     results = run_all(runs, _JOBS.value)
     rows = {name: summarize([results[workdir] for workdir in workdirs]) for name, workdirs in groups.items()}
     write_json(

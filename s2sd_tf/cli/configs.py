@@ -42,11 +42,16 @@ def value(flag: Any) -> ConfigDict:
     Raises:
         ValueError: there is none, or it cannot be loaded.
     """
-    if flag.value is None:
+    if flag.value is None and not flag.present:
         raise ValueError("--config: expected a config file. Received: none")
     try:
         # ml_collections raises an error of loading only when the config is first used.
         flag.value.to_json()
     except OSError as error:
         raise ValueError(f"config: {error}") from error
+    except AttributeError as error:
+        raise ValueError(
+            "--config: expected a file whose get_config returns a config, made by s2sd_tf.training.default_config. "
+            f"Received: one that returns {type(flag.value).__name__}"
+        ) from error
     return flag.value

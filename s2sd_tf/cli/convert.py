@@ -15,10 +15,10 @@ from s2sd_tf.cli import app
 _BACKBONE = flags.DEFINE_string(
     "backbone", None, "Name of the backbone; see s2sd-train --list=backbones.", required=True
 )
-_WEIGHTS = flags.DEFINE_string(
+_WEIGHTS = app.define_path(
     "weights", None, "PyTorch state dict, a .pth, .pt, .safetensors or .npz file.", required=True
 )
-_OUTPUT = flags.DEFINE_string("output", None, ".weights.h5 file to write.", required=True)
+_OUTPUT = app.define_path("output", None, ".weights.h5 file to write.", required=True)
 _INPUT_SIZE = flags.DEFINE_integer(
     "input_size", 224, "Side of the images in pixels. Transformers get position embeddings for it.", lower_bound=1
 )

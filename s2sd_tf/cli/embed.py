@@ -13,9 +13,9 @@ from absl import flags
 from s2sd_tf.cli import app
 from s2sd_tf.cli.tables import embedding_summary
 
-_ENCODER = flags.DEFINE_string("encoder", None, "SavedModel of s2sd-export.", required=True)
-_IMAGES = flags.DEFINE_string("images", None, "Folder of images, with or without class folders.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write, or to resume.", required=True)
+_ENCODER = app.define_path("encoder", None, "SavedModel of s2sd-export.", required=True)
+_IMAGES = app.define_path("images", None, "Folder of images, with or without class folders.", required=True)
+_OUTPUT = app.define_path("output", None, "Folder to write, or to resume.", required=True)
 _SHARD_SIZE = flags.DEFINE_integer("shard_size", 4096, "Images per shard.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images embedded at a time.", lower_bound=1)
 

@@ -17,26 +17,22 @@ from absl import flags
 from s2sd_tf.cli import app, configs
 from s2sd_tf.cli.tables import metrics_table
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of a finished run, whose model is evaluated on its test classes."
-)
-_MODEL = flags.DEFINE_string(
-    "model", None, "SavedModel of s2sd-export, or a .keras file next to its preprocessing.json."
-)
-_EMBEDDINGS = flags.DEFINE_string("embeddings", None, "Folder of s2sd-embed, or a .npy, .npz or .tfrecord file.")
-_IMAGES = flags.DEFINE_string(
+_WORKDIR = app.define_path("workdir", None, "Folder of a finished run, whose model is evaluated on its test classes.")
+_MODEL = app.define_path("model", None, "SavedModel of s2sd-export, or a .keras file next to its preprocessing.json.")
+_EMBEDDINGS = app.define_path("embeddings", None, "Folder of s2sd-embed, or a .npy, .npz or .tfrecord file.")
+_IMAGES = app.define_path(
     "images", None, "With --model: folder of class folders. With --embeddings: folder in which the ids are paths."
 )
-_LABELS = flags.DEFINE_string(
+_LABELS = app.define_path(
     "labels", None, "With --embeddings: labels, a .npy file or a text file in UTF-8 with one label per line."
 )
-_GALLERY_IMAGES = flags.DEFINE_string(
+_GALLERY_IMAGES = app.define_path(
     "gallery_images", None, "With --model: folder of class folders to search in; by default --images."
 )
-_GALLERY_EMBEDDINGS = flags.DEFINE_string(
+_GALLERY_EMBEDDINGS = app.define_path(
     "gallery_embeddings", None, "With --embeddings: embeddings to search in; by default --embeddings."
 )
-_GALLERY_LABELS = flags.DEFINE_string("gallery_labels", None, "Labels of --gallery_embeddings; see --labels.")
+_GALLERY_LABELS = app.define_path("gallery_labels", None, "Labels of --gallery_embeddings; see --labels.")
 _SAME_IDS = flags.DEFINE_bool(
     "same_ids", False, "With --gallery_embeddings: equal ids mean the same image, which then does not find itself."
 )
@@ -53,9 +49,9 @@ _CLUSTERING = flags.DEFINE_bool("clustering", True, "Compute NMI, AMI and F1 of 
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of k-means, intervals and samples.", lower_bound=0)
 _MEMORY = flags.DEFINE_integer("memory_mib", 512, "Memory for exact search in MiB.", lower_bound=1)
 _REGISTER = configs.define_register()
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file to write. With --workdir, by default evaluation.json in it.")
-_REPORT = flags.DEFINE_string("report", None, "HTML page to write; it needs no other file.")
-_PROJECTOR = flags.DEFINE_string("projector", None, "Folder to write for TensorBoard's embedding projector.")
+_OUTPUT = app.define_path("output", None, "JSON file to write. With --workdir, by default evaluation.json in it.")
+_REPORT = app.define_path("report", None, "HTML page to write; it needs no other file.")
+_PROJECTOR = app.define_path("projector", None, "Folder to write for TensorBoard's embedding projector.")
 
 
 def main() -> None:

@@ -10,12 +10,10 @@ Examples:
 
 import os
 
-from absl import flags
-
 from s2sd_tf.cli import app, configs
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a finished run.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write. By default saved_model in the work directory.")
+_WORKDIR = app.define_path("workdir", None, "Folder of a finished run.", required=True)
+_OUTPUT = app.define_path("output", None, "Folder to write. By default saved_model in the work directory.")
 _REGISTER = configs.define_register()
 
 
@@ -26,14 +24,15 @@ def main() -> None:
 
 def _main(_):
     from s2sd_tf.export import export_encoder
-    from s2sd_tf.files import check_replaceable
+    from s2sd_tf.files import check_replaceable, only_writer
     from s2sd_tf.training import load_run
 
     output = _OUTPUT.value or os.path.join(_WORKDIR.value, "saved_model")
     check_replaceable("--output", output, "saved_model.pb")
     configs.register(_REGISTER)
-    model, _, preprocessing = load_run(_WORKDIR.value)
-    export_encoder(model, preprocessing, output)
+    with only_writer("--output", output):
+        model, _, preprocessing = load_run(_WORKDIR.value)
+        export_encoder(model, preprocessing, output)
     print(f"SavedModel with signatures serving_default, pixels and encoded_images: {output}")
 
 

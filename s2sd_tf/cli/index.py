@@ -8,14 +8,16 @@ Examples:
   s2sd-index --embeddings=embeddings --output=index --encoder=runs/digits/saved_model --saved_model=retrieval
 """
 
+import contextlib
+
 from absl import flags
 
 from s2sd_tf.cli import app
 
-_EMBEDDINGS = flags.DEFINE_string(
+_EMBEDDINGS = app.define_path(
     "embeddings", None, "Folder of s2sd-embed, or a .npy, .npz or .tfrecord file.", required=True
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write the index to.", required=True)
+_OUTPUT = app.define_path("output", None, "Folder to write the index to.", required=True)
 _METHOD = flags.DEFINE_enum("method", "scann", ["scann", "exact"], "Search method.")
 _METRIC = flags.DEFINE_enum(
     "metric", "cosine", ["cosine", "euclidean"], "Similarity: cosine, or negative euclidean distance."
@@ -24,10 +26,8 @@ _RECALL = flags.DEFINE_float("recall", 0.99, "Recall against exact search that S
 _K = flags.DEFINE_integer(
     "k", 10, "Number of neighbours for --recall, and of those that the SavedModel finds.", lower_bound=1
 )
-_ENCODER = flags.DEFINE_string("encoder", None, "SavedModel of s2sd-export; needed for --saved_model.")
-_SAVED_MODEL = flags.DEFINE_string(
-    "saved_model", None, "Folder to write a SavedModel that maps images to ids and scores."
-)
+_ENCODER = app.define_path("encoder", None, "SavedModel of s2sd-export; needed for --saved_model.")
+_SAVED_MODEL = app.define_path("saved_model", None, "Folder to write a SavedModel that maps images to ids and scores.")
 
 
 def main() -> None:
@@ -36,6 +36,16 @@ def main() -> None:
 
 
 def _main(_):
+    from s2sd_tf.files import only_writer
+
+    with contextlib.ExitStack() as stack:
+        for flag in (_OUTPUT, _SAVED_MODEL):
+            if flag.value:
+                stack.enter_context(only_writer(f"--{flag.name}", flag.value))
+        _build()
+
+
+def _build():
     from s2sd_tf.evaluation import ScannIndex, build_index, read_embeddings
     from s2sd_tf.export import export_retrieval
     from s2sd_tf.files import check_replaceable

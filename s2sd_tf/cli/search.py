@@ -15,14 +15,12 @@ from absl import flags
 
 from s2sd_tf.cli import app
 
-_INDEX = flags.DEFINE_string("index", None, "Folder of s2sd-index or s2sd-beam.", required=True)
-_ENCODER = flags.DEFINE_string("encoder", None, "SavedModel of s2sd-export.", required=True)
-_IMAGE = flags.DEFINE_multi_string(
-    "image", None, "Image file to search with. Repeat the flag for several.", required=True
-)
+_INDEX = app.define_path("index", None, "Folder of s2sd-index or s2sd-beam.", required=True)
+_ENCODER = app.define_path("encoder", None, "SavedModel of s2sd-export.", required=True)
+_IMAGE = app.define_paths("image", None, "Image file to search with. Repeat the flag for several.", required=True)
 _K = flags.DEFINE_integer("k", 10, "Number of images to find.", lower_bound=1)
-_PICTURE = flags.DEFINE_string("picture", None, "PNG file to write, with the queries and the images found.")
-_IMAGES = flags.DEFINE_string("images", None, "Folder in which the ids are paths; needed for --picture.")
+_PICTURE = app.define_path("picture", None, "PNG file to write, with the queries and the images found.")
+_IMAGES = app.define_path("images", None, "Folder in which the ids are paths; needed for --picture.")
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ _NAME = flags.DEFINE_string(
     "Data set; see s2sd-train --list=datasets. Of folder, the first half of the classes trains.",
     required=True,
 )
-_ROOT = flags.DEFINE_string("root", None, "Folder of the data set.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
+_ROOT = app.define_path("root", None, "Folder of the data set.", required=True)
+_OUTPUT = app.define_path("output", None, "Folder to write.", required=True)
 _SHARD_MIB = flags.DEFINE_float("shard_mib", 128.0, "Size in MiB at which a new shard starts.", lower_bound=0.001)
 _SOURCE = flags.DEFINE_enum("source", "auto", ["auto", "files", "shards", "tfds"], "What --root contains.")
 _ON_CORRUPT = flags.DEFINE_enum("on_corrupt", "raise", ["raise", "skip"], "What to do with files that are not images.")
@@ -32,10 +32,12 @@ def main() -> None:
 
 def _main(_):
     from s2sd_tf.data import datasets, write_shards
+    from s2sd_tf.files import only_writer
 
     chosen = {"on_corrupt": _ON_CORRUPT.value, "check": _CHECK.value, "source": _SOURCE.value}
-    split = datasets.load(_NAME.value, _ROOT.value, **chosen)
-    shards = write_shards(split, _OUTPUT.value, _SHARD_MIB.value, _NAME.value)
+    with only_writer("--output", _OUTPUT.value):
+        split = datasets.load(_NAME.value, _ROOT.value, **chosen)
+        shards = write_shards(split, _OUTPUT.value, _SHARD_MIB.value, _NAME.value)
     lines = [("part", "images", "classes", "shards")]
     lines += [
         (part, f"{images:,}", f"{classes:,}", f"{shards[part]:,}") for part, (images, classes) in split.counts().items()

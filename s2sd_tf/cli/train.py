@@ -19,7 +19,7 @@ from s2sd_tf.cli.tables import metrics_table, registry_table, sections_table
 # What has names to choose from.
 REGISTRIES = ("objectives", "miners", "samplers", "backbones", "datasets")
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run. A new one is created; an interrupted run resumes.")
+_WORKDIR = app.define_path("workdir", None, "Folder of the run. A new one is created; an interrupted run resumes.")
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Build everything, take two steps, evaluate a sample, report what was found, and write nothing."
 )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from s2sd_tf.data.preprocessing import Preprocessing
 from s2sd_tf.data.retrieval_split import RetrievalSplit
+from s2sd_tf.files import local_path
 
 
 class _DataSet(NamedTuple):
@@ -60,6 +61,12 @@ def settings(name: str) -> dict[str, Any]:
     }
 
 
+def path_settings(name: str) -> list[str]:
+    """The settings of a data set that are paths, by their type hints."""
+    parameters = inspect.signature(_lookup(name).load).parameters
+    return [key for key, parameter in parameters.items() if key != "root" and "PathLike" in str(parameter.annotation)]
+
+
 def loader(name: str) -> Callable[..., RetrievalSplit]:
     """The function that loads a data set."""
     return _lookup(name).load
@@ -97,9 +104,11 @@ def load(name: str, root: str | os.PathLike = "", **chosen: Any) -> RetrievalSpl
         FileNotFoundError, ValueError, ImportError: see the data set's own function.
     """
     function, known = _lookup(name).load, settings(name)
+    root = local_path("root", root)
     unknown = sorted(set(chosen) - set(known))
     if unknown:
         raise ValueError(f"data set {name!r}: expected settings from {sorted(known)}. Received: {unknown}")
+    chosen.update({key: local_path(key, chosen[key]) for key in path_settings(name) if key in chosen})
     return function(root, **chosen) if "root" in inspect.signature(function).parameters else function(**chosen)
 
 

@@ -53,6 +53,11 @@ def load_folder(
 def _split(read, root, test_root, test_classes, test_fraction):
     patterns = [pattern.strip() for pattern in test_classes.split(",") if pattern.strip()]
     images = read(root)
+    if not test_root and images.num_classes < 2:
+        raise ValueError(
+            "root: expected at least 2 classes, one to train on and one to test on, or a test_root. "
+            f"Received: {os.fspath(root)!r} with 1, {images.class_names[0]!r}"
+        )
     if not test_root:
         chosen = {"test_classes": patterns} if patterns else {"test_fraction": test_fraction}
         return RetrievalSplit(*split_classes(images, **chosen))

@@ -8,6 +8,7 @@ import numpy as np
 
 from s2sd_tf.data.image_files import check_options, select_readable
 from s2sd_tf.data.image_set import ImageSet
+from s2sd_tf.files import local_path
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp")
 # Folders that divide a data set, not classes.
@@ -34,6 +35,7 @@ def load_image_folder(root: str | os.PathLike, on_corrupt: str = "raise", check:
         ValueError: no image under `root`; class folders in parts such as `train` and `test`; or, with "raise", files
             that are not images and folders that cannot be listed.
     """
+    root = local_path("root", root)
     check_options(on_corrupt, check)
     images, bad = scan_image_folder(root)
     (images,) = select_readable([images], root, on_corrupt, check, bad)

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
-from s2sd_tf.evaluation.metrics import checked_ks, retrieval_metrics
+from s2sd_tf.evaluation.metrics import check_answerable, checked_ks, retrieval_metrics
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.labels import label_array
 
@@ -84,6 +84,8 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         return {self.prefix + name: value for name, value in self.latest.items()}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Raises ValueError if no query has a positive."""
+        check_answerable("labels", self.labels, self.gallery_labels)
         self._is_due_at_end = False
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:

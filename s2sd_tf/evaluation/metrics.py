@@ -99,6 +99,28 @@ class RetrievalResult:
         return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
 
 
+def check_answerable(
+    argument: str, query_labels: tf.Tensor | np.ndarray, gallery_labels: tf.Tensor | np.ndarray | None = None
+) -> None:
+    """Raises ValueError unless at least one query has a positive, without which nothing can be evaluated.
+
+    Args:
+        argument: what the message names.
+        query_labels, gallery_labels: integer arrays `(n,)`. Without a gallery the queries search among themselves.
+    """
+    query_labels = np.asarray(query_labels)
+    if gallery_labels is None:
+        wanted, answerable = "two images", np.unique(query_labels, return_counts=True)[1].max(initial=0) > 1
+    else:
+        wanted = "a query and an image in the gallery"
+        answerable = bool(np.isin(query_labels, np.asarray(gallery_labels)).any())
+    if not answerable:
+        raise ValueError(
+            f"{argument}: expected at least one class with {wanted}, or nothing can be evaluated. Received: "
+            f"{len(query_labels)} queries of {len(np.unique(query_labels))} classes, all without"
+        )
+
+
 def retrieval_metrics(
     queries: Rows | tf.Tensor,
     query_labels: tf.Tensor | np.ndarray,

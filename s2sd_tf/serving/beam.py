@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from s2sd_tf.checks import check_folder_to_write
 from s2sd_tf.evaluation.embeddings import shard_name
-from s2sd_tf.files import read_json, write_json
+from s2sd_tf.files import has_content, local_path, only_writer, read_json, write_json
 from s2sd_tf.serving.embed import Item, read_item, write_items_as_shard
 from s2sd_tf.serving.encoder import Encoder
 
@@ -93,29 +93,30 @@ def run(
         The content of `summary.json`: "images", "embedded", "failed" (a list of `{"id", "error"}`), "dim", "shards".
 
     Raises:
-        ValueError: `folder` is not empty, or `encoder` is invalid.
+        ValueError: `folder` is not empty, another process is writing it, or `encoder` is invalid.
     """
+    folder = local_path("folder", folder)
     check_folder_to_write("folder", folder)
-    if os.path.isdir(folder) and os.listdir(folder):
-        raise ValueError(f"folder: expected a new or empty one. Received: {folder!r}")
     embed = EmbedImages(encoder, folder, shards, batch_size, index)
-    os.makedirs(folder, exist_ok=True)
-    # A folder with a plan and without a summary counts as unfinished.
-    write_json(os.path.join(folder, "plan.json"), {"shards": shards, "index": index})
-    with beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(options or [])) as pipeline:
-        if isinstance(source, str):
-            records = pipeline | "Read" >> beam.io.ReadFromTFRecord(source)
-            images = examples_to_images(records)
-        else:
-            images = pipeline | "List" >> beam.Create(source) | "Spread" >> beam.Reshuffle()
-        done = images | embed
-        # The workers may be on other machines, so the summary comes back as a file.
-        (
-            done
-            | "One" >> beam.combiners.ToList()
-            | "Summary" >> beam.Map(_summarize, path=os.path.join(folder, "summary.json"), dim=embed.dim)
-        )
-    return read_json(os.path.join(folder, "summary.json"))
+    with only_writer("folder", folder, inside=True):
+        if has_content(folder):
+            raise ValueError(f"folder: expected a new or empty one. Received: {folder!r}")
+        # A folder with a plan and without a summary counts as unfinished.
+        write_json(os.path.join(folder, "plan.json"), {"shards": shards, "index": index})
+        with beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(options or [])) as pipeline:
+            if isinstance(source, str):
+                records = pipeline | "Read" >> beam.io.ReadFromTFRecord(source)
+                images = examples_to_images(records)
+            else:
+                images = pipeline | "List" >> beam.Create(source) | "Spread" >> beam.Reshuffle()
+            done = images | embed
+            # The workers may be on other machines, so the summary comes back as a file.
+            (
+                done
+                | "One" >> beam.combiners.ToList()
+                | "Summary" >> beam.Map(_summarize, path=os.path.join(folder, "summary.json"), dim=embed.dim)
+            )
+        return read_json(os.path.join(folder, "summary.json"))
 
 
 class _Embed(beam.DoFn):

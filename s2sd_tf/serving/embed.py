@@ -16,7 +16,7 @@ from s2sd_tf.data.decoding import first_line
 from s2sd_tf.data.image_folder import EXTENSIONS, walk_folders
 from s2sd_tf.evaluation.embeddings import read_items, shard_folders, shard_name, write_shard
 from s2sd_tf.evaluation.search import build_index
-from s2sd_tf.files import LEFTOVER, read_json, remove_leftovers, replacing, write_json
+from s2sd_tf.files import has_content, local_path, only_writer, read_json, remove_leftovers, replacing, write_json
 from s2sd_tf.serving.encoder import Encoder
 from s2sd_tf.untrusted import image_excess, read_json_object
 
@@ -101,10 +101,10 @@ def embed_images(
         The content of `summary.json`: "images", "embedded", "failed" (a list of `{"id", "error"}`), "dim", "shards".
 
     Raises:
-        ValueError: an argument is invalid, `folder` was written with other settings or another encoder, or its shards
-            have images that are not among `items`.
+        ValueError: an argument is invalid, `folder` was written with other settings or another encoder, its shards have
+            images that are not among `items`, or another process is writing it.
     """
-    items = list(items)
+    items, folder = list(items), local_path("folder", folder)
     check_folder_to_write("folder", folder)
     shard_size, batch_size = checked_int("shard_size", shard_size, 1), checked_int("batch_size", batch_size, 1)
     if len({item.id for item in items}) < len(items) or not items:
@@ -118,18 +118,21 @@ def embed_images(
         "shard_size": shard_size,
         "index": index,
     }
-    missing = _start(folder, plan, items)
-    if len(missing) < len(items):
-        logging.info("%s has %d of %d images; resuming", folder, len(items) - len(missing), len(items))
+    with only_writer("folder", folder, inside=True):
+        missing = _start(folder, plan, items)
+        _embed(missing, len(items), encoder, folder, shard_size, batch_size, index, progress)
+        return _summarize(folder, len(items), encoder.dim)
+
+
+def _embed(missing, total, encoder, folder, shard_size, batch_size, index, progress):
+    if len(missing) < total:
+        logging.info("%s has %d of %d images; resuming", folder, total - len(missing), total)
     free = (name for name in map(shard_name, itertools.count()) if not os.path.isdir(os.path.join(folder, name)))
-    bar = tqdm(
-        total=len(items), initial=len(items) - len(missing), desc="Embedding", unit="image", disable=not progress
-    )
+    bar = tqdm(total=total, initial=total - len(missing), desc="Embedding", unit="image", disable=not progress)
     with bar, concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for start in range(0, len(missing), shard_size):
             path = os.path.join(folder, next(free))
             _write(path, missing[start : start + shard_size], encoder, batch_size, index, pool, bar)
-    return _summarize(folder, len(items), encoder.dim)
 
 
 def _start(folder, plan, items):
@@ -145,7 +148,7 @@ def _start(folder, plan, items):
                 f"which differs in {', '.join(differing)}"
             )
         missing = _missing(folder, items)
-    elif os.path.isdir(folder) and any(not name.startswith(LEFTOVER) for name in os.listdir(folder)):
+    elif os.path.isdir(folder) and has_content(folder):
         raise ValueError(f"folder: expected a new or empty one, or the folder of an earlier call. Received: {folder!r}")
     os.makedirs(folder, exist_ok=True)
     remove_leftovers(folder)

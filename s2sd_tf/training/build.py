@@ -1,21 +1,24 @@
 """Builds the parts of a run from its resolved config: model, optimizer, sampler, batches, evaluations."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
+from absl import logging
 from ml_collections import config_dict
 
 from s2sd_tf import mining, objectives, registry
-from s2sd_tf.data import EpochBatches, evaluation_batches, samplers
+from s2sd_tf.data import EpochBatches, ImageSet, evaluation_batches, samplers
 from s2sd_tf.data.samplers import Sampler
+from s2sd_tf.data.samplers.base import ClassSampler
 from s2sd_tf.evaluation import RetrievalEvaluation
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models import S2SDModel, backbones
 from s2sd_tf.training import optimizers
-from s2sd_tf.training.datasets import RunData
+from s2sd_tf.training.datasets import RunData, hold_out, load_split
 
 
 def set_up(config: config_dict.ConfigDict) -> None:
@@ -88,8 +91,44 @@ def build_schedule(
     )
 
 
-def build_sampler(config: config_dict.ConfigDict) -> Sampler:
-    """Builds the sampler, which chooses the images of each batch."""
+def warn_of_short_run(config: config_dict.ConfigDict, run_data: RunData) -> None:
+    """Logs a warning if a distillation term never acts in this run, or never reaches its full weight."""
+    total, section = config.train.epochs * steps_per_epoch(config, run_data), config.s2sd
+    found, needed = [], 0
+    for term, active, weight, delay, warmup in (
+        ("the distillation", bool(section.target_dims), "distill_weight", "", "distill_warmup_steps"),
+        (
+            "the feature distillation",
+            section.feature_distill,
+            "feature_distill_weight",
+            "feature_distill_delay",
+            "feature_distill_warmup_steps",
+        ),
+    ):
+        start, length = section[delay] if delay else 0, section[warmup]
+        if not active or not section[weight] or total >= max(start + length, start + 1):
+            continue
+        needed = max(needed, start + length, start + 1)
+        if total <= start:
+            found.append(f"{term} never acts (config.s2sd.{delay} is {start})")
+        else:
+            share = f"{100 * (total - start) // length}%"
+            found.append(f"{term} reaches only {share} of its weight (config.s2sd.{warmup} is {length})")
+    if found:
+        logging.warning(
+            "In the %d steps of this run, %s. Train for %d steps or more (config.train.epochs), or lower these keys.",
+            total,
+            " and ".join(found),
+            needed,
+        )
+
+
+def build_sampler(config: config_dict.ConfigDict, images: ImageSet | None = None) -> Sampler:
+    """Builds the sampler, which chooses the images of each batch.
+
+    Raises:
+        ValueError: no batch can be drawn from the training images `images`; the message names the keys and classes.
+    """
     name = config.sampler.name
     given = {
         "classes_per_batch": config.data.classes_per_batch,
@@ -97,7 +136,48 @@ def build_sampler(config: config_dict.ConfigDict) -> Sampler:
         "batch_size": config.data.classes_per_batch * config.data.samples_per_class,
     }
     known = samplers.settings(name)
-    return samplers.get(name, **config.sampler[name], **{key: given[key] for key in given if key in known})
+    sampler = samplers.get(name, **config.sampler[name], **{key: given[key] for key in given if key in known})
+    if images is not None:
+        _check_classes(config, sampler, images)
+        sampler.check(images.labels)
+    return sampler
+
+
+def _check_classes(config, sampler, images):
+    """As `ClassSampler.check`, with the keys of the config and the names of the classes."""
+    if not isinstance(sampler, ClassSampler):
+        return
+    counts, usable = images.class_counts(), sampler.usable_classes(images.labels)
+    present, key = np.flatnonzero(counts), f"config.sampler.{config.sampler.name}.short_classes"
+    short = [c for c in present if c not in set(usable)]
+    if sampler.short_classes == "raise" and short:
+        some = ", ".join(f"{images.class_names[c]!r} with {counts[c]}" for c in short[:10])
+        more = f" and {len(short) - 10} more classes" if len(short) > 10 else ""
+        raise ValueError(
+            f"config.data.samples_per_class: expected at least {sampler.samples_per_class} images in every class that "
+            f"trains. Received: {some}{more}. Set it to {min(counts[present])} or less, or {key} to 'repeat' or 'skip'"
+        )
+    if len(usable) < sampler.classes_per_batch:
+        reasons = []
+        if config.data.validation_classes:
+            reasons.append(f"config.data.validation_classes holds out {config.data.validation_classes}")
+        if short:
+            reasons.append(f"{key} skips {len(short)} with fewer images than config.data.samples_per_class")
+        raise ValueError(
+            f"config.data.classes_per_batch: expected at most {len(usable)}, the number of classes that train"
+            f"{''.join(f'; {reason}' for reason in reasons)}. Received: {sampler.classes_per_batch}"
+        )
+
+
+def check_data_of_runs(config: config_dict.ConfigDict, seeds: Iterable[int]) -> None:
+    """Loads the data, and checks that runs with these seeds can train and evaluate on it.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_data` and `build_sampler`.
+    """
+    split = load_split(config)
+    for seed in seeds:
+        build_sampler(config, hold_out(config, split.train, seed)[0])
 
 
 def build_batches(config: config_dict.ConfigDict, run_data: RunData, sampler: Sampler) -> EpochBatches:

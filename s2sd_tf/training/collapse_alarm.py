@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 
+import tensorflow as tf
 from absl import logging
 
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models import S2SDModel
 
+FIRST_STEPS = 100
 _ADVICE = {
     "": "a lower config.optimizer.learning_rate, a warm-up (config.optimizer.schedule.warmup_epochs), a smaller "
     "config.s2sd.distill_weight, or another config.objective.name may help",
@@ -18,16 +20,21 @@ _ADVICE = {
 class CollapseAlarm(keras.callbacks.Callback):
     """Logs a warning at the end of an epoch if embeddings have collapsed. It warns again only after they recovered.
 
+    The embeddings of an untrained network are all similar too, so the first `after_steps` steps do not count. A run of
+    `s2sd-train` does not count the warm-up of the learning rate either.
+
     It reads the logs of an `S2SDModel(diagnostics=True)`: for the base embedding and for the targets, the mean cosine
     between different images and the participation ratio of the covariance, which is 1 for embeddings on a line.
 
     Args:
         similarity: a mean cosine above this is a collapse.
         rank: a participation ratio below this is a collapse, if the embedding has more dimensions than this.
+        after_steps: the alarm is silent until the model has taken this many steps.
     """
 
-    def __init__(self, similarity: float = 0.9, rank: float = 2.0) -> None:
+    def __init__(self, similarity: float = 0.9, rank: float = 2.0, after_steps: int = FIRST_STEPS) -> None:
         super().__init__()
+        self.after_steps = after_steps
         self.similarity = similarity
         self.rank = rank
         self._collapsed: set[str] = set()
@@ -37,6 +44,8 @@ class CollapseAlarm(keras.callbacks.Callback):
 
     def check(self, model: S2SDModel, epoch: int, logs: Mapping[str, float]) -> None:
         """Checks the logs of an epoch (from 0). Call it from a training loop that does not use `fit`."""
+        if int(tf.convert_to_tensor(model.s2sd_loss.step)) < self.after_steps:
+            return
         dims = {"": (model.embedding_dim,), "target_": model.s2sd_loss.target_dims}
         for prefix, name in (("", "the embeddings"), ("target_", "the targets' embeddings")):
             similarity, rank = logs.get(f"{prefix}mean_similarity"), logs.get(f"{prefix}embedding_rank")

@@ -9,8 +9,9 @@ import ml_collections
 from ml_collections import config_dict
 
 from s2sd_tf import mining, objectives
-from s2sd_tf.checks import checked_int
+from s2sd_tf.checks import check_number, checked_int
 from s2sd_tf.data import augmentation, datasets, samplers
+from s2sd_tf.files import local_path
 from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models import S2SDModel, preset, updates
 from s2sd_tf.registry import constructor_arguments
@@ -177,8 +178,9 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
     """
     known = default_config()
     _check_keys(config, known, "config")
-    config = config_dict.FrozenConfigDict(json.loads(config.to_json()))
+    config = config_dict.FrozenConfigDict(_with_local_paths(json.loads(config.to_json())))
     for key, least in [
+        ("data.validation_classes", 0),
         ("data.classes_per_batch", 1),
         ("data.samples_per_class", 1),
         ("train.epochs", 1),
@@ -194,6 +196,10 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
         raise ValueError(f"config.seed: expected an int below 2^31. Received: {config.seed!r}")
     if not isinstance(config.train.jit_compile, bool):
         raise ValueError(f"config.train.jit_compile: expected True or False. Received: {config.train.jit_compile!r}")
+    fraction = config.data.validation_fraction
+    check_number("config.data.validation_fraction", fraction, "a number in [0, 1)")
+    if not 0 <= fraction < 1:
+        raise ValueError(f"config.data.validation_fraction: expected a number in [0, 1). Received: {fraction!r}")
     profile = config.train.profile
     if profile and not (
         len(profile) == 2 and all(type(step) is int for step in profile) and 1 <= profile[0] <= profile[1]
@@ -227,6 +233,18 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
     names = ("precision@1", "r_precision", "map@r", *(f"recall@{k}" for k in config.eval.ks))
     if config.eval.select_by not in names:
         raise ValueError(f"config.eval.select_by: expected one of {names}. Received: {config.eval.select_by!r}")
+    return config
+
+
+def _with_local_paths(config):
+    """Expands `~` in the paths of a config, and refuses URLs, see `local_path`."""
+    sections = {"config.data": (config["data"], ["root"]), "config.model": (config["model"], ["weights"])}
+    for name in datasets.names():
+        sections[f"config.data.{name}"] = (config["data"][name], datasets.path_settings(name))
+    for path, (section, keys) in sections.items():
+        section.update(
+            {key: local_path(f"{path}.{key}", section[key]) for key in keys if isinstance(section[key], str)}
+        )
     return config
 
 

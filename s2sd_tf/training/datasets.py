@@ -6,6 +6,7 @@ from ml_collections import config_dict
 
 from s2sd_tf import data
 from s2sd_tf.data import augmentation, datasets
+from s2sd_tf.evaluation.metrics import check_answerable
 from s2sd_tf.models import backbones
 
 
@@ -36,7 +37,7 @@ def load_data(config: config_dict.ConfigDict) -> RunData:
         ValueError, FileNotFoundError: as the data loaders.
     """
     section = config.data
-    split = datasets.load(section.name, section.root, **section[section.name])
+    split = load_split(config)
     preprocessing = datasets.preprocessing(section.name, section.image_size) or _preprocessing(config)
     chosen = _augmentation(section)
     if chosen is not None and chosen.crop == "random" and preprocessing.resize_size is None:
@@ -48,12 +49,54 @@ def load_data(config: config_dict.ConfigDict) -> RunData:
         raise ValueError(
             f"config.data.augmentation: expected one without colours for grayscale. Received: {section.augmentation!r}"
         )
-    train, validation = split.train, None
-    if section.validation_classes:
-        train, validation = data.hold_out_classes(train, section.validation_classes, config.seed)
-    elif section.validation_fraction:
-        train, validation = data.split_samples(train, section.validation_fraction, config.seed)
+    train, validation = hold_out(config, split.train, config.seed)
     return RunData(train, validation, split.test, preprocessing, split.gallery, chosen)
+
+
+def load_split(config: config_dict.ConfigDict) -> data.RetrievalSplit:
+    """Loads the data set of a resolved config, before classes or images are held out.
+
+    Raises:
+        ValueError, FileNotFoundError: as the data loaders; or test images that cannot be evaluated.
+    """
+    section = config.data
+    split = datasets.load(section.name, section.root, **section[section.name])
+    gallery = None if split.gallery is None else split.gallery.labels
+    check_answerable("config.data, the test classes", split.test.labels, gallery)
+    return split
+
+
+def hold_out(
+    config: config_dict.ConfigDict, images: data.ImageSet, seed: int
+) -> tuple[data.ImageSet, data.ImageSet | None]:
+    """Divides training images into `(train, validation)` as a resolved config says, with another seed.
+
+    Raises:
+        ValueError: too few classes or images; the message names the key.
+    """
+    section, instead = config.data, "config.data.validation_classes=0 and config.data.validation_fraction=0.2"
+    if section.validation_classes:
+        most = images.num_classes - 2
+        if not 2 <= section.validation_classes <= most:
+            some = f"0, or 2 to {most}" if most >= 2 else "0"
+            raise ValueError(
+                f"config.data.validation_classes: expected {some}, as there are {images.num_classes} classes that do "
+                f"not test, and 2 must train. Received: {section.validation_classes}. With few classes, hold out "
+                f"images instead: {instead}"
+            )
+        train, validation = data.hold_out_classes(images, section.validation_classes, seed)
+        check_answerable("config.data.validation_classes, the held-out classes", validation.labels)
+        return train, validation
+    if section.validation_fraction:
+        if images.class_counts().max() < 2:
+            raise ValueError(
+                "config.data.validation_fraction: expected 0, as no training class has more than one image. "
+                f"Received: {section.validation_fraction}"
+            )
+        train, validation = data.split_samples(images, section.validation_fraction, seed)
+        check_answerable("config.data.validation_fraction, the held-out images", validation.labels)
+        return train, validation
+    return images, None
 
 
 def _preprocessing(config):

@@ -10,7 +10,15 @@ from ml_collections import config_dict
 from s2sd_tf.data import samplers
 from s2sd_tf.evaluation import retrieval_metrics
 from s2sd_tf.keras_compat import optimizer_variables
-from s2sd_tf.training.build import build_batches, build_model, build_sampler, build_schedule, precision, set_up
+from s2sd_tf.training.build import (
+    build_batches,
+    build_model,
+    build_sampler,
+    build_schedule,
+    precision,
+    set_up,
+    warn_of_short_run,
+)
 from s2sd_tf.training.config import resolve
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.embedding import embed
@@ -41,10 +49,11 @@ def _dry_run(config):
     set_up(config)
     begin = time.monotonic()
     run_data = load_data(config)
+    sampler, drawn_by = build_sampler(config, run_data.train), config.sampler.name
+    warn_of_short_run(config, run_data)
     loaded = time.monotonic()
     model = build_model(config, run_data)
     built = time.monotonic()
-    sampler, drawn_by = build_sampler(config), config.sampler.name
     if sampler.storage is not None:
         # The real sampler would first embed all training images.
         sampler = samplers.ClassBalanced(config.data.classes_per_batch, config.data.samples_per_class)

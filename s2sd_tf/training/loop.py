@@ -1,6 +1,7 @@
 """The training loop, which starts or resumes a run and trains it to the end of its last epoch."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from s2sd_tf.training import strategies
 from s2sd_tf.training.averages import averaged_weights
 from s2sd_tf.training.build import build_batches, build_evaluations
 from s2sd_tf.training.checkpoints import Checkpoints, RunState
-from s2sd_tf.training.collapse_alarm import CollapseAlarm
+from s2sd_tf.training.collapse_alarm import FIRST_STEPS, CollapseAlarm
 from s2sd_tf.training.console import Console
 from s2sd_tf.training.datasets import RunData
 from s2sd_tf.training.embedding import predict
@@ -78,7 +79,8 @@ class Loop:
         self.train_step = make_train_step(model, run.strategy)
         self.read_means = make_means_reader(model)
         self.evaluations = build_evaluations(config, run.data)
-        self.alarm = CollapseAlarm()
+        warmup = math.ceil(config.optimizer.schedule.warmup_epochs * self.steps)
+        self.alarm = CollapseAlarm(after_steps=max(FIRST_STEPS, warmup))
         self.timer = StepTimer()
         checkpoints = run.checkpoints
         self.finite_loss = FiniteLoss(
@@ -109,7 +111,14 @@ class Loop:
                 logs = self.read_means()
                 self.finite_loss.check()
                 self.finite_loss.check_mean(epoch, logs["loss"])
-                logs.update(self.evaluate(epoch))
+                if epoch + 1 == self.epochs:
+                    # What fails, or is killed, from here on costs no steps.
+                    self.save_place()
+                try:
+                    logs.update(self.evaluate(epoch))
+                except Exception:
+                    self.save_place()
+                    raise
                 logs.update(self.timer.logs())
                 self.alarm.check(model, epoch, logs)
                 self.display.on_epoch_end(epoch, logs)

@@ -121,6 +121,9 @@ def record_session(
             "The run resumes with other versions than before and may end with different weights: %s",
             ", ".join(f"{name} {before.get(name)} -> {version}" for name, version in changed.items()),
         )
+    epochs = [record["config"]["train"]["epochs"], *(s["epochs"] for s in record["sessions"] if "epochs" in s)][-1]
+    if config.train.epochs != epochs:
+        now["epochs"] = config.train.epochs
     write_json(path, {**record, "sessions": [*record["sessions"], now]})
 
 

@@ -10,9 +10,9 @@ import tensorflow as tf
 from absl import logging
 from ml_collections import config_dict
 
-from s2sd_tf.files import OutOfSpace, read_json, remove_leftovers, write_json
+from s2sd_tf.files import OutOfSpace, local_path, only_writer, read_json, remove_leftovers, write_json
 from s2sd_tf.training import strategies
-from s2sd_tf.training.build import build_model, build_sampler, precision, set_up
+from s2sd_tf.training.build import build_model, build_sampler, precision, set_up, warn_of_short_run
 from s2sd_tf.training.checkpoints import Checkpoints
 from s2sd_tf.training.config import resolve
 from s2sd_tf.training.datasets import load_data
@@ -27,6 +27,10 @@ def train(
     config: config_dict.ConfigDict, workdir: str | os.PathLike, strategy: tf.distribute.Strategy | None = None
 ) -> dict[str, Any]:
     """Trains a model in `workdir`. If called again after an interruption, resumes and ends with the same weights.
+
+    If called again with a larger `config.train.epochs`, also after the end, the run is trained on, and all results are
+    replaced at the new end. The weights are those of a run that had as many epochs from the start. Only a cosine
+    schedule depends on the number of epochs, and refuses another one.
 
     The work directory holds `config.json`, `run.json` (how the run was made, see `record_session`), `checkpoints/`,
     `history.csv`, `tensorboard/`, and at the end `best.keras`, `preprocessing.json`, `results.json`, `curves.png`,
@@ -53,22 +57,27 @@ def train(
 
     Raises:
         ValueError: a bad config; data that do not fit it, or differ from the data that the run started with; a work
-            directory written by a different config, or one with only unreadable checkpoints.
+            directory written by a different config, one that another process is writing, or one with only unreadable
+            checkpoints.
         ImportError: the config uses tensorflow-addons, which the default stack does not have.
         Interrupted: the run was asked to stop and can resume; a `SystemExit` with code 75.
         NonFiniteLoss: the loss became NaN or infinite.
         OutOfSpace: the disk is full; the run can resume once there is space.
     """
-    config = resolve(config)
+    config, workdir = resolve(config), local_path("workdir", workdir)
     check_workdir(config, workdir)
     results_path = os.path.join(workdir, "results.json")
     if os.path.exists(results_path):
-        logging.info("%s is finished; its results are in %s", workdir, results_path)
-        return read_json(results_path)
+        results = read_json(results_path)
+        if results["epochs"] >= config.train.epochs:
+            logging.info("%s is finished; its results are in %s", workdir, results_path)
+            return results
 
     if strategy is None:
         strategy = tf.distribute.get_strategy()
     with _own_folder(workdir, strategy) as own:
+        # Again, now that no other process writes it: one may have started the same run just before.
+        check_workdir(config, workdir)
         checkpoints = Checkpoints(own, config.train.checkpoints_kept, _selects_by(config))
         with _explaining_how_to_resume(checkpoints, strategy), Interruption() as interruption, precision(config):
             with interruption.interruptible():
@@ -82,9 +91,10 @@ def train(
 
 @contextlib.contextmanager
 def _own_folder(workdir, strategy):
-    """The folder that this process writes to: the work directory for the chief, else a temporary one."""
+    """The folder that this process writes to: the work directory, locked, for the chief, else a temporary one."""
     if strategies.is_chief(strategy):
-        yield workdir
+        with only_writer("workdir", workdir, inside=True):
+            yield workdir
         return
     with tempfile.TemporaryDirectory(prefix="s2sd_tf-worker-") as own:
         yield own
@@ -113,6 +123,7 @@ def _begin(config, workdir, checkpoints, strategy, interruption):
     """Starts a `Run`, or resumes it from its last checkpoint, and writes its record beside `checkpoints`."""
     set_up(config)
     run_data = load_data(config)
+    sampler = build_sampler(config, run_data.train)
     fingerprints = check_data(workdir, run_data)
     if strategies.has_workers(strategy):
         _share_checkpoints(strategy, checkpoints, workdir)
@@ -124,14 +135,13 @@ def _begin(config, workdir, checkpoints, strategy, interruption):
             logging.info("Resuming after %s", state)
     if strategies.has_workers(strategy):
         _check_all_stand_alike(strategy, state, workdir)
-    sampler = build_sampler(config)
-    sampler.check(run_data.train.labels)
     own = os.path.dirname(checkpoints.folder)
     if os.path.isdir(own):
         remove_leftovers(own)
     # Only now, because a config that cannot be trained must leave no files.
     write_json(os.path.join(own, "config.json"), config.to_dict())
     record_session(own, config, fingerprints, model, state, strategies.describe(strategy))
+    warn_of_short_run(config, run_data)
     return Run(
         config=config,
         data=run_data,

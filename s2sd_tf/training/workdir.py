@@ -6,7 +6,7 @@ import os
 from ml_collections import config_dict
 
 from s2sd_tf.data import Preprocessing
-from s2sd_tf.files import LEFTOVER
+from s2sd_tf.files import has_content, local_path
 from s2sd_tf.models import S2SDModel
 from s2sd_tf.training.config import default_config, unknown_keys
 from s2sd_tf.training.embedding import load_model
@@ -14,19 +14,26 @@ from s2sd_tf.untrusted import read_json_object, reading
 
 
 def check_workdir(config: config_dict.ConfigDict, workdir: str | os.PathLike) -> None:
-    """Raises ValueError if `workdir` was written by a different config, or is not a work directory."""
+    """Raises ValueError if `workdir` was written by a different config, or is not a work directory.
+
+    More `train.epochs` than there are the same config, unless the learning rate depends on them.
+    """
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path):
         there = config_dict.FrozenConfigDict(_stored_config(path)).to_dict()
-        differing = sorted(_differences(_used(there), _used(config.to_dict())))
+        here = config.to_dict()
+        grows, by_epochs = here["train"]["epochs"] > there["train"]["epochs"], there["optimizer"]["schedule"]["name"]
+        if grows and by_epochs != "cosine":
+            there["train"]["epochs"] = here["train"]["epochs"]
+        differing = sorted(_differences(_used(there), _used(here)))
+        if differing and grows and by_epochs == "cosine":
+            differing.append("and the cosine schedule depends on the number of epochs")
         if differing:
             raise ValueError(
                 f"workdir: expected a new folder or one written by this config. Received: {workdir!r}, whose config "
                 f"differs in {', '.join(differing)}"
             )
-    elif os.path.exists(workdir) and (
-        not os.path.isdir(workdir) or any(not name.startswith(LEFTOVER) for name in os.listdir(workdir))
-    ):
+    elif os.path.exists(workdir) and (not os.path.isdir(workdir) or has_content(workdir)):
         raise ValueError(f"workdir: expected a new or empty folder, or the folder of a run. Received: {workdir!r}")
 
 
@@ -39,6 +46,7 @@ def load_run(workdir: str | os.PathLike) -> tuple[S2SDModel, config_dict.FrozenC
     Raises:
         FileNotFoundError: `workdir` holds no finished run.
     """
+    workdir = local_path("workdir", workdir)
     paths = {name: os.path.join(workdir, name) for name in ("config.json", "preprocessing.json", "best.keras")}
     for name, path in paths.items():
         if not os.path.exists(path):
