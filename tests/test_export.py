@@ -304,7 +304,7 @@ class TestPythonDoors:
         status, answer = post(image)
         assert (status, len(answer["matches"])) == (200, 3)
         for body in (b"", b"no image", image[:40]):
-            assert post(body) == (400, {"error": f"expected an encoded image. Received: {len(body)} other bytes"})
+            assert post(body) == (400, {"error": "expected a PNG, JPEG, BMP or GIF image of at most 89478485 pixels"})
 
         def broken(encoded_images):
             raise tf.errors.InternalError(None, None, "the device is gone")
@@ -347,7 +347,7 @@ class TestExportEncoder:
         (tmp_path / "file").write_text("mine")
         monkeypatch.chdir(tmp_path)
         for path in ("file", "file/out", "file/new/out", ""):
-            with pytest.raises(ValueError, match="path: expected a new folder"):
+            with pytest.raises(ValueError, match="path: expected a (new folder|path to write)"):
                 export.export_encoder(small_model(), data.Preprocessing(8, 8, 1), path)
         check_replaceable("path", "new/folder", "saved_model.pb")
         assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]

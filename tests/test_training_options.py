@@ -289,8 +289,8 @@ class TestSmallFolders:
              "labels: expected at least one class with a query and an image in the gallery"),
             (np.zeros(3, int), {}, "labels: expected one for each of 4 images. Received: 3"),
         ):  # fmt: skip
-            callback = s2sd_tf.evaluation.RetrievalEvaluation(images, labels, **gallery)
             with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+                callback = s2sd_tf.evaluation.RetrievalEvaluation(images, labels, **gallery)
                 model.fit(images, np.zeros(4, np.int32), callbacks=[callback], verbose=0)
         assert not int(tf.convert_to_tensor(model.s2sd_loss.step))
 
@@ -492,7 +492,7 @@ class TestWhatARunLogs:
         assert keras.mixed_precision.global_policy().name == before
 
     def test_a_run_of_an_older_version_resumes(self, tmp_path):
-        config, results = small_config().to_dict(), {"steps": 6}
+        config, results = small_config().to_dict(), {"steps": 6, "epochs": 2}
         for section, keys in (
             ("train", ("checkpoints_kept", "profile", "precision", "jit_compile")),
             ("s2sd", ("gather_replicas", "diagnostics")),
