@@ -1,9 +1,10 @@
 """Argument checks. Each error names the argument, what was expected and what was received."""
 
+import difflib
 import math
 import numbers
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 
@@ -65,6 +66,12 @@ def check_file_to_write(argument: str, path: str | os.PathLike) -> None:
     if os.path.isdir(path):
         raise ValueError(f"{argument}: expected a file to write. Received: {os.fspath(path)!r}, which is a folder")
     _check_parent(argument, path)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Returns "; did you mean ...?" with the names closest to `name`, or "" if none is close."""
+    close = difflib.get_close_matches(name, names, 2)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def check_folder_to_write(argument: str, path: str | os.PathLike) -> None:

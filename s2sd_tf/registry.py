@@ -6,6 +6,8 @@ import pkgutil
 from collections.abc import Iterable
 from typing import Any
 
+from s2sd_tf.checks import did_you_mean
+
 
 class Registry:
     """Finds classes by name and makes instances of them.
@@ -52,7 +54,9 @@ class Registry:
             ValueError: no such name.
         """
         if name not in self._classes:
-            raise ValueError(f"{self._kind}: expected one of {self.names()}. Received: {name!r}")
+            raise ValueError(
+                f"{self._kind}: expected one of {self.names()}. Received: {name!r}{did_you_mean(name, self._classes)}"
+            )
         return self._classes[name]
 
     def settings(self, name: str) -> dict[str, Any]:

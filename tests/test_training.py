@@ -164,8 +164,12 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            ((DIGITS, "--config.model.embeding_dim=8", "--workdir=never"), "embeding_dim"),
-            (("--config=missing.py", "--workdir=never"), "missing.py"),
+            ((DIGITS, "--config.embedding_dim=8", "--workdir=never"), "did you mean config.model.embedding_dim?"),
+            ((DIGITS, "--config.model.embeding_dim=8", "--workdir=never"), "did you mean embedding_dim?"),
+            ((DIGITS, "--epochs=8", "--workdir=never"), "did you mean config.train.epochs?"),
+            ((DIGITS, "--config.objective.name=triplets", "--workdir=never"), "did you mean triplet"),
+            (("--config=missing.py", "--config.seed=1"), "'missing.py', which does not exist"),
+            (("--config.seed=1", "--workdir=never"), "--config.seed: expected --config=<file> before it"),
             ((DIGITS,), "workdir"),
             ((DIGITS, "--config.objective.name=nonsense", "--workdir=never"), "config.objective.name: expected one of"),
             ((DIGITS, "--config.sampler.name=nonsense", "--workdir=never"), "config.sampler.name: expected one of"),

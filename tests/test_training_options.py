@@ -289,9 +289,13 @@ class TestSmallFolders:
              "labels: expected at least one class with a query and an image in the gallery"),
             (np.zeros(3, int), {}, "labels: expected one for each of 4 images. Received: 3"),
         ):  # fmt: skip
-            with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+
+            def fit(labels=labels, gallery=gallery):
                 callback = s2sd_tf.evaluation.RetrievalEvaluation(images, labels, **gallery)
                 model.fit(images, np.zeros(4, np.int32), callbacks=[callback], verbose=0)
+
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+                fit()
         assert not int(tf.convert_to_tensor(model.s2sd_loss.step))
 
 

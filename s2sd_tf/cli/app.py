@@ -1,6 +1,7 @@
 """What the programs share: help, and user errors that are reported in one line."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -62,8 +63,22 @@ class _BadConfig(Exception):
 
 
 def _parse(argv):
+    for argument, following in zip(argv[1:], [*argv[2:], ""]):
+        name, equals, value = argument.lstrip("-").partition("=")
+        path = (value if equals else following).partition(":")[0]
+        if argument.startswith("-") and name == "config" and path and not os.path.isfile(path):
+            raise _BadConfig(
+                "--config: expected a config file, such as those in the folder configs of the repository. "
+                f"Received: {path!r}, which does not exist"
+            )
     try:
         return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        if error.flagname.startswith("config."):
+            raise _BadConfig(f"--{error.flagname}: expected --config=<file> before it. Received: none") from error
+        from s2sd_tf.training.config import similar_keys
+
+        raise _BadConfig(f"{error}{'' if 'Did you mean' in str(error) else similar_keys(error.flagname)}") from error
     except flags.Error as error:
         if "Error whilst parsing config file" not in str(error):
             raise
@@ -77,6 +92,11 @@ def _parse(argv):
         text: Any = error
         while isinstance(text, BaseException) and text.args:
             text = text.args[0]
+        unknown = re.match(r'Key "(\S+)" does not exist', str(text))
+        if unknown:
+            from s2sd_tf.training.config import similar_keys
+
+            text = f"{unknown[1]!r}{similar_keys(unknown[1])}"
         raise _BadConfig(f"config: unknown or unusable key {text}") from error
 
 

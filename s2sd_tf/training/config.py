@@ -9,7 +9,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from s2sd_tf import mining, objectives
-from s2sd_tf.checks import check_number, checked_int
+from s2sd_tf.checks import check_number, checked_int, did_you_mean
 from s2sd_tf.data import augmentation, datasets, samplers
 from s2sd_tf.files import local_path
 from s2sd_tf.losses import S2SDLoss
@@ -219,7 +219,10 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
     ]:
         value = functools.reduce(getattr, key.split("."), config)
         if value not in known_names:
-            raise ValueError(f"config.{key}: expected one of {list(known_names)}. Received: {value!r}")
+            raise ValueError(
+                f"config.{key}: expected one of {list(known_names)}. Received: {value!r}"
+                f"{did_you_mean(str(value), known_names)}"
+            )
     if config.data.validation_classes and config.data.validation_fraction:
         raise ValueError(
             "config.data.validation_fraction: expected 0 together with validation_classes. "
@@ -246,6 +249,24 @@ def _with_local_paths(config):
             {key: local_path(f"{path}.{key}", section[key]) for key in keys if isinstance(section[key], str)}
         )
     return config
+
+
+def similar_keys(name: str) -> str:
+    """Returns "; did you mean ...?" with the keys of a config that are like `name`, such as "embeding_dim", or ""."""
+    paths = _paths(default_config().to_dict())
+    last = name.split(".")[-1]
+    same = [f"config.{path}" for path in paths if path.split(".")[-1] == last]
+    if 0 < len(same) <= 3:
+        return f"; did you mean {' or '.join(same)}?"
+    return did_you_mean(last, {path.split(".")[-1] for path in paths})
+
+
+def _paths(section, path=""):
+    found = []
+    for key, value in section.items():
+        here = f"{path}.{key}" if path else key
+        found += _paths(value, here) if isinstance(value, dict) else [here]
+    return found
 
 
 def unknown_keys(config: Mapping[str, Any]) -> list[str]:
