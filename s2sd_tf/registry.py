@@ -89,6 +89,18 @@ class Registry:
         return cls(**settings)
 
 
+def check_config(cls: type) -> None:
+    """Raises ValueError if a class has settings and no `get_config`, because saved models would lose the settings."""
+    if "__init__" in vars(cls) and "get_config" not in vars(cls):
+        inherited = constructor_arguments(cls.__mro__[1:])
+        new = [name for name in constructor_arguments([cls]) if name not in inherited]
+        if new:
+            raise ValueError(
+                f"{cls.__name__}: expected a method get_config that returns its settings {new}, which a saved model "
+                "would lose. Received: none"
+            )
+
+
 def import_modules(package: str, path: Iterable[str]) -> None:
     """Imports every module of a package, so that they register their classes.
 

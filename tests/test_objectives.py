@@ -549,6 +549,26 @@ def test_get_takes_instances_and_refuses_additional_settings():
         objectives.get(3)
 
 
+def test_a_class_that_saved_models_would_mistake_is_refused():
+    def define(name, **members):
+        return objectives.register(f"test_{name}")(type(name, (objectives.Objective,), members))
+
+    with pytest.raises(ValueError, match="the class name 'Triplet' is taken by 'triplet'"):
+        define("Triplet")
+    assert objectives.lookup("triplet") is objectives.Triplet
+
+    def init(self, scale=1.0, **kwargs):
+        objectives.Objective.__init__(self, **kwargs)
+
+    with pytest.raises(ValueError, match=r"Scaled: expected a method get_config that returns its settings \['scale'\]"):
+        define("Scaled", __init__=init)
+    # As by running a cell of a notebook twice.
+    first, second = define("Again"), define("Again")
+    assert first is not second
+    assert objectives.lookup("test_Again") is second
+    objectives.base._registry._classes.pop("test_Again")
+
+
 def test_a_custom_objective_can_be_registered():
     @objectives.register("test_sum")
     class Sum(objectives.Objective):
@@ -557,8 +577,8 @@ def test_a_custom_objective_can_be_registered():
 
     try:
         assert isinstance(objectives.get("test_sum"), Sum)
-        with pytest.raises(ValueError, match="taken"):
-            objectives.register("test_sum")(Sum)
+        with pytest.raises(ValueError, match="the name 'test_sum' is taken"):
+            objectives.register("test_sum")(type("Other", (Sum,), {}))
     finally:
         objectives.base._registry._classes.pop("test_sum")
     assert "S2SDModel" in s2sd_tf.__all__

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.labels import exact_labels
-from s2sd_tf.registry import Registry
+from s2sd_tf.registry import Registry, check_config
 
 
 class Triplets(NamedTuple):
@@ -222,11 +222,12 @@ def register(name: str) -> Callable[[_MinerClass], _MinerClass]:
     """Class decorator: registers a miner under `name`, and with Keras for saving.
 
     Raises:
-        ValueError: the name or the class name is taken by another miner.
+        ValueError: the name or the class name is taken by another miner, or settings are missing in `get_config`.
     """
 
     # Keras gets a package name used only for miners, because an objective may have the class name of a miner.
     def add(cls: _MinerClass) -> _MinerClass:
+        check_config(cls)
         return keras.utils.register_keras_serializable("s2sd_tf.mining")(_registry.add(name, cls))
 
     return add

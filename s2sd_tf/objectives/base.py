@@ -10,7 +10,7 @@ from s2sd_tf.checks import check_at_least, checked_int
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.labels import checked_labels, exact_labels
 from s2sd_tf.mining.n_pair import NPair
-from s2sd_tf.registry import Registry
+from s2sd_tf.registry import Registry, check_config
 
 
 class Objective(keras.layers.Layer):
@@ -453,10 +453,11 @@ def register(name: str) -> Callable[[_ObjectiveClass], _ObjectiveClass]:
     """Class decorator: registers an objective under `name`, and with Keras for saving.
 
     Raises:
-        ValueError: the name or the class name is taken by another objective.
+        ValueError: the name or the class name is taken by another objective, or settings are missing in `get_config`.
     """
 
     def add(cls: _ObjectiveClass) -> _ObjectiveClass:
+        check_config(cls)
         return keras.utils.register_keras_serializable("s2sd_tf")(_registry.add(name, cls))
 
     return add
