@@ -262,7 +262,7 @@ def similar_keys(name: str) -> str:
 
 
 def _paths(section, path=""):
-    found = []
+    found: list[str] = []
     for key, value in section.items():
         here = f"{path}.{key}" if path else key
         found += _paths(value, here) if isinstance(value, dict) else [here]
