@@ -24,6 +24,8 @@ NO_WEBP = "WebP, which this version of TensorFlow does not decode"
 
 
 @tf.function(input_signature=_ENCODED, autograph=False)
+# Traced once for all pipelines and exported graphs.
+@tf.function(input_signature=_ENCODED, autograph=False)
 def decode_pixels(encoded: tf.Tensor | bytes) -> tf.Tensor:
     """Decodes a PNG, JPEG, BMP, GIF (first frame) or WebP, a string scalar, to upright uint8 RGB `(h, w, 3)`.
 
@@ -80,6 +82,9 @@ def jpeg_shape(encoded: tf.Tensor | bytes) -> tuple[tf.Tensor, tf.Tensor, tf.Ten
     return tf.where(turned, width, height), tf.where(turned, height, width), orientation
 
 
+@tf.function(
+    input_signature=[*_ENCODED, tf.TensorSpec([4], tf.int32), *[tf.TensorSpec([], tf.int32)] * 3], autograph=False
+)
 def decode_jpeg_window(
     encoded: tf.Tensor, window: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor
 ) -> tf.Tensor:
