@@ -45,8 +45,8 @@ def train(case):
     if case.get("overflow"):
         x = x.copy()
         x[3, -1, 0, 0] = np.inf  # an image of the last replica
-    if devices > 1 and not s2sd_tf.objectives.lookup(case["objective"]["identifier"]).uses_classes:
-        y = y.astype(np.int64) << 33  # the same classes
+    if not s2sd_tf.objectives.lookup(case["objective"]["identifier"]).uses_classes:
+        y = y.astype(np.int64) << 33  # beyond int32
     # The last batch is a small one; Keras 3 wants the first to divide.
     x, y = x.reshape((-1, 8, 8, 1)), y.reshape(-1)
     x, y = x[: len(x) - case.get("missing", 0)], y[: len(y) - case.get("missing", 0)]

@@ -739,9 +739,8 @@ class TestRefresh:
                 data.evaluation_batches(train, preprocessing, value)
         with pytest.raises(ValueError, match=r"epoch: expected an int >= 0\. Received: -1"):
             refresh.refresh(None, -1)
-        floats = data.ImageSet(train.images, train.labels.astype(np.float32), train.class_names)
         with pytest.raises(ValueError, match="labels: expected integers"):
-            data.training_batches(floats, preprocessing, make("random", 5, 4))
+            data.ImageSet(train.images, train.labels.astype(np.float32), train.class_names)
 
     def test_a_pass_belongs_to_the_epoch_of_the_refresh(self, linear_model):
         train, _, preprocessing = data.load_digits()
