@@ -309,7 +309,12 @@ def _loader(images, preprocessing, augmentation=None, seed=0):
 
 
 def _map(indices, load):
-    return indices.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    # TensorFlow's own optimisations change nothing here, but take seconds at every start: they compare the graphs that
+    # decode an image.
+    options = tf.data.Options()
+    options.experimental_optimization.apply_default_optimizations = False
+    dataset = indices.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return dataset.with_options(options)
 
 
 def _read_slice(source, index):

@@ -23,7 +23,14 @@ FORMATS = "PNG, JPEG, BMP, GIF or WebP"
 NO_WEBP = "WebP, which this version of TensorFlow does not decode"
 
 
-@tf.function(input_signature=_ENCODED, autograph=False)
+def _rare(*signature):
+    """Decorator of a function that few images need.
+
+    It is not inlined, so that TensorFlow prepares it when it first runs, and not whenever a pipeline starts.
+    """
+    return tf.function(input_signature=signature, autograph=False, experimental_attributes={"_noinline": True})
+
+
 # Traced once for all pipelines and exported graphs.
 @tf.function(input_signature=_ENCODED, autograph=False)
 def decode_pixels(encoded: tf.Tensor | bytes) -> tf.Tensor:
@@ -119,6 +126,7 @@ def _decode(encoded):
     return image
 
 
+@_rare(*_ENCODED)
 def _decode_other(encoded):
     """Decodes a PNG, GIF or WebP, or fails with TensorFlow's own words."""
     head = _bytes(encoded, 0, 32)
@@ -143,6 +151,7 @@ def _decode_other(encoded):
     return tf.switch_case(tf.argmax(tf.cast([*kinds, True], tf.int32), output_type=tf.int32), branches)
 
 
+@_rare(*_ENCODED)
 def _decode_bmp(encoded):
     """Decodes a BMP. TensorFlow knows no palettes, takes compressed rows for pixels, and assumes the usual masks."""
     head = _bytes(encoded, 0, 66)
@@ -306,25 +315,26 @@ def _webp_chunk(head):
 
 def _orientation(encoded, start):
     """The orientation in the EXIF data that begin at `start`: int32, 1 to 8; 1 for none, and for `start` 0."""
+    return tf.cond(start > 0, lambda: _read_orientation(encoded, start), lambda: 1)
 
-    def read():
-        head = _bytes(encoded, start, 8)
-        big_endian = head[0] == ord("M")
 
-        def number(values):
-            return _where(big_endian, _number(values, True), _number(values))
+@_rare(*_ENCODED, tf.TensorSpec([], tf.int64))
+def _read_orientation(encoded, start):
+    head = _bytes(encoded, start, 8)
+    big_endian = head[0] == ord("M")
 
-        entries = start + number(head[4:8])
-        count = number(_bytes(encoded, entries, 2))
-        table = tf.reshape(_bytes(encoded, entries + 2, tf.cast(12 * count + 12, tf.int32)), [-1, 12])[:-1]
-        tags = _where(big_endian, 256 * table[:, 0] + table[:, 1], 256 * table[:, 1] + table[:, 0])
-        values = tf.boolean_mask(
-            _where(big_endian, 256 * table[:, 8] + table[:, 9], 256 * table[:, 9] + table[:, 8]), tags == 0x0112
-        )
-        value = tf.concat([values, [1]], axis=0)[0]
-        return tf.cast(_where((value >= 1) & (value <= 8), value, 1), tf.int32)
+    def number(values):
+        return _where(big_endian, _number(values, True), _number(values))
 
-    return tf.cond(start > 0, read, lambda: 1)
+    entries = start + number(head[4:8])
+    count = number(_bytes(encoded, entries, 2))
+    table = tf.reshape(_bytes(encoded, entries + 2, tf.cast(12 * count + 12, tf.int32)), [-1, 12])[:-1]
+    tags = _where(big_endian, 256 * table[:, 0] + table[:, 1], 256 * table[:, 1] + table[:, 0])
+    values = tf.boolean_mask(
+        _where(big_endian, 256 * table[:, 8] + table[:, 9], 256 * table[:, 9] + table[:, 8]), tags == 0x0112
+    )
+    value = tf.concat([values, [1]], axis=0)[0]
+    return tf.cast(_where((value >= 1) & (value <= 8), value, 1), tf.int32)
 
 
 def _first_frame(encoded):
