@@ -61,7 +61,7 @@ def exact_neighbors(
     order = np.lexsort((np.where(indices < 0, np.iinfo(np.int64).max, indices), -similarities), axis=1)[:, :k]
     indices, similarities = (np.take_along_axis(values, order, axis=1) for values in (indices, similarities))
     if k < wanted < len(right):
-        # Where the last item found is as near as the k-th, but for rounding, those not found may be so too.
+        # Where the last item found is as near as the k-th up to rounding, those not found may be so too.
         lowest = rough[:, k - 1] - bands
         crowded = np.flatnonzero((rough[:, -1] >= lowest) & np.isfinite(rough[:, -1]))
         for chosen, scores in _products(left, right, crowded, memory_mib):
@@ -116,7 +116,7 @@ def positive_ranks(
         ranks = len(ascending) - high + 1
         crowded = high - np.searchsorted(ascending, found - band, "left") > 1
         if crowded.any():
-            # Rank the items that are as near as one of these positives, but for rounding, by their similarities.
+            # Rank the items that are as near as one of these positives up to rounding, by their similarities.
             found = found[crowded]
             levels = np.sort(found)
             at = np.searchsorted(levels, values)
@@ -189,7 +189,7 @@ def _similarities(left, right, query, items):
 
 def _similarities_of(left, right, indices, levels, block=1024):
     """`(similarities, bands)` of neighbours: float32 `(queries, k)`, -inf if missing, of scaled rows; and how far their
-    products may be from `levels` `(queries,)` to be the same but for rounding, float32 `(queries,)`.
+    products may be from `levels` `(queries,)` to be the same up to rounding, float32 `(queries,)`.
     """
     similarities = np.full(indices.shape, -np.inf, np.float32)
     bands = np.empty(len(indices), np.float32)
