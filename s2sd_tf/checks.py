@@ -44,10 +44,18 @@ def check_bool(argument: str, value: Any) -> None:
         raise ValueError(f"{argument}: expected a bool. Received: {value!r}")
 
 
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Returns "; did you mean ...?" with the names closest to `name`, or "" if none is close."""
+    close = difflib.get_close_matches(name, names, 2)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
 def check_choice(argument: str, value: Any, choices: Collection) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{argument}: expected one of {choices}. Received: {value!r}")
+        raise ValueError(
+            f"{argument}: expected one of {choices}. Received: {value!r}{did_you_mean(str(value), choices)}"
+        )
 
 
 def checked_int(argument: str, value: Any, least: int) -> int:
@@ -66,12 +74,6 @@ def check_file_to_write(argument: str, path: str | os.PathLike) -> None:
     if os.path.isdir(path):
         raise ValueError(f"{argument}: expected a file to write. Received: {os.fspath(path)!r}, which is a folder")
     _check_parent(argument, path)
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Returns "; did you mean ...?" with the names closest to `name`, or "" if none is close."""
-    close = difflib.get_close_matches(name, names, 2)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
 def check_folder_to_write(argument: str, path: str | os.PathLike) -> None:

@@ -6,7 +6,7 @@ import pkgutil
 from collections.abc import Iterable
 from typing import Any
 
-from s2sd_tf.checks import did_you_mean
+from s2sd_tf.checks import check_choice
 
 
 class Registry:
@@ -53,10 +53,7 @@ class Registry:
         Raises:
             ValueError: no such name.
         """
-        if name not in self._classes:
-            raise ValueError(
-                f"{self._kind}: expected one of {self.names()}. Received: {name!r}{did_you_mean(name, self._classes)}"
-            )
+        check_choice(self._kind, name, self.names())
         return self._classes[name]
 
     def settings(self, name: str) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 import runpy
 from typing import Any
 
-from absl import flags
 from ml_collections import ConfigDict, config_flags
+
+from s2sd_tf.cli import app
 
 
 def define() -> Any:
@@ -21,7 +22,7 @@ def define() -> Any:
 
 def define_register() -> Any:
     """Defines `--register`; pass the result to `register`."""
-    return flags.DEFINE_string(
+    return app.define_path(
         "register", None, "Python file to run first, which registers your own objectives: the run's config file."
     )
 

@@ -1,7 +1,6 @@
 """Embeds images into shards; after an interruption, it resumes with the missing shards."""
 
 import concurrent.futures
-import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,15 +108,7 @@ def embed_images(
     shard_size, batch_size = checked_int("shard_size", shard_size, 1), checked_int("batch_size", batch_size, 1)
     if len({item.id for item in items}) < len(items) or not items:
         raise ValueError("items: expected at least one item, and unique ids. Received: none, or duplicate ids")
-    plan = {
-        "images": len(items),
-        "items": hashlib.sha256(
-            "\n".join(f"{i.id}\t{i.label}" for i in items).encode(errors="surrogateescape")
-        ).hexdigest(),
-        "encoder": encoder.fingerprint(),
-        "shard_size": shard_size,
-        "index": index,
-    }
+    plan = {"encoder": encoder.fingerprint(), "shard_size": shard_size, "index": index}
     with only_writer("folder", folder, inside=True):
         missing = _start(folder, plan, items)
         _embed(missing, len(items), encoder, folder, shard_size, batch_size, index, progress)
@@ -141,7 +132,7 @@ def _start(folder, plan, items):
     path = os.path.join(folder, "plan.json")
     if os.path.exists(path):
         there = read_json_object(path)
-        differing = sorted(key for key in ("encoder", "shard_size", "index") if there.get(key) != plan[key])
+        differing = sorted(key for key in plan if there.get(key) != plan[key])
         if differing:
             raise ValueError(
                 f"folder: expected a new one, or one with the same encoder and settings. Received: {folder!r}, "

@@ -149,8 +149,8 @@ def _check_classes(config, sampler, images):
         return
     counts, usable = images.class_counts(), sampler.usable_classes(images.labels)
     present, key = np.flatnonzero(counts), f"config.sampler.{config.sampler.name}.short_classes"
-    short = [c for c in present if c not in set(usable)]
-    if sampler.short_classes == "raise" and short:
+    short = np.setdiff1d(present, usable)
+    if sampler.short_classes == "raise" and len(short):
         some = ", ".join(f"{images.class_names[c]!r} with {counts[c]}" for c in short[:10])
         more = f" and {len(short) - 10} more classes" if len(short) > 10 else ""
         raise ValueError(
@@ -161,7 +161,7 @@ def _check_classes(config, sampler, images):
         reasons = []
         if config.data.validation_classes:
             reasons.append(f"config.data.validation_classes holds out {config.data.validation_classes}")
-        if short:
+        if len(short):
             reasons.append(f"{key} skips {len(short)} with fewer images than config.data.samples_per_class")
         raise ValueError(
             f"config.data.classes_per_batch: expected at most {len(usable)}, the number of classes that train"

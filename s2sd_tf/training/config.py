@@ -2,14 +2,14 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
 from s2sd_tf import mining, objectives
-from s2sd_tf.checks import check_number, checked_int, did_you_mean
+from s2sd_tf.checks import check_choice, check_number, checked_int, did_you_mean
 from s2sd_tf.data import augmentation, datasets, samplers
 from s2sd_tf.files import local_path
 from s2sd_tf.losses import S2SDLoss
@@ -32,8 +32,6 @@ _GIVEN_BY_THE_RUN = (
 FREE = ("optimizer.settings", "data.augmentation_settings", "model.learning_rate_multipliers")
 # The sections with one section per name in a registry.
 REGISTRIES = {"data": datasets, "sampler": samplers, "objective": objectives, "miner": mining}
-
-
 # The sections, in the order of a run.
 SECTIONS = ("data", "sampler", "model", "objective", "miner", "s2sd", "optimizer", "train", "eval")
 # The keys that are not arguments of a class or of a data set: default and meaning.
@@ -217,12 +215,7 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
         ("model.frozen_bn", ["", "statistics", "all"]),
         ("train.precision", ["float32", "mixed_float16", "mixed_bfloat16"]),
     ]:
-        value = functools.reduce(getattr, key.split("."), config)
-        if value not in known_names:
-            raise ValueError(
-                f"config.{key}: expected one of {list(known_names)}. Received: {value!r}"
-                f"{did_you_mean(str(value), known_names)}"
-            )
+        check_choice(f"config.{key}", functools.reduce(getattr, key.split("."), config), list(known_names))
     if config.data.validation_classes and config.data.validation_fraction:
         raise ValueError(
             "config.data.validation_fraction: expected 0 together with validation_classes. "
@@ -234,8 +227,7 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
             f"Received: {sorted(config.data.augmentation_settings)}"
         )
     names = ("precision@1", "r_precision", "map@r", *(f"recall@{k}" for k in config.eval.ks))
-    if config.eval.select_by not in names:
-        raise ValueError(f"config.eval.select_by: expected one of {names}. Received: {config.eval.select_by!r}")
+    check_choice("config.eval.select_by", config.eval.select_by, names)
     return config
 
 
@@ -253,20 +245,22 @@ def _with_local_paths(config):
 
 def similar_keys(name: str) -> str:
     """Returns "; did you mean ...?" with the keys of a config that are like `name`, such as "embeding_dim", or ""."""
-    paths = _paths(default_config().to_dict())
+    paths = [path for path, _ in leaves(default_config().to_dict())]
     last = name.split(".")[-1]
-    same = [f"config.{path}" for path in paths if path.split(".")[-1] == last]
+    same = [".".join(("config", *path)) for path in paths if path[-1] == last]
     if 0 < len(same) <= 3:
         return f"; did you mean {' or '.join(same)}?"
-    return did_you_mean(last, {path.split(".")[-1] for path in paths})
+    return did_you_mean(last, {path[-1] for path in paths})
 
 
-def _paths(section, path=""):
-    found: list[str] = []
+def leaves(section: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yields `(path, value)` for every key of a config as a dict. A section that accepts any key is one value."""
     for key, value in section.items():
-        here = f"{path}.{key}" if path else key
-        found += _paths(value, here) if isinstance(value, dict) else [here]
-    return found
+        here = (*path, key)
+        if isinstance(value, Mapping) and ".".join(here) not in FREE:
+            yield from leaves(value, here)
+        else:
+            yield here, value
 
 
 def unknown_keys(config: Mapping[str, Any]) -> list[str]:

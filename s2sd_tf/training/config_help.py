@@ -2,7 +2,7 @@
 
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import docstring_parser
@@ -12,7 +12,7 @@ from s2sd_tf import mining, objectives
 from s2sd_tf.data import datasets, samplers
 from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models import S2SDModel
-from s2sd_tf.training.config import FREE, KEYS, REGISTRIES, SECTIONS
+from s2sd_tf.training.config import KEYS, REGISTRIES, SECTIONS, leaves
 
 _INTRODUCTION = (
     "Sections of data sets, samplers, objectives and miners that this config does not choose are left out; "
@@ -26,23 +26,23 @@ def explain(config: ConfigDict) -> str:
     Args:
         config: has the keys of `default_config`.
     """
-    values = config.to_dict()
+    values = dict(leaves(config.to_dict()))
     meanings = {tuple(path.split(".")): meaning for path, (_, meaning) in KEYS.items()}
-    chosen = _chosen(values)
+    chosen = _chosen(config.to_dict())
     for section, source in chosen.items():
         for name, meaning in _arguments(source).items():
             meanings.setdefault((*section, name), meaning)
     order = list(meanings)
     lines = _comment(_INTRODUCTION)
     for section in ("", *SECTIONS):
-        leaves = dict(_leaves(values[section], (section,)) if section else _values(values))
-        # In the order in which they are documented. A free section comes as one leaf, for its comment.
+        # In the order in which they are documented.
+        paths = [path for path in values if section == (path[0] if len(path) > 1 else "")]
         lines.append("")
-        for path in sorted(leaves, key=lambda path: order.index(path) if path in order else len(order)):
+        for path in sorted(paths, key=lambda path: order.index(path) if path in order else len(order)):
             if path[0] in REGISTRIES and len(path) == 3 and path[:2] not in chosen and path not in meanings:
                 continue
             lines += _comment(meanings.get(path, ""))
-            lines += _assignments(path, leaves[path])
+            lines += _assignments(path, values[path])
     return "\n".join(lines) + "\n"
 
 
@@ -70,19 +70,6 @@ def _arguments(source: Any) -> dict[str, str]:
                 if found.get(name, "see `").startswith("see `"):
                     found[name] = " ".join((parameter.description or "").split())
     return found
-
-
-def _values(section):
-    return {(key,): value for key, value in section.items() if not isinstance(value, Mapping)}
-
-
-def _leaves(section: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in section.items():
-        here = (*path, key)
-        if isinstance(value, Mapping) and ".".join(here) not in FREE:
-            yield from _leaves(value, here)
-        else:
-            yield here, value
 
 
 def _assignments(path, value):
