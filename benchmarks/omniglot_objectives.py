@@ -40,6 +40,9 @@ _OBJECTIVES = flags.DEFINE_list(
     ],
     "Objectives to train with.",
 )
+_TARGET_OBJECTIVE = flags.DEFINE_string(
+    "target_objective", "multi_similarity", "Objective of the targets; empty: the same as for the base embedding."
+)
 _DIM = flags.DEFINE_integer("dim", 16, "Embedding dimension.")
 _EPOCHS = flags.DEFINE_integer("epochs", 30, "Epochs per run.", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds per objective and kind.", lower_bound=1)
@@ -65,6 +68,7 @@ def main(_):
     lines = _table(rows)
     print("\n".join(lines))
     settings = {"dim": _DIM.value, "epochs": _EPOCHS.value, "seeds": _SEEDS.value}
+    settings["target_objective"] = _TARGET_OBJECTIVE.value
     write(_RESULTS.value, "omniglot_objectives", lines, rows, results, _WORKDIR.value, **settings)
     _draw(rows, os.path.join(_RESULTS.value, "omniglot_objectives.png"))
 
@@ -75,6 +79,7 @@ def _run(name, kind, seed):
         *arguments(_DATA_DIR.value, _DIM.value, kind, seed),
         f"--config.train.epochs={_EPOCHS.value}",
         f"--config.objective.name={name}",
+        f"--config.s2sd.target_objective={_TARGET_OBJECTIVE.value}",
     ]
     if name in MULTIPLIERS:
         given.append(f"--config.objective.{name}.learning_rate_multiplier={MULTIPLIERS[name]}")

@@ -137,11 +137,12 @@ def unit_rows():
 
 @pytest.fixture
 def small_model():
-    """Makes a small built `S2SDModel` on 8 x 8 x 1 images."""
+    """Makes a small built `S2SDModel` on 8 x 8 x 1 images, with targets that have the base's objective."""
     import s2sd_tf
 
     def make(embedding_dim=4, **settings):
         backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(6, 8), pools=1)
-        return s2sd_tf.S2SDModel(backbone, embedding_dim, **{"target_dims": (8, 12), **settings})
+        given = {"target_dims": (8, 12), "target_objective": None, **settings}
+        return s2sd_tf.S2SDModel(backbone, embedding_dim, **given)
 
     return make

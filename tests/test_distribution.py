@@ -35,6 +35,7 @@ def train(case):
             features = keras.layers.BatchNormalization()(features)
         features = keras.layers.ReLU()(features)
         settings = {"target_dims": (8, 12), "feature_distill_delay": 2, "num_classes": 4, **case["model"]}
+        settings["target_objective"] = None
         objective = s2sd_tf.objectives.get(**case["objective"])
         model = s2sd_tf.S2SDModel(keras.Model(inputs, features), 4, objective=objective, **settings)
         optimizer = getattr(keras.optimizers, case.get("optimizer", "SGD"))(**case["settings"])

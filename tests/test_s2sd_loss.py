@@ -63,7 +63,8 @@ def batch(unit_rows, dims=(8, 12), size=12, classes=3):
 
 
 def small_loss(**settings):
-    return s2sd_tf.S2SDLoss(**{"target_dims": (8, 12), "feature_distill_delay": 0, **settings})
+    given = {"target_dims": (8, 12), "target_objective": None, "feature_distill_delay": 0, **settings}
+    return s2sd_tf.S2SDLoss(**given)
 
 
 def test_terms_add_up_and_lengths_do_not_matter(unit_rows):
@@ -106,6 +107,28 @@ def test_every_target_has_its_own_objective(unit_rows):
     ]  # fmt: skip
     assert len({objective.seed for objective in loss.target_objectives}) == 2
     assert len(loss.trainable_variables) == 2
+
+
+@pytest.mark.parametrize("name", ["contrastive", "fast_ap", "margin", "proxy_anchor", "triplet"])
+def test_targets_have_multi_similarity_by_default(unit_rows, name):
+    objectives = s2sd_tf.objectives
+    settings = {"num_classes": 3} if objectives.lookup(name).uses_classes else {}
+    loss = s2sd_tf.S2SDLoss(objectives.get(name, **settings), target_dims=(8, 12), feature_distill_delay=0)
+    embedding, targets, features, labels = batch(unit_rows)
+    terms = loss(embedding, targets, features, labels)
+    plain = [objectives.get("multi_similarity")(target, labels) for target in targets]
+    np.testing.assert_allclose(terms["target_objectives"], plain, rtol=1e-5)
+
+
+def test_a_target_objective_that_names_the_base_has_its_settings(unit_rows):
+    embedding, targets, features, labels = batch(unit_rows)
+    base = s2sd_tf.objectives.MultiSimilarity(alpha=5.0)
+    for given in ({}, {"target_objective": "multi_similarity"}, {"target_objective": None}):
+        loss = s2sd_tf.S2SDLoss(base, target_dims=(8, 12), **given)
+        terms = loss(embedding, targets, features, labels)
+        np.testing.assert_allclose(terms["target_objectives"], [base(target, labels) for target in targets], rtol=1e-5)
+    with pytest.raises(ValueError, match="Received: 'multisimilarity'"):
+        s2sd_tf.S2SDLoss(base, target_objective="multisimilarity")
 
 
 def test_config_round_trip(unit_rows):

@@ -31,7 +31,10 @@ class S2SDLoss(keras.layers.Layer):
 
     Args:
         objective: registered name or `objectives.Objective`, for the base embedding.
-        target_objective: the same for the targets; each target gets its own instance. Default: as for the base.
+        target_objective: the same for the targets; each target gets its own instance. None: as for the base, which is
+            the published loss. The targets of some objectives collapse and harm the base embedding; those of
+            multi-similarity helped, or did no harm, with every objective tried. If it names the base's objective, the
+            targets have the base's settings.
         target_dims: dimensions of the target embeddings, each >= 1.
         temperature: > 0, T, by which the similarities are divided in the divergences.
         distill_weight: >= 0, w, the weight of the targets' divergences.
@@ -73,7 +76,7 @@ class S2SDLoss(keras.layers.Layer):
     def __init__(
         self,
         objective: str | objectives.Objective = "multi_similarity",
-        target_objective: str | objectives.Objective | None = None,
+        target_objective: str | objectives.Objective | None = "multi_similarity",
         *,
         target_dims: Sequence[int] = (512, 1024, 1536, 2048),
         temperature: float = 1.0,
@@ -120,7 +123,10 @@ class S2SDLoss(keras.layers.Layer):
         self.jit_compile = None
 
         self.objective = self._make_objective(objective)
-        template = self.objective if target_objective is None else self._make_objective(target_objective)
+        same = target_objective is None or (
+            isinstance(target_objective, str) and type(self.objective) is objectives.lookup(target_objective)
+        )
+        template = self.objective if same else self._make_objective(target_objective)
         # A read-only view, because Keras treats a dict attribute as a container of layers.
         self._target_objective = types.MappingProxyType(keras.utils.serialize_keras_object(template))
         self.target_objectives = [self._copy_of(template, k) for k in range(len(self.target_dims))]

@@ -26,6 +26,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 def preset(name: str) -> dict[str, Any]:
     """Returns the `S2SDModel` settings for a variant of the paper (S2SD, section 3; the published hyperparameters).
 
+    The published code trains the targets with the base's objective. For objectives other than "multi_similarity", that
+    is `target_objective=None` in addition.
+
     Args:
         name: "dsd" (one target space), "msd" (several), "msda" (+ average and max pooling for the targets), "msdf"
             (+ feature distillation), "msdfa" (both), or "plain" (only the objective). Case does not matter.

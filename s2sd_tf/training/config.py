@@ -82,7 +82,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.pools": (4, 'Only for "conv_blocks": number of blocks that halve the resolution.'),
     "model.embedding_dim": (128, ">= 1, dimension of the base embedding."),
     "objective.name": ("multi_similarity", "Name of the objective; `s2sd-train --list=objectives` lists them."),
-    "s2sd.target_objective": ("", 'Objective of the targets; "": the same as for the base embedding.'),
+    "s2sd.target_objective": ("multi_similarity", 'Objective of the targets; "": the same as for the base embedding.'),
     "s2sd.diagnostics": (True, "Log a warning if embeddings collapse."),
     "optimizer.name": (
         "adam",

@@ -92,6 +92,7 @@ def published_config(options: str) -> config_dict.ConfigDict:
     config.model.frozen_bn = "statistics" if "frozen" in words else _BACKBONES[backbone]["frozen_bn"]
     config.model.embedding_dim = embedding_dim
     _set_objective(config, objective)
+    config.s2sd.target_objective = ""
     config.s2sd.target_dims = (512, 1024, 1536, 2048)
     config.s2sd.temperature = 1.0
     config.s2sd.distill_weight = 50.0
