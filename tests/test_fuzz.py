@@ -24,6 +24,7 @@ from s2sd_tf import data, evaluation, mining, objectives, serving, training
 from s2sd_tf.data import samplers
 from s2sd_tf.evaluation.embeddings import write_shard
 from s2sd_tf.files import write_json
+from s2sd_tf.keras_compat import keras
 from s2sd_tf.models.backbones.state_dict import read_state_dict
 from s2sd_tf.training.build import build_model
 from s2sd_tf.training.datasets import load_data
@@ -153,8 +154,6 @@ class TestConfigs:
     ALIASES = {
         "root": ("data_dir", "config.data"),
         "name": ("objective", "sampler", "optimizer", "config.data.name", "data_dir", "root", "config.data"),
-        "validation_classes": ("hold_out_classes",),
-        "validation_fraction": ("fraction",),
         "augmentation": ("resize_size",),
         **dict.fromkeys(("backbone", "heads", "objectives"), ("learning_rate_multipliers",)),
         "target_objective": ("objective",),
@@ -274,6 +273,117 @@ class TestObjectives:
             assert batches.shape == (3, sampler.batch_size)
             assert batches.min() >= 0
             assert batches.max() < len(labels)
+
+
+class Computing(keras.Model):
+    """A backbone without a known shape, whose output is a function of feature maps `(batch, 6, 6, 4)`."""
+
+    def __init__(self, output):
+        super().__init__()
+        self.convolution, self.output_of = keras.layers.Conv2D(4, 3), output
+
+    def call(self, images, training=None):
+        return self.output_of(self.convolution(images))
+
+
+class TestBackbones:
+    """Any Keras model with one output works like the same network as a functional model, or is refused."""
+
+    IMAGES = np.random.default_rng(0).normal(size=(6, 8, 8, 1)).astype(np.float32)
+    LABELS = np.arange(6) // 2
+    OUTPUTS = {
+        "maps": lambda maps: maps,
+        "pooled": lambda maps: tf.reduce_mean(maps, [1, 2]),
+        "free": lambda maps: tf.reshape(maps, tf.stack([tf.shape(maps)[0], 9, -1, 4])),
+        "[maps]": lambda maps: [maps],
+        "[maps, maps]": lambda maps: [maps, maps],
+        "[[maps]]": lambda maps: [[maps]],
+        "{maps}": lambda maps: {"a": maps},
+        "rank 0": tf.reduce_sum,
+        "rank 1": lambda maps: tf.reduce_sum(maps, [1, 2, 3]),
+        "rank 3": lambda maps: tf.reshape(maps, [-1, 36, 4]),
+        "rank 5": lambda maps: maps[..., None],
+        "no features": lambda maps: maps[..., :0],
+        "integers": lambda maps: tf.cast(maps, tf.int32),
+        "None": lambda maps: None,
+        "text": lambda maps: "maps",
+        "array": lambda maps: np.zeros((6, 4)),
+        "error": lambda maps: {}["x"],
+        "shapes that do not fit": lambda maps: maps + tf.zeros([1, 5, 1, 1]),
+    }
+    GOOD = ("maps", "pooled", "free")
+    NO_MODELS = ("resnet50", b"x", None, 5, [], keras.Model, lambda images: images, IMAGES)
+    # What they mean, or None for a refusal.
+    SIZES = ((4, 4), (np.int64(4), 4), (np.uint8(4), 4), *((size, None) for size in (
+        4.0, True, "4", b"4", None, 0, -1, float("nan"), 4j, [4], np.array(4), np.array([4]), {})))  # fmt: skip
+    DIMS = (((6,), (6,)), ([6], (6,)), (np.array([6]), (6,)), (range(6, 8), (6, 7)), ((), ()), *((dims, None) for dims in (
+        6, "6", b"6", None, (6.0,), (True,), (0,), ((6,),), [None], ("6",), np.array(6), np.array([6.0]), True)))  # fmt: skip
+
+    @classmethod
+    def backbone(cls, kind, output):
+        """`(backbone, its convolution)`."""
+        if kind in ("unbuilt", "called"):
+            model = Computing(output)
+            if kind == "called":
+                model(cls.IMAGES)
+            return model, model.convolution
+        layers = [keras.layers.Conv2D(4, 3)]
+        if output is not cls.OUTPUTS["maps"]:
+            layers.append(keras.layers.GlobalAveragePooling2D())
+        if kind == "functional":
+            images = maps = keras.Input((8, 8, 1))
+            for layer in layers:
+                maps = layer(maps)
+            return keras.Model(images, maps), layers[0]
+        return keras.Sequential([keras.Input((8, 8, 1))] * (kind == "sequential") + layers), layers[0]
+
+    @classmethod
+    def model(cls, kind, output="maps", embedding_dim=4, target_dims=(6,)):
+        backbone, convolution = cls.backbone(kind, cls.OUTPUTS[output])
+        model = s2sd_tf.S2SDModel(backbone, embedding_dim, target_dims=target_dims)
+        model.build((None, 8, 8, 1))
+        convolution.set_weights([np.linspace(-1, 1, 36).reshape(3, 3, 1, 4), np.zeros(4)])
+        for number, variable in enumerate(model.embedding_head.weights):
+            variable.assign(np.linspace(-1, number, variable.shape.num_elements()).reshape(variable.shape))
+        return model
+
+    @examples(40)
+    @given(st.data())
+    def test_a_backbone_works_or_is_named(self, draw):
+        kind = draw.draw(st.sampled_from(["functional", "sequential", "lazy sequential", "unbuilt", "called"]), "kind")
+        outputs = sorted(self.OUTPUTS) if kind == "unbuilt" else ["maps", "pooled"]
+        output = draw.draw(st.sampled_from(outputs), "output")
+        with clear_errors("backbone") as raised:
+            model = self.model(kind, output)
+        assert bool(raised) == (output not in self.GOOD)
+        if raised:
+            assert "\n" not in str(raised[0])
+            return
+        clean = self.model("functional", "maps")
+        np.testing.assert_allclose(model(self.IMAGES), clean(self.IMAGES), atol=1e-5)
+        assert np.isfinite(model.compute_losses(tf.constant(self.IMAGES), self.LABELS, training=True)["loss"])
+
+    @pytest.mark.parametrize("backbone", NO_MODELS)
+    def test_what_is_no_model(self, backbone):
+        with clear_errors("backbone") as raised:
+            s2sd_tf.S2SDModel(backbone, 4)
+        assert raised
+
+    @examples(60)
+    @given(st.sampled_from(SIZES), st.sampled_from(DIMS))
+    def test_sizes(self, size, dims):
+        (size, its_value), (dims, its_dims) = size, dims
+        with clear_errors("embedding_dim" if its_value is None else "target_dims") as raised:
+            model = s2sd_tf.S2SDModel(self.backbone("functional", self.OUTPUTS["maps"])[0], size, target_dims=dims)
+        assert bool(raised) == (its_value is None or its_dims is None)
+        if not raised:
+            assert (model.embedding_dim, model.s2sd_loss.target_dims) == (its_value, its_dims)
+
+    def test_several_inputs(self):
+        images = [keras.Input((8, 8, 1)), keras.Input((8, 8, 1))]
+        with clear_errors("backbone") as raised:
+            s2sd_tf.S2SDModel(keras.Model(images, keras.layers.Add()(images)), 4)
+        assert raised
 
 
 def changed(draw, content):

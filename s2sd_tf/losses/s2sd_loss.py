@@ -104,7 +104,8 @@ class S2SDLoss(keras.layers.Layer):
             ("diagnostics", diagnostics),
         ):
             check_bool(argument, value)
-        if isinstance(target_dims, (str, bytes)) or not isinstance(target_dims, Iterable):
+        scalar = not isinstance(target_dims, Iterable) or getattr(target_dims, "shape", None) == ()
+        if scalar or isinstance(target_dims, (str, bytes)):
             raise ValueError(
                 f"target_dims: expected a sequence of ints >= 1, such as (512,). Received: {target_dims!r}"
             )

@@ -1,5 +1,6 @@
 """The model that trains an embedding by simultaneous similarity-based self-distillation."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from s2sd_tf.keras_compat import (
     build_optimizer,
     dtype_policy_config,
     import_addons,
+    is_keras_tensor,
     keras,
     legacy_optimizer_state,
     loss_dtype,
@@ -154,7 +156,7 @@ class S2SDModel(keras.Model):
         if self.built:
             return
         shape = _output_shape(self.backbone, input_shape)
-        if len(shape) not in (2, 4) or shape[-1] is None:
+        if len(shape) not in (2, 4) or not shape[-1]:
             raise ValueError(
                 f"backbone: expected an output of shape (batch, h, w, features) or (batch, features). Received: {shape}"
             )
@@ -408,19 +410,44 @@ def _output_shape(backbone, input_shape):
     # A functional model knows its output. Keras 2 cannot always compute the shape: it calls every layer's
     # `compute_output_shape`, which fails for multi-head attention and for the operations in ConvNeXt.
     if getattr(backbone, "outputs", None):
+        if len(backbone.inputs) != 1:
+            raise ValueError(
+                f"backbone: expected a model with one input, images. Received: one with {len(backbone.inputs)} inputs"
+            )
         # A `Sequential` has one, and with Keras 3 no `output` until it is called.
         output = backbone.outputs[0] if isinstance(backbone, keras.Sequential) else backbone.output
     else:
-        # Its weights must not belong to the step that is being traced.
-        with tf.init_scope():
-            output = backbone(keras.Input(tuple(input_shape)[1:]))
+        try:
+            # Its weights must not belong to the step that is being traced.
+            with tf.init_scope():
+                output = backbone(keras.Input(tuple(input_shape)[1:]))
+        except Exception as error:  # of any kind, because the model is anybody's code
+            raise ValueError(
+                f"backbone: expected a model that can be called with images {tuple(input_shape)}. Received: one that "
+                f"raises {type(error).__name__}: {_one_line(error)}"
+            ) from error
     if isinstance(output, (dict, list, tuple)):
-        received = f"the outputs {list(output)}" if isinstance(output, dict) else f"{len(output)} outputs"
+        received = f"the outputs {list(output)}" if isinstance(output, dict) else f"a list of {len(output)}"
         raise ValueError(
             "backbone: expected one output, feature maps or pooled features; make it with "
             f"keras.Model(backbone.input, the output). Received: a model with {received}"
         )
+    # A tensor of Keras 2 may stand for None, and then has no dtype.
+    if not (is_keras_tensor(output) and hasattr(output, "dtype")):
+        raise ValueError(
+            "backbone: expected one output, feature maps or pooled features. Received: a model that returns no tensor"
+        )
+    if not tf.as_dtype(output.dtype).is_floating:
+        raise ValueError(
+            f"backbone: expected an output of floats, to be trained. Received: {tf.as_dtype(output.dtype).name}"
+        )
     return tuple(output.shape)
+
+
+def _one_line(error):
+    """What Keras reports of an error in a model, without where it was raised and without colours."""
+    text = re.sub(r"\x1b\[\d+m", "", str(error))
+    return " ".join(re.sub(r"^Exception encountered when calling .*\n", "", text).split())[:300]
 
 
 def _unpack(data):
