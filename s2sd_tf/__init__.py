@@ -15,6 +15,7 @@ if not (_program and _help.answers(sys.orig_argv)):
     from s2sd_tf.distillation import similarity_kl
     from s2sd_tf.losses import S2SDLoss
     from s2sd_tf.models import S2SDModel, preset
+    from s2sd_tf.truncation import truncate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "preset",
     "serving",
     "similarity_kl",
+    "truncate",
 ]

@@ -11,7 +11,7 @@ from s2sd_tf.checks import check_above, check_at_least, check_bool, checked_int
 from s2sd_tf.distillation import similarity_kl
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.labels import checked_labels
-from s2sd_tf.losses import replicas
+from s2sd_tf.losses import nested, replicas
 from s2sd_tf.losses.diagnostics import effective_rank, mean_similarity
 from s2sd_tf.losses.schedules import distillation_weight
 from s2sd_tf.objectives.base import len_of, unit_rows
@@ -29,6 +29,12 @@ class S2SDLoss(keras.layers.Layer):
     the batch are distilled into z, and no gradient flows into them. With `target_dims=()` and `feature_distill=False`
     the loss is the plain objective.
 
+    With `nested_dims`, every prefix z_d of the base embedding, its first d dimensions l2-normalised, is trained to be
+    an embedding too (Kusupati et al., NeurIPS 2022, arXiv 2205.13147). All prefixes have the same teachers:
+
+        loss = (mean_d L_d(z_d) + mean_k L_k(q_k)) / 2
+             + w * mean_d mean_k KL(S(q_k) -> S(z_d)) + w_f * mean_d KL(S(f) -> S(z_d))
+
     Args:
         objective: registered name or `objectives.Objective`, for the base embedding.
         target_objective: the same for the targets; each target gets its own instance. None: as for the base, which is
@@ -43,6 +49,9 @@ class S2SDLoss(keras.layers.Layer):
         feature_distill_weight: >= 0, w_f, the weight of the features' divergence.
         feature_distill_delay: >= 0, steps before the features begin to teach.
         feature_distill_warmup_steps: >= 0, length of the ramp up to w_f after the delay.
+        nested_dims: the dimensions of the prefixes, strictly increasing; the last one is the whole dimension of the
+            base embedding. (): no prefixes. Each prefix has its own instance of the objective.
+        nested_weights: >= 0, the weight of each prefix in the means over the prefixes. (): equal weights.
         num_classes: number of training classes, for objectives given by name that have weights per class.
         similarity_kl_implementation: "auto", "fused" or "composed"; see `similarity_kl`.
         gather_replicas: matters if a distribution strategy splits each batch over replicas. True: objectives and
@@ -61,6 +70,7 @@ class S2SDLoss(keras.layers.Layer):
         step: int64 variable, the number of training steps taken; the weight schedules depend on it.
         first_nonfinite_step: int64 variable, the first step (from 0) whose loss was not finite; -1: none.
         objective, target_objectives: the objectives.
+        nested_objectives: the objectives of the prefixes that are shorter than the base embedding.
         jit_compile: whether XLA compiles the surrounding `tf.function`; None: unknown. If it is known, the fused op can
             be used more often. `S2SDModel` sets it.
 
@@ -86,6 +96,8 @@ class S2SDLoss(keras.layers.Layer):
         feature_distill_weight: float = 50.0,
         feature_distill_delay: int = 1000,
         feature_distill_warmup_steps: int = 0,
+        nested_dims: Sequence[int] = (),
+        nested_weights: Sequence[float] = (),
         num_classes: int | None = None,
         similarity_kl_implementation: str = "auto",
         gather_replicas: bool = True,
@@ -117,6 +129,8 @@ class S2SDLoss(keras.layers.Layer):
         self.feature_distill_weight = feature_distill_weight
         self.feature_distill_delay = checked_int("feature_distill_delay", feature_distill_delay, 0)
         self.feature_distill_warmup_steps = checked_int("feature_distill_warmup_steps", feature_distill_warmup_steps, 0)
+        self.nested_dims = nested.checked_dims(nested_dims)
+        self.nested_weights = nested.checked_weights(nested_weights, self.nested_dims)
         self.num_classes = None if num_classes is None else checked_int("num_classes", num_classes, 1)
         self.similarity_kl_implementation = similarity_kl_implementation
         self.gather_replicas = gather_replicas
@@ -130,13 +144,27 @@ class S2SDLoss(keras.layers.Layer):
         template = self.objective if same else self._make_objective(target_objective)
         # A read-only view, because Keras treats a dict attribute as a container of layers.
         self._target_objective = types.MappingProxyType(keras.utils.serialize_keras_object(template))
-        self.target_objectives = [self._copy_of(template, k) for k in range(len(self.target_dims))]
+        self.target_objectives = [self._copy_of(template, f"target{k}", k + 1) for k in range(len(self.target_dims))]
+        self.nested_objectives = [
+            self._copy_of(self.objective, f"nested{dim}", len(self.target_dims) + k + 1)
+            for k, dim in enumerate(self.nested_dims[:-1])
+        ]
         self.step = self._counter("step", 0)
         self.first_nonfinite_step = self._counter("first_nonfinite_step", -1)
 
     def build(self, input_shape: Sequence[int | None]) -> None:
-        """Creates the objectives' weights; `input_shape` is that of the base embeddings, `(batch, dim)`."""
-        for objective, dim in zip((self.objective, *self.target_objectives), (input_shape[-1], *self.target_dims)):
+        """Creates the objectives' weights; `input_shape` is that of the base embeddings, `(batch, dim)`.
+
+        Raises:
+            ValueError: the last of `nested_dims` is not dim.
+        """
+        if self.nested_dims and self.nested_dims[-1] != input_shape[-1]:
+            raise ValueError(
+                f"nested_dims: expected the dimension of the base embedding, {input_shape[-1]}, as the last one. "
+                f"Received: {self.nested_dims}"
+            )
+        dims = (input_shape[-1], *self.target_dims, *self.nested_dims[:-1])
+        for objective, dim in zip((self.objective, *self.target_objectives, *self.nested_objectives), dims):
             # A loaded objective is already built.
             if not objective.built:
                 objective.build((None, dim))
@@ -175,8 +203,10 @@ class S2SDLoss(keras.layers.Layer):
         Returns:
             The terms by name: "loss" and "objective" (scalars); with targets also "target_objectives" `(K,)` and
             "distill_kls" `(K,)`; with `feature_distill` also "feature_kl" (scalar); and the terms of `diagnostics`. The
-            divergences are not multiplied by their weights. On several replicas with `gather_replicas`, the mean of
-            "loss" over the replicas is the loss of the batch.
+            divergences are not multiplied by their weights. With D >= 2 `nested_dims`, these are means over the
+            prefixes, and there are "nested_objectives" `(D,)` and, with a teacher, "nested_kls" `(D, teachers)`, the
+            features last. On several replicas with `gather_replicas`, the mean of "loss" over the replicas is the loss
+            of the batch.
 
         Raises:
             ValueError: the dimensions of the targets are not `target_dims`, features are missing, or labels that are
@@ -185,7 +215,14 @@ class S2SDLoss(keras.layers.Layer):
         batch = self._checked_batch(embedding, targets, features, labels)
         if self.gather_replicas:
             batch = replicas.gather(batch)
-        terms = {"objective": self.objective(batch.embedding, batch.labels, training=training)}
+        prefixes = nested.prefixes(batch.embedding, self.nested_dims)
+        found = [
+            objective(prefix, batch.labels, training=training)
+            for objective, prefix in zip((*self.nested_objectives, self.objective), prefixes)
+        ]
+        terms = {"objective": nested.mean(found, self.nested_weights)}
+        if self.nested_objectives:
+            terms["nested_objectives"] = tf.stack(found)
         loss = terms["objective"]
         if self.target_dims:
             terms["target_objectives"] = tf.stack(
@@ -196,8 +233,11 @@ class S2SDLoss(keras.layers.Layer):
             )
             loss = (loss + tf.reduce_mean(terms["target_objectives"])) / 2.0
         if self.target_dims or self.feature_distill:
-            total, kls = self._distill(batch, training)
+            divergences = [self._distill(batch._replace(embedding=prefix), training) for prefix in prefixes]
+            total, kls = (nested.mean(values, self.nested_weights) for values in zip(*divergences))
             loss += tf.cast(total, loss.dtype)
+            if self.nested_objectives:
+                terms["nested_kls"] = tf.stack([values for _, values in divergences])
             if self.target_dims:
                 terms["distill_kls"] = kls[: len(self.target_dims)]
             if self.feature_distill:
@@ -221,6 +261,8 @@ class S2SDLoss(keras.layers.Layer):
             "feature_distill_weight": self.feature_distill_weight,
             "feature_distill_delay": self.feature_distill_delay,
             "feature_distill_warmup_steps": self.feature_distill_warmup_steps,
+            "nested_dims": list(self.nested_dims),
+            "nested_weights": list(self.nested_weights),
             "num_classes": self.num_classes,
             "similarity_kl_implementation": self.similarity_kl_implementation,
             "gather_replicas": self.gather_replicas,
@@ -242,11 +284,11 @@ class S2SDLoss(keras.layers.Layer):
             settings["num_classes"] = self.num_classes
         return objectives.get(identifier, **settings)
 
-    def _copy_of(self, template, k):
-        """A new instance of the objective for target k, with a different seed if it has one."""
-        config = {**template.get_config(), "name": f"target{k}_{template.name}"}
+    def _copy_of(self, template, prefix, number):
+        """A new instance of the objective, with `prefix` in its name, and with a different seed if it has one."""
+        config = {**template.get_config(), "name": f"{prefix}_{template.name}"}
         if "seed" in config:
-            config["seed"] += k + 1
+            config["seed"] += number
         return type(template).from_config(config)
 
     def _counter(self, name, start):

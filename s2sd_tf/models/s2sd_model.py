@@ -68,9 +68,10 @@ class S2SDModel(keras.Model):
             Only one part needs memory at a time, but the loss is that of the whole batch and its gradients are exact.
             The exception is BatchNorm that is not frozen: it uses the statistics of each part. The backbone computes
             every image twice forward and once backward (Gao et al., RepL4NLP 2021, arXiv 2101.06983).
-        log_per_target: whether to log every target's objective and divergence, in addition to their means.
+        log_per_target: whether to log every target's objective and divergence, in addition to their means. With
+            `nested_dims`, also every prefix's objective, and its mean divergence over the teachers.
         name, trainable, dtype: as for any Keras model.
-        **loss_settings: arguments of `S2SDLoss` (`objective`, `target_dims`, `temperature`, ...). With
+        **loss_settings: arguments of `S2SDLoss` (`objective`, `target_dims`, `nested_dims`, ...). With
             `diagnostics=True`, the norm of the gradients of all weights is logged too, as "gradient_norm".
 
     Attributes:
@@ -137,7 +138,11 @@ class S2SDModel(keras.Model):
             for k, dim in enumerate(self.s2sd_loss.target_dims)
         ]
         heads = (self.embedding_head, *self.target_heads)
-        objectives = (self.s2sd_loss.objective, *self.s2sd_loss.target_objectives)
+        objectives = (
+            self.s2sd_loss.objective,
+            *self.s2sd_loss.target_objectives,
+            *self.s2sd_loss.nested_objectives,
+        )
         gem = () if self.gem is None else (self.gem,)
         self.weight_updates = Updates(backbone, (*gem, *heads), heads, objectives, l2, learning_rate_multipliers)
         self._step_metrics = StepMetrics(self.s2sd_loss, log_per_target)
@@ -335,6 +340,11 @@ class S2SDModel(keras.Model):
         """Evaluates a batch `(images, labels)`; returns the running means of the logged terms."""
         inputs, labels = _unpack(data)
         return self._step_metrics.update(self.compute_losses(inputs, labels, training=False))
+
+    @property
+    def nested_dims(self) -> tuple[int, ...]:
+        """The dimensions of the prefixes that are trained as embeddings, see `S2SDLoss`; () for none."""
+        return self.s2sd_loss.nested_dims
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:

@@ -15,7 +15,7 @@ class StepMetrics:
 
     Args:
         loss: the loss whose terms are logged.
-        per_target: whether to log the objective and the divergence of every target too.
+        per_target: whether to log the objective and the divergence of every target and of every prefix too.
 
     Attributes:
         metrics: list of `keras.metrics.Mean`.
@@ -23,7 +23,11 @@ class StepMetrics:
 
     def __init__(self, loss: S2SDLoss, per_target: bool) -> None:
         self._targets = [f"target{k}_{dim}" for k, dim in enumerate(loss.target_dims)] if per_target else []
-        names = ["loss", "objective"]
+        nested = per_target and len(loss.nested_dims) > 1
+        self._nested = [f"nested{dim}" for dim in loss.nested_dims] if nested else []
+        has_teachers = loss.target_dims or loss.feature_distill
+        names = ["loss", "objective", *(f"{prefix}_objective" for prefix in self._nested)]
+        names += [f"{prefix}_kl" for prefix in self._nested] if has_teachers else []
         if loss.target_dims:
             names += ["target_objective", "distill_kl"]
             names += [f"{target}_objective" for target in self._targets] + [f"{target}_kl" for target in self._targets]
@@ -43,6 +47,10 @@ class StepMetrics:
         for k, target in enumerate(self._targets):
             values[f"{target}_objective"] = terms["target_objectives"][k]
             values[f"{target}_kl"] = terms["distill_kls"][k]
+        for d, prefix in enumerate(self._nested):
+            values[f"{prefix}_objective"] = terms["nested_objectives"][d]
+            if "nested_kls" in terms:
+                values[f"{prefix}_kl"] = tf.reduce_mean(terms["nested_kls"][d])
         logged = [metric for metric in self.metrics if metric.name in values]
         for metric in logged:
             metric.update_state(values[metric.name])
