@@ -314,10 +314,20 @@ class TestBackbones:
     GOOD = ("maps", "pooled", "free")
     NO_MODELS = ("resnet50", b"x", None, 5, [], keras.Model, lambda images: images, IMAGES)
     # What they mean, or None for a refusal.
-    SIZES = ((4, 4), (np.int64(4), 4), (np.uint8(4), 4), *((size, None) for size in (
-        4.0, True, "4", b"4", None, 0, -1, float("nan"), 4j, [4], np.array(4), np.array([4]), {})))  # fmt: skip
-    DIMS = (((6,), (6,)), ([6], (6,)), (np.array([6]), (6,)), (range(6, 8), (6, 7)), ((), ()), *((dims, None) for dims in (
-        6, "6", b"6", None, (6.0,), (True,), (0,), ((6,),), [None], ("6",), np.array(6), np.array([6.0]), True)))  # fmt: skip
+    SIZES = (
+        *((size, 4) for size in (4, np.int64(4), np.uint8(4))),
+        *((size, None) for size in (
+            4.0, True, "4", b"4", None, 0, -1, float("nan"), 4j, [4], np.array(4), np.array([4]), {},
+        )),
+    )  # fmt: skip
+    DIMS = (
+        *((dims, (6,)) for dims in ((6,), [6], np.array([6]))),
+        (range(6, 8), (6, 7)),
+        ((), ()),
+        *((dims, None) for dims in (
+            6, "6", b"6", None, (6.0,), (True,), (0,), ((6,),), [None], ("6",), np.array(6), np.array([6.0]), True,
+        )),
+    )  # fmt: skip
 
     @classmethod
     def backbone(cls, kind, output):
