@@ -165,7 +165,7 @@ class TestErrors:
         ("arguments", "words"),
         [
             ((DIGITS, "--config.embedding_dim=8", "--workdir=never"), "did you mean config.model.embedding_dim?"),
-            ((DIGITS, "--config.model.embeding_dim=8", "--workdir=never"), "did you mean embedding_dim?"),
+            ((DIGITS, "--config.model.embeding_dim=8", "--workdir=never"), "did you mean embedding_dim"),
             ((DIGITS, "--epochs=8", "--workdir=never"), "did you mean config.train.epochs?"),
             ((DIGITS, "--config.objective.name=triplets", "--workdir=never"), "did you mean triplet"),
             (("--config=missing.py", "--config.seed=1"), "'missing.py', which does not exist"),
@@ -305,7 +305,7 @@ def test_settings_of_objective_and_miner_reach_the_model():
     config.objective.name = "margin"
     config.objective.margin.update(miner="rho_distance", beta=0.6)
     config.miner.rho_distance.rho = 0.5
-    config.s2sd.target_dims = (8,)
+    config.s2sd.update(target_dims=(8,), target_objective="")
     config.data.image_size = 8
     config = resolve(config)
     model = build_model(config, load_data(config))

@@ -442,8 +442,11 @@ def _output_shape(backbone, input_shape):
             "backbone: expected one output, feature maps or pooled features; make it with "
             f"keras.Model(backbone.input, the output). Received: a model with {received}"
         )
-    # A tensor of Keras 2 may stand for None, and then has no dtype.
-    if not (is_keras_tensor(output) and hasattr(output, "dtype")):
+    # A tensor of Keras 2 may stand for None, and then has no dtype, or for an array, and then has a number of rows.
+    called = not getattr(backbone, "outputs", None)
+    if not (is_keras_tensor(output) and hasattr(output, "dtype")) or (
+        called and tuple(output.shape)[:1] not in ((), (None,))
+    ):
         raise ValueError(
             "backbone: expected one output, feature maps or pooled features. Received: a model that returns no tensor"
         )
