@@ -57,7 +57,7 @@ def exact_neighbors(
     # Take some more, as those near the end may change places.
     wanted = min(k + _MARGIN, len(right))
     indices, rough = _search(left, right, wanted, keys, memory_mib, progress)
-    similarities, bands = _similarities_of(left, right, indices, rough[:, min(k, wanted) - 1])
+    similarities, bands = _similarities_of(left, right, indices, rough, k)
     order = np.lexsort((np.where(indices < 0, np.iinfo(np.int64).max, indices), -similarities), axis=1)[:, :k]
     indices, similarities = (np.take_along_axis(values, order, axis=1) for values in (indices, similarities))
     if k < wanted < len(right):
@@ -187,20 +187,27 @@ def _similarities(left, right, query, items):
     return values[inverse]
 
 
-def _similarities_of(left, right, indices, levels, block=1024):
-    """`(similarities, bands)` of neighbours: float32 `(queries, k)`, -inf if missing, of scaled rows; and how far their
-    products may be from `levels` `(queries,)` to be the same up to rounding, float32 `(queries,)`.
+def _similarities_of(left, right, indices, rough, k, block=1024):
+    """`(similarities, bands)` of neighbours, from their products `rough`, descending along a row: float32, of scaled
+    rows, -inf for those missing and for those that cannot be among the k nearest; and how far a product may be from
+    that of the k-th to be the same up to rounding, float32 `(queries,)`.
     """
     similarities = np.full(indices.shape, -np.inf, np.float32)
     bands = np.empty(len(indices), np.float32)
-    for start in range(0, len(indices), block):
+    levels = rough[:, min(k, rough.shape[1]) - 1]
+
+    def fill(start):
         part = slice(start, min(start + block, len(indices)))
         rows = left.wide(part)
         bands[part] = left.band(left.sizes(rows), levels[part])
+        wanted = (indices[part] >= 0) & (rough[part] >= (levels - bands)[part, None])
         for column in range(indices.shape[1]):
-            there = np.flatnonzero(indices[part, column] >= 0)
+            there = np.flatnonzero(wanted[:, column])
             others = right.wide(indices[start + there, column])
             similarities[start + there, column] = left.similarities(rows[there], others)
+
+    with _workers() as pool:
+        list(pool.map(fill, range(0, len(indices), block)))
     return similarities, bands
 
 
@@ -249,7 +256,10 @@ class _Factor:
     def wide(self, chosen: Any) -> np.ndarray:
         """The rows `chosen`, scaled by powers of two so that squares fit, which is exact: float64 `(n, dim)`."""
         rows = np.asarray(self.rows[chosen])
-        return scaled(rows, row_scales(rows) if self.metric == "cosine" else self.scale)
+        if self.metric == "euclidean":
+            return scaled(rows, self.scale)
+        # The squares of floats of up to 32 bits fit as they are.
+        return rows.astype(np.float64) if rows.dtype.itemsize <= 4 else scaled(rows, row_scales(rows))
 
     def similarities(self, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
         """Similarities of pairs of `wide` rows, or of one row to all others: float32 `(n,)`."""
