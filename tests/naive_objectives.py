@@ -75,7 +75,7 @@ def margin(x, labels, o):
         beta = betas[labels[a]]
         hinges = [hinge(o.margin + distance(x, a, p) - beta), hinge(o.margin - distance(x, a, n) + beta)]
         total += sum(hinges) + o.nu * beta
-        active += sum(h > 0 for h in hinges)
+        active += any(h > 0 for h in hinges) if o.divisor == "triplets" else sum(h > 0 for h in hinges)
     return total / active if active else 0.0
 
 

@@ -23,6 +23,9 @@ CASES = [
     ("parametric", {"shape": "distance", "bins": 1}),
     ("parametric", {"bins": 3, "weights": [0.0, 1.0, 2.0]}),
     ("rho_distance", {"rho": 1.0}),
+    ("distance_weighted", {"one_per_anchor": True}),
+    ("rho_distance", {"rho": 0.6, "anchor_as_positive": True}),
+    ("rho_distance", {"rho": 1.0, "anchor_as_positive": True, "one_per_anchor": True}),
 ]
 TRIPLET_CASES = [(name, settings) for name, settings in CASES if name not in {"lifted", "n_pair"}]
 
@@ -71,10 +74,11 @@ def label_patterns():
 
 @pytest.mark.parametrize(("name", "settings"), TRIPLET_CASES)
 def test_triplets_are_valid_and_complete_for_any_labels(unit_rows, name, settings):
+    an_anchor = name in AN_ANCHOR or settings.get("one_per_anchor")
     for seed, labels in enumerate(label_patterns()):
         batch = len(labels)
         found = mine(name, unit_rows(batch, 5, seed), labels, (seed, 1), **settings)
-        assert len(found.valid) == batch ** (1 if name in AN_ANCHOR else 3 if name == "all" else 2)
+        assert len(found.valid) == batch ** (1 if an_anchor else 3 if name == "all" else 2)
         # Objectives also gather with the indices of invalid entries.
         for part in found[:3]:
             assert part.dtype == np.int32
@@ -82,26 +86,34 @@ def test_triplets_are_valid_and_complete_for_any_labels(unit_rows, name, setting
         triplets = valid_triplets(found)
         anchor, positive, negative = triplets.T
         same = same_class(labels)
-        assert np.all(anchor != positive)
+        own = anchor == positive
+        if settings.get("anchor_as_positive"):
+            # Only in a class of two, with the other one as the negative.
+            assert np.all(same.sum(axis=1)[anchor[own]] == 2)
+            assert np.all(same[anchor, negative][own])
+        else:
+            assert not own.any()
         assert np.all(same[anchor, positive])
         if name in IN_CLASS:
             assert np.all((negative != anchor) & (negative != positive))
         switched = same[anchor, negative]
         if name == "rho_distance":
-            assert np.all(same.sum(axis=1)[anchor[switched]] > 2)
+            least = 2 if settings.get("anchor_as_positive") else 3
+            assert np.all(same.sum(axis=1)[anchor[switched]] >= least)
             if settings.get("rho") == 1.0:
-                assert np.all(switched == (same.sum(axis=1)[anchor] > 2))
+                assert np.all(switched == (same.sum(axis=1)[anchor] >= least))
         else:
             assert np.all(switched == (name == "intra_random"))
         # Every possible anchor, pair or triplet, once.
         positives, negatives = same.sum(axis=1) - 1, batch - same.sum(axis=1)
-        if name in AN_ANCHOR:
+        if an_anchor:
             expected, once = np.sum((positives > 0) & (negatives > 0)), anchor
         elif name == "all":
             expected, once = np.sum(positives * negatives), triplets
         else:
             expected = np.sum(positives * (positives > 1 if name == "intra_random" else negatives > 0))
-            once = triplets[:, :2]
+            # Where the anchor is its own positive, the pair's other sample is the negative.
+            once = np.stack([anchor, np.where(own, negative, positive)], axis=1)
         assert len(triplets) == expected == len(np.unique(once, axis=0))
 
 
@@ -268,10 +280,10 @@ def plain_distances(rows):
     return np.linalg.norm(rows[:, None] - rows[None], axis=-1)
 
 
-def plain_distance_weighted(d, labels, dim=5):
+def plain_distance_weighted(d, labels, dim=5, cutoff=1.4):
     clipped = np.maximum(d, 0.5)
     weights = 1.0 / (clipped ** (dim - 2) * (1 - clipped**2 / 4) ** ((dim - 3) / 2))
-    weights = np.where(~same_class(labels) & (d < 1.4), weights, 0.0)
+    weights = np.where(~same_class(labels) & (d < cutoff), weights, 0.0)
     assert np.all(weights.sum(axis=1) > 0)
     return weights / weights.sum(axis=1, keepdims=True)
 
@@ -323,6 +335,59 @@ def test_rho_distance_without_rho_is_distance_weighted(unit_rows):
         valid_triplets(mine("rho_distance", rows, MIXED, (3, 4), rho=0.0)),
         valid_triplets(mine("distance_weighted", rows, MIXED, (3, 4))),
     )
+
+
+def published_triplets(d, labels, rho):
+    """The probability of each triplet `(batch, batch, batch)` of an anchor in the published code."""
+    batch = len(labels)
+    weighted = plain_distance_weighted(d, labels, cutoff=3.0)
+    expected = np.zeros([batch] * 3)
+    for a in range(batch):
+        others = [j for j in range(batch) if j != a and labels[j] == labels[a]]
+        for p in others:
+            thirds = [j for j in others if j != p]
+            for n in range(batch):
+                expected[a, p, n] += (1 - rho) * weighted[a, n] / len(others)
+            for n in thirds:
+                expected[a, p, n] += rho / len(others) / len(thirds)
+            if not thirds:
+                expected[a, a, p] += rho
+    return expected
+
+
+@pytest.mark.parametrize("rho", [None, 0.3])
+def test_published_draws(unit_rows, rho):
+    d = plain_distances(unit_rows(10, 5))
+    assert np.max(d) > 1.4
+    settings = {"upper_cutoff": 3.0, "one_per_anchor": True}
+    if rho is None:
+        found = draw("distance_weighted", d, MIXED, 4000, **settings)
+    else:
+        found = draw("rho_distance", d, MIXED, 4000, rho=rho, anchor_as_positive=True, **settings)
+    counts, expected = count_triplets(found, 10), published_triplets(d, MIXED, rho or 0.0)
+    for a in range(10):
+        if expected[a].any():
+            assert counts[a].sum() == 4000
+            assert_follows(counts[a], expected[a])
+        else:
+            assert not counts[a].any()
+    # An anchor's positive and negative are independent without rho, and so are two anchors' draws.
+    if rho is None:
+        assert_independent(found.positive[:, 0], found.negative[:, 0])
+    assert_independent(found.positive[:, 0], found.positive[:, 2])
+    assert_independent(found.negative[:, 0], found.negative[:, 1])
+
+
+def test_two_images_a_class_switch_with_probability_rho(unit_rows):
+    labels = np.repeat(np.arange(8), 2)
+    d = plain_distances(unit_rows(16, 5))
+    found = draw("rho_distance", d, labels, 400, anchor_as_positive=True, upper_cutoff=3.0)
+    anchor, positive, negative = valid_triplets(found).T
+    switched = anchor == positive
+    np.testing.assert_array_equal(negative[switched], anchor[switched] ^ 1)
+    np.testing.assert_array_equal(positive[~switched], anchor[~switched] ^ 1)
+    # Five standard deviations of 6,400 draws.
+    assert abs(np.mean(switched) - 0.2) < 5 * 0.4 / 80
 
 
 def test_random_draws_are_uniform(unit_rows):
@@ -512,6 +577,8 @@ def test_config_round_trip(unit_rows, name, settings):
         ("hard", {"rho": 1}, "expected settings from"),
         ("distance_weighted", {"lower_cutoff": 0.0}, "lower_cutoff"),
         ("distance_weighted", {"upper_cutoff": 0.3}, "upper_cutoff"),
+        ("distance_weighted", {"one_per_anchor": 1}, "one_per_anchor: expected a bool. Received: 1"),
+        ("rho_distance", {"anchor_as_positive": 2}, "anchor_as_positive: expected a bool. Received: 2"),
         ("rho_distance", {"lower_cutoff": 0.0}, "lower_cutoff"),
         ("rho_distance", {"rho": 1.2}, r"rho: expected a number in \[0, 1\]. Received: 1.2"),
         ("easy_positive", {"negatives": "easy"}, r"negatives: expected one of \['semi_hard'.*Received: 'easy'"),

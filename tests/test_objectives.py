@@ -198,6 +198,8 @@ def test_naive_rederivation(unit_rows, name, dtype, pattern):
     ("name", "settings"),
     [
         ("contrastive", {"squared": True, "positive_margin": 0.3}),
+        ("margin", {"divisor": "triplets"}),
+        ("margin", {"divisor": "triplets", "beta": 0.3}),
         ("multi_similarity", {"epsilon": -1.0}),
         ("proxy_nca", {"own_class_in_sum": True, "scale": 3.0}),
         ("recall_at_k_surrogate", {"ks": (1, 3), "rank_temperature": 0.1}),
@@ -212,6 +214,30 @@ def test_settings(unit_rows, name, settings):
     rows = unit_rows(len(labels), 6)
     expected = getattr(naive_objectives, name)(rows, labels, objective)
     np.testing.assert_allclose(objective(rows, labels), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("divisor", ["hinges", "triplets"])
+def test_margin_over_mined_triplets(unit_rows, divisor):
+    # The anchor may be its own positive, at distance 0.
+    labels, rows = np.repeat(np.arange(CLASSES), 2), unit_rows(8, 6) + 1.0
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    miner = mining.get("rho_distance", rho=0.5, upper_cutoff=3.0, anchor_as_positive=True)
+    objective = make("margin", miner=miner, margin=0.6, beta=0.6, nu=0.0, divisor=divisor, seed=5)
+    distances = np.linalg.norm(rows[:, None] - rows[None], axis=-1)
+    found = miner(tf.constant(distances), tf.constant(labels), dim=6, seed=tf.constant([5, 0]))
+    beta = float(tf.convert_to_tensor(objective.betas)[0])
+    total, hinges, triplets = 0.0, 0, 0
+    for a, p, n, valid in zip(*(part.numpy() for part in found)):
+        if valid:
+            pull, push = max(0.0, 0.6 + distances[a, p] - beta), max(0.0, 0.6 - distances[a, n] + beta)
+            total += pull + push
+            hinges += sum(hinge > 0 for hinge in (pull, push))
+            triplets += pull > 0 or push > 0
+    assert np.any((found.anchor == found.positive) & found.valid)
+    assert hinges > triplets > 0
+    loss, gradients = value_and_gradient(objective, rows, labels)
+    np.testing.assert_allclose(loss, total / (hinges if divisor == "hinges" else triplets), rtol=1e-10)
+    assert all_finite(gradients)
 
 
 @pytest.mark.parametrize("pattern", ["several positives", "one positive each", "uneven"])
@@ -519,6 +545,7 @@ def test_labels_out_of_range(unit_rows):
         ("triplet", {"margin": -0.1}, "margin"),
         ("triplet", {"miner": "nonsense"}, "miner: expected one of"),
         ("margin", {"nu": -1.0}, "nu"),
+        ("margin", {"divisor": "triplet"}, "divisor: expected one of .*'triplet'; did you mean triplets"),
         ("triplet", {"miner": "n_pair"}, "miner: expected one that chooses triplets, for triplet. Received: 'n_pair'"),
         ("supcon", {"miner": "rho_distance"}, "miner: expected one whose negatives are from other classes"),
         ("supcon", {"dtype": "float16"}, "dtype: expected 'float32' or 'float64'"),

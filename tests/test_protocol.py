@@ -62,13 +62,28 @@ OBJECTIVES = {
     "multi_similarity": ("multi_similarity", {"alpha": 2.0, "beta": 40.0, "lambda_": 0.5, "epsilon": 0.1}),
     "margin": (
         "margin",
-        {"margin": 0.2, "beta": 1.2, "nu": 0.0, "miner": "distance_weighted", "learning_rate_multiplier": 50.0},
+        {
+            "margin": 0.2,
+            "beta": 1.2,
+            "nu": 0.0,
+            "divisor": "triplets",
+            "miner": "distance_weighted",
+            "learning_rate_multiplier": 50.0,
+        },
     ),
     "r_margin": (
         "margin",
-        {"margin": 0.2, "beta": 0.6, "nu": 0.0, "miner": "rho_distance", "learning_rate_multiplier": 50.0},
+        {
+            "margin": 0.2,
+            "beta": 0.6,
+            "nu": 0.0,
+            "divisor": "triplets",
+            "miner": "rho_distance",
+            "learning_rate_multiplier": 50.0,
+        },
     ),
 }
+MINER = {"lower_cutoff": 0.5, "upper_cutoff": 3.0, "one_per_anchor": True}
 
 
 def value(config, key):
@@ -91,6 +106,10 @@ def assert_is(config, data, backbone, dim, objective, variant, feature_weight, k
     name, settings = OBJECTIVES[objective]
     assert config.objective.name == name
     assert {key: config.objective[name][key] for key in settings} == settings
+    if name == "margin":
+        miners = {**MINER, "rho": 0.2, "anchor_as_positive": True}
+        assert config.miner.rho_distance.to_dict() == miners
+        assert config.miner.distance_weighted.to_dict() == MINER
 
 
 def test_settings():

@@ -123,8 +123,12 @@ def _set_objective(config, name):
             "margin": 0.2,
             "beta": 0.6 if name == "r_margin" else 1.2,
             "nu": 0.0,
+            "divisor": "triplets",
             "miner": "rho_distance" if name == "r_margin" else "distance_weighted",
             # beta trains at 5e-4, the other weights at 1e-5.
             "learning_rate_multiplier": 50.0,
         }
+        # The published code ignores its upper cutoff; no distance is above 2.
+        config.miner.distance_weighted.update({"upper_cutoff": 3.0, "one_per_anchor": True})
+        config.miner.rho_distance.update({"upper_cutoff": 3.0, "one_per_anchor": True, "anchor_as_positive": True})
     config.objective[config.objective.name].update(settings)
