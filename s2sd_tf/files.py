@@ -44,19 +44,27 @@ class OutOfSpace(OSError):
         self.reason = reason
 
 
-def local_path(argument: str, path: str | os.PathLike) -> str:
-    """Returns the path with `~` and `~user` expanded.
+def local_path(argument: str, path: str | os.PathLike, empty: bool = False) -> str:
+    """Returns a path as a str, with `~` and `~user` expanded. Every function that takes a path calls it first.
+
+    Args:
+        argument: name of the argument or flag for the message.
+        path: the path.
+        empty: whether "" is accepted, for "not given", and returned.
 
     Raises:
-        ValueError: `path` is a URL, such as gs://bucket/folder; the message names `argument`.
+        ValueError: `path` is no path: another type, bytes, empty, with a NUL or other characters that no file name has;
+            or it is a URL, such as gs://bucket/folder. The message names `argument`.
     """
-    path = os.fspath(path)
-    if _URL.match(path):
+    found = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(found, str) or not (_is_file_name(found) or (empty and not found)):
+        raise ValueError(f"{argument}: expected a path, a str or pathlib.Path. Received: {path!r}")
+    if _URL.match(found):
         raise ValueError(
             f"{argument}: expected a path in the file systems of this machine; mount the storage, or copy the files. "
-            f"Received: {path!r}"
+            f"Received: {found!r}"
         )
-    return os.path.expanduser(path)
+    return os.path.expanduser(str(found))
 
 
 @contextlib.contextmanager
@@ -146,7 +154,6 @@ def check_replaceable(argument: str, path: str | os.PathLike, marker: str) -> No
     """Raises ValueError if a folder cannot be written to `path`, or would replace something of another kind: a file, or
     a folder that is not empty and has no file named `marker`.
     """
-    # An empty path is the current folder.
     full = os.path.abspath(local_path(argument, path))
     taken = os.path.exists(full) and (not os.path.isdir(full) or bool(os.listdir(full)))
     if taken and not os.path.exists(os.path.join(full, marker)):
@@ -241,6 +248,13 @@ def _acquire(argument, path, lock):
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _is_file_name(path):
+    try:
+        return bool(path) and "\0" not in path and bool(os.fsencode(path))
+    except UnicodeEncodeError:
+        return False
 
 
 def _short_name(path):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 import s2sd_tf
-from s2sd_tf import data, evaluation, mining, objectives, serving, training
+from s2sd_tf import data, evaluation, export, mining, objectives, reporting, serving, training
 from s2sd_tf.data import samplers
 from s2sd_tf.evaluation.embeddings import write_shard
 from s2sd_tf.files import write_json
@@ -668,3 +668,202 @@ def test_items_of_an_index_are_read_back(tmp_path):
     assert evaluation.load_index(tmp_path / "index").ids == odd
     assert json.loads((tmp_path / "index" / "items.json").read_text())["labels"] == odd
     assert all(serving.encoder.read_image_under(str(tmp_path), name) is None for name in odd)
+
+
+class OwnPath(os.PathLike):
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return self.path
+
+
+class TestPaths:
+    """Every function that takes a path takes it in any form, or names the argument."""
+
+    NO_PATHS = (
+        None, b"x", 5, 0.5, True, "", "a\0b", "\ud800", [], ["x"], {}, np.array(["x"]), OwnPath(b"x"), OwnPath("a\0b"),
+        "gs://bucket/x", "s3://bucket/x", "http://host/x.zip", "file:///x", "hdfs:/x", pathlib.Path("gs://bucket/x"),
+    )  # fmt: skip
+
+    @pytest.fixture(scope="class")
+    def home(self, tmp_path_factory):
+        home = tmp_path_factory.mktemp("home")
+        sizes = {"classes": 4, "images_per_class": 2, "size": (6, 5)}
+        for name in ("cub200", "cars196", "sop", "inshop", "lists"):
+            write(name, home / name, **sizes)
+        for name in "abcd":
+            for at in range(2):
+                (home / "folders" / name).mkdir(parents=True, exist_ok=True)
+                write_image(home / "folders" / name / f"{at}.png")
+        rows = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+        ids, labels = [f"{i}.png" for i in range(4)], list("aabb")
+        write_shard(str(home / "embeddings" / "shard-00000"), rows, ids, labels)
+        np.savez(home / "weights.npz", w=rows)
+        (home / "labels.txt").write_text("a\na\nb\nb\n")
+        evaluation.build_index(rows, ids, labels, "exact").save(home / "index")
+        data.write_shards(data.load_folder(str(home / "folders")), str(home / "shards"))
+        backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 3), filters=(4,), pools=1)
+        model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(6,))
+        preprocessing = data.Preprocessing(8, 8, 3)
+        (home / "run").mkdir()
+        model.save(home / "run" / "best.keras")
+        backbone.save_weights(home / "backbone.weights.h5")
+        write_json(home / "run" / "preprocessing.json", preprocessing.get_config())
+        write_json(home / "run" / "config.json", training.resolve(training.default_config()).to_dict())
+        export.export_encoder(model, preprocessing, home / "encoder")
+        return home
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def reading(home):
+        """By `(function, argument)`: the path under `home`, and a function from a path to what is read."""
+
+        def images(split):
+            parts = split.parts().values() if isinstance(split, data.RetrievalSplit) else [split]
+            return [(part.labels.tolist(), part.class_names, len(part.encoded(0))) for part in parts]
+
+        def listed(**changed):
+            paths = {"root": "lists", "train_list": "lists/train.txt", "test_list": "lists/test.txt"}
+            return images(data.load_lists(**{**{name: home / path for name, path in paths.items()}, **changed}))
+
+        def encoder(path):
+            return serving.Encoder(path).fingerprint()
+
+        def weights(path):
+            model = s2sd_tf.models.backbones.get("conv_blocks", (8, 8, 3), path, filters=(4,), pools=1)
+            return [array.tolist() for array in model.get_weights()]
+
+        train_list = home / "lists" / "train.txt"
+        return {
+            ("load_image_folder", "root"): ("folders", lambda path: images(data.load_image_folder(path))),
+            ("load_folder", "root"): ("folders", lambda path: images(data.load_folder(path))),
+            ("load_cub200", "root"): ("cub200", lambda path: images(data.load_cub200(path))),
+            ("load_cars196", "root"): ("cars196", lambda path: images(data.load_cars196(path))),
+            ("load_sop", "root"): ("sop", lambda path: images(data.load_sop(path))),
+            ("load_inshop", "root"): ("inshop", lambda path: images(data.load_inshop(path))),
+            ("load_image_list", "root"): ("lists", lambda path: images(data.load_image_list(path, train_list))),
+            ("load_image_list", "image_list"): (
+                "lists/train.txt", lambda path: images(data.load_image_list(home / "lists", path)),
+            ),
+            ("load_lists", "root"): ("lists", lambda path: listed(root=path)),
+            ("load_lists", "train_list"): ("lists/train.txt", lambda path: listed(train_list=path)),
+            ("load_lists", "test_list"): ("lists/test.txt", lambda path: listed(test_list=path)),
+            ("datasets.load", "root"): ("folders", lambda path: images(data.datasets.load("folder", path))),
+            ("read_shards", "folder"): ("shards", lambda path: images(data.read_shards(path))),
+            ("ImageSet", "images"): (
+                "folders/a/0.png", lambda path: data.ImageSet([path, str(train_list)], [0, 1]).encoded(0),
+            ),
+            ("image_slices", "paths"): (
+                "folders/a/0.png", lambda path: data.ImageSet(data.image_slices([path], [0], [9]), [0]).encoded(0),
+            ),
+            ("Preprocessing.load", "path"): (
+                "run/preprocessing.json", lambda path: data.Preprocessing.load(path).get_config(),
+            ),
+            ("list_images", "root"): ("folders", lambda path: [item.id for item in serving.list_images(path)]),
+            ("Encoder", "path"): ("encoder", encoder),
+            ("read_embeddings", "path"): ("embeddings", lambda path: evaluation.read_embeddings(path).rows[:].tolist()),
+            ("read_labels", "labels"): (
+                "labels.txt", lambda path: evaluation.embeddings.read_labels("labels", path, 4),
+            ),
+            ("load_index", "folder"): ("index", lambda path: evaluation.load_index(path).rows().tolist()),
+            ("load_model", "path"): ("run/best.keras", lambda path: export.load_model(path).embedding_dim),
+            ("load_run", "workdir"): ("run", lambda path: training.load_run(path)[1].to_dict()),
+            ("read_state_dict", "path"): ("weights.npz", lambda path: read_state_dict(path)["w"].tolist()),
+            ("backbones.get", "weights"): ("backbone.weights.h5", weights),
+            ("embed_images", "items"): (
+                "folders/a/0.png",
+                lambda path: serving.embed_images(
+                    [serving.Item("0", path, "")], serving.Encoder(home / "encoder"), home / "embedded", progress=False
+                ),
+            ),
+        }  # fmt: skip
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def writing(home):
+        """By `(function, argument)`: a file that a function from a path writes there."""
+        split, rows = data.load_folder(str(home / "folders")), np.eye(3)
+        model = export.load_model(home / "run" / "best.keras")
+        items = serving.list_images(home / "folders")[:1]
+        encoder = serving.Encoder(home / "encoder")
+        return {
+            ("write_shards", "folder"): ("s2sd_shards.json", lambda path: data.write_shards(split, path)),
+            ("Index.save", "folder"): (
+                "index.json", lambda path: evaluation.build_index(rows, method="exact").save(path),
+            ),
+            ("export_encoder", "path"): (
+                "saved_model.pb", lambda path: export.export_encoder(model, data.Preprocessing(8, 8, 3), path),
+            ),
+            ("save_projector", "folder"): (
+                "projector_config.pbtxt", lambda path: reporting.save_projector(path, rows),
+            ),
+            ("embed_images", "folder"): (
+                "summary.json", lambda path: serving.embed_images(items, encoder, path, progress=False),
+            ),
+            ("save_curves", "path"): ("", lambda path: reporting.save_curves(path, {"x": {"y": ([1, 2], [1, 2])}})),
+            ("save_matches", "path"): ("", lambda path: reporting.save_matches(path, [[(np.ones((4, 4)), "x")]])),
+            ("write_json", "path"): ("", lambda path: write_json(path, 1)),
+        }  # fmt: skip
+
+    @staticmethod
+    def forms(home, path):
+        """Forms of a path under `home`, which is also the user's home and the current folder."""
+        full = str(home / path)
+        return (
+            full, pathlib.Path(full), f"~/{path}", pathlib.Path("~") / path, path, f"./{path}", OwnPath(full),
+            np.str_(full), f"{home}//{path}",
+        )  # fmt: skip
+
+    @pytest.fixture
+    def at_home(self, home, monkeypatch):
+        monkeypatch.setenv("HOME", str(home))
+        monkeypatch.chdir(home)
+        shutil.rmtree(home / "embedded", ignore_errors=True)
+        return home
+
+    @examples(60)
+    @given(st.data())
+    def test_read(self, at_home, reading, draw):
+        door = draw.draw(st.sampled_from(sorted(reading)), "door")
+        path, read = reading[door]
+        if draw.draw(st.booleans(), "is a path"):
+            form = draw.draw(st.sampled_from(self.forms(at_home, path)), "path")
+            assert read(form) == read(str(at_home / path))
+            return
+        before = listing(at_home)
+        with clear_errors(door[1]) as raised:
+            read(draw.draw(st.sampled_from(self.NO_PATHS), "no path"))
+        assert raised
+        assert "\n" not in str(raised[0])
+        assert listing(at_home) == before
+
+    @examples(40)
+    @given(st.data())
+    def test_written(self, at_home, writing, draw):
+        door = draw.draw(st.sampled_from(sorted(writing)), "door")
+        inside, write_there = writing[door]
+        before = listing(at_home)
+        if draw.draw(st.booleans(), "is a path"):
+            write_there(draw.draw(st.sampled_from(self.forms(at_home, "written/here")), "path"))
+            new = set(listing(at_home)) - set(before)
+            assert str(at_home / "written" / "here" / inside) in new
+            assert all(path.startswith(str(at_home / "written")) for path in new)
+            shutil.rmtree(at_home / "written")
+            return
+        with clear_errors(door[1]) as raised:
+            write_there(draw.draw(st.sampled_from(self.NO_PATHS), "no path"))
+        assert raised
+        assert "\n" not in str(raised[0])
+        assert listing(at_home) == before
+
+    @pytest.mark.parametrize("path", NO_PATHS, ids=repr)
+    def test_settings_of_data_sets_and_runs(self, at_home, path):
+        for argument, call in (
+            ("train_list", lambda: data.datasets.load("lists", "lists", train_list=path, test_list="lists/test.txt")),
+            ("workdir", lambda: training.train(training.default_config(), path)),
+        ):
+            with clear_errors(argument) as raised:
+                call()
+            assert raised
+        assert not (at_home / "gs:").exists()

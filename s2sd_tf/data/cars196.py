@@ -9,6 +9,7 @@ from s2sd_tf.data.image_folder import scan_image_folder
 from s2sd_tf.data.image_set import split_classes
 from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split
 from s2sd_tf.data.sources import load_source
+from s2sd_tf.files import local_path
 
 _FOLDERS = ("", "cars196", "stanford_cars")
 _ANNOTATIONS = "cars_annos.mat"
@@ -47,6 +48,7 @@ def load_cars196(
         FileNotFoundError: `root` has none of the layouts, or an annotation file is missing, such as the test labels.
         ValueError: see `load_cub200`; a malformed MATLAB file (the message has the file and the annotation's number).
     """
+    root = local_path("root", root)
     check_options(on_corrupt, check)
     return load_source("cars196", root, source, lambda: _read_files(root, on_corrupt, check))
 

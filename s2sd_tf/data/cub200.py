@@ -12,6 +12,7 @@ from s2sd_tf.data.image_folder import scan_image_folder
 from s2sd_tf.data.image_set import split_classes
 from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split
 from s2sd_tf.data.sources import load_source
+from s2sd_tf.files import local_path
 
 _FOLDERS = ("", "CUB_200_2011", "cub200")
 # Song et al., CVPR 2016, "Deep Metric Learning via Lifted Structured Feature Embedding".
@@ -50,6 +51,7 @@ def load_cub200(
         ValueError: a bad argument; a malformed annotation file, or one that names a file outside of `root` (the message
             has the file and line); with "raise", files that are not images.
     """
+    root = local_path("root", root)
     check_options(on_corrupt, check)
     return load_source("cub200", root, source, lambda: _read_files(root, on_corrupt, check))
 

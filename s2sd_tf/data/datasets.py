@@ -104,11 +104,11 @@ def load(name: str, root: str | os.PathLike = "", **chosen: Any) -> RetrievalSpl
         FileNotFoundError, ValueError, ImportError: see the data set's own function.
     """
     function, known = _lookup(name).load, settings(name)
-    root = local_path("root", root)
+    root = local_path("root", root, empty=True)
     unknown = sorted(set(chosen) - set(known))
     if unknown:
         raise ValueError(f"data set {name!r}: expected settings from {sorted(known)}. Received: {unknown}")
-    chosen.update({key: local_path(key, chosen[key]) for key in path_settings(name) if key in chosen})
+    chosen.update({key: local_path(key, chosen[key], empty=True) for key in path_settings(name) if key in chosen})
     return function(root, **chosen) if "root" in inspect.signature(function).parameters else function(**chosen)
 
 

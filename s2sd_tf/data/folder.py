@@ -8,6 +8,7 @@ from s2sd_tf.data.image_folder import load_image_folder
 from s2sd_tf.data.image_set import split_classes
 from s2sd_tf.data.retrieval_split import RetrievalSplit
 from s2sd_tf.data.sources import load_source
+from s2sd_tf.files import local_path
 
 
 @register("folder")
@@ -36,6 +37,7 @@ def load_folder(
         FileNotFoundError: a root is not a folder.
         ValueError: a bad argument; a class that is in both roots; see `load_image_folder` and `split_classes`.
     """
+    root, test_root = local_path("root", root), local_path("test_root", test_root, empty=True)
     check_options(on_corrupt, check)
 
     def read(folder):

@@ -10,6 +10,7 @@ from s2sd_tf.data.image_files import check_options, select_readable
 from s2sd_tf.data.image_folder import EXTENSIONS
 from s2sd_tf.data.image_set import ImageSet
 from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split, report_unpublished_counts
+from s2sd_tf.files import local_path
 
 # Brown et al., ECCV 2020, "Smooth-AP".
 _INATURALIST = {"train": (325_846, 5_690), "test": (136_093, 2_452)}
@@ -33,6 +34,7 @@ def load_image_list(
         FileNotFoundError: the list does not exist.
         ValueError: see `load_cub200`.
     """
+    root, image_list = local_path("root", root), local_path("image_list", image_list)
     check_options(on_corrupt, check)
     (images,) = select_readable([_read(root, image_list, "image_list")], root, on_corrupt, check)
     if not len(images):
@@ -65,6 +67,8 @@ def load_lists(
         FileNotFoundError: a list does not exist.
         ValueError: see `load_cub200`; a class that is in both lists.
     """
+    root = local_path("root", root)
+    train_list, test_list = local_path("train_list", train_list), local_path("test_list", test_list)
     check_options(on_corrupt, check)
     split = RetrievalSplit(_read(root, train_list, "train_list"), _read(root, test_list, "test_list"))
     split = readable_split(split, root, on_corrupt, check)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from s2sd_tf.checks import check_number, checked_int
+from s2sd_tf.files import local_path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,13 +156,15 @@ def _as_array(argument, values, wanted):
 def _checked_images(images):
     images = _as_array("images", images, _WANTED)
     received = f"an array {images.shape} of {images.dtype}"
-    if images.dtype.names or (images.dtype.kind == "U" and images.ndim == 1):
+    if images.dtype.names:
         return images
+    if images.dtype.kind == "U" and images.ndim == 1:
+        return _checked_paths("images", images)
     if images.dtype == object and images.ndim == 1:
         if all(isinstance(image, bytes) for image in images):
             return images
         if all(isinstance(image, (str, os.PathLike)) for image in images):
-            return np.array([os.fspath(image) for image in images], np.str_)
+            return _checked_paths("images", images)
         kinds = sorted({type(image).__name__ for image in images})
         raise ValueError(f"images: expected {_WANTED}. Received: {kinds}")
     if images.shape == (0,):
@@ -179,6 +182,15 @@ def _checked_images(images):
         wanted = "floats in [0, 1]" if most == 1 else "integers in [0, 255]"
         raise ValueError(f"images: expected {wanted}. Received: {images.min()} to {images.max()}")
     return np.rint(images * 255.0 if most == 1 else images).astype(np.uint8)
+
+
+def _checked_paths(argument, paths):
+    """Paths as `local_path` returns them, in a `str` array."""
+    if isinstance(paths, np.ndarray) and paths.dtype.kind == "U":
+        odd = (paths == "") | np.char.startswith(paths, "~") | (np.char.find(paths, ":/") >= 0)
+        if not odd.any():
+            return paths
+    return np.array([local_path(argument, path) for path in paths], np.str_)
 
 
 def _checked_names(argument, names):
@@ -228,9 +240,9 @@ def image_slices(
     Returns:
         Structured array `(n,)` with the fields "path" (str), "offset" and "length" (int64).
     """
-    paths = np.asarray(paths, np.str_)
-    slices = np.empty(len(paths), [("path", paths.dtype), ("offset", "<i8"), ("length", "<i8")])
-    slices["path"], slices["offset"], slices["length"] = paths, offsets, lengths
+    array = _checked_paths("paths", paths)
+    slices = np.empty(len(array), [("path", array.dtype), ("offset", "<i8"), ("length", "<i8")])
+    slices["path"], slices["offset"], slices["length"] = array, offsets, lengths
     return slices
 
 

@@ -9,6 +9,7 @@ from s2sd_tf.data.datasets import register
 from s2sd_tf.data.image_files import check_options
 from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split
 from s2sd_tf.data.sources import load_source
+from s2sd_tf.files import local_path
 
 _FOLDERS = ("", "in-shop", "inshop", "In-shop Clothes Retrieval Benchmark")
 _PARTITIONS = ("Eval/list_eval_partition.txt", "list_eval_partition.txt")
@@ -38,6 +39,7 @@ def load_inshop(
         FileNotFoundError: the partition file or the folder of images is not under `root`.
         ValueError: see `load_cub200`.
     """
+    root = local_path("root", root)
     check_options(on_corrupt, check)
     split = load_source("inshop", root, source, lambda: _read_files(root, on_corrupt, check))
     _warn_of_missing_items(split)

@@ -9,6 +9,7 @@ from s2sd_tf.data.datasets import register
 from s2sd_tf.data.image_set import ImageSet
 from s2sd_tf.data.preprocessing import Preprocessing
 from s2sd_tf.data.retrieval_split import RetrievalSplit
+from s2sd_tf.files import local_path
 from s2sd_tf.untrusted import image_excess, open_archive
 
 ARCHIVES = ("images_background_small1.zip", "images_background_small2.zip")
@@ -31,6 +32,7 @@ def load_omniglot(data_dir: str | os.PathLike, size: int = 28) -> tuple[ImageSet
         ValueError: an archive that is broken, inflates too far, or has images other than
             `<folder>/<alphabet>/<character>/<file>.png`; the message names it.
     """
+    data_dir = local_path("data_dir", data_dir)
     train = _read_archive(os.path.join(data_dir, ARCHIVES[0]))
     test = _read_archive(os.path.join(data_dir, ARCHIVES[1])).select_by_name([f"{name}/*" for name in TEST_ALPHABETS])
     return train, test, _preprocessing(size)

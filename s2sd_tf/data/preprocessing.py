@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
 from s2sd_tf.data.decoding import decode_pixels
+from s2sd_tf.files import local_path
 from s2sd_tf.untrusted import read_json_object, reading
 
 # The most pixels of an image whose rows are scaled before its columns, as `tf.image.resize` does.
@@ -179,6 +180,7 @@ class Preprocessing:
             FileNotFoundError: the file does not exist.
             ValueError: the file has other content; the message names the file.
         """
+        path = local_path("path", path)
         config = read_json_object(path)
         with reading(path, "the arguments of Preprocessing"):
             return cls(**config)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from s2sd_tf.checks import check_above
 from s2sd_tf.data.image_set import ImageSet, image_slices
 from s2sd_tf.data.retrieval_split import RetrievalSplit
-from s2sd_tf.files import check_replaceable, replacing, write_json
+from s2sd_tf.files import check_replaceable, local_path, replacing, write_json
 from s2sd_tf.untrusted import read_arrays, read_json_object, reading
 
 DESCRIPTION = "s2sd_shards.json"
@@ -84,9 +84,10 @@ def read_shards(folder: str | os.PathLike, name: str | None = None) -> Retrieval
         FileNotFoundError: `folder` has no `s2sd_shards.json`, or lacks a file that it names.
         ValueError: another format or data set; a shard whose size has changed; an index that does not fit the shards.
     """
+    folder = local_path("folder", folder)
     path = os.path.join(folder, DESCRIPTION)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"folder: expected shards, with {DESCRIPTION}. Received: {os.fspath(folder)!r}")
+        raise FileNotFoundError(f"folder: expected shards, with {DESCRIPTION}. Received: {folder!r}")
     description = read_json_object(path)
     with reading(path, f"what write_shards writes, version {_VERSION}"):
         if description["version"] != _VERSION:
@@ -109,7 +110,7 @@ def read_shards(folder: str | os.PathLike, name: str | None = None) -> Retrieval
         _check_shard(folder, *shard)
     index_path = os.path.join(folder, _INDEX)
     if not os.path.isfile(index_path):
-        raise FileNotFoundError(f"folder: expected {_INDEX} beside {DESCRIPTION}. Received: {os.fspath(folder)!r}")
+        raise FileNotFoundError(f"folder: expected {_INDEX} beside {DESCRIPTION}. Received: {folder!r}")
     wanted = "the index that write_shards writes"
     index = read_arrays(index_path, wanted)
     with reading(index_path, wanted):

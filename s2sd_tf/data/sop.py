@@ -7,6 +7,7 @@ from s2sd_tf.data.datasets import register
 from s2sd_tf.data.image_files import check_options
 from s2sd_tf.data.retrieval_split import RetrievalSplit, readable_split
 from s2sd_tf.data.sources import load_source
+from s2sd_tf.files import local_path
 
 _FOLDERS = ("", "Stanford_Online_Products", "online_products")
 # Song et al., CVPR 2016, "Deep Metric Learning via Lifted Structured Feature Embedding".
@@ -36,6 +37,7 @@ def load_sop(
         FileNotFoundError: `root` has neither layout, or one of its lists is missing.
         ValueError: see `load_cub200`.
     """
+    root = local_path("root", root)
     check_options(on_corrupt, check)
     return load_source("sop", root, source, lambda: _read_files(root, on_corrupt, check))
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from s2sd_tf.data import datasets
 from s2sd_tf.data.image_set import ImageSet, split_classes
 from s2sd_tf.data.retrieval_split import RetrievalSplit, report_unpublished_counts
+from s2sd_tf.files import local_path
 
 # The features to read besides the image, and the name of the data set in this package.
 _BUILDERS: dict[str, tuple[dict[str, bool], str]] = {
@@ -39,6 +40,8 @@ def load_tfds(name: str, data_dir: str | os.PathLike | None = None) -> Retrieval
     """
     if name not in _BUILDERS:
         raise ValueError(f"name: expected one of {sorted(_BUILDERS)}. Received: {name!r}")
+    if data_dir is not None:
+        data_dir = local_path("data_dir", data_dir)
     tfds = _import_tfds()
     builder = tfds.builder(name, data_dir=data_dir)
     if not builder.is_prepared():

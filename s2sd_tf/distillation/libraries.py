@@ -90,7 +90,7 @@ def cache_folder() -> pathlib.Path:
     """
     chosen = os.environ.get(CACHE_VARIABLE)
     if chosen:
-        return pathlib.Path(chosen)
+        return pathlib.Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     try:
         return (pathlib.Path(base) if base else pathlib.Path.home() / ".cache") / "s2sd_tf"
@@ -112,7 +112,7 @@ def build(library: str, folder: str | os.PathLike | None = None, cuda: bool | Se
     Raises:
         BuildError: there is no compiler, the sources are missing, compilation failed, or `folder` cannot be written.
     """
-    folder = pathlib.Path(folder) if folder else cache_folder()
+    folder = pathlib.Path(folder).expanduser() if folder else cache_folder()
     path = folder / file_name(library, cuda)
     try:
         folder.mkdir(parents=True, exist_ok=True)

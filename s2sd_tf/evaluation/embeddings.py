@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.files import replacing, write_json
+from s2sd_tf.files import local_path, replacing, write_json
 from s2sd_tf.untrusted import read_array, read_arrays, read_json_object, reading
 
 # Names of the features in the examples of a TFRecord file.
@@ -219,7 +219,7 @@ def read_embeddings(path: str | os.PathLike) -> Embeddings:
         FileNotFoundError: no such file or folder.
         ValueError: another format, or content that does not fit.
     """
-    path = os.fspath(path)
+    path = local_path("path", path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"embeddings: expected a file or a folder. Received: {path!r}")
     if os.path.isdir(path):
@@ -268,7 +268,7 @@ def read_labels(name: str, path: str | os.PathLike, count: int) -> list[str]:
         FileNotFoundError: no such file.
         ValueError: another kind of file, or another number of labels; the message names the file.
     """
-    path = os.fspath(path)
+    path = local_path(name, path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{name}: expected a file. Received: {path!r}")
     with reading(f"{name}: {path}", "integers or texts, one for each row"):

@@ -15,6 +15,7 @@ from s2sd_tf.evaluation.neighbors import METHODS, METRICS, Neighbors, check_sear
 from s2sd_tf.evaluation.rows import checked_keys, checked_sets
 from s2sd_tf.evaluation.scann_index import ScannIndex, scann_neighbors
 from s2sd_tf.evaluation.sharded_index import ShardedIndex
+from s2sd_tf.files import local_path
 from s2sd_tf.untrusted import read_json_object, reading
 
 
@@ -107,6 +108,7 @@ def load_index(folder: str | os.PathLike) -> Index:
         FileNotFoundError: no index in `folder`.
         ValueError: an index of another format version, or a broken one; the message names the file.
     """
+    folder = local_path("folder", folder)
     path = os.path.join(folder, "index.json")
     if not os.path.exists(path):
         return _load_shards(folder)

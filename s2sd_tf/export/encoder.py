@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from s2sd_tf.export.graph_checks import checked_range, checked_shape, for_any_batch
 from s2sd_tf.export.saved_model import load_saved_model
-from s2sd_tf.files import check_replaceable, replacing
+from s2sd_tf.files import check_replaceable, local_path, replacing
 from s2sd_tf.keras_compat import keras, raw_variable
 
 # Float images are in [0, 1], but resizing with a bicubic or Lanczos filter overshoots, by a quarter at corners.
@@ -58,6 +58,7 @@ def load_encoder(path: str | os.PathLike) -> tuple[Any, int]:
         FileNotFoundError: `path` is not a SavedModel.
         ValueError: the SavedModel is no encoder, is damaged, or `load_saved_model` refuses it.
     """
+    path = local_path("encoder", path)
     model = load_saved_model("encoder", path)
     signature = model.signatures.get("encoded_images")
     outputs = {} if signature is None else signature.structured_outputs
@@ -65,7 +66,7 @@ def load_encoder(path: str | os.PathLike) -> tuple[Any, int]:
     if shape.rank != 2 or shape[-1] is None:
         raise ValueError(
             "encoder: expected a SavedModel of export_encoder, with the signature 'encoded_images' that returns "
-            f"'embedding'. Received: {os.fspath(path)!r} with the signatures {sorted(model.signatures)}"
+            f"'embedding'. Received: {path!r} with the signatures {sorted(model.signatures)}"
             + (f", which returns {sorted(outputs)}" if outputs else "")
         )
     return model, int(shape[-1])

@@ -5,6 +5,7 @@ import json
 import os
 from typing import Any
 
+from s2sd_tf.files import local_path
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.untrusted import open_archive, reading
 
@@ -35,7 +36,7 @@ def load_model(path: str | os.PathLike) -> keras.Model:
         FileNotFoundError: the file does not exist.
         ValueError: the file is of another kind, is damaged, or has something that is refused; the message says what.
     """
-    path = os.fspath(path)
+    path = local_path("path", path)
     if not path.endswith(".keras") or os.path.isdir(path):
         raise ValueError(f"model: expected a .keras file. Received: {path!r}")
     if not os.path.isfile(path):

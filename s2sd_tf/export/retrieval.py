@@ -12,7 +12,7 @@ from s2sd_tf.evaluation.scann_searcher import import_scann
 from s2sd_tf.export.encoder import load_encoder
 from s2sd_tf.export.graph_checks import checked_finite, checked_shape, for_any_batch
 from s2sd_tf.export.saved_model import load_saved_model
-from s2sd_tf.files import check_replaceable, replacing
+from s2sd_tf.files import check_replaceable, local_path, replacing
 
 _NEEDS = """To load this SavedModel, you need TensorFlow {tensorflow} and its ScaNN operations. Import them first:
 
@@ -69,7 +69,8 @@ def load_retrieval(path: str | os.PathLike) -> Any:
         ValueError: the SavedModel is another or damaged, or `load_saved_model` refuses it.
         ImportError: ScaNN's operations are missing or do not fit TensorFlow; the message says what to install.
     """
-    if not tf.saved_model.contains_saved_model(os.fspath(path)):
+    path = local_path("path", path)
+    if not tf.saved_model.contains_saved_model(path):
         raise FileNotFoundError(f"path: expected the folder of a SavedModel. Received: {path!r}")
     import_scann("scann.scann_ops.py.scann_ops")
     model = load_saved_model("path", path)

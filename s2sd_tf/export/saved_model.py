@@ -8,6 +8,8 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2
 
+from s2sd_tf.files import local_path
+
 # Operations that read or write files, reach other machines, or call Python.
 _OUTWARD = re.compile(
     "file|record|reader|dataset|iterator|lmdb|sql|remap|immutableconst|save|restore|checkpoint|summary|printv2|debug|dump"
@@ -30,7 +32,7 @@ def load_saved_model(argument: str, path: str | os.PathLike) -> Any:
         FileNotFoundError: `path` is not a SavedModel.
         ValueError: the SavedModel is damaged or does more than compute.
     """
-    path = os.fspath(path)
+    path = local_path(argument, path)
     if not tf.saved_model.contains_saved_model(path):
         raise FileNotFoundError(f"{argument}: expected the folder of a SavedModel. Received: {path!r}")
     outward = sorted(name for name in _callable_operations(argument, path) if _OUTWARD.search(name))

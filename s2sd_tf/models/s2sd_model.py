@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import check_bool, checked_int
+from s2sd_tf.files import local_path
 from s2sd_tf.keras_compat import (
     build_optimizer,
     dtype_policy_config,
@@ -260,7 +261,7 @@ class S2SDModel(keras.Model):
         """
         if str(filepath).endswith((".h5", ".hdf5")) or kwargs.get("save_format") == "h5":
             raise ValueError(f"filepath: expected a file that ends in '.keras', not in HDF5. Received: {filepath!r}")
-        super().save(filepath, *args, **kwargs)
+        super().save(_keras_path(filepath), *args, **kwargs)
 
     def export(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Exports the model from images to base embeddings like any Keras model.
@@ -277,7 +278,7 @@ class S2SDModel(keras.Model):
             )
         # Keras exports what a model has been called with; training does not call it.
         self(tf.zeros([1, *(size or 64 for size in self._image_shape)]))
-        super().export(filepath, *args, **kwargs)
+        super().export(_keras_path(filepath), *args, **kwargs)
 
     def save_own_variables(self, store: Any) -> None:
         """Saves the model's own variables and the legacy optimizer state that Keras does not save (Keras hook)."""
@@ -455,6 +456,11 @@ def _output_shape(backbone, input_shape):
             f"backbone: expected an output of floats, to be trained. Received: {tf.as_dtype(output.dtype).name}"
         )
     return tuple(output.shape)
+
+
+def _keras_path(path):
+    """A path for Keras, which takes some URLs."""
+    return path if isinstance(path, str) and "://" in path else local_path("filepath", path)
 
 
 def _one_line(error):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from s2sd_tf.checks import check_file_to_write
-from s2sd_tf.files import replacing
+from s2sd_tf.files import local_path, replacing
 
 RIGHT, WRONG = "#2e8b57", "#c0392b"
 _CURVES = ("#1f5fa8", "#d1701f", "#2e8b57", "#8e44ad", "#7f8c8d", "#c0392b")
@@ -162,6 +162,7 @@ def data_uri(pixels: Any, side: int = 112) -> str:
 
 def save_figure(path: str | os.PathLike, figure: Figure) -> None:
     """Writes a matplotlib figure as PNG, atomically."""
+    path = local_path("path", path)
     check_file_to_write("path", path)
     FigureCanvasAgg(figure)
     with replacing(path) as temporary:

@@ -17,7 +17,7 @@ from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.metrics import RetrievalResult
 from s2sd_tf.evaluation.neighbors import Neighbors
 from s2sd_tf.evaluation.rows import checked_labels, checked_rows
-from s2sd_tf.files import replacing
+from s2sd_tf.files import local_path, replacing
 from s2sd_tf.reporting.charts import embedding_map, recall_curve, similarity_histogram
 from s2sd_tf.reporting.pictures import RIGHT, WRONG, data_uri
 
@@ -79,6 +79,7 @@ def save_report(
     Raises:
         ValueError: `path` is a folder, or arguments that do not fit.
     """
+    path = local_path("path", path)
     check_file_to_write("path", path)
     queries = _checked("queries", queries)
     gallery = queries if gallery is None else _checked("gallery", gallery)

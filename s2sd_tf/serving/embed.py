@@ -45,6 +45,7 @@ def list_images(root: str | os.PathLike) -> list[Item]:
         FileNotFoundError: `root` is not a folder.
         ValueError: there is no image file under `root`.
     """
+    root = local_path("root", root)
     if not os.path.isdir(root):
         raise FileNotFoundError(f"images: expected a folder. Received: {root!r}")
     items = []
@@ -61,7 +62,7 @@ def list_images(root: str | os.PathLike) -> list[Item]:
                 skipped.append((path, "not an image file by its extension"))
     if skipped:
         some = "\n".join([f"  {path}: {why}" for path, why in skipped[:10]] + ["  ..."] * (len(skipped) > 10))
-        logging.warning("%d files or folders under %r are skipped:\n%s", len(skipped), os.fspath(root), some)
+        logging.warning("%d files or folders under %r are skipped:\n%s", len(skipped), root, some)
     if not items:
         raise ValueError(f"images: expected files {', '.join(EXTENSIONS)} under the folder. Received: {root!r}")
     return sorted(items)
@@ -103,7 +104,7 @@ def embed_images(
         ValueError: an argument is invalid, `folder` was written with other settings or another encoder, its shards have
             images that are not among `items`, or another process is writing it.
     """
-    items, folder = list(items), local_path("folder", folder)
+    items, folder = local_items(items), local_path("folder", folder)
     check_folder_to_write("folder", folder)
     shard_size, batch_size = checked_int("shard_size", shard_size, 1), checked_int("batch_size", batch_size, 1)
     if len({item.id for item in items}) < len(items) or not items:
@@ -113,6 +114,18 @@ def embed_images(
         missing = _start(folder, plan, items)
         _embed(missing, len(items), encoder, folder, shard_size, batch_size, index, progress)
         return _summarize(folder, len(items), encoder.dim)
+
+
+def local_items(items: Iterable[Item]) -> list[Item]:
+    """The items as a list, with their paths as `local_path` returns them.
+
+    Raises:
+        ValueError: something that is no item, or has no such path.
+    """
+    items = list(items) if isinstance(items, Iterable) else [items]
+    if not all(isinstance(item, tuple) and len(item) == len(Item._fields) for item in items):
+        raise ValueError(f"items: expected Items, (id, path, label). Received: {items[:3]!r}")
+    return [Item(*item)._replace(path=local_path("items", item[1])) for item in items]
 
 
 def _embed(missing, total, encoder, folder, shard_size, batch_size, index, progress):

@@ -11,7 +11,7 @@ from s2sd_tf.data.annotations import path_under
 from s2sd_tf.data.decoding import why_not_decoded
 from s2sd_tf.data.preprocessing import decode_rgb
 from s2sd_tf.export.encoder import load_encoder
-from s2sd_tf.files import sha256
+from s2sd_tf.files import local_path, sha256
 from s2sd_tf.untrusted import image_excess
 
 
@@ -30,7 +30,7 @@ class Encoder:
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        self.path = os.fspath(path)
+        self.path = local_path("path", path)
         # Kept, because its functions stop working when the model is deleted.
         self._model, self.dim = load_encoder(self.path)
         self._encode = self._model.signatures["encoded_images"]

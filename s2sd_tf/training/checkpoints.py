@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from s2sd_tf.files import read_json, remove_leftovers, replacing, sha256, write_json
+from s2sd_tf.files import local_path, read_json, remove_leftovers, replacing, sha256, write_json
 from s2sd_tf.models import S2SDModel
 from s2sd_tf.training.embedding import load_model
 
@@ -100,7 +100,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike, kept: int = 2, metric: str | None = None) -> None:
-        self.folder = os.path.join(workdir, "checkpoints")
+        self.folder = os.path.join(local_path("workdir", workdir), "checkpoints")
         self.kept = kept
         self.metric = metric
         self.latest = RunState()

@@ -237,9 +237,8 @@ def _with_local_paths(config):
     for name in datasets.names():
         sections[f"config.data.{name}"] = (config["data"][name], datasets.path_settings(name))
     for path, (section, keys) in sections.items():
-        section.update(
-            {key: local_path(f"{path}.{key}", section[key]) for key in keys if isinstance(section[key], str)}
-        )
+        texts = [key for key in keys if isinstance(section[key], str)]
+        section.update({key: local_path(f"{path}.{key}", section[key], empty=True) for key in texts})
     return config
 
 

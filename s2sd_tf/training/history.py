@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from s2sd_tf.files import replacing
+from s2sd_tf.files import local_path, replacing
 
 NAME = "history.csv"
 # Columns with times, which differ between two identical runs.
@@ -21,7 +21,7 @@ TIMES = (
 
 def read_history(workdir: str | os.PathLike) -> list[dict[str, float]]:
     """Reads the logs of a run, one dict per epoch. A value that an epoch did not log is missing from its dict."""
-    with open(os.path.join(workdir, NAME), newline="") as file:
+    with open(os.path.join(local_path("workdir", workdir), NAME), newline="") as file:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 

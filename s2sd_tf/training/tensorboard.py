@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 
-from s2sd_tf.files import reporting_out_of_space
+from s2sd_tf.files import local_path, reporting_out_of_space
 from s2sd_tf.keras_compat import keras
 
 
@@ -16,7 +16,7 @@ class TensorBoard(keras.callbacks.TensorBoard):
     """
 
     def __init__(self, workdir: str | os.PathLike, profile: Sequence[int] = ()) -> None:
-        self.folder = os.path.join(workdir, "tensorboard")
+        self.folder = os.path.join(local_path("workdir", workdir), "tensorboard")
         super().__init__(self.folder, write_graph=False, profile_batch=tuple(profile) or 0)
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from s2sd_tf.files import replacing
+from s2sd_tf.files import local_path, replacing
 from s2sd_tf.models.backbones.registry import get
 from s2sd_tf.models.backbones.state_dict import read_state_dict
 
@@ -51,7 +51,8 @@ def convert_weights(
         ValueError: `output` has another extension, or the weights do not fit; see `backbones.get`.
         RuntimeError: the written file gives other features.
     """
-    if not str(output).endswith(".weights.h5"):
+    weights, output = local_path("weights", weights), local_path("output", output)
+    if not output.endswith(".weights.h5"):
         raise ValueError(f"output: expected a .weights.h5 file. Received: {output!r}")
     shape = (input_size, input_size, 3)
     model = get(name, shape, weights)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from s2sd_tf.files import local_path
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models.backbones import applications, efficientnet_lite, state_dict
 from s2sd_tf.models.backbones.bn_inception import bn_inception
@@ -123,6 +124,7 @@ def get(
         if weights == "imagenet" and backbone.package:
             weights = _packaged(backbone.package)
         if weights is not None:
+            weights = local_path("weights", weights)
             _check_weights(name, weights)
         model = backbone.build(input_shape, **settings)
         if weights is not None:

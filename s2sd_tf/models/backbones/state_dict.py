@@ -10,6 +10,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from s2sd_tf.files import local_path
 from s2sd_tf.untrusted import open_archive
 
 EXTENSIONS = (".pth", ".pt", ".safetensors", ".npz")
@@ -64,7 +65,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
         ValueError: the extension is another one, the file is damaged, or it holds something other than tensors. The
             message names the file and says what is wrong.
     """
-    path = os.fspath(path)
+    path = local_path("path", path)
     extension = os.path.splitext(path)[1].lower()
     if extension not in EXTENSIONS:
         raise ValueError(f"state dict: expected a file {', '.join(EXTENSIONS)}. Received: {path!r}")
