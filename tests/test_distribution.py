@@ -84,9 +84,12 @@ GLOBAL = {
         },
         "optimizer": "Adam", "settings": {"learning_rate": 0.001, "epsilon": 1e-2, "clipnorm": 0.02},
     },
-    "clipped by the norm of all": {
+    "nested, clipped by the norm of all": {
         "objective": OBJECTIVES["multi_similarity"],
-        "model": {"diagnostics": True, "similarity_kl_implementation": "composed"},
+        "model": {
+            "diagnostics": True, "similarity_kl_implementation": "composed", "nested_dims": (2, 4),
+            "log_per_target": True,
+        },
         "settings": {"learning_rate": 0.1, "global_clipnorm": 0.05},
     },
     "an overflow, the loss scaled": {"objective": OBJECTIVES["multi_similarity"], "model": {}, "overflow": True, **SGD},

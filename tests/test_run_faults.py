@@ -27,10 +27,12 @@ STEPS, EPOCHS = 4, 3
 
 
 def small_config(**changes):
-    """A config with all kinds of state: a miner that draws, augmentation, a schedule, averages, a best checkpoint."""
+    """A config with all kinds of state: a miner that draws, for every prefix too, augmentation, a schedule, averages, a
+    best checkpoint.
+    """
     config = conftest.small_config(**{
         "model.filters": (6,), "model.pools": 1, "s2sd.target_dims": (12,), "s2sd.feature_distill": False,
-        "s2sd.diagnostics": False, "objective.name": "margin", "data.augmentation": "base",
+        "s2sd.nested_dims": (4, 8), "s2sd.diagnostics": False, "objective.name": "margin", "data.augmentation": "base",
         "data.validation_classes": 2, "optimizer.schedule.name": "cosine", "train.epochs": EPOCHS,
         "train.steps_per_epoch": STEPS, "train.checkpoint_every": 2, "eval.every": 2,
     })  # fmt: skip

@@ -322,7 +322,7 @@ def test_a_retrieval_saved_model_without_scann(encoder_path, tmp_path, run_pytho
 
 
 def test_an_index_with_another_dimension_is_refused(encoder_path, tmp_path):
-    with pytest.raises(ValueError, match=r"dimension 4\. Received: 3"):
+    with pytest.raises(ValueError, match=r"index\.dim: expected one of \[4\], .*Received: 3"):
         export.export_retrieval(encoder_path, evaluation.build_index(np.eye(3)), str(tmp_path / "retrieval"))
     assert not (tmp_path / "retrieval").exists()
 

@@ -21,6 +21,9 @@ _ENCODER = app.define_path(
 _IMAGES = app.define_path("images", None, "Folder of images, on a file system that the workers can read.")
 _TFRECORDS = flags.DEFINE_string("tfrecords", None, "Pattern of TFRecord files with the features image, id and label.")
 _OUTPUT = app.define_path("output", None, "New folder, on a file system that the workers share.", required=True)
+_DIM = flags.DEFINE_integer(
+    "dim", None, "Dimension of the embeddings: one of the model's nested_dims. By default the whole.", lower_bound=1
+)
 _SHARDS = flags.DEFINE_integer("shards", 16, "Maximum number of shards.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images embedded at a time.", lower_bound=1)
 _METHOD = flags.DEFINE_enum("method", "scann", ["scann", "exact", "none"], "Search method of each shard's index.")
@@ -53,7 +56,9 @@ def _main(_):
         if _METHOD.value == "scann":
             index["recall"] = _RECALL.value
     source = _TFRECORDS.value or list_images(_IMAGES.value)
-    summary = beam.run(source, _ENCODER.value, _OUTPUT.value, _SHARDS.value, _BATCH_SIZE.value, index, _OPTIONS.value)
+    summary = beam.run(
+        source, _ENCODER.value, _OUTPUT.value, _SHARDS.value, _BATCH_SIZE.value, index, _OPTIONS.value, _DIM.value
+    )
     print(embedding_summary(summary, _OUTPUT.value))
 
 

@@ -1,21 +1,24 @@
 """s2sd-evaluate: computes the retrieval metrics of a run, a model, or a file of embeddings.
 
 Prints a table with recall@k, precision@k, MAP and clustering metrics. Can also write JSON with confidence intervals and
-the metrics of every class, an HTML report with pictures, and files for TensorBoard's embedding projector.
+the metrics of every class, an HTML report with pictures, and files for TensorBoard's embedding projector. Of nested
+embeddings, --dims evaluates the prefixes.
 
 Examples:
   s2sd-evaluate --workdir=runs/digits --report=report.html
   s2sd-evaluate --model=runs/digits/saved_model --images=photos
   s2sd-evaluate --embeddings=embeddings.npz --labels=labels.txt
+  s2sd-evaluate --workdir=runs/nested --dims=8,16,32,64 --dims_plot=dims.png
 """
 
 import os
+from typing import Any
 
 import numpy as np
 from absl import flags
 
 from s2sd_tf.cli import app, configs
-from s2sd_tf.cli.tables import metrics_table
+from s2sd_tf.cli.tables import dims_table, metrics_table
 
 _WORKDIR = app.define_path("workdir", None, "Folder of a finished run, whose model is evaluated on its test classes.")
 _MODEL = app.define_path("model", None, "SavedModel of s2sd-export, or a .keras file next to its preprocessing.json.")
@@ -39,6 +42,13 @@ _SAME_IDS = flags.DEFINE_bool(
 _KS = flags.DEFINE_list("ks", ["1", "2", "4", "8"], "Values of k for recall@k, separated by commas.")
 _PRECISION_KS = flags.DEFINE_list("precision_ks", ["1"], "Values of k for precision@k.")
 _MAP_KS = flags.DEFINE_list("map_ks", ["1000"], "Values of k for map@k.")
+_DIMS = flags.DEFINE_list(
+    "dims",
+    [],
+    "Dimensions to evaluate too, separated by commas: of a model those of its nested_dims, of --embeddings any. For "
+    "each, the metrics by cosine similarity, the bytes per item and the queries per second of exact search.",
+)
+_DIMS_PLOT = app.define_path("dims_plot", None, "With --dims: PNG file to write, with the metrics over the dimension.")
 _METHODS = flags.DEFINE_list(
     "methods", ["exact", "scann"], "Search methods: exact, scann. With scann, mrr is over the 100 nearest."
 )
@@ -65,7 +75,8 @@ def _main(_):
     from s2sd_tf.evaluation.neighbors import METHODS, METRICS
     from s2sd_tf.files import check_replaceable, write_json
     from s2sd_tf.progress import stage
-    from s2sd_tf.reporting import save_projector
+    from s2sd_tf.reporting import save_figure, save_projector
+    from s2sd_tf.reporting.charts import dimension_figure
 
     chosen = [flag.name for flag in (_WORKDIR, _MODEL, _EMBEDDINGS) if flag.value]
     if len(chosen) != 1:
@@ -79,13 +90,16 @@ def _main(_):
     for more, needed in ((_GALLERY_LABELS, _GALLERY_EMBEDDINGS), (_GALLERY_EMBEDDINGS, _EMBEDDINGS)):
         if more.value and not needed.value:
             raise ValueError(f"--{more.name}: expected --{needed.name} too. Received: none")
-    for flag in (_OUTPUT, _REPORT):
+    dims = _ints(_DIMS)
+    if _DIMS_PLOT.value and not dims:
+        raise ValueError("--dims_plot: expected --dims too. Received: none")
+    for flag in (_OUTPUT, _REPORT, _DIMS_PLOT):
         if flag.value:
             check_file_to_write(f"--{flag.name}", flag.value)
     if _PROJECTOR.value:
         check_replaceable("--projector", _PROJECTOR.value, "projector_config.pbtxt")
     configs.register(_REGISTER)
-    queries, gallery = _inputs(chosen[0])
+    queries, gallery = _inputs(chosen[0], dims)
     metrics = _METRICS.value or ["cosine", *([] if _is_unit(queries.rows) else ["euclidean"])]
     others = () if gallery is None else (gallery.rows, gallery.labels)
     ids = {} if gallery is None else _shared_ids(queries, gallery)
@@ -110,6 +124,21 @@ def _main(_):
             results[method if metric == metrics[0] else f"{method}, {metric}"] = found.means()
             first = first or found
     print(metrics_table(results))
+    by_dim: dict[int, dict[str, Any]] = {}
+    if dims:
+        with stage("Evaluating the dimensions"):
+            by_dim = evaluation.metrics_by_dim(
+                queries.rows,
+                queries.labels,
+                *others,
+                **ids,
+                dims=dims,
+                ks=ks,
+                precision_ks=precision_ks,
+                map_ks=map_ks,
+                memory_mib=_MEMORY.value,
+            )
+        print(f"\n{dims_table(by_dim)}")
     space: dict[str, dict[str, float]] = {}
     for metric in metrics:
         with stage(f"Measuring the space, {metric}"):
@@ -127,10 +156,13 @@ def _main(_):
     if output:
         with stage("Computing confidence intervals"):
             details = _details(first, queries)
-        write_json(output, _finite({**results, "space": space, **details}))
+        more = {"dims": {str(dim): found for dim, found in by_dim.items()}} if dims else {}
+        write_json(output, _finite({**results, **more, "space": space, **details}))
+    if _DIMS_PLOT.value:
+        save_figure(_DIMS_PLOT.value, dimension_figure(by_dim))
     if _REPORT.value:
         with stage("Writing the report"):
-            _report(queries, gallery, ids, first, results, space, metrics[0])
+            _report(queries, gallery, ids, first, results, space, metrics[0], by_dim)
         print(f"\nReport: {_REPORT.value}")
     if _PROJECTOR.value:
         labels = [queries.names[label] for label in queries.labels.tolist()]
@@ -139,15 +171,15 @@ def _main(_):
         print(f"\ntensorboard --logdir={_PROJECTOR.value} shows the projector.")
 
 
-def _inputs(chosen):
+def _inputs(chosen, dims):
     from s2sd_tf.cli import evaluated
 
     if chosen == "workdir":
-        return evaluated.run(_WORKDIR.value)
+        return evaluated.run(_WORKDIR.value, dims)
     if chosen == "model":
-        return evaluated.model(_MODEL.value, _IMAGES.value, _GALLERY_IMAGES.value)
+        return evaluated.model(_MODEL.value, _IMAGES.value, _GALLERY_IMAGES.value, dims)
     gallery = _GALLERY_EMBEDDINGS.value and (_GALLERY_EMBEDDINGS.value, _GALLERY_LABELS.value, _GALLERY_IMAGES.value)
-    return evaluated.embeddings((_EMBEDDINGS.value, _LABELS.value, _IMAGES.value), gallery)
+    return evaluated.embeddings((_EMBEDDINGS.value, _LABELS.value, _IMAGES.value), gallery, dims)
 
 
 def _details(result, queries):
@@ -168,7 +200,7 @@ def _shared_ids(queries, gallery):
     return {"query_ids": codes[: len(queries.ids)], "gallery_ids": codes[len(queries.ids) :]}
 
 
-def _report(queries, gallery, ids, result, results, more, metric):
+def _report(queries, gallery, ids, result, results, more, metric, by_dim):
     from s2sd_tf import evaluation
     from s2sd_tf.reporting import save_report
 
@@ -189,6 +221,7 @@ def _report(queries, gallery, ids, result, results, more, metric):
         title="Retrieval evaluation",
         about=f"{os.path.basename(os.path.normpath(about))}, {queries.rows.shape[1]} dimensions",
         table=rows,
+        dims=by_dim,
         seed=_SEED.value,
     )
 

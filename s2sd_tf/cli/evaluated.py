@@ -1,6 +1,7 @@
 """What `s2sd-evaluate` evaluates: embeddings of a run, of images, or from files."""
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -10,6 +11,7 @@ from s2sd_tf.data import Preprocessing, load_image_folder
 from s2sd_tf.evaluation.embeddings import read_labels
 from s2sd_tf.evaluation.rows import take
 from s2sd_tf.export import load_model
+from s2sd_tf.export.encoder import checked_trained
 from s2sd_tf.reporting import EmbeddedImages
 from s2sd_tf.serving import Encoder
 from s2sd_tf.serving.encoder import decode_image, read_image, read_image_under
@@ -18,21 +20,28 @@ from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.embedding import embed
 
 
-def run(workdir: str) -> tuple[EmbeddedImages, EmbeddedImages | None]:
-    """Embeds the test images of a finished run, and its gallery if it has one."""
+def run(workdir: str, dims: Sequence[int] = ()) -> tuple[EmbeddedImages, EmbeddedImages | None]:
+    """Embeds the test images of a finished run, and its gallery if it has one.
+
+    Raises:
+        ValueError: the model was not trained for one of the dimensions `dims`.
+    """
     with progress.stage("Loading the run"):
         model, config, preprocessing = load_run(workdir)
+        _check_dims(dims, _trained_dims(model))
         run_data = load_data(config)
     sets = [images for images in (run_data.test, run_data.gallery) if images is not None]
     parts = [_part(embed(model, images, preprocessing), images) for images in sets]
     return parts[0], parts[1] if len(parts) > 1 else None
 
 
-def model(path: str, images: str | None, gallery_images: str | None) -> tuple[EmbeddedImages, EmbeddedImages | None]:
+def model(
+    path: str, images: str | None, gallery_images: str | None, dims: Sequence[int] = ()
+) -> tuple[EmbeddedImages, EmbeddedImages | None]:
     """Embeds class folders with a SavedModel or a `.keras` file.
 
     Raises:
-        ValueError: `images` is None.
+        ValueError: `images` is None, or the model was not trained for one of the dimensions `dims`.
         FileNotFoundError: the `.keras` file or its `preprocessing.json` does not exist.
     """
     if not images:
@@ -42,6 +51,7 @@ def model(path: str, images: str | None, gallery_images: str | None) -> tuple[Em
     if not path.endswith(".keras"):
         with progress.stage("Loading the model"):
             encoder = Encoder(path)
+        _check_dims(dims, encoder.dims)
         parts = [_part(_embed_files(encoder, folder), folder, names) for folder in folders]
     else:
         settings = os.path.join(os.path.dirname(path), "preprocessing.json")
@@ -51,8 +61,20 @@ def model(path: str, images: str | None, gallery_images: str | None) -> tuple[Em
                     f"--model: expected a .keras file beside its preprocessing.json. Missing: {name}"
                 )
         loaded, preprocessing = load_model(path), Preprocessing.load(settings)
+        _check_dims(dims, _trained_dims(loaded))
         parts = [_part(embed(loaded, folder, preprocessing), folder, names) for folder in folders]
     return parts[0], parts[1] if len(parts) > 1 else None
+
+
+def _trained_dims(model):
+    if not hasattr(model, "s2sd_loss"):
+        return tuple(model.output_shape[-1:])
+    return model.s2sd_loss.nested_dims or (model.embedding_dim,)
+
+
+def _check_dims(dims, trained):
+    for dim in dims:
+        checked_trained("--dims", dim, trained)
 
 
 def _embed_files(encoder, images, batch=64):
@@ -76,21 +98,27 @@ def _part(rows, images, names=None):
 
 
 def embeddings(
-    queries: tuple[str, str | None, str | None], gallery: tuple[str, str | None, str | None] | None
+    queries: tuple[str, str | None, str | None],
+    gallery: tuple[str, str | None, str | None] | None,
+    dims: Sequence[int] = (),
 ) -> tuple[EmbeddedImages, EmbeddedImages | None]:
     """Reads embeddings of queries and gallery. Leaves out rows without a label, with a warning.
 
     Args:
         queries: path of the embeddings, path of their labels or None, and the folder of the images or None.
         gallery: the same for the gallery, or None.
+        dims: dimensions that the embeddings must have as prefixes.
 
     Raises:
-        ValueError: no labels, or a wrong number of them.
+        ValueError: no labels, a wrong number of them, or fewer dimensions.
         FileNotFoundError: a file does not exist.
     """
     read = []
     for flag, (path, labels, root) in zip(("labels", "gallery_labels"), (queries, gallery) if gallery else (queries,)):
         rows, ids, its_labels = evaluation.read_embeddings(path)
+        if max(dims, default=0) > rows.shape[1]:
+            wanted = f"at most {rows.shape[1]}, the dimension of {path!r}"
+            raise ValueError(f"--dims: expected {wanted}. Received: {max(dims)}")
         if labels:
             its_labels = read_labels(f"--{flag}", labels, rows.shape[0])
             if "" in its_labels:

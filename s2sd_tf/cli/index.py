@@ -56,9 +56,10 @@ def _build():
     check_replaceable("--output", _OUTPUT.value, "index.json")
     if _SAVED_MODEL.value:
         check_replaceable("--saved_model", _SAVED_MODEL.value, "saved_model.pb")
-        # Fails before an hour of tuning if it is not an encoder.
-        Encoder(_ENCODER.value)
     rows, ids, labels = read_embeddings(_EMBEDDINGS.value)
+    if _ENCODER.value:
+        # Fails before an hour of tuning if it is not an encoder, or one of another dimension.
+        Encoder(_ENCODER.value, rows.shape[1])
     index = build_index(rows, ids, labels, _METHOD.value, _METRIC.value, _RECALL.value, _K.value)
     index.save(_OUTPUT.value)
     tuning = ""

@@ -48,7 +48,8 @@ def _main(_):
             raise ValueError(f"--image: expected an image. Received: {path!r}: {reason}")
         with open(path, "rb") as file:
             contents.append(file.read())
-    index, encoder = load_index(_INDEX.value), Encoder(_ENCODER.value)
+    index = load_index(_INDEX.value)
+    encoder = Encoder(_ENCODER.value, index.dim)
     rows, errors = encoder.embed(contents)
     if errors:
         position, error = next(iter(errors.items()))

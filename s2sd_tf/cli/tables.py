@@ -17,7 +17,22 @@ def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     columns = [name for name, value in first.items() if isinstance(value, (float, tuple))]
     lines = [["", *columns]]
     lines += [[name, *(_percent(metrics[column]) for column in columns)] for name, metrics in rows.items()]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(columns) + 1)]
+    return _aligned(lines)
+
+
+def dims_table(rows: Mapping[int, Mapping[str, Any]]) -> str:
+    """Returns a table of what `metrics_by_dim` returns: metrics in percent, bytes per item, queries per second."""
+    columns = [name for name, value in next(iter(rows.values())).items() if isinstance(value, float)][:-1]
+    lines = [["dimension", *columns, "bytes", "queries/s"]]
+    for dim, found in rows.items():
+        cost = [str(found["bytes"]), f"{found['queries_per_second']:,.0f}"]
+        lines.append([str(dim), *(_percent(found[column]) for column in columns), *cost])
+    return _aligned(lines)
+
+
+def _aligned(lines):
+    """Returns lines of cells as text in columns; the first line is the head."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     text = [
         "  ".join(cell.ljust(w) if c == 0 else cell.rjust(w) for c, (cell, w) in enumerate(zip(line, widths)))
         for line in lines

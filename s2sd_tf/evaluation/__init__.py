@@ -2,6 +2,7 @@
 
 from s2sd_tf.evaluation.callback import RetrievalEvaluation
 from s2sd_tf.evaluation.clustering import clustering_metrics
+from s2sd_tf.evaluation.dimensions import metrics_by_dim
 from s2sd_tf.evaluation.embeddings import EmbeddingShards, read_embeddings
 from s2sd_tf.evaluation.geometry import embedding_geometry
 from s2sd_tf.evaluation.metrics import RetrievalResult, evaluate_retrieval, retrieval_metrics
@@ -21,6 +22,7 @@ __all__ = [
     "evaluate_retrieval",
     "find_neighbors",
     "load_index",
+    "metrics_by_dim",
     "read_embeddings",
     "retrieval_metrics",
 ]

@@ -1,7 +1,9 @@
 """Exports the encoder as a SavedModel: images in, embeddings out."""
 
 import os
-from typing import Any
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -9,10 +11,13 @@ from s2sd_tf.export.graph_checks import checked_range, checked_shape, for_any_ba
 from s2sd_tf.export.saved_model import load_saved_model
 from s2sd_tf.files import check_replaceable, local_path, replacing
 from s2sd_tf.keras_compat import keras, raw_variable
+from s2sd_tf.truncation import truncate
 
 # Float images are in [0, 1], but resizing with a bicubic or Lanczos filter overshoots, by a quarter at corners.
 _LOW, _HIGH = -0.5, 1.5
 _EXPECTED = "images: expected numbers in [0, 1], where white is 1 (for uint8 images, use the signature pixels)"
+# The signatures of the whole embedding, and how the names of those of its prefixes begin.
+_SIGNATURES = {"serving_default": "images", "pixels": "pixels", "encoded_images": "encoded_images"}
 
 
 def export_encoder(model: keras.Model, preprocessing: Any, path: str | os.PathLike) -> None:
@@ -25,6 +30,9 @@ def export_encoder(model: keras.Model, preprocessing: Any, path: str | os.PathLi
     - "encoded_images": `encoded_images`, strings `(batch,)`, each an encoded PNG, JPEG, BMP or GIF image, or WebP where
       TensorFlow decodes it. Images are turned upright by their EXIF orientation. An image of more than 89,478,485
       pixels by its header is refused with an InvalidArgumentError before it is decoded.
+
+    A model with `nested_dims` (8, 16, 64) also has "images_8", "pixels_8", "encoded_images_8" and the same with 16.
+    They take the same images and return embeddings of these dimensions, `truncate` of the whole ones.
 
     `channels` is that of `preprocessing`. Images of another shape, and floats that are not finite or not in
     [-0.5, 1.5], are refused with `tf.errors.InvalidArgumentError`. Only TensorFlow is needed to load the SavedModel:
@@ -42,21 +50,39 @@ def export_encoder(model: keras.Model, preprocessing: Any, path: str | os.PathLi
     """
     check_replaceable("path", path, "saved_model.pb")
     module = _Encoder(model, preprocessing)
-    signatures = {
-        "serving_default": module.from_images,
-        "pixels": module.from_pixels,
-        "encoded_images": module.from_encoded_images,
-    }
     with replacing(path) as temporary:
-        tf.saved_model.save(module, temporary, signatures=signatures)
+        tf.saved_model.save(module, temporary, signatures=module.functions())
 
 
-def load_encoder(path: str | os.PathLike) -> tuple[Any, int]:
-    """Loads a SavedModel that `export_encoder` wrote; returns it and the dimension of its embeddings.
+class LoadedEncoder(NamedTuple):
+    """A SavedModel that `export_encoder` wrote, for one dimension of its embeddings.
+
+    Attributes:
+        model: the loaded SavedModel. Its signatures stop working when it is deleted.
+        signatures: "serving_default", "pixels" and "encoded_images" of this dimension, functions by name. Encoders of
+            earlier versions have no "pixels".
+        dim: the dimension.
+        dims: the dimensions to choose from, ascending; the last is the whole one.
+    """
+
+    model: Any
+    signatures: dict[str, Any]
+    dim: int
+    dims: tuple[int, ...]
+
+
+def load_encoder(path: str | os.PathLike, dim: int | None = None, argument: str = "dim") -> LoadedEncoder:
+    """Loads a SavedModel that `export_encoder` wrote.
+
+    Args:
+        path: the folder.
+        dim: dimension of the embeddings, one that the model was trained for; None: the whole one.
+        argument: name of the argument that `dim` was passed as, for error messages.
 
     Raises:
         FileNotFoundError: `path` is not a SavedModel.
-        ValueError: the SavedModel is no encoder, is damaged, or `load_saved_model` refuses it.
+        ValueError: the SavedModel is no encoder, is damaged, or `load_saved_model` refuses it, or it does not have this
+            dimension.
     """
     path = local_path("encoder", path)
     model = load_saved_model("encoder", path)
@@ -69,7 +95,25 @@ def load_encoder(path: str | os.PathLike) -> tuple[Any, int]:
             f"'embedding'. Received: {path!r} with the signatures {sorted(model.signatures)}"
             + (f", which returns {sorted(outputs)}" if outputs else "")
         )
-    return model, int(shape[-1])
+    whole = int(shape[-1])
+    found = [re.fullmatch(r"encoded_images_(\d+)", name) for name in model.signatures]
+    dims = (*sorted(int(match[1]) for match in found if match), whole)
+    dim = whole if dim is None else checked_trained(argument, dim, dims)
+    names = {name: name if dim == whole else f"{prefix}_{dim}" for name, prefix in _SIGNATURES.items()}
+    there = {name: model.signatures[own] for name, own in names.items() if own in model.signatures}
+    return LoadedEncoder(model, there, dim, dims)
+
+
+def checked_trained(argument: str, dim: int, dims: Sequence[int]) -> int:
+    """Returns `dim`.
+
+    Raises:
+        ValueError: it is not one of `dims`, the dimensions that a model was trained for.
+    """
+    if isinstance(dim, bool) or dim not in dims:
+        wanted = f"one of {list(dims)}, the dimensions that the model was trained for (nested_dims)"
+        raise ValueError(f"{argument}: expected {wanted}. Received: {dim!r}")
+    return dim
 
 
 class _Encoder(tf.Module):
@@ -111,7 +155,27 @@ class _Encoder(tf.Module):
             )
             return {"embedding": for_any_batch(embed, images, preprocessing.output_shape)}
 
-        self.from_images, self.from_pixels, self.from_encoded_images = from_images, from_pixels, from_encoded_images
+        functions = (from_images, from_pixels, from_encoded_images)
+        # An attribute, because a SavedModel has only the functions that its module has.
+        self._functions = dict(zip(_SIGNATURES, functions))
+        nested = model.s2sd_loss.nested_dims[:-1] if hasattr(model, "s2sd_loss") else ()
+        for dim in nested:
+            for prefix, function in zip(_SIGNATURES.values(), functions):
+                self._functions[f"{prefix}_{dim}"] = _truncated(function, dim)
+
+    def functions(self) -> dict[str, Any]:
+        """Returns the functions to export, by signature name."""
+        return dict(self._functions)
+
+
+def _truncated(function, dim):
+    """`function`, a signature, with embeddings of the dimension `dim`."""
+
+    @tf.function(input_signature=function.input_signature)
+    def prefix(images):
+        return {"embedding": truncate(function(images)["embedding"], dim)}
+
+    return prefix
 
 
 def _traced(model, preprocessing):

@@ -9,7 +9,7 @@ from s2sd_tf.checks import checked_int
 from s2sd_tf.evaluation.index import Index
 from s2sd_tf.evaluation.scann_index import index_for_graphs
 from s2sd_tf.evaluation.scann_searcher import import_scann
-from s2sd_tf.export.encoder import load_encoder
+from s2sd_tf.export.encoder import LoadedEncoder, load_encoder
 from s2sd_tf.export.graph_checks import checked_finite, checked_shape, for_any_batch
 from s2sd_tf.export.saved_model import load_saved_model
 from s2sd_tf.files import check_replaceable, local_path, replacing
@@ -39,21 +39,22 @@ def export_retrieval(encoder: str | os.PathLike, index: Index, path: str | os.Pa
     with ScaNN's TensorFlow operations, which do not support spilling, and tuned to the same recall.
 
     Args:
-        encoder: SavedModel folder that `export_encoder` wrote.
+        encoder: SavedModel folder that `export_encoder` wrote. If it was trained with `nested_dims`, the dimension of
+            the index may be any of these.
         index: the index; an exact index becomes a brute-force search.
         path: folder to write; a new folder, or a SavedModel to replace. It is written completely or not at all.
         k: >= 1; if the index has fewer items, all of them are returned.
 
     Raises:
-        ValueError: `encoder` or `index` is something else, they have different dimensions, or `path` exists and is
-            neither an empty folder nor a SavedModel.
+        ValueError: `encoder` or `index` is something else, the encoder does not have the dimension of the index, or
+            `path` exists and is neither an empty folder nor a SavedModel.
         ImportError: ScaNN is missing or does not fit TensorFlow.
     """
     k = checked_int("k", k, 1)
     check_replaceable("path", path, "saved_model.pb")
     if not isinstance(index, Index):
         raise ValueError(f"index: expected an index of build_index or load_index. Received: {type(index).__name__}")
-    module = _Retrieval(*load_encoder(encoder), index, min(k, len(index)))
+    module = _Retrieval(load_encoder(encoder, index.dim, "index.dim"), index, min(k, len(index)))
     with replacing(path) as temporary:
         tf.saved_model.save(module, temporary, signatures=module.signatures())
         os.makedirs(os.path.join(temporary, "assets.extra"), exist_ok=True)
@@ -83,14 +84,13 @@ def load_retrieval(path: str | os.PathLike) -> Any:
 
 
 class _Retrieval(tf.Module):
-    def __init__(self, encoder: Any, dim: int, index: Index, k: int) -> None:
+    def __init__(self, encoder: LoadedEncoder, index: Index, k: int) -> None:
         super().__init__()
         self._ops = import_scann("scann.scann_ops.py.scann_ops")
-        self._encoder = encoder
-        self._dim = dim
+        self._encoder = encoder.model
+        self._encoders = encoder.signatures
+        self._dim = encoder.dim
         self._k = k
-        if dim != index.dim:
-            raise ValueError(f"index: expected an index of the encoder's dimension {dim}. Received: {index.dim}")
         searcher, self._metric, self._numbers = index_for_graphs(index, k)
         self._state = searcher.serialize_to_module()
         # Variables, because the constants of a graph are limited to 2 GiB.
@@ -114,9 +114,7 @@ class _Retrieval(tf.Module):
             expected = f"embeddings: expected shape (batch, {self._dim})"
             return self._search(checked_shape(embeddings, [None, self._dim], expected))
 
-        # Encoders of earlier versions have no signature "pixels".
-        there = [name for name in ("serving_default", "pixels", "encoded_images") if name in self._encoder.signatures]
-        return {**{name: through(self._encoder.signatures[name]) for name in there}, "embeddings": embeddings}
+        return {**{name: through(encode) for name, encode in self._encoders.items()}, "embeddings": embeddings}
 
     def _search(self, embeddings):
         embeddings = checked_finite(embeddings, "embeddings: expected finite numbers")

@@ -3,7 +3,8 @@
 import io
 import math
 import xml.etree.ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -23,6 +24,7 @@ _FAINT, _LINE = "#666677", "#dde2e9"
 _PAIRS, _POINTS = 200_000, 2000
 # Name of the SVG group with the points of a map.
 _MARKS = "marks"
+_SPEED = "queries_per_second"
 
 
 def recall_curve(result: RetrievalResult) -> str:
@@ -37,6 +39,38 @@ def recall_curve(result: RetrievalResult) -> str:
     axes.set(xlabel="k", xlim=(1, top), ylim=(0, 1.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     return _svg(figure, "recall over k")
+
+
+def dimension_curves(found: Mapping[int, Mapping[str, Any]]) -> str:
+    """Draws what `metrics_by_dim` returns, as `dimension_figure`, and returns the SVG."""
+    return _svg(dimension_figure(found), "metrics over dimension")
+
+
+def dimension_figure(found: Mapping[int, Mapping[str, Any]]) -> Figure:
+    """Draws every metric, and the queries per second, over dimension and bytes per item.
+
+    Args:
+        found: what `metrics_by_dim` returns.
+    """
+    dims = sorted(found)
+    names = [name for name, value in found[dims[0]].items() if isinstance(value, float) and name != _SPEED]
+    figure = Figure(figsize=(9.2, 3.4), layout="constrained")
+    for axes, columns in zip(figure.subplots(1, 2), (names, [_SPEED])):
+        _style(axes)
+        for color, name in zip(_hues(len(columns)), columns):
+            axes.plot(dims, [found[dim][name] for dim in dims], color=color, marker="o", markersize=4, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(dims, [f"{dim}\n{found[dim]['bytes']:,} B" for dim in dims])
+        axes.minorticks_off()
+        axes.set(xlabel="dimension, and bytes per item", ylim=(0, None))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if columns == names:
+            axes.set_ylim(0, 1.02)
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.legend(frameon=False, fontsize=8, labelcolor=_FAINT)
+        else:
+            axes.set_ylabel("queries per second, exact search")
+    return figure
 
 
 def similarity_histogram(rows: Rows, labels: np.ndarray, generator: np.random.Generator) -> str:
@@ -136,6 +170,11 @@ def _flat(rows):
 def _figure():
     figure = Figure(figsize=(4.6, 2.5), layout="constrained")
     axes = figure.add_subplot()
+    _style(axes)
+    return figure, axes
+
+
+def _style(axes):
     axes.grid(color=_LINE)
     axes.set_axisbelow(True)
     axes.patch.set_visible(False)
@@ -143,7 +182,11 @@ def _figure():
     axes.tick_params(colors=_FAINT, labelsize=8, length=0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set(color=_FAINT, fontsize=8)
-    return figure, axes
+
+
+def _hues(count):
+    """Colors that differ, `(count, 3)`."""
+    return hsv_to_rgb(np.stack([np.arange(count) * 0.381966 % 1.0, np.full(count, 0.7), np.full(count, 0.7)], axis=1))
 
 
 def _svg(figure, name, titles=()):

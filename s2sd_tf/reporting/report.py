@@ -18,7 +18,7 @@ from s2sd_tf.evaluation.metrics import RetrievalResult
 from s2sd_tf.evaluation.neighbors import Neighbors
 from s2sd_tf.evaluation.rows import checked_labels, checked_rows
 from s2sd_tf.files import local_path, replacing
-from s2sd_tf.reporting.charts import embedding_map, recall_curve, similarity_histogram
+from s2sd_tf.reporting.charts import dimension_curves, embedding_map, recall_curve, similarity_histogram
 from s2sd_tf.reporting.pictures import RIGHT, WRONG, data_uri
 
 _QUERY = "#1c2430"
@@ -61,6 +61,7 @@ def save_report(
     title: str = "Retrieval",
     about: str = "",
     table: Mapping[str, Mapping[str, Any]] | None = None,
+    dims: Mapping[int, Mapping[str, Any]] | None = None,
     seed: int = 0,
 ) -> None:
     """Writes the page: metrics with their intervals, recall over k, similarities of positives and negatives, the best,
@@ -74,6 +75,7 @@ def save_report(
         gallery: the images that the neighbours are from; None if the queries search among themselves.
         title, about: heading, and the line below it.
         table: metrics by column name. By default one column with the means of `result`.
+        dims: what `evaluation.metrics_by_dim` returns, for a section about the dimensions; None: no section.
         seed: seed of the samples that charts show.
 
     Raises:
@@ -109,6 +111,9 @@ def save_report(
             ),
         ),
     ]
+    if dims:
+        text = "Prefixes of the embeddings, each l2-normalised. Metrics in percent; exact search, on this machine."
+        sections.append(_section("Dimensions", text, _joined([_by_dim(dims), _Markup(dimension_curves(dims))])))
     for heading, text, chosen in _choose(result):
         sections.append(_section(heading, text, _joined(_query(i, neighbors, queries, gallery) for i in chosen)))
     sections.append(_section("Classes", *_classes(result, queries)))
@@ -173,6 +178,21 @@ def _metrics(result, table):
     columns = _joined(_part("column", name=name) for name in table)
     count = f"{len(result.labels):,} queries, {int(np.sum(~result.answerable)):,} of them without a positive."
     return _part("metrics", columns=columns, lines=_joined(lines), count=count)
+
+
+def _by_dim(dims):
+    lines = []
+    for name, value in next(iter(dims.values())).items():
+        if isinstance(value, float) or name == "bytes":
+            form = _number if isinstance(value, float) and name != "queries_per_second" else _whole
+            cells = _joined(_part("cell", value=form(name, row[name])) for row in dims.values())
+            lines.append(_part("line", metric=name.replace("_", " "), cells=cells, interval=""))
+    columns = _joined(_part("column", name=dim) for dim in dims)
+    return _part("dims", columns=columns, lines=_joined(lines))
+
+
+def _whole(_, value):
+    return f"{value:,.0f}"
 
 
 def _number(name, value):

@@ -40,6 +40,7 @@ class EmbedImages(beam.PTransform):
         shards: >= 1, the maximum number of shards; shards without images are not written.
         batch_size: >= 1, images embedded at a time.
         index: arguments of `build_index`, or None for shards without an index.
+        dim: dimension of the embeddings; see `Encoder`.
     """
 
     def __init__(
@@ -49,18 +50,19 @@ class EmbedImages(beam.PTransform):
         shards: int = 16,
         batch_size: int = 64,
         index: dict[str, Any] | None = None,
+        dim: int | None = None,
     ) -> None:
         super().__init__()
         encoder, folder = local_path("encoder", encoder), local_path("folder", folder)
         self.encoder, self.folder, self.shards, self.batch_size, self.index = encoder, folder, shards, batch_size, index
         # An invalid encoder is reported here, not by a worker.
-        self.dim = Encoder(encoder).dim
+        self.dim = Encoder(encoder, dim).dim
 
     def expand(self, images: beam.PCollection) -> beam.PCollection:
         embedded = (
             images
             | "Batch" >> beam.BatchElements(min_batch_size=self.batch_size, max_batch_size=self.batch_size)
-            | "Embed" >> beam.ParDo(_Embed(self.encoder, self.shards)).with_outputs("failed", main="rows")
+            | "Embed" >> beam.ParDo(_Embed(self.encoder, self.dim, self.shards)).with_outputs("failed", main="rows")
         )
         return (
             {"rows": embedded.rows, "failed": embedded.failed}
@@ -82,12 +84,13 @@ def run(
     batch_size: int = 64,
     index: dict[str, Any] | None = None,
     options: list[str] | None = None,
+    dim: int | None = None,
 ) -> dict[str, Any]:
     """Runs the pipeline and writes `summary.json`.
 
     Args:
         source: the items, or the pattern of TFRecord files (see `examples_to_images`).
-        encoder, folder, shards, batch_size, index: see `EmbedImages`.
+        encoder, folder, shards, batch_size, index, dim: see `EmbedImages`.
         options: options of the pipeline ("--runner=..."), or None for the DirectRunner.
 
     Returns:
@@ -100,7 +103,7 @@ def run(
     # A pattern may be a URL, because Beam reads it.
     source = os.path.expanduser(source) if isinstance(source, str) else local_items(source)
     check_folder_to_write("folder", folder)
-    embed = EmbedImages(encoder, folder, shards, batch_size, index)
+    embed = EmbedImages(encoder, folder, shards, batch_size, index, dim)
     with only_writer("folder", folder, inside=True):
         if has_content(folder):
             raise ValueError(f"folder: expected a new or empty one. Received: {folder!r}")
@@ -123,14 +126,14 @@ def run(
 
 
 class _Embed(beam.DoFn):
-    def __init__(self, encoder: str | os.PathLike, shards: int) -> None:
+    def __init__(self, encoder: str | os.PathLike, dim: int, shards: int) -> None:
         super().__init__()
-        self._path, self._shards = encoder, shards
+        self._path, self._dim, self._shards = encoder, dim, shards
         # All threads of a worker share one encoder.
         self._shared = Shared()
 
     def setup(self):
-        self._encoder = self._shared.acquire(lambda: Encoder(self._path))
+        self._encoder = self._shared.acquire(lambda: Encoder(self._path, self._dim))
 
     def process(self, batch):
         there, contents = [], []

@@ -109,7 +109,9 @@ def embed_images(
     shard_size, batch_size = checked_int("shard_size", shard_size, 1), checked_int("batch_size", batch_size, 1)
     if len({item.id for item in items}) < len(items) or not items:
         raise ValueError("items: expected at least one item, and unique ids. Received: none, or duplicate ids")
-    plan = {"encoder": encoder.fingerprint(), "shard_size": shard_size, "index": index}
+    # None for the whole dimension, as for folders of earlier versions.
+    dim = None if encoder.dim == encoder.dims[-1] else encoder.dim
+    plan = {"encoder": encoder.fingerprint(), "dim": dim, "shard_size": shard_size, "index": index}
     with only_writer("folder", folder, inside=True):
         missing = _start(folder, plan, items)
         _embed(missing, len(items), encoder, folder, shard_size, batch_size, index, progress)

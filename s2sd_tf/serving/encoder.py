@@ -20,20 +20,24 @@ class Encoder:
 
     Args:
         path: folder of the SavedModel.
+        dim: dimension of the embeddings, one of `dims`; None: the whole one.
 
     Attributes:
         dim: dimension of the embeddings.
+        dims: the dimensions that the model was trained for (`nested_dims`), ascending; the last is the whole one.
 
     Raises:
         FileNotFoundError: `path` is not a SavedModel.
-        ValueError: the SavedModel is no encoder, is damaged, or `load_saved_model` refuses it.
+        ValueError: the SavedModel is no encoder, is damaged, or `load_saved_model` refuses it; `dim` is not in `dims`.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, dim: int | None = None) -> None:
         self.path = local_path("path", path)
+        loaded = load_encoder(self.path, dim)
+        self.dim, self.dims = loaded.dim, loaded.dims
         # Kept, because its functions stop working when the model is deleted.
-        self._model, self.dim = load_encoder(self.path)
-        self._encode = self._model.signatures["encoded_images"]
+        self._model = loaded.model
+        self._encode = loaded.signatures["encoded_images"]
 
     def __call__(self, encoded: Sequence[bytes]) -> np.ndarray:
         """Embeds n encoded images; returns float32 `(n, dim)`, also for n = 0.

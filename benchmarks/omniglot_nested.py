@@ -1,0 +1,198 @@
+r"""One nested model against a model for each dimension: Omniglot, plain objective and S2SD.
+
+    python benchmarks/omniglot_nested.py --data_dir=<folder with Omniglot's two small archives> \
+        --workdir=runs/omniglot_nested
+
+Trains `configs/omniglot.py` (50 epochs) with a base embedding of 64 dimensions and `nested_dims=(8, 16, 32, 64)`, with
+S2SD and with the plain objective, 5 seeds each; and, with S2SD and without prefixes, one of 64 dimensions, 3 seeds.
+Evaluates the prefixes of all of them from 4 to 64. The models for each dimension have the settings of
+`omniglot_s2sd.py` and are taken from its results, 5 seeds at dimension 16 and 3 at the others; --train_separate trains
+them again. Each dimension is compared over the seeds that both have.
+
+Every finished run is added to `omniglot_nested.json` in `--results`, and not trained again. At the end, the table (.md)
+and the plot (.png) are written beside it.
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+from absl import app, flags
+from matplotlib.figure import Figure
+from omniglot_runs import COLORS, METRICS, RESULTS, arguments
+
+from s2sd_tf import evaluation, truncate
+from s2sd_tf.files import read_json, replacing, write_json
+from s2sd_tf.reporting import save_figure
+from s2sd_tf.training import load_run
+from s2sd_tf.training.compare import mean_and_deviation, run_all
+from s2sd_tf.training.datasets import load_data
+from s2sd_tf.training.embedding import embed
+
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with Omniglot's two small archives.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_nested", "Folder for the runs.")
+_RESULTS = flags.DEFINE_string("results", RESULTS, "Folder for the results, the table and the plot.")
+_SEPARATE = flags.DEFINE_string(
+    "separate", os.path.join(RESULTS, "omniglot_s2sd.json"), "Results of the models for each dimension."
+)
+_TRAIN_SEPARATE = flags.DEFINE_bool("train_separate", False, "Train the models for each dimension, too.")
+_JOBS = flags.DEFINE_integer("jobs", 2, "Parallel runs, one thread each.", lower_bound=1)
+_FLAGS = flags.DEFINE_multi_string("config_flags", [], "A flag for every run: --config_flags=--config.train.epochs=1")
+
+DIMS = (8, 16, 32, 64)
+PREFIXES = (4, 6, 8, 12, 16, 24, 32, 48, 64)
+SEEDS, MAIN_SEEDS, MAIN_DIM = 3, 5, 16
+NESTED, SEPARATE = "nested", "separate"
+NAMES = {
+    (NESTED, "s2sd"): "one nested model with S2SD",
+    (SEPARATE, "s2sd"): "a model for each dimension, with S2SD",
+    (NESTED, "plain"): "one nested model, plain objective",
+    (SEPARATE, "plain"): "a model for each dimension, plain objective",
+}
+
+
+def main(_):
+    path = os.path.join(_RESULTS.value, "omniglot_nested.json")
+    content = read_json(path) if os.path.exists(path) else {"config_flags": _FLAGS.value, "runs": {}}
+    if content["config_flags"] != _FLAGS.value:
+        raise ValueError(f"--config_flags: expected {content['config_flags']}, those of {path}. Received: others")
+    missing = [name for name in _planned() if name not in content["runs"]]
+    for start in range(0, len(missing), _JOBS.value):
+        runs = {os.path.join(_WORKDIR.value, name): name for name in missing[start : start + _JOBS.value]}
+        for workdir, result in run_all({path: _arguments(name) for path, name in runs.items()}, _JOBS.value).items():
+            content["versions"] = result["versions"]
+            content["runs"][runs[workdir]] = {"seconds": result["train_seconds"], "dims": _prefixes(workdir)}
+            write_json(path, content)
+    content["rows"] = _rows({**_separate(), **content["runs"]})
+    write_json(path, content)
+    lines = _table(content["rows"])
+    print("\n".join(lines))
+    with replacing(os.path.join(_RESULTS.value, "omniglot_nested.md")) as temporary, open(temporary, "w") as file:
+        file.write("\n".join(lines) + "\n")
+    _draw(content, os.path.join(_RESULTS.value, "omniglot_nested.png"))
+
+
+def _planned():
+    """Names of the runs, those that decide first."""
+    names = [_name(NESTED, kind, 64, seed) for seed in range(MAIN_SEEDS) for kind in ("s2sd", "plain")]
+    names += [_name(SEPARATE, "s2sd", 64, seed) for seed in range(SEEDS)]
+    if _TRAIN_SEPARATE.value:
+        for dim in DIMS:
+            for seed in range(MAIN_SEEDS if dim == MAIN_DIM else SEEDS):
+                names += [_name(SEPARATE, kind, dim, seed) for kind in ("s2sd", "plain")]
+    return list(dict.fromkeys(names))
+
+
+def _name(way, kind, dim, seed):
+    return f"{way}_{kind}_dim{dim}_seed{seed}"
+
+
+def _arguments(name):
+    way, kind, dim, seed = name.split("_")
+    flags_ = arguments(_DATA_DIR.value, int(dim.removeprefix("dim")), kind, int(seed.removeprefix("seed")))
+    nested = [f"--config.s2sd.nested_dims={DIMS}"] if way == NESTED else []
+    return [*flags_, *nested, *_FLAGS.value]
+
+
+def _prefixes(workdir):
+    """The metrics of a run's test images by dimension, of all prefixes that the model has."""
+    model, config, preprocessing = load_run(workdir)
+    test = load_data(config).test
+    rows = embed(model, test, preprocessing)
+    return {
+        str(dim): evaluation.retrieval_metrics(truncate(rows, dim), test.labels, ks=config.eval.ks)
+        for dim in PREFIXES
+        if dim <= rows.shape[1]
+    }
+
+
+def _separate():
+    """The runs of `omniglot_s2sd.py`, named and formed like those of this study."""
+    found = {}
+    for name, metrics in read_json(_SEPARATE.value)["runs"].items():
+        kind, dim, seed = name.split("_")
+        found[f"{SEPARATE}_{kind}_{dim}_{seed}"] = {"dims": {dim.removeprefix("dim"): metrics}}
+    return found
+
+
+def _rows(runs):
+    """A row for each dimension and way of training: the metrics, and recall@1 less that of the separate models."""
+    rows = []
+    for dim in DIMS:
+        seeds = range(MAIN_SEEDS if dim == MAIN_DIM else SEEDS)
+        found = {}
+        for way, kind in NAMES:
+            names = [_name(way, kind, 64 if way == NESTED else dim, seed) for seed in seeds]
+            found[way, kind] = [runs[name]["dims"][str(dim)] for name in names]
+        for (way, kind), metrics in found.items():
+            row = {"dim": dim, "way": way, "kind": kind, "seeds": len(seeds)}
+            for name in METRICS:
+                mean, deviation = mean_and_deviation([[one[name]] for one in metrics])
+                row[name] = (float(mean[0]), float(deviation[0]))
+            for key, other in (("over_separate", (SEPARATE, kind)), ("over_plain", (SEPARATE, "plain"))):
+                row[key] = row["recall@1"][0] - float(np.mean([one["recall@1"] for one in found[other]]))
+            rows.append(row)
+    return rows
+
+
+def _table(rows):
+    head = ["dimension", "training", "seeds", "recall@1", "recall@2", "map@r", "over a model each", "over plain"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [f"{100 * row[name][0]:.1f} ± {100 * row[name][1]:.1f}" for name in ("recall@1", "recall@2", "map@r")]
+        gains = [
+            f"{100 * row['over_separate']:+.1f}" if row["way"] == NESTED else "",
+            f"{100 * row['over_plain']:+.1f}" if row["kind"] == "s2sd" else "",
+        ]
+        names = [str(row["dim"]), NAMES[row["way"], row["kind"]], str(row["seeds"])]
+        lines.append(f"| {' | '.join([*names, *cells, *gains])} |")
+    nested = [row for row in rows if row["way"] == NESTED and row["kind"] == "s2sd"]
+    mean = 100 * float(np.mean([row["over_separate"] for row in nested]))
+    least = 100 * min(row["over_plain"] for row in nested)
+    return [
+        *lines,
+        "",
+        "Gains are of recall@1 in percentage points, over the models for each dimension with the same objective, and "
+        f"over the plain ones. One nested model with S2SD against a model for each dimension, mean over {list(DIMS)}: "
+        f"{mean:+.1f}; against plain, at least {least:+.1f}.",
+    ]
+
+
+def _draw(content, path):
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    curves = {
+        "one nested model with S2SD, its prefixes": ((NESTED, "s2sd"), COLORS["s2sd"], "-"),
+        "one nested model, plain objective, its prefixes": ((NESTED, "plain"), COLORS["plain"], "-"),
+        "S2SD of 64 dimensions, its prefixes": ((SEPARATE, "s2sd"), "#d1701f", ":"),
+    }
+    for label, ((way, kind), color, style) in curves.items():
+        runs = [content["runs"][name] for name in (_name(way, kind, 64, seed) for seed in range(SEEDS))]
+        means = [100 * np.mean([run["dims"][str(dim)]["recall@1"] for run in runs]) for dim in PREFIXES]
+        axes.plot(PREFIXES, means, style, color=color, label=label)
+    for kind in ("s2sd", "plain"):
+        chosen = [row for row in content["rows"] if (row["way"], row["kind"]) == (SEPARATE, kind)]
+        axes.errorbar(
+            [row["dim"] for row in chosen],
+            [100 * row["recall@1"][0] for row in chosen],
+            [100 * row["recall@1"][1] for row in chosen],
+            label=NAMES[SEPARATE, kind],
+            color=COLORS[kind],
+            marker="o",
+            linestyle="",
+            capsize=3,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(PREFIXES, [str(dim) for dim in PREFIXES])
+    axes.minorticks_off()
+    axes.set_xlabel("dimension")
+    axes.set_ylabel("recall@1 on 106 unseen characters, %")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    save_figure(path, figure)
+
+
+if __name__ == "__main__":
+    app.run(main)
