@@ -711,6 +711,39 @@ def test_geometry_with_undefined_values():
         evaluation.embedding_geometry(rows, [0])
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+def test_published_geometry(metric):
+    generator = np.random.default_rng(0)
+    # Classes of one to twelve items.
+    rows, labels = generator.normal(size=(78, 13)) + 1.0, np.repeat(np.arange(12), np.arange(1, 13))
+    found = evaluation.embedding_geometry(rows, labels, metric, published=True)
+    naive = naive_geometry(rows, labels, metric)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True) if metric == "cosine" else rows
+    of_classes = []
+    for label in range(1, 12):
+        own = unit[labels == label]
+        pairs = [(a, b) for i, a in enumerate(own) for b in own[:i]]
+        of_classes.append(np.mean([1 - a @ b if metric == "cosine" else np.linalg.norm(a - b) for a, b in pairs]))
+    intra = np.mean(of_classes)
+    assert intra != pytest.approx(naive["intra"], rel=1e-4)
+    values = np.sort(np.sqrt(np.linalg.eigvalsh(unit.T @ unit)))[:0:-1]
+
+    def divergence(p, q):
+        return sum(a / sum(p) * np.log(a / sum(p) / b) for a, b in zip(p, q))
+
+    expected = {"intra": intra, "inter": naive["inter"], "ratio": intra / naive["inter"]}
+    for name, left_out in (("rho", 0), ("rho@2", 1), ("rho@10", 9)):
+        kept = values[left_out:] / np.sum(values[left_out:])
+        expected[name] = divergence(np.full(len(kept), 1 / len(kept)), kept)
+    expected["rho@-1"] = divergence(values, np.full(12, 1 / 12))
+    assert found == pytest.approx(expected, abs=1e-9)
+    few = evaluation.embedding_geometry(rows[:, :8], labels, metric, published=True)
+    assert np.isnan(few["rho@10"])
+    assert np.isfinite(few["rho@2"])
+    one = evaluation.embedding_geometry(rows[:, :1], labels, "euclidean", published=True)
+    assert np.isnan([one["rho"], one["rho@-1"]]).all()
+
+
 def naive_agreement(labels, clusters):
     """NMI by sums over a table, F1 by loops over pairs."""
     size = len(labels)

@@ -155,7 +155,7 @@ class TestConfigs:
         "root": ("data_dir", "config.data"),
         "name": ("objective", "sampler", "optimizer", "config.data.name", "data_dir", "root", "config.data"),
         "augmentation": ("resize_size",),
-        **dict.fromkeys(("backbone", "heads", "objectives"), ("learning_rate_multipliers",)),
+        **dict.fromkeys(("backbone", "heads", "embedding_head", "objectives"), ("learning_rate_multipliers",)),
         "target_objective": ("objective",),
         "feature_distill": ("target_dims",),
     }

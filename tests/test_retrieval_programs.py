@@ -121,7 +121,7 @@ def test_separate_queries_and_gallery_with_both_metrics(call, made, tmp_path):
     np.savez(tmp_path / "gallery.npz", embeddings=rows[10:], labels=[f"n{label}" for label in labels[10:]])
     given = (f"--embeddings={tmp_path / 'queries.npz'}", f"--gallery_embeddings={tmp_path / 'gallery.npz'}")
     output = call("evaluate", *given, f"--output={tmp_path / 'out.json'}", f"--report={tmp_path / 'r.html'}",
-                  "--noclustering", "--methods=exact").stdout  # fmt: skip
+                  "--noclustering", "--methods=exact", "--published_space").stdout  # fmt: skip
     assert "euclidean" in output
     results = read_json(tmp_path / "out.json")
     for name, metric in (("exact", "cosine"), ("exact, euclidean", "euclidean")):
@@ -129,6 +129,8 @@ def test_separate_queries_and_gallery_with_both_metrics(call, made, tmp_path):
             rows[:10], labels[:10], rows[10:], labels[10:], map_ks=(1000,), metric=metric
         )
         assert results[name] == pytest.approx(expected)
+        space = evaluation.embedding_geometry(rows[:10], labels[:10], metric, published=True)
+        assert results["space"][metric] == pytest.approx({**space, "rho@10": None})
 
 
 def test_an_image_in_queries_and_gallery_does_not_find_itself(call, made, tmp_path):

@@ -281,6 +281,52 @@ def test_coupled_l2_adds_to_the_gradient_of_backbone_and_heads_only(small_model)
     assert logged[0.1] == pytest.approx(logged[0.0], abs=1e-6)
 
 
+def test_coupled_l2_without_the_target_heads(small_model):
+    changes = {}
+    for l2 in (0.0, 0.1):
+        keras.utils.set_random_seed(0)
+        model = small_model(l2=l2, l2_on_targets=False)
+        before = [v.numpy() for v in model.trainable_variables]
+        model.compile(optimizer=keras.optimizers.SGD(1.0))
+        model.train_on_batch(*images_and_labels())
+        changes[l2] = [v.numpy() - old for v, old in zip(model.trainable_variables, before)]
+    of_targets = {id(v) for head in model.target_heads for v in head.trainable_variables}
+    assert len(of_targets) == 8
+    for variable, old, without, with_l2 in zip(model.trainable_variables, before, changes[0.0], changes[0.1]):
+        decay = 0.0 if id(variable) in of_targets else -0.1 * old
+        np.testing.assert_allclose(with_l2 - without, decay, atol=1e-5)
+
+
+def test_the_embedding_head_can_have_its_own_multiplier(small_model):
+    def updates(multipliers):
+        keras.utils.set_random_seed(0)
+        model = small_model(learning_rate_multipliers=multipliers)
+        model.compile(optimizer=keras.optimizers.Adam(1e-2))
+        before = [v.numpy() for v in model.trainable_variables]
+        model.train_on_batch(*images_and_labels())
+        return model, [v.numpy() - old for v, old in zip(model.trainable_variables, before)]
+
+    _, plain = updates(None)
+    model, scaled = updates({"heads": 0.5, "embedding_head": 4.0})
+    factors = dict.fromkeys(map(id, model.embedding_head.trainable_variables), 2.0)
+    factors |= {id(v): 0.5 for head in model.target_heads for v in head.trainable_variables}
+    for variable, one, other in zip(model.trainable_variables, plain, scaled):
+        np.testing.assert_allclose(other, factors.get(id(variable), 1.0) * one, atol=2e-6)
+
+
+def test_uniform_biases():
+    model = s2sd_tf.S2SDModel(identity_backbone((3, 3, 16)), 500, target_dims=(400,), uniform_biases=True)
+    head = model.target_heads[0]
+    for dense, inputs in ((model.embedding_head.linear, 16), (head.hidden, 16), (head.linear, 400)):
+        bias, limit = tf.convert_to_tensor(dense.bias).numpy(), inputs**-0.5
+        # Mean and variance of a uniform distribution, within five standard deviations of 400 draws.
+        assert 0.98 * limit < np.abs(bias).max() <= limit
+        assert abs(bias.mean()) < 5 * limit / np.sqrt(3 * 400)
+        np.testing.assert_allclose(bias.var(), limit**2 / 3, rtol=5 * 0.9 / np.sqrt(400))
+    zero = s2sd_tf.S2SDModel(identity_backbone((3, 3, 16)), 5, target_dims=(4,))
+    assert not np.any(tf.convert_to_tensor(zero.embedding_head.linear.bias))
+
+
 def test_delay_and_ramps_follow_the_step(small_model):
     model = small_model(
         feature_distill_delay=3, feature_distill_warmup_steps=2, feature_distill_weight=10.0,
@@ -393,6 +439,8 @@ def test_pooled_features_and_unbuilt_backbones():
         ({"l2": -1e-4}, "l2"),
         ({"learning_rate_multipliers": {"tail": 1.0}}, "tail"),
         ({"learning_rate_multipliers": {"heads": -1.0}}, "heads"),
+        ({"l2_on_targets": 1}, "l2_on_targets: expected a bool. Received: 1"),
+        ({"uniform_biases": "yes"}, "uniform_biases: expected a bool. Received: 'yes'"),
     ],
 )
 def test_errors_name_the_argument(small_model, change, words):

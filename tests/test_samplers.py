@@ -155,6 +155,7 @@ class TestEverySampler:
             ("class_balanced", {"class_weights": [1, np.inf]}, "class_weights: expected finite numbers >= 0"),
             ("class_balanced", {"class_weights": "heavy"}, "class_weights: expected finite numbers >= 0"),
             ("class_balanced", {"class_weights": [1, 1], "class_power": 1}, "at most one of them"),
+            ("class_balanced", {"replacement": 1}, "replacement: expected a bool. Received: 1"),
             ("greedy_coreset", {"pool_factor": 0}, "pool_factor: expected an int >= 1"),
             ("greedy_coreset", {"pool_factor": 1.5}, "pool_factor: expected an int >= 1"),
             ("d2_coreset", {"max_mib": 0}, "max_mib: expected a number > 0"),
@@ -243,6 +244,22 @@ class TestClassFrequencies:
         self.check(make("class_balanced", 2, 2, class_weights=weights), weights / 6)
         counts = chosen_counts(make("class_balanced", 5, 2, class_weights=weights), self.labels, 50)
         assert counts.tolist() == [50, 0, 50, 50, 50, 50]
+
+    @pytest.mark.parametrize("weights", [(), (3.0, 0, 1, 2, 2, 4)])
+    def test_replacement(self, weights):
+        sampler = make("class_balanced", 2, 3, class_weights=weights, replacement=True)
+        batches = sampler.epoch(self.labels, 4000, 0, 0).reshape(4000, 2, 3)
+        classes = self.labels[batches]
+        assert (classes == classes[:, :, :1]).all()
+        shares = np.array(weights or [1.0] * 6)
+        pairs = np.outer(shares, shares).ravel() / shares.sum() ** 2
+        counts = np.bincount(6 * classes[:, 0, 0] + classes[:, 1, 0], minlength=36)
+        assert not counts[pairs == 0].any()
+        assert scipy.stats.chisquare(counts[pairs > 0], 4000 * pairs[pairs > 0]).pvalue > 1e-3
+        # The first class has four images.
+        images = batches[:, 0][classes[:, 0, 0] == 0]
+        counts = np.bincount(4 * images[:, 0] + images[:, 1], minlength=16)
+        assert scipy.stats.chisquare(counts).pvalue > 1e-3
 
     def test_classes_without_images_may_have_weights(self):
         one, other = (

@@ -30,6 +30,29 @@ def small_config(**changes):
     return conftest.small_config(**{**settings, **changes})
 
 
+class TestTorchAdam:
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_its_update_is_pytorchs(self, dtype):
+        random = np.random.default_rng(0)
+        layer = keras.layers.Dense(3, use_bias=False, dtype=dtype)
+        layer.build((None, 4))
+        optimizer = optimizers.get("torchadam", 2.0**-7, {"epsilon": 1e-4})
+        expected, m, v = tf.convert_to_tensor(layer.kernel).numpy().astype(np.float64), 0.0, 0.0
+        step = tf.function(lambda gradient: optimizer.apply_gradients([(gradient, layer.kernel)]))
+        for number in range(1, 31):
+            # From far below epsilon to far above it.
+            gradient = random.normal(size=(4, 3)) * 10.0 ** random.integers(-7, 2, (4, 3))
+            step(tf.constant(gradient, dtype))
+            m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+            m_hat, v_hat = m / (1 - 0.9**number), v / (1 - 0.999**number)
+            expected = expected - 2.0**-7 * m_hat / (np.sqrt(v_hat) + 1e-4)
+        np.testing.assert_allclose(layer.kernel, expected, atol=1e-12 if dtype == "float64" else 2e-6)
+        assert (optimizer.beta_1, optimizer.beta_2, optimizer.epsilon) == (0.9, 0.999, 1e-4)
+        copy = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+        assert type(copy) is optimizers.TorchAdam
+        assert copy.epsilon == 1e-4
+
+
 class TestSchedules:
     arguments = {"steps_per_epoch": 10, "epochs": 5}
 

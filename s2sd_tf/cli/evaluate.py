@@ -56,6 +56,9 @@ _METRICS = flags.DEFINE_list(
     "metrics", [], "Similarities: cosine, euclidean. By default cosine, and euclidean unless all rows have unit length."
 )
 _CLUSTERING = flags.DEFINE_bool("clustering", True, "Compute NMI, AMI and F1 of k-means.")
+_PUBLISHED_SPACE = flags.DEFINE_bool(
+    "published_space", False, "Measure intra, ratio and rho as the published code of S2SD does."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of k-means, intervals and samples.", lower_bound=0)
 _MEMORY = flags.DEFINE_integer("memory_mib", 512, "Memory for exact search in MiB.", lower_bound=1)
 _REGISTER = configs.define_register()
@@ -142,7 +145,9 @@ def _main(_):
     space: dict[str, dict[str, float]] = {}
     for metric in metrics:
         with stage(f"Measuring the space, {metric}"):
-            space[metric] = evaluation.embedding_geometry(queries.rows, queries.labels, metric)
+            space[metric] = evaluation.embedding_geometry(
+                queries.rows, queries.labels, metric, published=_PUBLISHED_SPACE.value
+            )
         if _CLUSTERING.value:
             with stage(f"Clustering, {metric}"):
                 space[metric].update(

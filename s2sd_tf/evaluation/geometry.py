@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.checks import check_choice
+from s2sd_tf.checks import check_bool, check_choice
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.neighbors import METRICS
 from s2sd_tf.evaluation.rows import checked_labels, checked_rows, scale_of, scaled, unit
@@ -14,7 +14,7 @@ _BLOCK = 2048
 
 
 def embedding_geometry(
-    embeddings: Rows | tf.Tensor, labels: tf.Tensor | np.ndarray, metric: str = "cosine"
+    embeddings: Rows | tf.Tensor, labels: tf.Tensor | np.ndarray, metric: str = "cosine", published: bool = False
 ) -> dict[str, float]:
     """Distances within and between classes, and how evenly the dimensions are used (Roth et al., "Revisiting Training
     Strategies and Generalization Performance in Deep Metric Learning", ICML 2020, section 5).
@@ -28,10 +28,15 @@ def embedding_geometry(
     For "cosine" the distance is 1 - cosine similarity, class means are normalised, and `rho` is computed from unit
     rows. For "euclidean" the rows are used as they are.
 
+    With `published`, the values are those of the published code: `intra` is the mean over the classes of two items or
+    more of each one's mean distance; `rho` leaves out the smallest of the dim singular values; `rho@2` and `rho@10`
+    also leave out the largest and the 9 largest, NaN if none is left; and `rho@-1` is KL(s || uniform).
+
     Args:
         embeddings: float array `(n, dim)`, n >= 1.
         labels: integer array `(n,)`.
         metric: "cosine" or "euclidean".
+        published: see above.
 
     Returns:
         dict with the names above.
@@ -40,6 +45,7 @@ def embedding_geometry(
         ValueError: a bad argument.
     """
     check_choice("metric", metric, METRICS)
+    check_bool("published", published)
     rows = np.asarray(checked_rows("embeddings", embeddings)[:])
     labels = checked_labels("labels", labels, rows)
     if not len(rows):
@@ -53,9 +59,14 @@ def embedding_geometry(
     if metric == "cosine":
         means = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
 
-    within = sum(_pair_sum(ordered[start : start + count], metric) for start, count in zip(starts, counts))
-    pairs = float(np.sum(counts * (counts - 1) / 2))
-    intra = within / pairs if pairs else float("nan")
+    within = np.array([_pair_sum(ordered[start : start + count], metric) for start, count in zip(starts, counts)])
+    pairs = counts * (counts - 1) / 2
+    if not np.any(pairs):
+        intra = float("nan")
+    elif published:
+        intra = np.mean(within[pairs > 0] / pairs[pairs > 0])
+    else:
+        intra = np.sum(within) / np.sum(pairs)
     classes = len(means)
     inter = _pair_sum(means, metric) / (classes * (classes - 1) / 2) if classes > 1 else float("nan")
     unscaled = 1.0 if metric == "cosine" else 1.0 / scale
@@ -63,14 +74,35 @@ def embedding_geometry(
         "intra": float(intra * unscaled),
         "inter": float(inter * unscaled),
         "ratio": float(np.divide(intra, inter)) if inter else float("nan"),
-        "rho": spectral_decay(rows),
+        **(_published_decays(rows) if published else {"rho": spectral_decay(rows)}),
     }
 
 
 def spectral_decay(rows: np.ndarray) -> float:
     """KL(uniform || s), where s are the singular values of `rows` scaled to sum 1; see `embedding_geometry`."""
+    return _decay(_singular_values(rows))
+
+
+def _published_decays(rows):
+    values = _singular_values(rows)[: rows.shape[1] - 1]
+    shares = values / values.sum() if len(values) else values
+    found = {"rho": _decay(values), "rho@2": _decay(values[1:]), "rho@10": _decay(values[9:])}
+    present = shares[shares > 0]
+    found["rho@-1"] = float(np.sum(present * np.log(len(shares) * present))) if len(shares) else float("nan")
+    return found
+
+
+def _singular_values(rows):
+    """Singular values, largest first; those that are 0 but for rounding are 0."""
     values = np.linalg.svd(np.asarray(rows, np.float64), compute_uv=False)
-    if values[-1] <= values[0] * max(rows.shape) * np.finfo(np.float64).eps:
+    return np.where(values > values[0] * max(rows.shape) * np.finfo(np.float64).eps, values, 0.0)
+
+
+def _decay(values):
+    """KL(uniform || s) of singular values, largest first."""
+    if not len(values):
+        return float("nan")
+    if not values[-1]:
         return float("inf")
     values = values / values.sum()
     return float(-np.mean(np.log(len(values) * values)))

@@ -25,8 +25,8 @@ class DistanceWeighted(Miner):
     q(d) = d^(n-2) (1 - d^2/4)^((n-3)/2) is the density of the distance between two random points on the unit sphere in
     n dimensions (Wu et al., "Sampling Matters in Deep Embedding Learning", ICCV 2017, eq. 4 and 5). Distances below
     `lower_cutoff` count as `lower_cutoff`. Negatives at `upper_cutoff` or beyond are drawn only if the anchor has no
-    nearer negative, and then uniformly. (The published code has no upper cutoff, which is one above 2.) Returns triplets
-    `(batch^2,)`, or `(batch,)` with `one_per_anchor`, whose anchors have a positive and a negative.
+    nearer negative, and then uniformly. (The published code has no upper cutoff, which is one above 2.) Returns
+    triplets `(batch^2,)`, or `(batch,)` with `one_per_anchor`, whose anchors have a positive and a negative.
 
     Args:
         lower_cutoff: in (0, 2).
@@ -76,7 +76,7 @@ class DistanceWeighted(Miner):
         return self._triplets(choice, labels, draws[-1])
 
     def _triplets(self, choice, labels, draws):
-        """The triplets of the ordered positive pairs, with the negatives `choice` `(batch, batch)`, or one an anchor."""
+        """The triplets of the positive pairs, or one an anchor, with the negatives `choice` `(batch, batch)`."""
         positive, negative = pair_masks(labels)
         valid = positive & tf.reduce_any(negative, axis=1, keepdims=True)
         if not self.one_per_anchor:

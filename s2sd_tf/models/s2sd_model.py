@@ -59,12 +59,16 @@ class S2SDModel(keras.Model):
         l2: >= 0; adds `l2 * weight` to the gradient of every trainable weight of backbone and heads. This L2 is coupled
             to the optimizer, unlike the decoupled decay of AdamW. It excludes the power of `GeM`, which is trained with
             the heads, as in its authors' code.
-        learning_rate_multipliers: factors on the updates of the groups "backbone", "heads" and "objectives", and of
-            "backbone/<shell pattern>", the backbone's layers with a matching name; the first pattern that matches
-            counts. Each objective's own multiplier is applied on top of the factor of "objectives", and the factor of
-            a pattern on top of that of "backbone". The factors scale the updates that the optimizer makes, so they mean
-            the same with every Keras optimizer. An update below the float32 spacing of the weight (1e-7 of it) is lost
-            before it is scaled. Default: 1 each.
+        l2_on_targets: whether `l2` includes the target heads; it does not in the published code.
+        uniform_biases: whether the biases of the heads start uniform in +-1/sqrt(inputs), as their kernels do and as in
+            PyTorch, and not at 0.
+        learning_rate_multipliers: factors on the updates of the groups "backbone", "heads" and "objectives"; of
+            "embedding_head", one of the heads; and of "backbone/<shell pattern>", the backbone's layers with a matching
+            name; the first pattern that matches counts. Each objective's own multiplier is applied on top of the factor
+            of "objectives", the factor of "embedding_head" on top of that of "heads", and the factor of a pattern on
+            top of that of "backbone". The factors scale the updates that the optimizer makes, so they mean the same
+            with every Keras optimizer. An update below the float32 spacing of the weight (1e-7 of it) is lost before it
+            is scaled. Default: 1 each.
         micro_batch_size: >= 0, how many images of a replica the backbone processes at a time in training; 0: all.
             Only one part needs memory at a time, but the loss is that of the whole batch and its gradients are exact.
             The exception is BatchNorm that is not frozen: it uses the statistics of each part. The backbone computes
@@ -102,6 +106,8 @@ class S2SDModel(keras.Model):
         pooling: str = "avg",
         target_pooling: str = "avg",
         l2: float = 0.0,
+        l2_on_targets: bool = True,
+        uniform_biases: bool = False,
         learning_rate_multipliers: Mapping[str, float] | None = None,
         micro_batch_size: int = 0,
         log_per_target: bool = False,
@@ -116,11 +122,18 @@ class S2SDModel(keras.Model):
         for argument, value in (("pooling", pooling), ("target_pooling", target_pooling)):
             if value not in POOLINGS:
                 raise ValueError(f"{argument}: expected one of {list(POOLINGS)}. Received: {value!r}")
-        check_bool("log_per_target", log_per_target)
+        for argument, value in (
+            ("l2_on_targets", l2_on_targets),
+            ("uniform_biases", uniform_biases),
+            ("log_per_target", log_per_target),
+        ):
+            check_bool(argument, value)
         self.pooling = pooling
         self.target_pooling = target_pooling
         self.micro_batch_size = checked_int("micro_batch_size", micro_batch_size, 0)
         self.log_per_target = log_per_target
+        self.l2_on_targets = l2_on_targets
+        self.uniform_biases = uniform_biases
 
         if not isinstance(backbone, keras.Model):
             raise ValueError(
@@ -133,10 +146,10 @@ class S2SDModel(keras.Model):
         self._poolings = tuple(dict.fromkeys((pooling, target_pooling) if has_teachers else (pooling,)))
         uses_gem = "gem" in self._poolings
         self.gem = GeM(dtype=loss_dtype(self), name="gem") if uses_gem else None
-        self.embedding_head = EmbeddingHead(self.embedding_dim, dtype=self.dtype_policy, name="embedding_head")
+        shared = {"uniform_biases": uniform_biases, "dtype": self.dtype_policy}
+        self.embedding_head = EmbeddingHead(self.embedding_dim, **shared, name="embedding_head")
         self.target_heads = [
-            TargetHead(dim, dtype=self.dtype_policy, name=f"target_head{k}_{dim}")
-            for k, dim in enumerate(self.s2sd_loss.target_dims)
+            TargetHead(dim, **shared, name=f"target_head{k}_{dim}") for k, dim in enumerate(self.s2sd_loss.target_dims)
         ]
         heads = (self.embedding_head, *self.target_heads)
         objectives = (
@@ -145,7 +158,8 @@ class S2SDModel(keras.Model):
             *self.s2sd_loss.nested_objectives,
         )
         gem = () if self.gem is None else (self.gem,)
-        self.weight_updates = Updates(backbone, (*gem, *heads), heads, objectives, l2, learning_rate_multipliers)
+        decayed = heads if l2_on_targets else (self.embedding_head,)
+        self.weight_updates = Updates(backbone, (*gem, *heads), decayed, objectives, l2, learning_rate_multipliers)
         self._step_metrics = StepMetrics(self.s2sd_loss, log_per_target)
         # A subclassed model does not know its input shape, even if it has been called.
         shape = getattr(backbone, "input_shape", None) if backbone.built else None
@@ -363,6 +377,8 @@ class S2SDModel(keras.Model):
             "pooling": self.pooling,
             "target_pooling": self.target_pooling,
             "l2": self.weight_updates.l2,
+            "l2_on_targets": self.l2_on_targets,
+            "uniform_biases": self.uniform_biases,
             "learning_rate_multipliers": dict(self.weight_updates.multipliers),
             "micro_batch_size": self.micro_batch_size,
             "log_per_target": self.log_per_target,

@@ -11,7 +11,7 @@ from s2sd_tf.keras_compat import apply_gradients, apply_summed_gradients, keras,
 from s2sd_tf.losses import replicas
 from s2sd_tf.objectives.base import Objective
 
-GROUPS = ("backbone", "heads", "objectives")
+GROUPS = ("backbone", "heads", "embedding_head", "objectives")
 # The prefix of keys that end in a pattern of layer names.
 _LAYERS = "backbone/"
 
@@ -69,7 +69,9 @@ class Updates:
         """
         found = self._backbone_groups()
         for head in self._heads:
-            found.append(("heads", head.trainable_variables, self.multipliers["heads"]))
+            # The embedding head is the head whose name is a key too.
+            factor = self.multipliers["heads"] * self.multipliers.get(head.name, 1.0)
+            found.append(("heads", head.trainable_variables, factor))
         for objective in self._objectives:
             factor = self.multipliers["objectives"] * objective.learning_rate_multiplier
             found.append(("objectives", objective.trainable_variables, factor))

@@ -23,7 +23,7 @@ from s2sd_tf.reporting.pictures import RIGHT, WRONG, data_uri
 
 _QUERY = "#1c2430"
 # Metrics that are not percentages.
-_NOT_PERCENT = ("intra", "inter", "ratio", "rho")
+_NOT_PERCENT = ("intra", "inter", "ratio", "rho", "rho@-1", "rho@2", "rho@10")
 # The largest number of queries in a section, and of classes.
 _QUERIES, _CLASSES = 5, 40
 

@@ -86,8 +86,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     "s2sd.diagnostics": (True, "Log a warning if embeddings collapse."),
     "optimizer.name": (
         "adam",
-        'Class name of a Keras optimizer; on the classic stack also "addons/lamb" (LAMB of tensorflow-addons) and '
-        "so on.",
+        'Class name of a Keras optimizer; "TorchAdam", Adam with epsilon where PyTorch has it; on the classic stack '
+        'also "addons/lamb" (LAMB of tensorflow-addons) and so on.',
     ),
     "optimizer.learning_rate": (1e-3, "The learning rate."),
     "optimizer.schedule.name": (

@@ -44,9 +44,9 @@ def get(
     """Creates an optimizer from its name and settings, as in `config.optimizer`.
 
     Args:
-        name: class name of a Keras optimizer, or "addons/" and the class name of a tensorflow-addons optimizer; case
-            does not matter. "addons/lookahead" wraps the optimizer named by the setting `optimizer` (default "adam")
-            and passes it all settings that are not its own.
+        name: class name of a Keras optimizer, "TorchAdam", or "addons/" and the class name of a tensorflow-addons
+            optimizer; case does not matter. "addons/lookahead" wraps the optimizer named by the setting `optimizer`
+            (default "adam") and passes it all settings that are not its own.
         learning_rate: > 0 or a schedule. COCOB has no learning rate and ignores it.
         settings: further constructor arguments (`weight_decay`, `beta_1`, `momentum`, `clipnorm`, ...).
 
@@ -166,6 +166,32 @@ class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
         return cls(**config)
 
 
+@keras.utils.register_keras_serializable("s2sd_tf")
+class TorchAdam(keras.optimizers.Adam):
+    """Adam with PyTorch's update, m_hat / (sqrt(v_hat) + epsilon): algorithm 1 of Kingma and Ba, ICLR 2015.
+
+    Keras adds epsilon to sqrt(v), before the bias correction. That amounts to an epsilon here of epsilon /
+    sqrt(1 - beta_2^t): with the usual beta_2, 32 times epsilon in step 1 and epsilon after thousands of steps. The
+    arguments are those of Keras's Adam, whose default epsilon is 1e-7; PyTorch's is 1e-8.
+    """
+
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable, *learning_rate: tf.Tensor) -> None:
+        """Updates one variable (Keras hook). Keras 3 passes the learning rate."""
+        given = self.beta_1, self.beta_2, self.epsilon
+        # Tensors, because Keras would round the betas of float64 weights to float32.
+        self.beta_1, self.beta_2, epsilon = (tf.constant(value, variable.dtype) for value in given)
+        step = tf.cast(tf.convert_to_tensor(self.iterations), variable.dtype) + 1.0
+        # Keras's epsilon with which this step is PyTorch's.
+        self.epsilon = epsilon * tf.sqrt(1.0 - self.beta_2**step)
+        try:
+            super().update_step(gradient, variable, *learning_rate)
+        finally:
+            self.beta_1, self.beta_2, self.epsilon = given
+
+
+_OWN = {"torchadam": TorchAdam}
+
+
 def _lookup(name):
     key = name.lower().removeprefix(ADDONS)
     if not name.lower().startswith(ADDONS):
@@ -196,6 +222,8 @@ def _choose(name, optimizers):
         # Excludes the base class and wrappers of other optimizers.
         and "learning_rate" in inspect.signature(cls).parameters
     }
+    if optimizers is keras.optimizers:
+        found.update(_OWN)
     if name.lower() not in found:
         others = [] if optimizers is not keras.optimizers else [ADDONS + key for key in _INSTEAD]
         raise ValueError(f"config.optimizer.name: expected one of {sorted([*found, *others])}. Received: {name!r}")

@@ -87,6 +87,7 @@ def published_config(options: str) -> config_dict.ConfigDict:
     config.data.augmentation = "base"
     config.data.classes_per_batch = 56
     config.data.samples_per_class = 2
+    config.sampler.class_balanced.replacement = True
     config.model.backbone = backbone
     config.model.weights = "imagenet"
     config.model.frozen_bn = "statistics" if "frozen" in words else _BACKBONES[backbone]["frozen_bn"]
@@ -98,11 +99,13 @@ def published_config(options: str) -> config_dict.ConfigDict:
     config.s2sd.distill_weight = 50.0
     config.s2sd.feature_distill_weight = published["feature_weight"]
     config.s2sd.feature_distill_delay = 1000
-    config.optimizer.name = "adam"
+    config.optimizer.name = "TorchAdam"
     config.optimizer.learning_rate = 1e-5
     # PyTorch's default.
     config.optimizer.settings.epsilon = 1e-8
     config.model.l2 = 4e-4
+    config.model.l2_on_targets = False
+    config.model.uniform_biases = True
     config.train.epochs = 150
     config.eval.every = 10
     config.eval.ks = published["ks"]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from s2sd_tf.checks import check_number
+from s2sd_tf.checks import check_bool, check_number
 from s2sd_tf.data.samplers.base import ClassSampler, Queue, images_by_class, register
 
 # A class with at least this inclusion probability is in every batch. The others are then safely below 1, so rounding
@@ -16,7 +16,8 @@ _CERTAIN = 1.0 - 1e-12
 class ClassBalanced(ClassSampler):
     """Batches of P classes x M images.
 
-    No class is in a batch twice, and no image unless `short_classes="repeat"` requires it. The images of a class come
+    No class is in a batch twice, and no image unless `short_classes="repeat"` requires it (but see `replacement`). The
+    images of a class come
     from a list that is shuffled, and shuffled again when it runs out, so no image is seen again before all images of
     its class have been seen.
 
@@ -34,6 +35,8 @@ class ClassBalanced(ClassSampler):
         class_weights: floats >= 0, the weights w, at least one for each class from 0 to the highest label. Additional
             ones are for classes without images. Sums are over the classes that a batch may contain (see
             `short_classes`), and at least P of these need a weight > 0. Empty: `class_power` gives the weights.
+        replacement: whether the P classes are drawn independently by their weights, and the M images of each
+            independently and uniformly, as in the published code. A batch may then have a class or an image twice.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class ClassBalanced(ClassSampler):
         short_classes: str = "raise",
         class_power: float = 0.0,
         class_weights: Sequence[float] | np.ndarray = (),
+        replacement: bool = False,
     ) -> None:
         super().__init__(classes_per_batch, samples_per_class, short_classes)
         try:
@@ -57,8 +61,10 @@ class ClassBalanced(ClassSampler):
                 f"class_power and class_weights: expected at most one of them. Received: class_power={class_power} "
                 f"and {len(weights)} weights"
             )
+        check_bool("replacement", replacement)
         self.class_power = class_power
         self.class_weights = weights
+        self.replacement = replacement
 
     def check(self, labels: np.ndarray) -> None:
         super().check(labels)
@@ -77,8 +83,14 @@ class ClassBalanced(ClassSampler):
 
     def draw(self, labels: np.ndarray, steps: int, generator: np.random.Generator) -> np.ndarray:
         classes = self.usable_classes(labels)
-        choose = self._class_choice(classes, labels, generator)
         members = images_by_class(labels)
+        if self.replacement:
+            weights = self._weights(classes, labels)
+            chosen = generator.choice(classes, (steps, self.classes_per_batch), p=_shares(weights))
+            return np.stack(
+                [np.concatenate([generator.choice(members[c], self.samples_per_class) for c in row]) for row in chosen]
+            )
+        choose = self._class_choice(classes, labels, generator)
         queues = {c: Queue(members[c], generator) for c in classes}
         return np.stack(
             [np.concatenate([queues[c].take(self.samples_per_class) for c in choose()]) for _ in range(steps)]
@@ -113,9 +125,7 @@ def inclusion_probabilities(weights: np.ndarray, count: int) -> np.ndarray:
     probabilities = np.zeros(len(weights))
     free = np.arange(len(weights))
     while count:
-        # Divided by the largest one, because huge weights would add up to infinity.
-        rest = weights[free] / weights[free].max()
-        probabilities[free] = count * rest / rest.sum()
+        probabilities[free] = count * _shares(weights[free])
         over = probabilities[free] >= _CERTAIN
         if not over.any():
             return probabilities
@@ -124,6 +134,13 @@ def inclusion_probabilities(weights: np.ndarray, count: int) -> np.ndarray:
         free = free[~over]
     probabilities[free] = 0.0
     return probabilities
+
+
+def _shares(weights):
+    """The weights divided by their sum."""
+    # Divided by the largest one, because huge weights would add up to infinity.
+    weights = weights / weights.max()
+    return weights / weights.sum()
 
 
 def systematic_sample(probabilities: np.ndarray, generator: np.random.Generator) -> np.ndarray:
