@@ -17,9 +17,8 @@ class ClassBalanced(ClassSampler):
     """Batches of P classes x M images.
 
     No class is in a batch twice, and no image unless `short_classes="repeat"` requires it (but see `replacement`). The
-    images of a class come
-    from a list that is shuffled, and shuffled again when it runs out, so no image is seen again before all images of
-    its class have been seen.
+    images of a class come from a list that is shuffled, and shuffled again when it runs out, so no image is seen again
+    before all images of its class have been seen.
 
     By default the classes are drawn in the same way, so all are seen equally often. For long tails, `class_power` or
     `class_weights` give the classes weights w. Each batch is then drawn independently, by systematic sampling (Madow,
