@@ -122,12 +122,12 @@ class S2SDModel(keras.Model):
         for argument, value in (("pooling", pooling), ("target_pooling", target_pooling)):
             if value not in POOLINGS:
                 raise ValueError(f"{argument}: expected one of {list(POOLINGS)}. Received: {value!r}")
-        for argument, value in (
+        for argument, given in (
             ("l2_on_targets", l2_on_targets),
             ("uniform_biases", uniform_biases),
             ("log_per_target", log_per_target),
         ):
-            check_bool(argument, value)
+            check_bool(argument, given)
         self.pooling = pooling
         self.target_pooling = target_pooling
         self.micro_batch_size = checked_int("micro_batch_size", micro_batch_size, 0)

@@ -175,6 +175,10 @@ class TorchAdam(keras.optimizers.Adam):
     arguments are those of Keras's Adam, whose default epsilon is 1e-7; PyTorch's is 1e-8.
     """
 
+    beta_1: Any
+    beta_2: Any
+    epsilon: Any
+
     def update_step(self, gradient: tf.Tensor, variable: tf.Variable, *learning_rate: tf.Tensor) -> None:
         """Updates one variable (Keras hook). Keras 3 passes the learning rate."""
         given = self.beta_1, self.beta_2, self.epsilon
