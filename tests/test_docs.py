@@ -43,6 +43,18 @@ def test_the_scripts_for_images_of_ones_own(monkeypatch, tmp_path):
     assert int(names["model"].optimizer.iterations) == 2
 
 
+def test_the_script_for_nested_embeddings(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    (script,) = scripts("nested.md")
+    assert len(script.strip().splitlines()) <= 25
+    names = {}
+    exec(compile(re.sub(r"epochs=\d+", "epochs=1", script), "docs/nested.md", "exec"), names)
+    assert re.findall(r"^(\d+) [01]\.\d+ \d+ \d", capsys.readouterr().out, re.MULTILINE) == ["4", "8", "32"]
+    assert names["small"].shape == (len(names["rows"]), 8)
+    assert names["encoder"].dims == (4, 8, 32)
+    assert names["index"].tuned["measured"] > 0.9
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_the_notebooks_were_run_from_top_to_bottom(path):
     """`make notebooks` runs them."""

@@ -1,11 +1,13 @@
 """s2sd-index: builds a search index of embeddings, and with an encoder one SavedModel that contains both.
 
-The index is searched by ScaNN, tuned to a recall against exact search, or exactly. The SavedModel takes images and
-returns the ids, labels and scores of the nearest items.
+The index is searched by ScaNN, tuned to a recall against exact search, or exactly; or, for nested embeddings, by a
+funnel: a shortlist by --funnel_dim dimensions, tuned to the recall too, is ranked by all of them. The SavedModel takes
+images and returns the ids, labels and scores of the nearest items.
 
 Examples:
   s2sd-index --embeddings=embeddings --output=index
   s2sd-index --embeddings=embeddings --output=index --encoder=runs/digits/saved_model --saved_model=retrieval
+  s2sd-index --embeddings=embeddings --output=index --method=funnel --funnel_dim=16
 """
 
 import contextlib
@@ -18,11 +20,20 @@ _EMBEDDINGS = app.define_path(
     "embeddings", None, "Folder of s2sd-embed, or a .npy, .npz or .tfrecord file.", required=True
 )
 _OUTPUT = app.define_path("output", None, "Folder to write the index to.", required=True)
-_METHOD = flags.DEFINE_enum("method", "scann", ["scann", "exact"], "Search method.")
+_METHOD = flags.DEFINE_enum("method", "scann", ["scann", "exact", "funnel"], "Search method.")
+_FUNNEL_DIM = flags.DEFINE_integer(
+    "funnel_dim",
+    None,
+    "With --method=funnel: dimension of the shortlist, one of the model's nested_dims.",
+    lower_bound=1,
+)
+_CODES = flags.DEFINE_enum(
+    "codes", "float32", ["float32", "int8", "bits", "scann"], "With --method=funnel: how the shortlist stores prefixes."
+)
 _METRIC = flags.DEFINE_enum(
     "metric", "cosine", ["cosine", "euclidean"], "Similarity: cosine, or negative euclidean distance."
 )
-_RECALL = flags.DEFINE_float("recall", 0.99, "Recall against exact search that ScaNN is tuned to.")
+_RECALL = flags.DEFINE_float("recall", 0.99, "Recall against exact search that ScaNN or funnel is tuned to.")
 _K = flags.DEFINE_integer(
     "k", 10, "Number of neighbours for --recall, and of those that the SavedModel finds.", lower_bound=1
 )
@@ -46,7 +57,7 @@ def _main(_):
 
 
 def _build():
-    from s2sd_tf.evaluation import ScannIndex, build_index, read_embeddings
+    from s2sd_tf.evaluation import FunnelIndex, ScannIndex, build_index, read_embeddings
     from s2sd_tf.export import export_retrieval
     from s2sd_tf.files import check_replaceable
     from s2sd_tf.serving import Encoder
@@ -60,10 +71,13 @@ def _build():
     if _ENCODER.value:
         # Fails before an hour of tuning if it is not an encoder, or one of another dimension.
         Encoder(_ENCODER.value, rows.shape[1])
-    index = build_index(rows, ids, labels, _METHOD.value, _METRIC.value, _RECALL.value, _K.value)
+    index = build_index(
+        rows, ids, labels, _METHOD.value, _METRIC.value, _RECALL.value, _K.value, dim=_FUNNEL_DIM.value,
+        codes=_CODES.value,
+    )  # fmt: skip
     index.save(_OUTPUT.value)
     tuning = ""
-    if isinstance(index, ScannIndex):
+    if isinstance(index, (ScannIndex, FunnelIndex)):
         tuning = f", {index.settings}, recall@{index.tuned['k']} {index.tuned['measured']:.4f} against exact search"
     print(f"{len(index):,} items, {index.dim} dimensions, {index.method}{tuning}: {_OUTPUT.value}")
     if _SAVED_MODEL.value:

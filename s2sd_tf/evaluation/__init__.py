@@ -4,6 +4,7 @@ from s2sd_tf.evaluation.callback import RetrievalEvaluation
 from s2sd_tf.evaluation.clustering import clustering_metrics
 from s2sd_tf.evaluation.dimensions import metrics_by_dim
 from s2sd_tf.evaluation.embeddings import EmbeddingShards, read_embeddings
+from s2sd_tf.evaluation.funnel_index import FunnelIndex
 from s2sd_tf.evaluation.geometry import embedding_geometry
 from s2sd_tf.evaluation.metrics import RetrievalResult, evaluate_retrieval, retrieval_metrics
 from s2sd_tf.evaluation.neighbors import Neighbors
@@ -12,6 +13,7 @@ from s2sd_tf.evaluation.search import build_index, find_neighbors, load_index
 
 __all__ = [
     "EmbeddingShards",
+    "FunnelIndex",
     "Neighbors",
     "RetrievalEvaluation",
     "RetrievalResult",

@@ -17,6 +17,7 @@ from s2sd_tf.evaluation.rows import normalized, scale_of, scaled
 from s2sd_tf.evaluation.scann_files import digests, load_searcher, save_searcher
 from s2sd_tf.evaluation.scann_searcher import build_searcher, import_scann, settings_for
 from s2sd_tf.evaluation.scann_tuning import RecallSample, smallest_numbers
+from s2sd_tf.truncation import truncate
 from s2sd_tf.untrusted import read_array, reading
 
 # Subfolder of an index with the files of ScaNN.
@@ -224,8 +225,13 @@ def scann_neighbors(
     return padded(found.indices, found.similarities, k) if keys is None else without_own(found, k, *keys)
 
 
-def index_for_graphs(index: Index, k: int) -> tuple[Any, str, dict[str, int]]:
+def index_for_graphs(index: Index, k: int, dim: int | None = None) -> tuple[Any, str, dict[str, int]]:
     """Rebuilds an index with ScaNN's TensorFlow operations, whose state can be saved in a graph.
+
+    Args:
+        index: the index.
+        k: number of neighbours to find, >= 1.
+        dim: dimension of the prefixes to search; None: the whole one.
 
     Returns:
         `(searcher, metric, numbers)`: `numbers` are the arguments to search for k neighbours.
@@ -235,9 +241,12 @@ def index_for_graphs(index: Index, k: int) -> tuple[Any, str, dict[str, int]]:
     """
     ops = import_scann("scann.scann_ops.py.scann_ops")
     rows = _prepared("index", index.rows(), index.metric)
-    settings = {"kind": "brute_force"} if index.method == "exact" else settings_for(len(rows), spilling=False)
     tuned = getattr(index, "tuned", {"recall": 0.99, "k": k})
-    asked = {"recall": tuned["recall"], "k": tuned["k"]}
+    asked = {"recall": tuned["recall"], "k": tuned["k"] if dim is None else k}
+    if dim is not None:
+        rows = truncate(rows, dim)
+    by_scann = index.method == "scann" or getattr(index, "settings", {}).get("codes") == "scann"
+    settings = settings_for(len(rows), spilling=False) if by_scann else {"kind": "brute_force"}
     built = ScannIndex._tuned(ops, rows, index.metric, index.ids, index.labels, settings=settings, **asked)
     return built._searcher, index.metric, built._numbers(k)
 

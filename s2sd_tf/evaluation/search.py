@@ -10,6 +10,7 @@ import tensorflow as tf
 from s2sd_tf.checks import check_choice, checked_int
 from s2sd_tf.evaluation.embeddings import Rows, check_finished, read_items, shard_folders
 from s2sd_tf.evaluation.exact import exact_neighbors
+from s2sd_tf.evaluation.funnel_index import FunnelIndex
 from s2sd_tf.evaluation.index import FORMAT, ExactIndex, Index
 from s2sd_tf.evaluation.neighbors import METHODS, METRICS, Neighbors, check_search, no_neighbors
 from s2sd_tf.evaluation.rows import checked_keys, checked_sets
@@ -81,6 +82,8 @@ def build_index(
     recall: float = 0.99,
     k: int = 10,
     seed: int = 0,
+    dim: int | None = None,
+    codes: str = "float32",
 ) -> Index:
     """Builds an index of a gallery.
 
@@ -88,14 +91,22 @@ def build_index(
         embeddings: float rows `(n, dim)`, n >= 1.
         ids: n different ids, or None to use the positions.
         labels: n labels, or None.
-        method: "exact" or "scann".
-        metric: "cosine" or "euclidean".
-        recall, k, seed: for "scann"; see `ScannIndex.build`.
+        method: "exact", "scann" or "funnel", which shortlists by prefixes of nested embeddings; see `FunnelIndex`.
+        metric: "cosine" or "euclidean"; "funnel" has only "cosine".
+        recall, k, seed: for "scann" and "funnel"; see `ScannIndex.build`.
+        dim, codes: for "funnel"; see `FunnelIndex.build`.
 
     Raises:
         ValueError: a bad argument.
     """
-    check_choice("method", method, METHODS)
+    check_choice("method", method, (*METHODS, FunnelIndex.method))
+    if method == FunnelIndex.method:
+        check_choice("metric", metric, ("cosine",))
+        if dim is None:
+            raise ValueError("dim: expected the dimension of the prefixes, with method='funnel'. Received: None")
+        return FunnelIndex.build(embeddings, ids, labels, dim=dim, codes=codes, recall=recall, k=k, seed=seed)
+    if dim is not None:
+        raise ValueError(f"dim: expected None unless method='funnel'. Received: {dim!r}")
     if method == "scann":
         return ScannIndex.build(embeddings, ids, labels, metric, recall, k, seed)
     return ExactIndex.build(embeddings, ids, labels, metric)
@@ -115,7 +126,7 @@ def load_index(folder: str | os.PathLike) -> Index:
     about = read_json_object(path)
     if about.get("format") != FORMAT:
         raise ValueError(f"index: expected format {FORMAT}. Received: {about.get('format')!r} in {path!r}")
-    kinds: dict[Any, type[Index]] = {cls.method: cls for cls in (ExactIndex, ScannIndex)}
+    kinds: dict[Any, type[Index]] = {cls.method: cls for cls in (ExactIndex, ScannIndex, FunnelIndex)}
     with reading(path, "what an index writes"):
         check_choice("method", about["method"], tuple(kinds))
         check_choice("metric", about["metric"], METRICS)

@@ -6,6 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
+from s2sd_tf.evaluation.funnel_index import FunnelIndex
 from s2sd_tf.evaluation.index import Index
 from s2sd_tf.evaluation.scann_index import index_for_graphs
 from s2sd_tf.evaluation.scann_searcher import import_scann
@@ -13,6 +14,7 @@ from s2sd_tf.export.encoder import LoadedEncoder, load_encoder
 from s2sd_tf.export.graph_checks import checked_finite, checked_shape, for_any_batch
 from s2sd_tf.export.saved_model import load_saved_model
 from s2sd_tf.files import check_replaceable, local_path, replacing
+from s2sd_tf.truncation import truncate
 
 _NEEDS = """To load this SavedModel, you need TensorFlow {tensorflow} and its ScaNN operations. Import them first:
 
@@ -41,7 +43,8 @@ def export_retrieval(encoder: str | os.PathLike, index: Index, path: str | os.Pa
     Args:
         encoder: SavedModel folder that `export_encoder` wrote. If it was trained with `nested_dims`, the dimension of
             the index may be any of these.
-        index: the index; an exact index becomes a brute-force search.
+        index: the index; an exact index becomes a brute-force search. The shortlist of a funnel is found by ScaNN,
+            by brute force unless it was found by ScaNN before, and ranked by the whole embedding.
         path: folder to write; a new folder, or a SavedModel to replace. It is written completely or not at all.
         k: >= 1; if the index has fewer items, all of them are returned.
 
@@ -91,7 +94,13 @@ class _Retrieval(tf.Module):
         self._encoders = encoder.signatures
         self._dim = encoder.dim
         self._k = k
-        searcher, self._metric, self._numbers = index_for_graphs(index, k)
+        # Of a funnel, the dimension and length of the shortlist.
+        self._prefix, self._found = None, k
+        length = index.length(k) if isinstance(index, FunnelIndex) else None
+        if isinstance(index, FunnelIndex) and length is not None:
+            self._prefix, self._found = index.settings["dim"], length
+            self._rows = tf.Variable(index.rows(), trainable=False)
+        searcher, self._metric, self._numbers = index_for_graphs(index, self._found, self._prefix)
         self._state = searcher.serialize_to_module()
         # Variables, because the constants of a graph are limited to 2 GiB.
         self._ids = tf.Variable(index.ids, trainable=False, dtype=tf.string)
@@ -126,8 +135,11 @@ class _Retrieval(tf.Module):
             embeddings = tf.math.l2_normalize(tf.cast(embeddings, tf.float64), axis=1, epsilon=1e-24)
             embeddings = tf.cast(embeddings, tf.float32)
         searcher = self._ops.searcher_from_module(self._state)
-        indices, scores = searcher.search_batched_parallel(embeddings, final_num_neighbors=self._k, **self._numbers)
+        queries = embeddings if self._prefix is None else truncate(embeddings, self._prefix)
+        indices, scores = searcher.search_batched_parallel(queries, final_num_neighbors=self._found, **self._numbers)
         indices, scores = tf.cast(indices, tf.int64), tf.cast(scores, tf.float32)
+        if self._prefix is not None:
+            indices, scores = self._ranked(embeddings, indices, scores)
         there = tf.math.is_finite(scores) & (indices >= 0) & (indices < tf.size(self._ids, tf.int64))
         if self._metric == "euclidean":
             scores = -tf.sqrt(tf.maximum(scores, 0.0))
@@ -137,3 +149,11 @@ class _Retrieval(tf.Module):
             "labels": tf.where(there, tf.gather(self._labels, found), ""),
             "scores": tf.where(there, scores, float("-inf")),
         }
+
+    def _ranked(self, embeddings, shortlists, scores):
+        """`(indices, scores)` of the nearest in shortlists `(batch, length)` by the whole embedding, `(batch, k)`."""
+        there = tf.math.is_finite(scores) & (shortlists >= 0) & (shortlists < tf.size(self._ids, tf.int64))
+        rows = tf.gather(self._rows, tf.where(there, shortlists, 0))
+        scores = tf.where(there, tf.linalg.matvec(rows, embeddings), float("-inf"))
+        scores, places = tf.math.top_k(scores, self._k)
+        return tf.gather(shortlists, places, batch_dims=1), scores

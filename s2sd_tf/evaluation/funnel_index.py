@@ -1,0 +1,248 @@
+"""An index that shortlists by the prefix of an embedding and ranks the shortlist by the whole embedding."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from s2sd_tf.checks import check_choice, checked_int
+from s2sd_tf.evaluation.embeddings import Rows, read_items, read_rows
+from s2sd_tf.evaluation.exact import exact_neighbors
+from s2sd_tf.evaluation.index import Index, checked_items
+from s2sd_tf.evaluation.neighbors import check_search
+from s2sd_tf.evaluation.rows import checked_rows, normalized
+from s2sd_tf.evaluation.scann_index import ScannIndex
+from s2sd_tf.evaluation.shortlist import CODES, ScannShortlist, make_shortlist
+from s2sd_tf.untrusted import read_json_object, reading
+
+# Number of queries to tune the shortlist on. Its recall is measured on as many others.
+_TUNING_QUERIES = 1000
+# Queries whose shortlists are ranked at a time.
+_RANKED = 32
+# Subfolder of an index with the ScaNN index of the prefixes.
+_SHORTLIST = "shortlist"
+
+
+class FunnelIndex(Index):
+    """Funnel search for nested embeddings, by cosine similarity (Kusupati et al., 2022, arXiv 2205.13147, section 4.3).
+
+    A query's nearest items by the first `dim` dimensions are its shortlist; these are ranked by the whole embedding.
+    The length of the shortlist is tuned: the smallest with which a sample of the gallery's own items reaches the recall
+    against exact search in the whole dimension. If a quarter of the gallery does not, search is exact.
+
+    Attributes:
+        settings: dict with "dim", "codes" and "shortlist", the tuned length; None: exact search.
+        tuned: dict with the requested "recall", "k", and "measured", the recall on items that were not tuned on.
+    """
+
+    method = "funnel"
+
+    def __init__(
+        self,
+        rows: np.ndarray,
+        ids: Any,
+        labels: list[str] | None,
+        settings: dict[str, Any],
+        tuned: dict[str, Any],
+    ) -> None:
+        super().__init__("cosine", rows.shape[1], ids, labels)
+        self.settings = settings
+        self.tuned = tuned
+        self._rows = rows
+        self._shortlist: Any = None
+
+    @classmethod
+    def build(
+        cls,
+        embeddings: Rows | tf.Tensor,
+        ids: Iterable[str] | None = None,
+        labels: Iterable[str] | None = None,
+        *,
+        dim: int,
+        codes: str = "float32",
+        recall: float = 0.99,
+        k: int = 10,
+        seed: int = 0,
+    ) -> "FunnelIndex":
+        """Builds and tunes an index.
+
+        Args:
+            embeddings: float rows `(n, embedding_dim)`, n >= 1; they are copied into memory.
+            ids: n different ids, or None to use the positions.
+            labels: n labels, or None.
+            dim: from 1 to embedding_dim, dimension of the prefixes: one of the model's `nested_dims`.
+            codes: how the prefixes are stored for the shortlist: "float32"; "int8", a byte per dimension; "bits", the
+                sign of each dimension; "scann", an approximate search of the prefixes by ScaNN.
+            recall: the share of the k nearest to find, in (0, 1].
+            k: int >= 1.
+            seed: int >= 0, for the sample to tune on.
+
+        Raises:
+            ValueError: a bad argument.
+            ImportError: ScaNN is needed, and is missing or does not fit TensorFlow.
+        """
+        rows, ids, labels = checked_items(embeddings, ids, labels)
+        check_search("exact", "cosine", recall)
+        check_choice("codes", codes, CODES)
+        k, seed, dim = checked_int("k", k, 1), checked_int("seed", seed, 0), checked_int("dim", dim, 1)
+        if dim > rows.shape[1]:
+            raise ValueError(f"dim: expected at most {rows.shape[1]}, that of the embeddings. Received: {dim}")
+        settings = {"dim": dim, "codes": codes, "shortlist": None}
+        tuned = {"recall": recall, "k": k, "measured": 1.0}
+        index = cls(normalized(np.asarray(rows[:])), ids, labels, settings, tuned)
+        index._tune(seed)
+        return index
+
+    @property
+    def shortlist(self) -> Any:
+        """The shortlist of the prefixes, made when it is first needed."""
+        if self._shortlist is None:
+            tuned = self.tuned
+            length = max(10 * tuned["k"], self.settings["shortlist"] or 0)
+            self._shortlist = make_shortlist(
+                self._rows, self.settings["dim"], self.settings["codes"], tuned["recall"], length, seed=0
+            )
+        return self._shortlist
+
+    def rows(self) -> np.ndarray:
+        return self._rows
+
+    def length(self, k: int) -> int | None:
+        """The length of the shortlist for k neighbours: longer if k exceeds the tuned k. None: exact search."""
+        if self.settings["shortlist"] is None:
+            return None
+        return min(len(self), int(np.ceil(self.settings["shortlist"] * max(1.0, k / self.tuned["k"]))))
+
+    def _search(self, queries, k):
+        length = self.length(k)
+        if length is None:
+            return exact_neighbors(queries, self._rows, k)
+        queries = normalized(queries)
+        return self._ranked(queries, self.shortlist.find(queries, length), k)
+
+    def _ranked(self, queries, shortlists, k):
+        """`(indices, similarities)` of the k nearest in shortlists `(queries, length)`, in which -1 is missing."""
+        indices = np.empty((len(queries), k), np.int64)
+        similarities = np.empty((len(queries), k), np.float32)
+        # Among equally similar items, the lower position comes first.
+        shortlists = np.sort(shortlists, axis=1)
+        for start in range(0, len(queries), _RANKED):
+            part = slice(start, start + _RANKED)
+            chosen = shortlists[part]
+            found = np.matmul(self._rows[chosen], queries[part, :, None])[:, :, 0]
+            found[chosen < 0] = -np.inf
+            order = np.argsort(-found, axis=1, kind="stable")[:, :k]
+            indices[part] = np.take_along_axis(chosen, order, axis=1)
+            similarities[part] = np.take_along_axis(found, order, axis=1)
+        return indices, similarities
+
+    def _tune(self, seed):
+        """Sets the smallest length of the shortlist that reaches the recall, or None for exact search."""
+        size, recall = len(self), self.tuned["recall"]
+        k = min(self.tuned["k"], size - 1)
+        if not k:
+            return
+        sample = np.random.default_rng(seed).choice(size, min(2 * _TUNING_QUERIES, size), replace=False)
+        queries = self._rows[sample]
+        nearest = exact_neighbors(queries, self._rows, k, keys=(sample, np.arange(size))).indices
+        tuned_on, others = np.array_split(np.arange(len(sample)), 2)
+        length, fewest = 8 * k, None
+        while fewest is None and length < max(size // 4, 16 * k):
+            length *= 2
+            places = _places(self.shortlist.find(queries, length), nearest, sample)
+            fewest = _fewest(places[tuned_on], recall)
+        if fewest is None:
+            logging.info("No shortlist of up to %d items reaches the recall %g; search is exact.", length, recall)
+            return
+        # One more, because items that search among themselves find themselves.
+        self.settings["shortlist"] = min(max(fewest, k) + 1, size)
+        self.tuned["measured"] = float(np.mean(places[others] < fewest))
+
+    def _add(self, rows, ids):
+        position = {item: i for i, item in enumerate(self.ids)}
+        rows, kept = normalized(np.asarray(rows[:])), self._rows.copy()
+        new = [i for i, item in enumerate(ids) if item not in position]
+        for i, item in enumerate(ids):
+            if item in position:
+                kept[position[item]] = rows[i]
+        self._rows, self._shortlist = np.concatenate([kept, rows[new]]), None
+        return [*self.ids, *(ids[i] for i in new)]
+
+    def _remove(self, ids):
+        gone = set(ids)
+        kept = [i for i, item in enumerate(self.ids) if item not in gone]
+        self._rows, self._shortlist = self._rows[kept], None
+        return [self.ids[i] for i in kept]
+
+    def _save(self, folder):
+        np.save(os.path.join(folder, "embeddings.npy"), self._rows, allow_pickle=False)
+        if self.settings["codes"] == "scann":
+            self.shortlist.index.save(os.path.join(folder, _SHORTLIST))
+
+    def _about(self, folder):
+        return {"settings": self.settings, "tuned": self.tuned}
+
+    @classmethod
+    def load(
+        cls, folder: str | os.PathLike, about: dict[str, Any], ids: list[str], labels: list[str] | None
+    ) -> "FunnelIndex":
+        rows = checked_rows(os.fspath(folder), read_rows(folder, ids))
+        with reading(os.path.join(folder, "index.json"), "what a funnel index writes"):
+            settings, tuned = about["settings"], about["tuned"]
+            check_choice("codes", settings["codes"], CODES)
+            checked_int("k", tuned["k"], 1)
+            check_search("exact", about["metric"], tuned["recall"])
+            if settings["shortlist"] is not None:
+                checked_int("shortlist", settings["shortlist"], 1)
+            if not checked_int("dim", settings["dim"], 1) <= rows.shape[1] == about["dim"]:
+                raise ValueError(f"dimensions up to {rows.shape[1]}, not {settings['dim']} of {about['dim']}")
+        index = cls(normalized(np.asarray(rows[:])), ids, labels, settings, tuned)
+        if settings["codes"] == "scann":
+            index._shortlist = ScannShortlist(_load_scann(os.path.join(folder, _SHORTLIST), settings["dim"], len(ids)))
+        return index
+
+
+def _load_scann(folder, dim, size):
+    path = os.path.join(folder, "index.json")
+    about = read_json_object(path)
+    ids, labels = read_items(folder)
+    with reading(path, "the shortlist of the index"):
+        if (about["method"], about["metric"], about["dim"], len(ids)) != ("scann", "cosine", dim, size):
+            raise ValueError(f"{about['method']}, {about['metric']}, {about['dim']} dimensions, {len(ids)} items")
+    return ScannIndex.load(folder, about, ids, labels)
+
+
+def _places(shortlists, wanted, own):
+    """The place of each of the `wanted` items `(queries, k)` in shortlists, not counting the items `own` `(queries,)`.
+
+    It is infinite for items that are not there.
+    """
+    places = np.full(wanted.shape, np.inf)
+    for row, (shortlist, items) in enumerate(zip(shortlists, wanted)):
+        shortlist = shortlist[shortlist != own[row]]
+        order = np.argsort(shortlist, kind="stable")
+        at = order[np.minimum(np.searchsorted(shortlist, items, sorter=order), len(shortlist) - 1)]
+        there = shortlist[at] == items
+        places[row, there] = at[there]
+    return places
+
+
+def _fewest(places, recall):
+    """The smallest length within which places `(queries, k)` reach the recall; None if the shortlists are too short.
+
+    Unless the recall is 1, one standard error more is required, so that other queries reach it too.
+    """
+
+    def enough(length):
+        shares = np.mean(places < length, axis=1)
+        return shares.mean() - (recall < 1) * shares.std() / np.sqrt(len(shares)) >= recall
+
+    lengths = np.unique(places[np.isfinite(places)]) + 1
+    low, high = 0, len(lengths)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(lengths[middle]) else (middle + 1, high)
+    return None if low == len(lengths) else int(lengths[low])

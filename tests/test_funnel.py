@@ -1,0 +1,157 @@
+"""Funnel search: shortlists by prefixes, tuned to a recall; saved, loaded, changed, and in the retrieval SavedModel."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import s2sd_tf
+from s2sd_tf import data, evaluation, export
+from s2sd_tf.evaluation import shortlist as shortlist_module
+from s2sd_tf.evaluation.shortlist import CODES, make_shortlist
+from s2sd_tf.files import read_json, write_json
+from s2sd_tf.keras_compat import keras
+
+SIZE, DIM = 1500, 12
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Rows around 100 centres, with a variance that falls over the dimensions."""
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(100, DIM))[np.arange(SIZE) % 100] + 0.6 * generator.normal(size=(SIZE, DIM))
+    return (rows / np.sqrt(np.arange(1, DIM + 1))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def queries(rows):
+    return rows[:200] + 0.05 * np.random.default_rng(1).normal(size=(200, DIM)).astype(np.float32)
+
+
+def recall(found, truth):
+    return np.mean([len(set(one) & set(other)) / len(other) for one, other in zip(found.tolist(), truth.tolist())])
+
+
+@pytest.mark.parametrize("codes", CODES)
+def test_it_is_tuned_to_the_requested_recall(rows, queries, codes):
+    index = evaluation.build_index(rows, method="funnel", dim=6, codes=codes, recall=0.95, k=5)
+    assert index.settings["codes"] == codes
+    assert 5 < index.settings["shortlist"] < SIZE // 2
+    assert 0.93 <= index.tuned["measured"] <= 1
+    found, exact = index.search(queries, 5), evaluation.find_neighbors(queries, rows, 5)
+    assert recall(found.indices, exact.indices) > 0.92
+    same = found.indices == exact.indices
+    np.testing.assert_allclose(found.similarities[same], exact.similarities[same], atol=1e-6)
+    assert np.all(np.diff(found.similarities, axis=1) <= 0)
+
+
+@pytest.mark.parametrize("codes", ["float32", "int8", "bits"])
+@pytest.mark.parametrize("count", [1, 40, 5000])
+def test_shortlists_are_those_of_all_products(rows, queries, codes, count, monkeypatch):
+    monkeypatch.setattr(shortlist_module, "_QUERIES", 64)
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    shortlist = make_shortlist(units, 5, codes, 0.99, 10, 0)
+    prefixes, wanted = s2sd_tf.truncate(units, 5), s2sd_tf.truncate(queries, 5)
+    if codes == "int8":
+        scale = np.abs(prefixes).max(axis=0) / 127
+        prefixes = np.round(prefixes / scale) * scale
+    elif codes == "bits":
+        prefixes = np.where(prefixes > 0, 1.0, -1.0)
+    products = wanted.astype(np.float64) @ prefixes.T.astype(np.float64)
+    found = shortlist.find(queries, count)
+    assert found.shape == (len(queries), min(count, SIZE))
+    assert all(len(set(row)) == len(row) for row in found.tolist())
+    np.testing.assert_allclose(
+        np.take_along_axis(products, found, axis=1), -np.sort(-products, axis=1)[:, :count], atol=1e-6
+    )
+    # The last tile is padded with zeros to 512 items.
+    assert shortlist.bytes_per_item == {"float32": 20, "int8": 5, "bits": 5 / 8}[codes]
+
+
+def test_the_whole_recall_and_more_neighbours_than_tuned_for(rows, queries):
+    index = evaluation.build_index(rows, method="funnel", dim=DIM, recall=1.0, k=3)
+    assert index.settings["shortlist"] <= 5
+    exact = evaluation.find_neighbors(queries, rows, 9)
+    np.testing.assert_array_equal(index.search(queries, 9).indices, exact.indices)
+    assert index.length(9) == 3 * index.settings["shortlist"]
+
+
+def test_exact_search_if_no_shortlist_reaches_the_recall(queries):
+    rows = np.random.default_rng(0).normal(size=(1500, DIM)).astype(np.float32)
+    rows[:, 0] *= 1e-3
+    index = evaluation.build_index(rows, method="funnel", dim=1, recall=0.999)
+    assert (index.settings["shortlist"], index.tuned["measured"]) == (None, 1.0)
+    np.testing.assert_array_equal(index.search(queries, 4).indices, evaluation.find_neighbors(queries, rows, 4).indices)
+
+
+@pytest.mark.parametrize("size", [1, 2, 11])
+def test_small_galleries(rows, queries, size):
+    index = evaluation.build_index(rows[:size], method="funnel", dim=3)
+    found = index.search(queries[:5], 4)
+    np.testing.assert_array_equal(found.indices, evaluation.find_neighbors(queries[:5], rows[:size], 4).indices)
+    assert index.search(queries[:0], 4).indices.shape == (0, 4)
+
+
+@pytest.mark.parametrize("codes", ["float32", "bits", "scann"])
+def test_save_load_add_remove(rows, queries, codes, tmp_path):
+    ids, labels = [f"i{n}" for n in range(SIZE)], [str(n % 100) for n in range(SIZE)]
+    index = evaluation.build_index(rows, ids, labels, method="funnel", dim=6, codes=codes, recall=0.9)
+    index.save(tmp_path / "index")
+    loaded = evaluation.load_index(tmp_path / "index")
+    assert (loaded.settings, loaded.tuned, loaded.labels) == (index.settings, index.tuned, labels)
+    for one, other in zip(index.search(queries, 3), loaded.search(queries, 3)):
+        np.testing.assert_array_equal(one, other)
+    new = -rows[:2]
+    loaded.add(new, ["new", "i1"], ["a", "b"])
+    assert [loaded.ids[at] for at in loaded.search(new, 1).indices[:, 0]] == ["new", "i1"]
+    loaded.remove(["new"])
+    assert (len(loaded), loaded.labels[1]) == (SIZE, "b")
+
+
+def test_what_is_refused(rows, tmp_path):
+    for settings, words in (
+        ({"dim": None}, "dim: expected the dimension of the prefixes"),
+        ({"dim": 13}, "dim: expected at most 12.*Received: 13"),
+        ({"dim": 0}, "dim: expected an int >= 1"),
+        ({"dim": 6, "codes": "int4"}, "codes: expected one of"),
+        ({"dim": 6, "metric": "euclidean"}, "metric: expected one of"),
+        ({"dim": 6, "recall": 0}, "recall: expected a number"),
+        ({"dim": 6, "method": "exact"}, "dim: expected None unless method='funnel'. Received: 6"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            evaluation.build_index(rows, **{"method": "funnel", **settings})
+    index = evaluation.build_index(rows[:50], method="funnel", dim=6)
+    index.save(tmp_path / "index")
+    about = read_json(tmp_path / "index" / "index.json")
+    for change in ({"dim": 13}, {"codes": "pickle"}, {"shortlist": -1}):
+        write_json(tmp_path / "index" / "index.json", {**about, "settings": {**about["settings"], **change}})
+        with pytest.raises(ValueError, match=r"index.json: expected what a funnel index writes"):
+            evaluation.load_index(tmp_path / "index")
+
+
+def test_in_the_retrieval_saved_model(rows, queries, tmp_path):
+    layers = [keras.layers.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(DIM)]
+    export.export_encoder(keras.Sequential(layers), data.Preprocessing(8, 8, 1), tmp_path / "encoder")
+    exact = evaluation.find_neighbors(queries, rows, 5)
+    for codes in ("int8", "scann"):
+        index = evaluation.build_index(rows, method="funnel", dim=6, codes=codes, recall=0.95, k=5)
+        export.export_retrieval(tmp_path / "encoder", index, tmp_path / "retrieval", k=5)
+        loaded = export.load_retrieval(tmp_path / "retrieval")
+        found = loaded.signatures["embeddings"](embeddings=tf.constant(100 * queries))
+        indices = np.char.decode(found["ids"].numpy().astype(bytes)).astype(int)
+        assert recall(indices, exact.indices) > 0.93
+        same = indices == exact.indices
+        np.testing.assert_allclose(found["scores"].numpy()[same], exact.similarities[same], atol=1e-5)
+        assert loaded.signatures["embeddings"](embeddings=tf.zeros([0, DIM]))["ids"].shape == (0, 5)
+
+
+def test_the_program(call, rows, tmp_path):
+    np.savez(tmp_path / "rows.npz", embeddings=rows)
+    output = call(
+        "index", f"--embeddings={tmp_path / 'rows.npz'}", f"--output={tmp_path / 'index'}", "--method=funnel",
+        "--funnel_dim=6", "--codes=int8", "--recall=0.95", "--k=5",
+    ).stdout  # fmt: skip
+    assert "1,500 items, 12 dimensions, funnel, {'dim': 6, 'codes': 'int8', 'shortlist': " in output
+    about = json.loads((tmp_path / "index" / "index.json").read_text())
+    assert (about["method"], about["tuned"]["k"]) == ("funnel", 5)
