@@ -64,7 +64,7 @@ def main(_):
             content["versions"] = result["versions"]
             content["runs"][runs[workdir]] = {"seconds": result["train_seconds"], "dims": _prefixes(workdir)}
             write_json(path, content)
-    content["rows"] = _rows({**_separate(), **content["runs"]})
+    content["rows"] = _rows(content["runs"] if _TRAIN_SEPARATE.value else {**content["runs"], **_separate()})
     write_json(path, content)
     lines = _table(content["rows"])
     print("\n".join(lines))

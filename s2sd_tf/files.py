@@ -27,6 +27,7 @@ _LOCK = f"{LEFTOVER}lock"
 _TEMPORARY = re.compile(re.escape(LEFTOVER) + "[a-z0-9_]{8}")
 # As a `pathlib.Path`, a URL has one slash.
 _URL = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -241,8 +242,10 @@ def _acquire(argument, path, lock):
             if _is_open(descriptor, lock):
                 now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
                 holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": now}
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+                # On a full disk the lock holds without it, and the output says that there is no room.
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, json.dumps(holder).encode(), 0)
                 return descriptor
         except BaseException:
             os.close(descriptor)
@@ -370,6 +373,9 @@ def _out_of_space(error):
             return error.reason
         if getattr(error, "errno", None) in _FULL:
             return os.strerror(error.errno)
+        # NumPy drops the system's message too.
+        if _SHORT_WRITE.fullmatch(str(error)):
+            return "only part of it could be written"
         # h5py, C++ libraries and TensorFlow keep the system's message but drop its errno.
         for number in _FULL:
             if os.strerror(number).lower() in str(error).lower():

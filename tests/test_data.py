@@ -255,6 +255,19 @@ class TestBatches:
 
 
 class TestPreprocessing:
+    @pytest.mark.parametrize("bad", [0.6, -200.0, np.nan, np.inf])
+    def test_numbers_out_of_range_are_refused(self, bad):
+        preprocessing = data.Preprocessing(4, 4, 1)
+        images = np.full((2, 6, 5, 1), 0.5, np.float32)
+        assert preprocessing(images).shape == (2, 4, 4, 1)
+        images[1, 2, 3] = bad + 1 if bad == 0.6 else bad
+        with pytest.raises(ValueError, match=r"^images: expected numbers in \[0, 1\].* Received: numbers from"):
+            preprocessing(images)
+        with pytest.raises(tf.errors.InvalidArgumentError, match=r"images: expected numbers in \[0, 1\]"):
+            tf.function(preprocessing)(tf.constant(images))
+        with pytest.raises(ValueError, match=r"use from_pixels .* Received: uint8$"):
+            preprocessing(np.zeros((6, 5, 1), np.uint8))
+
     def test_bytes_paths_and_pixels_agree(self, folder):
         preprocessing = data.Preprocessing(6, 5, 3, mean=(0.5, 0.4, 0.3), std=0.2)
         path = str(folder / "cat" / "image 0.png")

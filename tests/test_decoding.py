@@ -7,14 +7,16 @@ import zlib
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import small_config
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from test_fuzz import clear_errors, examples
 
-from s2sd_tf import data, export, serving
+from s2sd_tf import data, export, serving, training
 from s2sd_tf.data.decoding import decode_pixels, decodes_webp
 from s2sd_tf.data.image_files import unreadable
+from s2sd_tf.training.dry_run import dry_run
 from s2sd_tf.untrusted import MAX_PIXELS
 
 COLORS = np.kron(np.random.default_rng(0).integers(0, 256, (4, 6, 3)), np.ones((8, 8, 1))).astype(np.uint8)
@@ -60,6 +62,25 @@ def with_size(kind, width, height):
     struct.pack_into(form, content, of_width, width)
     struct.pack_into(form, content, of_height, height)
     return bytes(content)
+
+
+def test_a_run_names_what_it_cannot_decode(tmp_path):
+    for number in range(8):
+        (tmp_path / "x" / f"class{number // 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / f"class{number // 2}" / f"{number}.png").write_bytes(empty_png(8, 8))
+    config = {"data.name": "folder", "data.root": str(tmp_path / "x"), "data.folder.check": "none"}
+    config = small_config(**config, **{"data.classes_per_batch": 2, "data.image_size": 8, "data.validation_classes": 0})
+    for path, content, reason in (
+        ("class0/0.png", with_size("PNG", 30_000, 30_000), ".* 30000 x 30000"),
+        ("class3/7.png", b"no image", ".*[Uu]nknown image|.*PNG"),
+    ):
+        whole = (tmp_path / "x" / path).read_bytes()
+        (tmp_path / "x" / path).write_bytes(content)
+        for begin in (training.train, dry_run):
+            arguments = [tmp_path / path.replace("/", "")] if begin is training.train else []
+            with pytest.raises(ValueError, match=rf"^images: expected images that .* Received: \S*/{path}: {reason}"):
+                begin(config, *arguments)
+        (tmp_path / "x" / path).write_bytes(whole)
 
 
 class TestFormats:

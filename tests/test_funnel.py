@@ -57,7 +57,8 @@ def test_shortlists_are_those_of_all_products(rows, queries, codes, count, monke
         scale = np.abs(prefixes).max(axis=0) / 127
         prefixes = np.round(prefixes / scale) * scale
     elif codes == "bits":
-        prefixes = np.where(prefixes > 0, 1.0, -1.0)
+        rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((5, 5)))[0].astype(np.float32)
+        prefixes, wanted = np.where(prefixes @ rotation > 0, 1.0, -1.0), wanted @ rotation
     products = wanted.astype(np.float64) @ prefixes.T.astype(np.float64)
     found = shortlist.find(queries, count)
     assert found.shape == (len(queries), min(count, SIZE))
@@ -67,6 +68,13 @@ def test_shortlists_are_those_of_all_products(rows, queries, codes, count, monke
     )
     # The last tile is padded with zeros to 512 items.
     assert shortlist.bytes_per_item == {"float32": 20, "int8": 5, "bits": 5 / 8}[codes]
+
+
+def test_equal_items_do_not_take_more_memory(monkeypatch):
+    monkeypatch.setattr(shortlist_module, "_CANDIDATES", 2**12)
+    units = np.tile(np.eye(4, dtype=np.float32)[:2], (1000, 1))
+    found = make_shortlist(units, 2, "float32", 0.99, 10, 0).find(units[:5], 300)
+    np.testing.assert_array_equal(found % 2, np.tile(np.arange(5) % 2, (300, 1)).T)
 
 
 def test_the_whole_recall_and_more_neighbours_than_tuned_for(rows, queries):

@@ -7,8 +7,11 @@ import multiprocessing.connection
 import os
 import pathlib
 import re
+import shutil
 import signal
+import subprocess
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, small_config
 from processes import start_python
@@ -172,6 +175,14 @@ class TestPaths:
         assert found == (f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/c")
         assert resolve(small_config(**{"model.weights": "imagenet"})).model.weights == "imagenet"
 
+    def test_the_home_folder_of_a_config_file(self, tmp_path, run_python):
+        shutil.copy(REPOSITORY / "configs" / "digits.py", tmp_path / "x.py")
+        code = (
+            f"import os, sys; os.environ['HOME'] = {str(tmp_path)!r}; from s2sd_tf.cli import train; "
+            "sys.argv[1:] = ['--config=~/x.py:plain', '--print_config']; train.main()"
+        )
+        assert "target_dims" in run_python("-c", code).stdout
+
     def test_flags(self, tmp_path, call):
         for program, flags in (
             ("shards", ["--name=digits", "--root=.", "--output=gs://bucket/x"]),
@@ -191,6 +202,32 @@ class TestPathsThatCannotBeWritten:
                 files.write_json(path, {})
         error = call("shards", "--name=digits", "--root=.", f"--output={tmp_path}/file/x", status=2).stderr
         assert f"error: --output: expected a folder that can be written. Received: '{tmp_path}/file/x'" in error
+
+    @pytest.mark.parametrize(
+        ("options", "reason"), [("size=4k", "expected room|No space"), ("ro", "Read-only|not writable")]
+    )
+    def test_full_and_read_only_disks(self, options, reason, tmp_path, call):
+        # benchmarks/full_disks.py tries all programs.
+        np.savez(tmp_path / "rows.npz", embeddings=np.eye(8, 64), labels=np.arange(8) // 2)
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        mount = shutil.which("mount") or "false"
+        command = [mount, "-t", "tmpfs", "-o", options, "tmpfs", disk]
+        if subprocess.run(command, check=False, capture_output=True).returncode:
+            pytest.skip("needs the right to mount file systems")
+        try:
+            if options != "ro":
+                (disk / "filler").write_bytes(bytes(4096))
+            before = list(disk.iterdir())
+            for program, *flags in (
+                ("index", "--method=exact", f"--output={disk}/index"),
+                ("evaluate", "--methods=exact", f"--output={disk}/x.json", f"--report={disk}/x.html"),
+            ):
+                error = call(program, f"--embeddings={tmp_path}/rows.npz", *flags, status=2).stderr.splitlines()[-1]
+                assert re.search(rf"error: .*{disk}.*({reason})|error: .*({reason}).*{disk}", error)
+                assert list(disk.iterdir()) == before
+        finally:
+            subprocess.run(["umount", "-l", disk], check=True)
 
     @pytest.mark.parametrize("returned", ["{}", "None"])
     def test_a_config_function_that_returns_something_else(self, returned, tmp_path, call):

@@ -5,6 +5,8 @@ import logging
 import os
 import resource
 import signal
+import subprocess
+import sys
 
 import conftest
 import numpy as np
@@ -269,6 +271,16 @@ class TestInterruption:
         assert caught.value.code == 2
         assert capsys.readouterr().err == f"s2sd-train: error: {message}\n"
 
+    @pytest.mark.parametrize("arguments", [["--help"], ["--list=objectives"]])
+    def test_without_a_reader_the_program_ends_silently(self, arguments):
+        command = [sys.executable, "-m", "s2sd_tf.cli.train", *arguments]
+        reader, writer = os.pipe()
+        os.close(reader)
+        done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(writer)
+        assert done.returncode == 128 + signal.SIGPIPE
+        assert "Error" not in done.stderr
+
     def test_the_program_reports_it_in_one_line(self, capsys):
         def main(_):
             raise Interrupted("SIGTERM: stopped at epoch 3; the same command resumes from there")
@@ -475,6 +487,7 @@ class TestCheckpoints:
 FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
     OSError(errno.EDQUOT, "Disk quota exceeded"),
+    OSError("25600 requested and 968 written"),
     OSError("Unable to synchronously create dataset (file write failed: errno = 28, No space left on device)"),
     RuntimeError("Can't decrement id ref count (file write failed: errno = 27, error message = 'File too large')"),
     tf.errors.ResourceExhaustedError(None, None, "x.data-00000; No space left on device"),

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 import time
 
 import conftest
@@ -12,7 +13,7 @@ from conftest import REPOSITORY
 from dataset_layouts import write_cub200, write_inshop, write_sop
 
 import s2sd_tf
-from s2sd_tf import data
+from s2sd_tf import data, evaluation, serving
 from s2sd_tf.cli.tables import sections_table
 from s2sd_tf.files import write_json
 from s2sd_tf.keras_compat import IS_KERAS_3, keras
@@ -346,9 +347,24 @@ class TestShortRuns:
         assert log() == ([f"In the 6 steps of this run, {expected}"] if expected else [])
 
 
+def test_a_missing_scann_is_noticed_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scann", None)
+    items = [serving.Item("a", "a.png", "")]
+    for begin in (
+        lambda: train(small_config(), tmp_path / "run"),
+        lambda: dry_run(small_config()),
+        lambda: evaluation.RetrievalEvaluation(np.zeros((4, 8, 8, 1)), [0, 0, 1, 1], method="scann"),
+        lambda: serving.embed_images(items, None, tmp_path / "embeddings", index={}),
+    ):
+        with pytest.raises(ImportError, match="needs ScaNN"):
+            begin()
+    assert not any(tmp_path.iterdir())
+
+
 class TestDryRun:
-    def test_an_epoch_of_one_step(self):
-        sections = dry_run(small_config(**{"train.steps_per_epoch": 1}))
+    def test_an_epoch_of_one_step(self, log):
+        sections = dry_run(small_config(**{"train.steps_per_epoch": 1, "s2sd.distill_warmup_steps": 4}))
+        assert [line for line in log() if "reaches only 50% of its weight" in line]
         assert "2 steps, 2 epochs of 1" in dict(sections["steps"])["in all"]
 
     def test_reports_everything_and_writes_nothing(self, tmp_path, monkeypatch):
@@ -406,16 +422,16 @@ def log(caplog):
     logger.setLevel(level)
 
 
-@pytest.mark.parametrize("slow", [True, False])
-def test_the_logs_say_where_the_time_went(slow, log):
+@pytest.mark.parametrize(("slow", "steps"), [(True, 20), (False, 20), (True, 5)])
+def test_the_logs_say_where_the_time_went(slow, steps, log):
     timer, rows = StepTimer(), []
     begin = time.monotonic()
     for epoch in range(2):
         timer.begin_steps()
-        for _ in range(5):
+        for _ in range(steps):
             with timer.waiting():
-                time.sleep(0.05 if slow else 0.0)
-            time.sleep(0.0 if slow else 0.02)
+                time.sleep(0.25 / steps if slow else 0.0)
+            time.sleep(0.0 if slow else 0.1 / steps)
             timer.end_step(4)
         with timer.measure("evaluation_seconds"):
             time.sleep(0.1)
@@ -427,7 +443,7 @@ def test_the_logs_say_where_the_time_went(slow, log):
     for row in rows:
         assert row["evaluation_seconds"] >= 0.1
         seconds = row["input_seconds"] + row["compute_seconds"]
-        assert row["images_per_second"] == pytest.approx(20 / seconds)
+        assert row["images_per_second"] == pytest.approx(4 * steps / seconds)
         assert row["input_seconds" if slow else "compute_seconds"] >= (0.25 if slow else 0.1)
     # Time spent saving after the logs are written is in the next row.
     assert rows[0]["checkpoint_seconds"] == 0.0
@@ -438,7 +454,8 @@ def test_the_logs_say_where_the_time_went(slow, log):
     assert [line.split(":")[0] for line in lines] == ["epoch 1", "epoch 2"]
     assert lines[1].endswith("; input-bound" if slow else "; compute-bound")
     assert all(re.search(r" s compute, .* s input, .* s evaluation, .* s checkpoint; ", line) for line in lines)
-    assert any("waiting for images" in line for line in log()) == slow
+    # The start of the input pipeline is no reason for a warning.
+    assert any("waiting for images" in line for line in log()) == (slow and steps >= 20)
 
 
 class TestCollapseAlarm:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,13 +20,17 @@ def run(main: Callable[[list[str]], Any]) -> None:
 
     `--help` and `--version` are answered before anything else, with exit status 0. Bad arguments, configs and files,
     paths that cannot be read or written, a loss that is not finite and a full disk end in one message on stderr and
-    exit status 2. An interrupted run, which can be resumed, reports that in one line and ends with exit status 75.
+    exit status 2. An interrupted run, which can be resumed, reports that in one line and ends with exit status 75. If
+    the reader of the output ends first, such as `head`, the program ends silently, with exit status 141.
 
     If the environment variable `S2SD_TF_TRACEBACK` is set, errors are raised instead.
     """
     program = os.path.basename(sys.argv[0])
     if help.answers(sys.argv[1:]):
-        print(help.text(sys.modules[main.__module__], sys.argv[1:]))
+        try:
+            print(help.text(sys.modules[main.__module__], sys.argv[1:]), flush=True)
+        except BrokenPipeError:
+            _end_without_reader()
         sys.exit(0)
     # A person sees the progress and warnings; files have the rest.
     logging.set_verbosity(logging.WARNING)
@@ -65,12 +70,16 @@ class _BadConfig(Exception):
 def _parse(argv):
     for argument, following in zip(argv[1:], [*argv[2:], ""]):
         name, equals, value = argument.lstrip("-").partition("=")
-        path = (value if equals else following).partition(":")[0]
+        path = os.path.expanduser((value if equals else following).partition(":")[0])
         if argument.startswith("-") and name == "config" and path and not os.path.isfile(path):
             raise _BadConfig(
                 "--config: expected a config file, such as those in the folder configs of the repository. "
                 f"Received: {path!r}, which does not exist"
             )
+    # As the shell does it only for a word that begins with ~.
+    argv = [
+        re.sub("^(--?config=)(~[^:]*)", lambda found: found[1] + os.path.expanduser(found[2]), word) for word in argv
+    ]
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -119,6 +128,8 @@ def _reporting_errors(main, program):
         except Interrupted as error:
             print(f"{program}: {error}", file=sys.stderr)
             raise
+        except BrokenPipeError:
+            _end_without_reader()
         except (ValueError, OSError, FloatingPointError, ImportError, RunFailed, *files) as error:
             if os.environ.get("S2SD_TF_TRACEBACK"):
                 raise
@@ -127,12 +138,23 @@ def _reporting_errors(main, program):
     return reporting
 
 
+def _end_without_reader():
+    _drop_output()
+    # What a shell reports of a program that SIGPIPE killed.
+    sys.exit(128 + signal.SIGPIPE)
+
+
+def _drop_output():
+    # Python would otherwise report at the end that it cannot be written.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def _fail(program, error):
     try:
         sys.stdout.flush()
     except OSError:
-        # A full disk or a closed pipe. Python would report it once more at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        # A full disk or a closed pipe.
+        _drop_output()
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         error = (
             f"{os.fsdecode(error.filename)}: expected a path that can be read or written. Received: {error.strerror}"

@@ -76,6 +76,7 @@ def _main(_):
     from s2sd_tf import evaluation
     from s2sd_tf.checks import check_choice, check_file_to_write
     from s2sd_tf.evaluation.neighbors import METHODS, METRICS
+    from s2sd_tf.evaluation.scann_searcher import import_scann
     from s2sd_tf.files import check_replaceable, write_json
     from s2sd_tf.progress import stage
     from s2sd_tf.reporting import save_figure, save_projector
@@ -101,6 +102,9 @@ def _main(_):
             check_file_to_write(f"--{flag.name}", flag.value)
     if _PROJECTOR.value:
         check_replaceable("--projector", _PROJECTOR.value, "projector_config.pbtxt")
+    if "scann" in _METHODS.value:
+        # Before the embedding, which takes long.
+        import_scann()
     configs.register(_REGISTER)
     queries, gallery = _inputs(chosen[0], dims)
     metrics = _METRICS.value or ["cosine", *([] if _is_unit(queries.rows) else ["euclidean"])]

@@ -58,6 +58,7 @@ def _main(_):
 
 def _build():
     from s2sd_tf.evaluation import FunnelIndex, ScannIndex, build_index, read_embeddings
+    from s2sd_tf.evaluation.scann_searcher import SCANN_OPS, import_scann
     from s2sd_tf.export import export_retrieval
     from s2sd_tf.files import check_replaceable
     from s2sd_tf.serving import Encoder
@@ -67,6 +68,7 @@ def _build():
     check_replaceable("--output", _OUTPUT.value, "index.json")
     if _SAVED_MODEL.value:
         check_replaceable("--saved_model", _SAVED_MODEL.value, "saved_model.pb")
+        import_scann(SCANN_OPS)
     rows, ids, labels = read_embeddings(_EMBEDDINGS.value)
     if _ENCODER.value:
         # Fails before an hour of tuning if it is not an encoder, or one of another dimension.

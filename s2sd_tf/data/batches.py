@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
 from s2sd_tf.data.augmentation import Augmentation
+from s2sd_tf.data.image_files import naming_unreadable
 from s2sd_tf.data.image_set import ImageSet, read_slice
 from s2sd_tf.data.preprocessing import Preprocessing
 from s2sd_tf.data.samplers import ClassBalanced, Sampler
@@ -349,7 +350,8 @@ def _source(images):
 
 
 def _preprocess_all(images, preprocessing):
-    return np.concatenate(list(evaluation_batches(images, preprocessing).as_numpy_iterator()))
+    with naming_unreadable(images):
+        return np.concatenate(list(evaluation_batches(images, preprocessing).as_numpy_iterator()))
 
 
 def _is_cached(cache, images, preprocessing):

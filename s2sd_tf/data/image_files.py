@@ -1,8 +1,10 @@
 """Finds image files that cannot be read before training does, and refuses them or leaves them out."""
 
 import concurrent.futures
+import contextlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import tensorflow as tf
 from absl import logging
@@ -92,6 +94,54 @@ def unreadable(paths: Sequence[str], check: str) -> list[tuple[str, str]]:
             bad += [(path, reason) for path, reason in zip(chunk, reasons) if reason]
             bar.update(len(chunk))
     return bad
+
+
+@contextlib.contextmanager
+def naming_unreadable(*parts: ImageSet) -> Iterator[None]:
+    """Turns TensorFlow's error about an image that cannot be decoded, of a pipeline in the block, into one that names
+    the image.
+
+    Args:
+        *parts: the image sets that the block reads.
+
+    Raises:
+        ValueError: an image cannot be decoded.
+    """
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        if not re.search("image|decode|jpe?g|png|gif|bmp|webp", str(error), re.IGNORECASE):
+            raise
+        for images in parts:
+            if found := _first_unreadable(images):
+                raise ValueError(f"images: expected images that can be decoded. Received: {found}") from error
+        raise
+
+
+def _first_unreadable(images):
+    """`<name>: <reason>` of the first image that cannot be decoded, or None."""
+    if images.kind == "pixels":
+        return None
+
+    def find(position):
+        encoded = images.encoded(position)
+        if reason := image_excess(encoded):
+            return reason
+        try:
+            with tf.device("CPU:0"):
+                decode_pixels(tf.constant(encoded))
+        except tf.errors.OpError as error:
+            return why_not_decoded(encoded, error)
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(images), _CHUNK):
+            positions = range(start, min(start + _CHUNK, len(images)))
+            for position, reason in zip(positions, pool.map(find, positions)):
+                if reason:
+                    name = images.images[position] if images.kind == "paths" else f"image {position}"
+                    return f"{name}: {reason}"
+    return None
 
 
 def _decode_error(path):

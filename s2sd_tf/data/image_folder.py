@@ -28,7 +28,7 @@ def load_image_folder(root: str | os.PathLike, on_corrupt: str = "raise", check:
             them out. Both report their paths.
         check: "decode" decodes every file once, with a progress bar for more than 1,000 files. "files" reads their
             first and last bytes, see `load_cub200`. "none" checks the extension only; a file that cannot be decoded
-            then stops the training.
+            then stops the training, and is named.
 
     Raises:
         FileNotFoundError: `root` is not a folder.

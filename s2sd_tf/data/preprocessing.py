@@ -13,8 +13,12 @@ import tensorflow as tf
 from s2sd_tf.checks import checked_int
 from s2sd_tf.data.decoding import decode_pixels
 from s2sd_tf.files import local_path
+from s2sd_tf.graph_checks import checked_range
 from s2sd_tf.untrusted import read_json_object, reading
 
+# Float images are in [0, 1], but resizing with a bicubic or Lanczos filter overshoots, by a quarter at corners.
+_LOW, _HIGH = -0.5, 1.5
+_EXPECTED = "images: expected numbers in [0, 1], where white is 1 (for uint8, use from_pixels or the signature pixels)"
 # The most pixels of an image whose rows are scaled before its columns, as `tf.image.resize` does.
 _MOST_BETWEEN = 2**22
 
@@ -196,8 +200,16 @@ class Preprocessing:
         return {name: getattr(self, name) for name in names}
 
     def __call__(self, images: tf.Tensor | np.ndarray) -> tf.Tensor:
-        """Preprocesses float images in [0, 1], `(h, w, channels)` or `(batch, h, w, channels)`."""
-        return self.normalize(self.resize(tf.convert_to_tensor(images)))
+        """Preprocesses float images in [0, 1], `(h, w, channels)` or `(batch, h, w, channels)`.
+
+        Raises:
+            ValueError: integers, which `from_pixels` takes; or numbers that are not finite or not in [-0.5, 1.5]. In a
+                graph these numbers raise `tf.errors.InvalidArgumentError`.
+        """
+        images = tf.convert_to_tensor(images)
+        if not images.dtype.is_floating:
+            raise ValueError(f"{_EXPECTED}. Received: {images.dtype.name}")
+        return self.normalize(self.resize(checked_range(images, _LOW, _HIGH, _EXPECTED)))
 
     def normalize(self, images: tf.Tensor) -> tf.Tensor:
         """Inverts resized images, orders their channels and applies mean and standard deviation."""

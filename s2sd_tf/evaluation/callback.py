@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.checks import checked_int
+from s2sd_tf.checks import check_choice, checked_int
 from s2sd_tf.evaluation.metrics import check_answerable, checked_ks, retrieval_metrics
+from s2sd_tf.evaluation.neighbors import METHODS
+from s2sd_tf.evaluation.scann_searcher import import_scann
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.labels import label_array
 
@@ -53,6 +55,10 @@ class RetrievalEvaluation(keras.callbacks.Callback):
         self.every = checked_int("every", every, 1)
         self.prefix = prefix
         self.ks = tuple(checked_ks("ks", ks))
+        check_choice("method", method, METHODS)
+        if method == "scann":
+            # Before the training.
+            import_scann()
         self.method = method
         self.gallery_images = gallery_images
         self.gallery_labels = None if gallery_labels is None else label_array("gallery_labels", gallery_labels)

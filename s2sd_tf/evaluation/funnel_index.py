@@ -31,7 +31,8 @@ class FunnelIndex(Index):
 
     A query's nearest items by the first `dim` dimensions are its shortlist; these are ranked by the whole embedding.
     The length of the shortlist is tuned: the smallest with which a sample of the gallery's own items reaches the recall
-    against exact search in the whole dimension. If a quarter of the gallery does not, search is exact.
+    against exact search in the whole dimension. If a quarter of the gallery does not (of large ones 1/64), search is
+    exact.
 
     Attributes:
         settings: dict with "dim", "codes" and "shortlist", the tuned length; None: exact search.
@@ -75,7 +76,7 @@ class FunnelIndex(Index):
             labels: n labels, or None.
             dim: from 1 to embedding_dim, dimension of the prefixes: one of the model's `nested_dims`.
             codes: how the prefixes are stored for the shortlist: "float32"; "int8", a byte per dimension; "bits", the
-                sign of each dimension; "scann", an approximate search of the prefixes by ScaNN.
+                sign of each dimension after a random rotation; "scann", an approximate search of the prefixes by ScaNN.
             recall: the share of the k nearest to find, in (0, 1].
             k: int >= 1.
             seed: int >= 0, for the sample to tune on.
@@ -150,7 +151,8 @@ class FunnelIndex(Index):
         nearest = exact_neighbors(queries, self._rows, k, keys=(sample, np.arange(size))).indices
         tuned_on, others = np.array_split(np.arange(len(sample)), 2)
         length, fewest = 8 * k, None
-        while fewest is None and length < max(size // 4, 16 * k):
+        longest = max(16 * k, min(size // 4, max(size // 64, 4096)))
+        while fewest is None and length < longest:
             length *= 2
             places = _places(self.shortlist.find(queries, length), nearest, sample)
             fewest = _fewest(places[tuned_on], recall)

@@ -15,7 +15,7 @@ from s2sd_tf.evaluation.index import Index, checked_items
 from s2sd_tf.evaluation.neighbors import Neighbors, check_search, lengths, padded, without_own
 from s2sd_tf.evaluation.rows import normalized, scale_of, scaled
 from s2sd_tf.evaluation.scann_files import digests, load_searcher, save_searcher
-from s2sd_tf.evaluation.scann_searcher import build_searcher, import_scann, settings_for
+from s2sd_tf.evaluation.scann_searcher import SCANN_OPS, build_searcher, import_scann, settings_for
 from s2sd_tf.evaluation.scann_tuning import RecallSample, smallest_numbers
 from s2sd_tf.truncation import truncate
 from s2sd_tf.untrusted import read_array, reading
@@ -239,7 +239,7 @@ def index_for_graphs(index: Index, k: int, dim: int | None = None) -> tuple[Any,
     Raises:
         ImportError: ScaNN is missing or does not fit TensorFlow.
     """
-    ops = import_scann("scann.scann_ops.py.scann_ops")
+    ops = import_scann(SCANN_OPS)
     rows = _prepared("index", index.rows(), index.metric)
     tuned = getattr(index, "tuned", {"recall": 0.99, "k": k})
     asked = {"recall": tuned["recall"], "k": tuned["k"] if dim is None else k}

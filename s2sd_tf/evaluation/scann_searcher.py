@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+# ScaNN's TensorFlow operations.
+SCANN_OPS = "scann.scann_ops.py.scann_ops"
 # ScaNN's authors advise brute force below the first size, quantisation without a tree below the second, a tree above.
 BRUTE_FORCE_SIZE = 20_000
 TREE_SIZE = 100_000

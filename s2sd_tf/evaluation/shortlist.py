@@ -1,6 +1,7 @@
 """Shortlists: the items whose prefixes are nearest to that of a query, by float32, int8, single bits or ScaNN."""
 
 import concurrent.futures
+import functools
 import os
 from typing import Any
 
@@ -13,6 +14,10 @@ from s2sd_tf.truncation import truncate
 CODES = ("float32", "int8", "bits", "scann")
 # The product of so many queries with so many items stays in the cache.
 _QUERIES, _ITEMS = 1024, 512
+# Number of tiles that serve as a sample.
+_SAMPLED = 16
+# About the largest number of candidates to look at together.
+_CANDIDATES = 2**24
 
 
 def make_shortlist(rows: np.ndarray, dim: int, codes: str, recall: float, k: int, seed: int) -> Any:
@@ -59,9 +64,10 @@ class Shortlist:
 
     def __init__(self, prefixes: np.ndarray) -> None:
         self.size, self.dim = prefixes.shape
-        codes = self._encoded(prefixes)
-        missing = -self.size % _ITEMS
-        tiles = np.pad(codes, ((0, missing), (0, 0))).reshape(-1, _ITEMS, self.dim).transpose(0, 2, 1)
+        # Shuffled, so that the first tiles are a sample of the gallery.
+        self._order = np.random.default_rng(0).permutation(self.size)
+        codes = np.pad(self._encoded(prefixes)[self._order], ((0, -self.size % _ITEMS), (0, 0)))
+        tiles = codes.reshape(-1, _ITEMS, self.dim).transpose(0, 2, 1)
         self._tiles = self._stored(np.ascontiguousarray(tiles))
         self.bytes_per_item = self._tiles[0].nbytes / _ITEMS
 
@@ -77,38 +83,53 @@ class Shortlist:
         """
         count = min(count, self.size)
         found = np.empty((len(queries), count), np.int64)
-        workers = min(os.cpu_count() or 1, len(self._tiles))
-        parts = np.array_split(np.arange(len(self._tiles)), workers)
         # Every thread multiplies on its own; products of this size are too small to share.
+        workers = min(os.cpu_count() or 1, len(self._tiles))
         with threadpool_limits(1, user_api="blas"), concurrent.futures.ThreadPoolExecutor(workers) as pool:
             for start in range(0, len(queries), _QUERIES):
                 factors = self._factors(truncate(queries[start : start + _QUERIES], self.dim))
-                bests = list(pool.map(lambda part, factors=factors: self._search(factors, part, count), parts))
-                scores, indices = (np.concatenate(values, axis=1) for values in zip(*bests))
-                order = np.argsort(-scores, axis=1, kind="stable")[:, :count]
-                found[start : start + _QUERIES] = np.take_along_axis(indices, order, axis=1)
+                found[start : start + _QUERIES] = self._order[self._nearest(factors, count, pool, workers)]
         return found
 
-    def _search(self, factors, tiles, count):
-        """`(scores, indices)` of the best items in some tiles, `(queries, count)`."""
-        best = _Best(len(factors), count)
+    def _nearest(self, factors, count, pool, workers):
+        """Positions in the tiles of the nearest items, nearest first, `(queries, count)`."""
+        # Items above a threshold are candidates. A sample gives the threshold: a similarity that a little more than
+        # `count` items exceed. The queries for which fewer do get a lower one.
+        parts = np.array_split(np.arange(len(self._tiles)), workers)
+        sampled = min(_SAMPLED, len(self._tiles))
+        sample = np.concatenate([factors @ self._decoded(tile) for tile in self._tiles[:sampled]], axis=1)
+        sample = sample[:, : self.size]
+        expected = count * sample.shape[1] / self.size
+        place = int(expected + 3 * np.sqrt(expected) + 3)
+        nearest, left = np.empty((len(factors), count), np.int64), np.arange(len(factors))
+        while len(left):
+            thresholds = np.full(len(left), -np.inf, np.float32)
+            if place < sample.shape[1]:
+                thresholds = -np.partition(-sample[left], place - 1, axis=1)[:, place - 1]
+            # Few queries at a time if there are many candidates, because many items are equal.
+            candidates = np.count_nonzero(sample[left] >= thresholds[:, None]) / sample[left].size * self.size
+            step, missing = max(1, int(_CANDIDATES / candidates)), []
+            for start in range(0, len(left), step):
+                chosen = left[start : start + step]
+                some = functools.partial(self._above, factors[chosen], thresholds[start : start + step])
+                full, nearest[chosen] = _best(pool.map(some, parts), len(chosen), count)
+                missing.append(chosen[~full])
+            left, place = np.concatenate(missing), 4 * place
+        return nearest
+
+    def _above(self, factors, thresholds, tiles):
+        """`(rows, items, scores)` of the items in some tiles that are not below the thresholds of the queries."""
         scores = np.empty((len(factors), _ITEMS), np.float32)
         above = np.empty(scores.shape, bool)
-        # Thresholds are raised whenever twice as many items have been seen.
-        seen = raised = 0
+        found = []
         for tile in tiles:
             np.matmul(factors, self._decoded(self._tiles[tile]), out=scores)
+            np.greater_equal(scores, thresholds[:, None], out=above)
             if (tile + 1) * _ITEMS > self.size:
-                scores[:, self.size - tile * _ITEMS :] = -np.inf
-            np.greater(scores, best.thresholds[:, None], out=above)
+                above[:, self.size - tile * _ITEMS :] = False
             hits = np.flatnonzero(above)
-            best.add(hits // _ITEMS, tile * _ITEMS + hits % _ITEMS, scores.reshape(-1)[hits])
-            seen += _ITEMS
-            if seen >= max(2 * raised, 2 * count):
-                best.raise_thresholds()
-                raised = seen
-        best.raise_thresholds()
-        return best.scores, best.indices
+            found.append((hits // _ITEMS, tile * _ITEMS + hits % _ITEMS, scores.reshape(-1)[hits]))
+        return [np.concatenate(values) for values in zip(*found)]
 
     def _encoded(self, prefixes):
         return prefixes
@@ -141,10 +162,15 @@ class Int8Shortlist(Shortlist):
 
 
 class BitsShortlist(Shortlist):
-    """A shortlist of the signs of prefixes, 1 bit per dimension. The queries keep their float32 values."""
+    """A shortlist of the signs of rotated prefixes, 1 bit per dimension. The queries keep their float32 values.
+
+    The rotation is random, so that every dimension has as much of the variance as another.
+    """
 
     def _encoded(self, prefixes):
-        return prefixes > 0
+        normal = np.random.default_rng(0).standard_normal((self.dim, self.dim))
+        self._rotation = np.linalg.qr(normal)[0].astype(np.float32)
+        return prefixes @ self._rotation > 0
 
     def _stored(self, tiles):
         return np.packbits(tiles, axis=2)
@@ -153,36 +179,32 @@ class BitsShortlist(Shortlist):
         # 0 and 1 in place of -1 and 1 rank the items of a query in the same way.
         return np.unpackbits(tile, axis=1).astype(np.float32)
 
+    def _factors(self, queries):
+        return queries @ self._rotation
 
-class _Best:
-    """The best items seen so far, for each of some queries."""
 
-    def __init__(self, queries: int, count: int) -> None:
-        self.scores = np.full((queries, count), -np.inf, np.float32)
-        self.indices = np.full((queries, count), -1, np.int64)
-        self.thresholds = np.full(queries, -np.inf, np.float32)
-        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+def _best(found, queries, count):
+    """Chooses the best candidates of every query.
 
-    def add(self, rows: np.ndarray, indices: np.ndarray, scores: np.ndarray) -> None:
-        """Adds items with the query, position and score of each."""
-        if len(rows):
-            self._waiting.append((rows, indices, scores))
+    Args:
+        found: parts of the candidates, each `(rows, items, scores)`.
+        queries: number of queries.
+        count: number of items to choose.
 
-    def raise_thresholds(self) -> None:
-        """Keeps the best items only, and sets the thresholds to the worst of these."""
-        if not self._waiting:
-            return
-        rows, indices, scores = (np.concatenate(values) for values in zip(*self._waiting))
-        self._waiting = []
-        order = np.argsort(rows, kind="stable")
-        rows, indices, scores = rows[order], indices[order], scores[order]
-        counts = np.bincount(rows, minlength=len(self.scores))
-        place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        count = self.scores.shape[1]
-        wide = np.full((len(self.scores), count + int(counts.max())), -np.inf, np.float32)
-        where = np.full(wide.shape, -1, np.int64)
-        wide[:, :count], where[:, :count] = self.scores, self.indices
-        wide[rows, count + place], where[rows, count + place] = scores, indices
-        best = np.argpartition(-wide, count - 1, axis=1)[:, :count]
-        self.scores, self.indices = np.take_along_axis(wide, best, axis=1), np.take_along_axis(where, best, axis=1)
-        self.thresholds = self.scores.min(axis=1)
+    Returns:
+        `(full, items)`: whether a query has enough candidates, bool `(queries,)`, and its best ones, best first, int64
+        `(queries, count)`.
+    """
+    rows, items, scores = (np.concatenate(values) for values in zip(*found))
+    counts = np.bincount(rows, minlength=queries)
+    # Small integers are sorted fast.
+    order = np.argsort(rows.astype(np.int16), kind="stable")
+    rows, items, scores = rows[order], items[order], scores[order]
+    places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    width = max(count, int(counts.max()))
+    wide, where = np.full((queries, width), -np.inf, np.float32), np.zeros((queries, width), np.int64)
+    wide[rows, places], where[rows, places] = scores, items
+    if count < width:
+        kept = np.argpartition(-wide, count - 1, axis=1)[:, :count]
+        wide, where = np.take_along_axis(wide, kept, axis=1), np.take_along_axis(where, kept, axis=1)
+    return counts >= count, np.take_along_axis(where, np.argsort(-wide, axis=1), axis=1)

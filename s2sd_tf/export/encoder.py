@@ -7,15 +7,12 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from s2sd_tf.export.graph_checks import checked_range, checked_shape, for_any_batch
 from s2sd_tf.export.saved_model import load_saved_model
 from s2sd_tf.files import check_replaceable, local_path, replacing
+from s2sd_tf.graph_checks import checked_shape, for_any_batch
 from s2sd_tf.keras_compat import keras, raw_variable
 from s2sd_tf.truncation import truncate
 
-# Float images are in [0, 1], but resizing with a bicubic or Lanczos filter overshoots, by a quarter at corners.
-_LOW, _HIGH = -0.5, 1.5
-_EXPECTED = "images: expected numbers in [0, 1], where white is 1 (for uint8 images, use the signature pixels)"
 # The signatures of the whole embedding, and how the names of those of its prefixes begin.
 _SIGNATURES = {"serving_default": "images", "pixels": "pixels", "encoded_images": "encoded_images"}
 
@@ -139,8 +136,7 @@ class _Encoder(tf.Module):
 
         @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32, "images")])
         def from_images(images):
-            images = checked_range(checked_images("images", images), _LOW, _HIGH, _EXPECTED)
-            return embedded(images, preprocessing)
+            return embedded(checked_images("images", images), preprocessing)
 
         @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8, "pixels")])
         def from_pixels(pixels):

@@ -9,11 +9,11 @@ from s2sd_tf.checks import checked_int
 from s2sd_tf.evaluation.funnel_index import FunnelIndex
 from s2sd_tf.evaluation.index import Index
 from s2sd_tf.evaluation.scann_index import index_for_graphs
-from s2sd_tf.evaluation.scann_searcher import import_scann
+from s2sd_tf.evaluation.scann_searcher import SCANN_OPS, import_scann
 from s2sd_tf.export.encoder import LoadedEncoder, load_encoder
-from s2sd_tf.export.graph_checks import checked_finite, checked_shape, for_any_batch
 from s2sd_tf.export.saved_model import load_saved_model
 from s2sd_tf.files import check_replaceable, local_path, replacing
+from s2sd_tf.graph_checks import checked_finite, checked_shape, for_any_batch
 from s2sd_tf.truncation import truncate
 
 _NEEDS = """To load this SavedModel, you need TensorFlow {tensorflow} and its ScaNN operations. Import them first:
@@ -76,7 +76,7 @@ def load_retrieval(path: str | os.PathLike) -> Any:
     path = local_path("path", path)
     if not tf.saved_model.contains_saved_model(path):
         raise FileNotFoundError(f"path: expected the folder of a SavedModel. Received: {path!r}")
-    import_scann("scann.scann_ops.py.scann_ops")
+    import_scann(SCANN_OPS)
     model = load_saved_model("path", path)
     if "embeddings" not in model.signatures:
         raise ValueError(
@@ -89,7 +89,7 @@ def load_retrieval(path: str | os.PathLike) -> Any:
 class _Retrieval(tf.Module):
     def __init__(self, encoder: LoadedEncoder, index: Index, k: int) -> None:
         super().__init__()
-        self._ops = import_scann("scann.scann_ops.py.scann_ops")
+        self._ops = import_scann(SCANN_OPS)
         self._encoder = encoder.model
         self._encoders = encoder.signatures
         self._dim = encoder.dim

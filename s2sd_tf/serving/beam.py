@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from s2sd_tf.checks import check_folder_to_write
 from s2sd_tf.evaluation.embeddings import shard_name
 from s2sd_tf.files import has_content, local_path, only_writer, read_json, write_json
-from s2sd_tf.serving.embed import Item, local_items, read_item, write_items_as_shard
+from s2sd_tf.serving.embed import Item, check_index, local_items, read_item, write_items_as_shard
 from s2sd_tf.serving.encoder import Encoder
 
 # Names of the features in a TFRecord example: encoded image, id, and optional label.
@@ -55,6 +55,7 @@ class EmbedImages(beam.PTransform):
         super().__init__()
         encoder, folder = local_path("encoder", encoder), local_path("folder", folder)
         self.encoder, self.folder, self.shards, self.batch_size, self.index = encoder, folder, shards, batch_size, index
+        check_index(index)
         # An invalid encoder is reported here, not by a worker.
         self.dim = Encoder(encoder, dim).dim
 

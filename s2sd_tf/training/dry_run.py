@@ -8,6 +8,7 @@ import tensorflow as tf
 from ml_collections import config_dict
 
 from s2sd_tf.data import samplers
+from s2sd_tf.data.image_files import naming_unreadable
 from s2sd_tf.evaluation import retrieval_metrics
 from s2sd_tf.keras_compat import optimizer_variables
 from s2sd_tf.training.build import (
@@ -61,7 +62,8 @@ def _dry_run(config):
     batches = build_batches(config, run_data, sampler)
     steps_per_epoch = batches.steps
     batch = sampler.batch_size  # type: ignore[attr-defined]
-    steps, losses = _steps(model, batches, batch)
+    with naming_unreadable(run_data.train):
+        steps, losses = _steps(model, batches, batch)
     evaluation = _evaluation(model, run_data)
     total = config.train.epochs * steps_per_epoch
     preprocessing = run_data.preprocessing

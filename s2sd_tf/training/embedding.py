@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from s2sd_tf import progress
 from s2sd_tf.data import ImageSet, Preprocessing, evaluation_batches
+from s2sd_tf.data.image_files import naming_unreadable
 from s2sd_tf.export import load_model
 from s2sd_tf.keras_compat import keras
 
@@ -13,7 +14,8 @@ __all__ = ["embed", "load_model", "predict"]
 
 def embed(model: keras.Model, images: ImageSet, preprocessing: Preprocessing) -> np.ndarray:
     """Embeddings of images, in their order; float32 `(n, embedding_dim)`."""
-    return predict(model, evaluation_batches(images, preprocessing))
+    with naming_unreadable(images):
+        return predict(model, evaluation_batches(images, preprocessing))
 
 
 def predict(model: keras.Model, batches: tf.data.Dataset) -> np.ndarray:

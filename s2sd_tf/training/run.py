@@ -10,6 +10,7 @@ import tensorflow as tf
 from absl import logging
 from ml_collections import config_dict
 
+from s2sd_tf.data.image_files import naming_unreadable
 from s2sd_tf.files import OutOfSpace, local_path, only_writer, read_json, remove_leftovers, write_json
 from s2sd_tf.training import strategies
 from s2sd_tf.training.build import build_model, build_sampler, precision, set_up, warn_of_short_run
@@ -82,7 +83,9 @@ def train(
         with _explaining_how_to_resume(checkpoints, strategy), Interruption() as interruption, precision(config):
             with interruption.interruptible():
                 run = _begin(config, workdir, checkpoints, strategy, interruption)
-            Loop(run).train()
+            parts = [getattr(run.data, part) for part in ("train", "validation", "test", "gallery")]
+            with naming_unreadable(*(images for images in parts if images is not None)):
+                Loop(run).train()
             with interruption.interruptible():
                 results = finish(run)
                 _wait_for_all(strategy)

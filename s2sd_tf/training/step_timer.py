@@ -8,10 +8,14 @@ from absl import logging
 
 # An epoch is input-bound if steps wait for at least this share of the time.
 _LIMIT = 0.3
+# The first steps of an epoch wait for the input pipeline to start, so fewer steps than these say little.
+_FEWEST_STEPS = 20
 
 
 class StepTimer:
     """Measures the time of the parts of an epoch, and logs a warning if training waits for its images.
+
+    Epochs of a few steps give no warning.
 
     In every epoch, a training loop calls `begin_steps`; for every step `waiting` (around fetching the batch) and
     `end_step`; after the evaluation `logs`; and at the very end `report`.
@@ -23,7 +27,7 @@ class StepTimer:
 
     def begin_steps(self) -> None:
         """Starts to time the steps of an epoch."""
-        self._waited, self._images = 0.0, 0
+        self._waited, self._images, self._steps = 0.0, 0, 0
         self._begin = self._end = time.monotonic()
 
     @contextlib.contextmanager
@@ -36,6 +40,7 @@ class StepTimer:
     def end_step(self, images: int) -> None:
         """Ends a step on this number of images."""
         self._images += images
+        self._steps += 1
         self._end = time.monotonic()
 
     @contextlib.contextmanager
@@ -81,7 +86,7 @@ class StepTimer:
             ", ".join(f"{times[name]:.1f} s {name.removesuffix('_seconds')}" for name in names if name in times),
             "input-bound" if share >= _LIMIT else "compute-bound",
         )
-        if share >= _LIMIT:
+        if share >= _LIMIT and self._steps >= _FEWEST_STEPS:
             logging.warning(
                 "Epoch %d: %.0f%% of the time was spent waiting for images (%.0f images/s): reading and decoding "
                 "limit the speed. Use more cores, or smaller images in shards (s2sd-shards).",

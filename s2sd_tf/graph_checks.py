@@ -1,4 +1,6 @@
-"""Checks of the inputs of exported graphs, and empty batches. Failed checks raise `tf.errors.InvalidArgumentError`.
+"""Checks of the inputs of exported graphs, and empty batches.
+
+Failed checks raise `tf.errors.InvalidArgumentError`, or ValueError outside of graphs.
 
 A signature promises the shape of its inputs, but TensorFlow does not enforce it, so the graphs check it themselves.
 """
@@ -62,6 +64,11 @@ def for_any_batch(function: Callable[[tf.Tensor], Any], batch: tf.Tensor, row_sh
 
 def _checked(tensor, fits, expected, received):
     """Returns `tensor` if `fits`, else raises an error with `expected` and the string that `received` returns."""
+
+    if tf.executing_eagerly():
+        if not fits:
+            raise ValueError(f"{expected}. Received: {received().numpy().decode()}")
+        return tensor
 
     def refuse():
         message = tf.strings.join([expected, ". Received: ", received()])
