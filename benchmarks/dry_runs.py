@@ -2,32 +2,27 @@ r"""Dry runs of every config, on generated data in the layouts of the data sets:
 
     python benchmarks/dry_runs.py --output=benchmarks/results/dry_runs.json
 
-Writes a small copy of every data set (CUB200-2011 with its 200 classes, CARS196 with 196, the others with 200, a few
-noise images each). Then runs `s2sd-train --dry_run` with every file in configs/ and every setting of published.py, each
-in its own process: it reads and checks the data, builds the model with random weights, takes two steps with the
-config's batch size, and evaluates a sample. Step times are real, retrieval results are not. Writes the JSON and a table
-(.md) of the same name.
+Writes a small copy of every data set that does not come with the package (CUB200-2011 with its 200 classes, CARS196
+with 196, the others with 200, a few noise images each). Then runs `s2sd-train --dry_run` with every file in configs/
+and every setting of published.py, each in its own process: it reads and checks the data, builds the model with random
+weights, takes two steps with the config's batch size, and evaluates a sample. Step times are real, retrieval results
+are not. Writes the JSON and a table (.md) of the same name.
 """
 
-import io
 import os
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
-import zipfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import numpy as np
 from absl import app, flags
 from machine import describe
-from PIL import Image
 from tqdm import tqdm
 
 from s2sd_tf.data import datasets
-from s2sd_tf.data.omniglot import ARCHIVES, TEST_ALPHABETS
 from s2sd_tf.files import write_json
 from s2sd_tf.training.protocol import published_settings
 
@@ -52,20 +47,6 @@ SHOWN = {
 }
 
 
-def write_omniglot(root):
-    """Writes both archives, each with 40 characters of 20 drawings."""
-    rng = np.random.default_rng(0)
-    for archive, alphabets in zip(ARCHIVES, (("Greek",), TEST_ALPHABETS)):
-        with zipfile.ZipFile(root / archive, "w") as file:
-            for number in range(40):
-                for drawing in range(20):
-                    buffer = io.BytesIO()
-                    Image.fromarray(rng.integers(0, 256, (105, 105), dtype=np.uint8)).save(buffer, "png")
-                    alphabet = alphabets[number % len(alphabets)]
-                    name = f"{archive[:-4]}/{alphabet}/character{number:02d}/{number:04d}_{drawing:02d}.png"
-                    file.writestr(name, buffer.getvalue())
-
-
 def write_data(root):
     """Writes every data set. Returns a dict from its name to its folder."""
     sys.path.insert(0, str(REPOSITORY / "tests"))
@@ -77,9 +58,6 @@ def write_data(root):
         counts = datasets.counts(name)
         classes = min(CLASSES, counts["train"][1] + counts["test"][1])
         dataset_layouts.write(name, folders[name], classes=classes, images_per_class=FLAGS.images_per_class, size=SIZE)
-    folders["omniglot"] = root / "omniglot"
-    folders["omniglot"].mkdir()
-    write_omniglot(folders["omniglot"])
     folders["folder"] = folders["cub200"] / "CUB_200_2011" / "images"
     return folders
 

@@ -1,7 +1,6 @@
 r"""How much S2SD improves different objectives: Omniglot, 16 dimensions, plain objective against S2SD.
 
-    python benchmarks/omniglot_objectives.py --data_dir=<folder with Omniglot's two small archives> \
-        --workdir=runs/omniglot_objectives
+    python benchmarks/omniglot_objectives.py --workdir=runs/omniglot_objectives
 
 Trains `configs/omniglot.py` (136 characters to train on, 106 unseen ones to retrieve) with every objective, plain and
 with S2SD, with the settings of the config and the defaults of the objective, except for the learning rates of proxies
@@ -21,7 +20,7 @@ from omniglot_runs import COLORS, KINDS, RESULTS, arguments, table, write
 from s2sd_tf.reporting import save_figure
 from s2sd_tf.training.compare import run_all, summarize
 
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with Omniglot's two small archives.", required=True)
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with Omniglot's archives; empty: those in the package.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_objectives", "Folder for the runs.")
 _RESULTS = flags.DEFINE_string("results", RESULTS, "Folder for the table and the plot.")
 _OBJECTIVES = flags.DEFINE_list(

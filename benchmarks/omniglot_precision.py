@@ -1,7 +1,6 @@
 r"""How much low precision costs in retrieval: Omniglot with S2SD in float32 and with mixed precision.
 
-    python benchmarks/omniglot_precision.py --data_dir=<folder with Omniglot's two small archives> \
-        --workdir=runs/omniglot_precision
+    python benchmarks/omniglot_precision.py --workdir=runs/omniglot_precision
 
 Trains `configs/omniglot.py` at dimension 16 with 3 seeds in float32 and mixed_bfloat16 (mixed_float16 is for GPUs: on a
 CPU it takes ten times as long). Writes `omniglot_precision.json` and `.md` into `--results`. Runs that are already
@@ -17,7 +16,7 @@ from omniglot_runs import METRICS, RESULTS, arguments, write
 
 from s2sd_tf.training.compare import run_all, summarize
 
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with Omniglot's two small archives.", required=True)
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with Omniglot's archives; empty: those in the package.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_precision", "Folder for the runs.")
 _RESULTS = flags.DEFINE_string("results", RESULTS, "Folder for the table.")
 _PRECISIONS = flags.DEFINE_list("precisions", ["float32", "mixed_bfloat16"], "Keras dtype policies.")

@@ -1,7 +1,6 @@
 r"""How much S2SD gains on real images: Omniglot, plain objective against S2SD, at several embedding dimensions.
 
-    python benchmarks/omniglot_s2sd.py --data_dir=<folder with Omniglot's two small archives> \
-        --workdir=runs/omniglot_study
+    python benchmarks/omniglot_s2sd.py --workdir=runs/omniglot_study
 
 Trains `configs/omniglot.py` (136 characters to train on, 106 unseen ones to retrieve; 50 epochs of 24 batches of
 28 x 4), plain and with S2SD: at dimension 16 with 5 seeds, at 4, 8, 32 and 64 with 3 seeds. Also trains the plain
@@ -20,7 +19,7 @@ from omniglot_runs import COLORS, KINDS, RESULTS, arguments, table, write
 from s2sd_tf.reporting import save_figure
 from s2sd_tf.training.compare import run_all, summarize
 
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with Omniglot's two small archives.", required=True)
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with Omniglot's archives; empty: those in the package.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_study", "Folder for the runs.")
 _RESULTS = flags.DEFINE_string("results", RESULTS, "Folder for the table and the plot.")
 _DIMS = flags.DEFINE_list("dims", ["4", "8", "16", "32", "64"], "Embedding dimensions.")

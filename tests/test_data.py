@@ -352,6 +352,16 @@ def test_digits():
     assert preprocessing.output_shape == train.images.shape[1:]
 
 
+def test_omniglot_comes_with_the_package():
+    train, test, preprocessing = data.load_omniglot()
+    assert (len(train), train.num_classes, len(test), test.num_classes) == (2720, 136, 2120, 106)
+    assert not set(train.class_names) & set(test.class_names)
+    assert set(train.class_counts()) | set(test.class_counts()) == {20}
+    assert preprocessing.output_shape == (28, 28, 1)
+    split = data.datasets.load("omniglot")
+    assert split.test.class_names == test.class_names
+
+
 def test_omniglot_archives(tmp_path):
     def drawing(seed):
         buffer = io.BytesIO()

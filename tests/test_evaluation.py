@@ -13,7 +13,7 @@ from s2sd_tf.evaluation import exact
 from s2sd_tf.evaluation import metrics as metrics_module
 from s2sd_tf.evaluation.clustering import cluster_agreement
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.reporting import EmbeddedImages, choose_queries, save_curves, save_gallery, save_report
+from s2sd_tf.reporting import EmbeddedImages, choose_queries, save_curves, save_gallery, save_report, thumbnail
 
 
 def similarities_of(queries, gallery, metric):
@@ -786,7 +786,8 @@ def test_clustering():
 
 def test_pictures(tmp_path):
     save_curves(tmp_path / "curves.png", {"a": {"one": ([1, 2], [3, 4])}, "b": {"two": ([1], [2], [0.5])}})
-    images = dict(enumerate(np.random.default_rng(0).random((6, 5, 5, 1))))
+    shapes = ((5, 5, 1), (9, 3, 3), (1, 1, 3), (7, 7), (1, 4, 1), (6, 1, 3))
+    images = {at: np.random.default_rng(at).random(shape) for at, shape in enumerate(shapes)}
     labels, found = np.array([0, 0, 1, 1, 2, 2]), np.array([[1, 2], [0, -1], [3, 0], [2, 1], [5, 0], [4, 0]])
     queries = choose_queries(labels, found, 4)
     assert len(set(queries)) == 4
@@ -796,3 +797,5 @@ def test_pictures(tmp_path):
     for name in ("curves.png", "gallery.png"):
         assert np.array(Image.open(tmp_path / name)).std() > 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "gallery.png"]
+    sizes = {(300, 100, 3): (20, 60), (30, 50, 1): (50, 30), (1, 1, 3): (1, 1), (105, 105): (60, 60)}
+    assert {shape: thumbnail(np.zeros(shape, np.uint8), 60).size for shape in sizes} == sizes

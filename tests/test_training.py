@@ -141,7 +141,11 @@ def test_compare_prints_a_table_and_writes_pictures(call, tmp_path):
         assert [row["mean"]["recall@1"]] == pytest.approx(values)
         assert row["standard_deviation"]["recall@1"] == 0.0
         line = next(line for line in output.splitlines() if line.startswith(name))
-        assert f"{100 * values[0]:.1f} +- 0.0" in line
+        assert line.split()[2] == f"{100 * values[0]:.1f}"
+    gained = next(line for line in output.splitlines() if line.startswith("gained"))
+    first, second = (row["mean"]["recall@1"] for row in results.values())
+    assert gained.split()[1] == f"{100 * (second - first):.1f}"
+    assert "seed 1," in output
     names = {path.name for path in (tmp_path / "both").iterdir()}
     assert {"results.json", "curves.png", "gallery.png", "saved_model", "runs"} <= names
     plain = read_json(tmp_path / "both" / "runs" / "plain_seed1" / "config.json")

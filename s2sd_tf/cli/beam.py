@@ -3,7 +3,7 @@
 The work is shared among the machines of the Beam runner. s2sd-search searches the output folder as one index.
 
 Examples:
-  s2sd-beam --encoder=runs/digits/saved_model --images=photos --output=embeddings
+  s2sd-beam --encoder=runs/omniglot/saved_model --images=photos --output=embeddings
   s2sd-beam --encoder=/nfs/encoder --tfrecords='/nfs/photos-*' --output=/nfs/embeddings --beam=--runner=FlinkRunner
 """
 

@@ -4,8 +4,8 @@ Prints a table of means and deviations over the seeds. Writes curves, a gallery,
 of the first S2SD run. Finished runs are reused, interrupted ones resume.
 
 Examples:
-  s2sd-compare --config=configs/digits.py --workdir=runs/digits
-  s2sd-compare --config=configs/omniglot.py --config.data.root=omniglot --workdir=runs/omniglot --seeds=0,1,2,3,4
+  s2sd-compare --config=configs/omniglot.py --workdir=runs/omniglot
+  s2sd-compare --config=configs/digits.py --workdir=runs/digits --seeds=0,1,2,3,4
 """
 
 import os
@@ -44,6 +44,8 @@ def _compare():
     from s2sd_tf.training import resolve
     from s2sd_tf.training.build import check_data_of_runs
     from s2sd_tf.training.compare import run_all, summarize
+    from s2sd_tf.training.datasets import load_split
+    from s2sd_tf.training.plan import plan
 
     if not all(seed.isdecimal() for seed in _SEEDS.value):
         raise ValueError(f"--seeds: expected integers >= 0 separated by commas. Received: {','.join(_SEEDS.value)}")
@@ -64,7 +66,8 @@ def _compare():
             runs[workdir] = [*given, f"--config.seed={seed}"]
             groups[name].append(workdir)
     if not all(os.path.exists(os.path.join(workdir, "results.json")) for workdir in runs):
-        check_data_of_runs(config, map(int, _SEEDS.value))
+        split = load_split(config)
+        check_data_of_runs(plan(config, split), split, map(int, _SEEDS.value))
     results = run_all(runs, _JOBS.value)
     rows = {name: summarize([results[workdir] for workdir in workdirs]) for name, workdirs in groups.items()}
     write_json(
@@ -84,13 +87,24 @@ def _compare():
     with replacing(os.path.join(_WORKDIR.value, "saved_model")) as temporary:
         shutil.copytree(os.path.join(shown, "saved_model"), temporary)
 
-    print(f"\nRetrieval on classes never trained on, in percent: mean +- deviation over {len(_SEEDS.value)} seeds,")
+    count = len(_SEEDS.value)
+    shown_values = f"mean +- deviation over {count} seeds" if count > 1 else f"seed {_SEEDS.value[0]}"
+    print(f"\nRetrieval on classes never trained on, in percent: {shown_values},")
     print(f"{config.model.embedding_dim} dimensions, the same steps and batches for both.\n")
     columns = [*(f"recall@{k}" for k in config.eval.ks), "map@r"]
-    rows = {name: {column: row[column] for column in columns} for name, row in rows.items()}
-    gain = {c: (rows[S2SD][c][0] - rows[PLAIN][c][0]) for c in columns}
-    print(metrics_table({**rows, "gained": gain}))
+    table = {**rows, "gained": _gain(columns, *([results[w] for w in groups[n]] for n in (PLAIN, S2SD)))}
+    cells = {name: {c: row[c] if count > 1 else row[c][0] for c in columns} for name, row in table.items()}
+    print(metrics_table(cells))
     print(f"\nresults.json, curves.png, gallery.png and saved_model/ are in {_WORKDIR.value}")
+
+
+def _gain(columns, plain, s2sd):
+    """`(mean, deviation)` of each metric's difference over the seeds."""
+    from s2sd_tf.training.compare import mean_and_deviation
+
+    pairs = [(with_s2sd["test"]["exact"], without["test"]["exact"]) for with_s2sd, without in zip(s2sd, plain)]
+    differences = mean_and_deviation([[one[column] - other[column] for column in columns] for one, other in pairs])
+    return dict(zip(columns, zip(*(values.tolist() for values in differences))))
 
 
 def _draw(groups):

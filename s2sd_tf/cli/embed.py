@@ -4,7 +4,7 @@ The output is a folder of shards with the embeddings, ids (paths under the folde
 folders) of the images. Images that cannot be read are listed in its summary.json. s2sd-index and s2sd-evaluate read it.
 
 Examples:
-  s2sd-embed --encoder=runs/digits/saved_model --images=photos --output=embeddings
+  s2sd-embed --encoder=runs/omniglot/saved_model --images=photos --output=embeddings
   s2sd-embed --encoder=encoder --images=photos --output=embeddings --dim=16
 """
 

@@ -5,8 +5,8 @@ the metrics of every class, an HTML report with pictures, and files for TensorBo
 embeddings, --dims evaluates the prefixes.
 
 Examples:
-  s2sd-evaluate --workdir=runs/digits --report=report.html
-  s2sd-evaluate --model=runs/digits/saved_model --images=photos
+  s2sd-evaluate --workdir=runs/omniglot --report=report.html
+  s2sd-evaluate --model=runs/omniglot/saved_model --images=photos
   s2sd-evaluate --embeddings=embeddings.npz --labels=labels.txt
   s2sd-evaluate --workdir=runs/nested --dims=8,16,32,64 --dims_plot=dims.png
 """

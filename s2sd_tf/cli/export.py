@@ -4,8 +4,8 @@ The SavedModel embeds images without this package. Its signature serving_default
 takes uint8 images, encoded_images takes the bytes of image files.
 
 Examples:
-  s2sd-export --workdir=runs/digits
-  s2sd-export --workdir=runs/digits --output=encoder
+  s2sd-export --workdir=runs/omniglot
+  s2sd-export --workdir=runs/omniglot --output=encoder
 """
 
 import os

@@ -6,7 +6,7 @@ images and returns the ids, labels and scores of the nearest items.
 
 Examples:
   s2sd-index --embeddings=embeddings --output=index
-  s2sd-index --embeddings=embeddings --output=index --encoder=runs/digits/saved_model --saved_model=retrieval
+  s2sd-index --embeddings=embeddings --output=index --encoder=runs/omniglot/saved_model --saved_model=retrieval
   s2sd-index --embeddings=embeddings --output=index --method=funnel --funnel_dim=16
 """
 

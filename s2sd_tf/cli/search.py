@@ -3,7 +3,7 @@
 Prints JSON with the ids, labels and similarities of the nearest images, and can draw them.
 
 Examples:
-  s2sd-search --index=index --encoder=runs/digits/saved_model --image=query.png
+  s2sd-search --index=index --encoder=runs/omniglot/saved_model --image=query.png
   s2sd-search --index=index --encoder=encoder --image=a.jpg --image=b.jpg --picture=found.png --images=photos
 """
 

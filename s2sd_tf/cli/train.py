@@ -7,7 +7,7 @@ the same command resumes from there. --strategy=mirrored shares each batch among
 TF_CONFIG and a work directory that all of them can see.
 
 Examples:
-  s2sd-train --config=configs/digits.py --workdir=runs/digits
+  s2sd-train --config=configs/omniglot.py --workdir=runs/omniglot
   s2sd-train --config=configs/folder.py --config.data.root=photos --config.model.embedding_dim=64 --workdir=runs/photos
 """
 

@@ -212,12 +212,13 @@ class Augmentation:
         return images[0]
 
 
-# The augmentations of the published code, and "rand" and "flip".
+# The augmentations of the published code, and "mild", "rand" and "flip".
 PRESETS: dict[str, dict[str, Any]] = {
     "base": {},
     "adv": {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.2, "grayscale": 0.2},
     "big": {},
     "red": {"crop": "random"},
+    "mild": {"scale": (0.4, 1.0)},
     "rand": {"rand_augment": 2, "magnitude": 0.5},
     "flip": {"crop": "center"},
 }
@@ -231,7 +232,8 @@ def preset(name: str) -> dict[str, Any]:
     Args:
         name: "base" (random resized crop and flip), "adv" (base, grayscale and colours), "big" (base for inputs of
             256 x 256) or "red" (random crop of the image scaled to `resize_size`, and flip), all from the published
-            code; or "rand" (base and two RandAugment operations) or "flip" (flip only).
+            code; or "mild" (base with crops of at least 40% of the area), "rand" (base and two RandAugment operations)
+            or "flip" (flip only).
 
     Raises:
         ValueError: an unknown name.

@@ -1,4 +1,4 @@
-"""Omniglot's two small background archives as a zero-shot retrieval task."""
+"""Omniglot's two small background archives, which the package contains, as a zero-shot retrieval task."""
 
 import os
 
@@ -14,9 +14,10 @@ from s2sd_tf.untrusted import image_excess, open_archive
 
 ARCHIVES = ("images_background_small1.zip", "images_background_small2.zip")
 TEST_ALPHABETS = ("Japanese_(katakana)", "Sanskrit", "Tagalog")
+_PACKAGED = os.path.join(os.path.dirname(os.path.abspath(__file__)), "omniglot_archives")
 
 
-def load_omniglot(data_dir: str | os.PathLike, size: int = 28) -> tuple[ImageSet, ImageSet, Preprocessing]:
+def load_omniglot(data_dir: str | os.PathLike = "", size: int = 28) -> tuple[ImageSet, ImageSet, Preprocessing]:
     """Loads Omniglot's small archives (Lake et al., Science 2015; MIT licence): `(train, test, preprocessing)`.
 
     The 136 characters of the first archive train. The 106 characters of Japanese (katakana), Sanskrit and Tagalog in
@@ -24,7 +25,7 @@ def load_omniglot(data_dir: str | os.PathLike, size: int = 28) -> tuple[ImageSet
     is not the standard few-shot split of Omniglot.
 
     Args:
-        data_dir: folder with the two published zip files, which are not unpacked.
+        data_dir: folder with the two published zip files, which are not unpacked. "": those in the package.
         size: side of the preprocessed images in pixels (the drawings have 105).
 
     Raises:
@@ -32,7 +33,7 @@ def load_omniglot(data_dir: str | os.PathLike, size: int = 28) -> tuple[ImageSet
         ValueError: an archive that is broken, inflates too far, or has images other than
             `<folder>/<alphabet>/<character>/<file>.png`; the message names it.
     """
-    data_dir = local_path("data_dir", data_dir)
+    data_dir = local_path("data_dir", _PACKAGED if data_dir == "" else data_dir)
     train = _read_archive(os.path.join(data_dir, ARCHIVES[0]))
     test = _read_archive(os.path.join(data_dir, ARCHIVES[1])).select_by_name([f"{name}/*" for name in TEST_ALPHABETS])
     return train, test, _preprocessing(size)
@@ -44,8 +45,8 @@ def _preprocessing(size):
 
 
 @register("omniglot", preprocessing=_preprocessing)
-def _split(root):
-    """Omniglot, handwritten characters of 50 alphabets (Lake et al., Science 2015)."""
+def _split(root=""):
+    """Handwritten characters of eight alphabets, from Omniglot (Lake et al., Science 2015); comes with the package."""
     return RetrievalSplit(*load_omniglot(root)[:2])
 
 

@@ -1,6 +1,6 @@
 """Output for people: an HTML report of an evaluation, pictures, and files for TensorBoard's projector."""
 
-from s2sd_tf.reporting.pictures import choose_queries, save_curves, save_figure, save_gallery, save_matches
+from s2sd_tf.reporting.pictures import choose_queries, save_curves, save_figure, save_gallery, save_matches, thumbnail
 from s2sd_tf.reporting.projector import save_projector
 from s2sd_tf.reporting.report import EmbeddedImages, save_report
 
@@ -13,4 +13,5 @@ __all__ = [
     "save_matches",
     "save_projector",
     "save_report",
+    "thumbnail",
 ]

@@ -54,7 +54,8 @@ def save_gallery(
 
     Args:
         path: file to write.
-        images: float arrays `(height, width, channels)` by position. Their common range of values is scaled to [0, 1].
+        images: arrays `(height, width)` or `(height, width, channels)` by position, of any sizes. Their common range
+            of values is scaled to [0, 1].
         rows: integer array `(queries, 1 + k)` of positions, the query first; -1 for none.
         names: class name of every position.
         title: title above the picture.
@@ -71,8 +72,9 @@ def save_gallery(
             right = names[item] == names[items[0]]
             color = "black" if column == 0 else RIGHT if right else WRONG
             mark = "query: " if column == 0 else "" if right else "\u2717 "
+            caption = mark + _short(names[item], 12 if column == 0 else 16)
             pixels = (images[item] - low) / max(high - low, 1e-12)
-            line.append((pixels, mark + _short(names[item]), color, 1 if column == 0 else 3))
+            line.append((pixels, caption, color, 1 if column == 0 else 3))
         cells.append(line)
     _save_grid(path, cells, title)
 
@@ -107,7 +109,7 @@ def _save_grid(path, cells, title=""):
                 continue
             image, caption, color, width = cell
             axes = figure.add_subplot(len(cells), columns, row * columns + column + 1)
-            axes.imshow(np.squeeze(image), cmap="gray", vmin=0, vmax=1)
+            axes.imshow(_without_channel(image), cmap="gray", vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
             for spine in axes.spines.values():
@@ -145,7 +147,14 @@ def as_picture(pixels: Any) -> Image.Image:
     pixels = np.asarray(pixels)
     if pixels.dtype != np.uint8:
         pixels = np.round(255 * np.clip(pixels, 0.0, 1.0)).astype(np.uint8)
-    return Image.fromarray(np.squeeze(pixels))
+    return Image.fromarray(_without_channel(pixels))
+
+
+def thumbnail(pixels: Any, side: int) -> Image.Image:
+    """Converts an image, as in `as_picture`, and reduces its longer side to at most `side` pixels."""
+    picture = as_picture(pixels)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return picture
 
 
 def data_uri(pixels: Any, side: int = 112) -> str:
@@ -167,6 +176,12 @@ def save_figure(path: str | os.PathLike, figure: Figure) -> None:
     FigureCanvasAgg(figure)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
+
+
+def _without_channel(image):
+    """A grayscale image `(h, w, 1)` as `(h, w)`; others as they are."""
+    image = np.asarray(image)
+    return image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
 
 
 def _cycle(count):

@@ -1,7 +1,7 @@
 """Trains a model from a config: the config, the run and its work directory."""
 
 from s2sd_tf.training.collapse_alarm import CollapseAlarm
-from s2sd_tf.training.config import default_config, preset_config, resolve
+from s2sd_tf.training.config import automatic, default_config, preset_config, resolve
 from s2sd_tf.training.finite_loss import NonFiniteLoss
 from s2sd_tf.training.interruption import Interrupted
 from s2sd_tf.training.protocol import published_config
@@ -12,6 +12,7 @@ __all__ = [
     "CollapseAlarm",
     "Interrupted",
     "NonFiniteLoss",
+    "automatic",
     "default_config",
     "load_run",
     "preset_config",

@@ -10,7 +10,7 @@ from absl import logging
 from ml_collections import config_dict
 
 from s2sd_tf import mining, objectives, registry
-from s2sd_tf.data import EpochBatches, ImageSet, evaluation_batches, samplers
+from s2sd_tf.data import EpochBatches, ImageSet, RetrievalSplit, evaluation_batches, samplers
 from s2sd_tf.data.samplers import Sampler
 from s2sd_tf.data.samplers.base import ClassSampler
 from s2sd_tf.evaluation import RetrievalEvaluation
@@ -19,7 +19,7 @@ from s2sd_tf.keras_compat import keras
 from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models import S2SDModel, backbones
 from s2sd_tf.training import optimizers
-from s2sd_tf.training.datasets import RunData, hold_out, load_split
+from s2sd_tf.training.datasets import RunData, hold_out
 
 
 def set_up(config: config_dict.ConfigDict) -> None:
@@ -176,13 +176,12 @@ def _check_classes(config, sampler, images):
         )
 
 
-def check_data_of_runs(config: config_dict.ConfigDict, seeds: Iterable[int]) -> None:
-    """Loads the data, and checks that runs with these seeds can train and evaluate on it.
+def check_data_of_runs(config: config_dict.ConfigDict, split: RetrievalSplit, seeds: Iterable[int]) -> None:
+    """Checks that runs with these seeds can train on a data set.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_data` and `build_sampler`.
+        ValueError: as `hold_out` and `build_sampler`.
     """
-    split = load_split(config)
     for seed in seeds:
         build_sampler(config, hold_out(config, split.train, seed)[0])
 

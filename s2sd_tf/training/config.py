@@ -34,11 +34,32 @@ FREE = ("optimizer.settings", "data.augmentation_settings", "model.learning_rate
 REGISTRIES = {"data": datasets, "sampler": samplers, "objective": objectives, "miner": mining}
 # The sections, in the order of a run.
 SECTIONS = ("data", "sampler", "model", "objective", "miner", "s2sd", "optimizer", "train", "eval")
+# The values that leave a key open: `plan` then chooses one that suits the images found.
+AUTO: dict[str, Any] = {
+    "data.image_size": -1,
+    "data.resize_size": -1,
+    "data.augmentation": "auto",
+    "data.validation_classes": -1,
+    "data.validation_fraction": -1.0,
+    "data.classes_per_batch": -1,
+    "data.samples_per_class": -1,
+    "model.backbone": "auto",
+    "model.weights": "auto",
+    "model.frozen_bn": "auto",
+    "model.learning_rate_multipliers.heads": -1.0,
+    "s2sd.distill_warmup_steps": -1,
+    "s2sd.feature_distill_delay": -1,
+    "s2sd.feature_distill_warmup_steps": -1,
+    "optimizer.learning_rate": -1.0,
+    "train.epochs": -1,
+    "train.steps_per_epoch": -1,
+    "eval.every": -1,
+}
 # The keys that are not arguments of a class or of a data set: default and meaning.
 KEYS: dict[str, tuple[Any, str]] = {
     "seed": (0, "Seed of everything random: initial weights, batches, miners."),
     "data.name": ("digits", "Name of the data set; `s2sd-train --list=datasets` lists them."),
-    "data.root": ("", 'Folder with the data; not used by "digits".'),
+    "data.root": ("", 'Folder with the data; not used by "digits". "omniglot" comes with the package, and "" is that.'),
     "data.image_size": (28, 'Size of the model\'s input in pixels; not used by "digits".'),
     "data.channels": (3, '1 or 3, the channels of an image; not used by "digits" and "omniglot".'),
     "data.resize_size": (
@@ -50,7 +71,7 @@ KEYS: dict[str, tuple[Any, str]] = {
     "data.augmentation": (
         "",
         'Random crops, flips and colours of training images: "" for none, or "base", "adv", "big" (its image_size is '
-        '256), "red", "rand", "flip"; see `s2sd_tf.data.augmentation.preset`.',
+        '256), "red", "mild", "rand", "flip"; see `s2sd_tf.data.augmentation.preset`.',
     ),
     "data.augmentation_settings": (
         {},
@@ -168,6 +189,13 @@ def preset_config(config: config_dict.ConfigDict, name: str) -> config_dict.Conf
     return config
 
 
+def automatic(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
+    """Leaves the keys of `config` open that a run can choose to suit its images, and returns it. See `AUTO`."""
+    with config.unlocked():
+        config.update_from_flattened_dict(AUTO)
+    return config
+
+
 def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
     """Checks what no later step of a run checks, and returns a frozen copy of `config`.
 
@@ -189,14 +217,15 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
         ("eval.every", 0),
     ]:
         section, name = key.split(".")
-        checked_int(f"config.{key}", config[section][name], least)
+        if not is_auto(config, key):
+            checked_int(f"config.{key}", config[section][name], least)
     if checked_int("config.seed", config.seed, 0) >= 2**31:
         raise ValueError(f"config.seed: expected an int below 2^31. Received: {config.seed!r}")
     if not isinstance(config.train.jit_compile, bool):
         raise ValueError(f"config.train.jit_compile: expected True or False. Received: {config.train.jit_compile!r}")
     fraction = config.data.validation_fraction
     check_number("config.data.validation_fraction", fraction, "a number in [0, 1)")
-    if not 0 <= fraction < 1:
+    if not 0 <= fraction < 1 and not is_auto(config, "data.validation_fraction"):
         raise ValueError(f"config.data.validation_fraction: expected a number in [0, 1). Received: {fraction!r}")
     profile = config.train.profile
     if profile and not (
@@ -215,8 +244,9 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
         ("model.frozen_bn", ["", "statistics", "all"]),
         ("train.precision", ["float32", "mixed_float16", "mixed_bfloat16"]),
     ]:
-        check_choice(f"config.{key}", functools.reduce(getattr, key.split("."), config), list(known_names))
-    if config.data.validation_classes and config.data.validation_fraction:
+        if not is_auto(config, key):
+            check_choice(f"config.{key}", functools.reduce(getattr, key.split("."), config), list(known_names))
+    if config.data.validation_classes > 0 and config.data.validation_fraction > 0:
         raise ValueError(
             "config.data.validation_fraction: expected 0 together with validation_classes. "
             f"Received: {config.data.validation_fraction!r} and {config.data.validation_classes!r} classes"
@@ -229,6 +259,13 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
     names = ("precision@1", "r_precision", "map@r", *(f"recall@{k}" for k in config.eval.ks))
     check_choice("config.eval.select_by", config.eval.select_by, names)
     return config
+
+
+def is_auto(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a config leaves `key` open, see `AUTO`."""
+    *sections, name = key.split(".")
+    section = functools.reduce(lambda found, part: found[part], sections, config)
+    return key in AUTO and section.get(name) == AUTO[key]
 
 
 def _with_local_paths(config):

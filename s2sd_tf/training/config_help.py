@@ -16,7 +16,7 @@ from s2sd_tf.training.config import KEYS, REGISTRIES, SECTIONS, leaves
 
 _INTRODUCTION = (
     "Sections of data sets, samplers, objectives and miners that this config does not choose are left out; "
-    "s2sd-train --list shows their names."
+    's2sd-train --list shows their names. Values of -1 and "auto" are chosen when a run starts, to suit its images.'
 )
 
 

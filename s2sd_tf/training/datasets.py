@@ -36,8 +36,16 @@ def load_data(config: config_dict.ConfigDict) -> RunData:
     Raises:
         ValueError, FileNotFoundError: as the data loaders.
     """
+    return divide(config, load_split(config))
+
+
+def divide(config: config_dict.ConfigDict, split: data.RetrievalSplit) -> RunData:
+    """Holds out classes or images of a data set as a resolved config says, and adds how its images are processed.
+
+    Raises:
+        ValueError: too few classes or images, or settings that do not fit together; the message names the key.
+    """
     section = config.data
-    split = load_split(config)
     preprocessing = datasets.preprocessing(section.name, section.image_size) or _preprocessing(config)
     chosen = _augmentation(section)
     if chosen is not None and chosen.crop == "random" and preprocessing.resize_size is None:

@@ -21,8 +21,9 @@ from s2sd_tf.training.build import (
     warn_of_short_run,
 )
 from s2sd_tf.training.config import resolve
-from s2sd_tf.training.datasets import load_data
+from s2sd_tf.training.datasets import divide, load_split
 from s2sd_tf.training.embedding import embed
+from s2sd_tf.training.plan import plan
 from s2sd_tf.training.steps import make_train_step
 
 STEPS = 2
@@ -49,7 +50,9 @@ def dry_run(config: config_dict.ConfigDict) -> dict[str, list[tuple[str, str]]]:
 def _dry_run(config):
     set_up(config)
     begin = time.monotonic()
-    run_data = load_data(config)
+    split = load_split(config)
+    config = plan(config, split)
+    run_data = divide(config, split)
     sampler, drawn_by = build_sampler(config, run_data.train), config.sampler.name
     warn_of_short_run(config, run_data)
     loaded = time.monotonic()

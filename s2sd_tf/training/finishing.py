@@ -1,6 +1,5 @@
 """The end of a run: chooses the model, evaluates it on the test classes, exports it and draws the figures."""
 
-import dataclasses
 import os
 from typing import Any
 
@@ -8,16 +7,19 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf import progress
-from s2sd_tf.data import evaluation_batches
+from s2sd_tf.data.decoding import decode_pixels
 from s2sd_tf.evaluation import find_neighbors, retrieval_metrics
 from s2sd_tf.export import export_encoder
 from s2sd_tf.files import replacing, write_json
 from s2sd_tf.keras_compat import keras_version
-from s2sd_tf.reporting import choose_queries, save_curves, save_gallery
+from s2sd_tf.reporting import choose_queries, save_curves, save_gallery, thumbnail
 from s2sd_tf.training.averages import averaged_weights
 from s2sd_tf.training.embedding import embed
 from s2sd_tf.training.history import write_history
 from s2sd_tf.training.loop import Run
+
+# The longest side of an image in the gallery, in pixels.
+_PICTURE_SIDE = 160
 
 
 def finish(run: Run) -> dict[str, Any]:
@@ -140,10 +142,8 @@ def _draw(config, workdir, history, run_data, embeddings, gallery=None, gallery_
     rows = np.concatenate([queries[:, None], found[queries]], axis=1)
     shown: dict[int, np.ndarray] = {}
     for images, first in dict.fromkeys([(run_data.test, 0), (searched, before)]):
-        chosen = np.unique(rows[(rows >= first) & (rows < first + len(images))]) - first
-        part = dataclasses.replace(images, images=images.images[chosen], labels=images.labels[chosen])
-        pixels = evaluation_batches(part, run_data.preprocessing.without_normalization()).unbatch()
-        shown.update(zip((chosen + first).tolist(), pixels.as_numpy_iterator()))
+        chosen = rows[(rows >= first) & (rows < first + len(images))] - first
+        shown.update((position + first, _picture(images, position)) for position in np.unique(chosen).tolist())
     save_gallery(
         os.path.join(workdir, "gallery.png"),
         shown,
@@ -151,6 +151,12 @@ def _draw(config, workdir, history, run_data, embeddings, gallery=None, gallery_
         [run_data.test.class_names[label] for label in labels],
         "Queries of unseen classes and their nearest neighbours",
     )
+
+
+def _picture(images, position):
+    """An image as it was given: the model's input may be smaller, cropped or inverted. uint8 `(h, w[, c])`."""
+    pixels = images.images[position] if images.kind == "pixels" else decode_pixels(images.encoded(position)).numpy()
+    return np.asarray(thumbnail(pixels, _PICTURE_SIDE))
 
 
 def _curve(history, name, label):

@@ -13,13 +13,14 @@ from ml_collections import config_dict
 from s2sd_tf.data.image_files import naming_unreadable
 from s2sd_tf.files import OutOfSpace, local_path, only_writer, read_json, remove_leftovers, write_json
 from s2sd_tf.training import strategies
-from s2sd_tf.training.build import build_model, build_sampler, precision, set_up, warn_of_short_run
+from s2sd_tf.training.build import build_model, build_sampler, precision, set_up, steps_per_epoch, warn_of_short_run
 from s2sd_tf.training.checkpoints import Checkpoints
 from s2sd_tf.training.config import resolve
-from s2sd_tf.training.datasets import load_data
+from s2sd_tf.training.datasets import divide, load_split
 from s2sd_tf.training.finishing import finish
 from s2sd_tf.training.interruption import Interrupted, Interruption
 from s2sd_tf.training.loop import Loop, Run
+from s2sd_tf.training.plan import describe, plan, take_from_run
 from s2sd_tf.training.record import check_data, record_session
 from s2sd_tf.training.workdir import check_workdir
 
@@ -65,7 +66,8 @@ def train(
         NonFiniteLoss: the loss became NaN or infinite.
         OutOfSpace: the disk is full; the run can resume once there is space.
     """
-    config, workdir = resolve(config), local_path("workdir", workdir)
+    workdir = local_path("workdir", workdir)
+    config = take_from_run(resolve(config), workdir)
     check_workdir(config, workdir)
     results_path = os.path.join(workdir, "results.json")
     if os.path.exists(results_path):
@@ -78,8 +80,9 @@ def train(
         strategy = tf.distribute.get_strategy()
     with _own_folder(workdir, strategy) as own:
         # Again, now that no other process writes it: one may have started the same run just before.
+        config = take_from_run(config, workdir)
         check_workdir(config, workdir)
-        checkpoints = Checkpoints(own, config.train.checkpoints_kept, _selects_by(config))
+        checkpoints = Checkpoints(own, config.train.checkpoints_kept)
         with _explaining_how_to_resume(checkpoints, strategy), Interruption() as interruption, precision(config):
             with interruption.interruptible():
                 run = _begin(config, workdir, checkpoints, strategy, interruption)
@@ -125,7 +128,10 @@ def _explaining_how_to_resume(checkpoints, strategy):
 def _begin(config, workdir, checkpoints, strategy, interruption):
     """Starts a `Run`, or resumes it from its last checkpoint, and writes its record beside `checkpoints`."""
     set_up(config)
-    run_data = load_data(config)
+    split = load_split(config)
+    config = plan(config, split)
+    checkpoints.metric = _selects_by(config)
+    run_data = divide(config, split)
     sampler = build_sampler(config, run_data.train)
     fingerprints = check_data(workdir, run_data)
     if strategies.has_workers(strategy):
@@ -145,6 +151,9 @@ def _begin(config, workdir, checkpoints, strategy, interruption):
     write_json(os.path.join(own, "config.json"), config.to_dict())
     record_session(own, config, fingerprints, model, state, strategies.describe(strategy))
     warn_of_short_run(config, run_data)
+    if strategy.num_replicas_in_sync == 1:  # else there is no model on one device to time
+        done = state.epoch * steps_per_epoch(config, run_data) + state.step_in_epoch
+        print(describe(config, run_data, model, done), flush=True)
     return Run(
         config=config,
         data=run_data,

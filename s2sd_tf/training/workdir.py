@@ -2,6 +2,7 @@
 
 import json
 import os
+from typing import Any
 
 from ml_collections import config_dict
 
@@ -20,7 +21,7 @@ def check_workdir(config: config_dict.ConfigDict, workdir: str | os.PathLike) ->
     """
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path):
-        there = config_dict.FrozenConfigDict(_stored_config(path)).to_dict()
+        there = config_dict.FrozenConfigDict(stored_config(path)).to_dict()
         here = config.to_dict()
         grows, by_epochs = here["train"]["epochs"] > there["train"]["epochs"], there["optimizer"]["schedule"]["name"]
         if grows and by_epochs != "cosine":
@@ -51,13 +52,13 @@ def load_run(workdir: str | os.PathLike) -> tuple[S2SDModel, config_dict.FrozenC
     for name, path in paths.items():
         if not os.path.exists(path):
             raise FileNotFoundError(f"workdir: expected a finished run, with {name}. Received: {workdir!r}")
-    config = config_dict.FrozenConfigDict(_stored_config(paths["config.json"]))
+    config = config_dict.FrozenConfigDict(stored_config(paths["config.json"]))
     preprocessing = Preprocessing.load(paths["preprocessing.json"])
     return load_model(paths["best.keras"]), config, preprocessing
 
 
-def _stored_config(path):
-    """The config of a run, as a dict; keys that were added since the run started get their defaults.
+def stored_config(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads the config of a run, as a dict; keys that were added since the run started get their defaults.
 
     Raises:
         ValueError: the file is not a config, or has keys that no longer exist.

