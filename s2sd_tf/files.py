@@ -151,6 +151,15 @@ def reporting_out_of_space(path: str | os.PathLike) -> Iterator[None]:
         raise OutOfSpace(path, reason) from error
 
 
+def check_room(path: str | os.PathLike, size: int) -> None:
+    """Raises OSError if there is no room for a file of `size` bytes at `path`, where there is none."""
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    finally:
+        os.remove(path)
+
+
 def check_replaceable(argument: str, path: str | os.PathLike, marker: str) -> None:
     """Raises ValueError if a folder cannot be written to `path`, or would replace something of another kind: a file, or
     a folder that is not empty and has no file named `marker`.

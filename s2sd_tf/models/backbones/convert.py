@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from s2sd_tf.files import local_path, replacing
+from s2sd_tf.files import check_room, local_path, replacing
 from s2sd_tf.models.backbones.registry import get
 from s2sd_tf.models.backbones.state_dict import read_state_dict
 
@@ -59,6 +59,8 @@ def convert_weights(
     images = probe_images(shape)
     features = np.asarray(model(images, training=False))
     with replacing(output) as temporary:
+        # HDF5 crashes if it runs out of room. It needs less than a page for what it says of a variable.
+        check_room(temporary, 4 * model.count_params() + 4096 * len(model.variables))
         model.save_weights(temporary)
         written = np.asarray(get(name, shape, temporary)(images, training=False))
         if not np.allclose(written, features, rtol=0, atol=1e-5 * np.abs(features).max()):
