@@ -1,5 +1,6 @@
 """Loads the data of a run from its config."""
 
+import inspect
 from typing import NamedTuple
 
 from ml_collections import config_dict
@@ -68,6 +69,9 @@ def load_split(config: config_dict.ConfigDict) -> data.RetrievalSplit:
         ValueError, FileNotFoundError: as the data loaders; or test images that cannot be evaluated.
     """
     section = config.data
+    root = inspect.signature(datasets.loader(section.name)).parameters.get("root")
+    if root is not None and root.default is root.empty and not section.root:
+        raise ValueError(f"config.data.root: expected the folder with the data of {section.name!r}. Received: ''")
     split = datasets.load(section.name, section.root, **section[section.name])
     gallery = None if split.gallery is None else split.gallery.labels
     check_answerable("config.data, the test classes", split.test.labels, gallery)
