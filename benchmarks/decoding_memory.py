@@ -62,7 +62,7 @@ def save_encoder(folder):
 
 def by_pipeline(batches):
     def decode(content):
-        images = data.ImageSet([content, content], [0, 0])
+        images = data.ImageSet([content], [0])
         for _ in batches(images).take(1):
             pass
 

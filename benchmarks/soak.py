@@ -7,6 +7,13 @@ SIGTERM and SIGKILL in alternation: some while it starts, most after training ha
 its folder must be intact, and the exit status after SIGTERM must be 75. Then the run is started again, until it ends.
 Its weights, optimizer state and averages must equal those of the uninterrupted run, bit by bit. So must its history,
 except for the columns of times. Writes the JSON and a table (.md) of the same name. Fails if any check fails.
+
+    python benchmarks/soak.py --runs=0 --pairs=20 --output=benchmarks/results/soak_pairs.json
+
+starts two processes in one work directory instead, the second at a random moment of the first. One must run to its
+end; the other must end with exit status 2 and name the process that has the folder, unless the run had ended. Of every
+second pair, the process that has the folder is killed at a random moment; then the other one, or else a third, must run
+to the end. Here too the run must equal one that had its folder for itself.
 """
 
 import concurrent.futures
@@ -40,6 +47,7 @@ from s2sd_tf.training.interruption import EXIT_STATUS
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("runs", 30, "Runs to kill.")
+flags.DEFINE_integer("pairs", 0, "Pairs of processes in one work directory.")
 flags.DEFINE_integer("kills", 4, "Kills per run, at most.")
 flags.DEFINE_integer("jobs", 1, "Parallel runs, one thread each.")
 flags.DEFINE_integer("seed", 0, "Seed of the moments.")
@@ -64,15 +72,17 @@ CONFIG = (
     "--config.train.threads=1",
     "--config.eval.every=2",
 )
+# A run of a pair is short.
+PAIR_CONFIG = (*CONFIG, "--config.train.epochs=2", "--config.train.steps_per_epoch=10", "--config.eval.every=1")
 # The share of kills before training begins.
 EARLY = 0.2
 PATIENCE = 600
 
 
-def start(workdir):
+def start(workdir, config=CONFIG, log=".log"):
     """Starts the program in its own process, which logs to a file next to the folder."""
-    command = [sys.executable, "-m", "s2sd_tf.cli.train", *CONFIG, f"--workdir={workdir}"]
-    with open(f"{workdir}.log", "a") as log:
+    command = [sys.executable, "-m", "s2sd_tf.cli.train", *config, f"--workdir={workdir}"]
+    with open(f"{workdir}{log}", "a") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -82,10 +92,10 @@ def sessions(workdir):
     return len(read_json(path)["sessions"]) if path.exists() else 0
 
 
-def run_alone(workdir):
+def run_alone(workdir, config=CONFIG):
     """Runs without interruption. Returns `(seconds until training begins, seconds from there to the end)`."""
     begin = time.monotonic()
-    process = start(workdir)
+    process = start(workdir, config)
     while not sessions(workdir) and process.poll() is None:
         time.sleep(0.02)
     begun = time.monotonic()
@@ -139,9 +149,62 @@ def run_killed(workdir, seed, times):
     return happened
 
 
-def log_end(workdir):
+def run_pair(workdir, seed, times, kills):
+    """Two processes in one work directory, of which the one that holds it may be killed. Returns what happened."""
+    moments = random.Random(seed)
+    first = start(workdir, PAIR_CONFIG, ".first.log")
+    offset = moments.uniform(0, sum(times))
+    wait(first, offset)
+    ended = first.poll() is not None
+    second = start(workdir, PAIR_CONFIG, ".second.log")
+    names = {first.pid: "first", second.pid: "second"}
+    killed = ""
+    if kills:
+        wait(second, moments.uniform(0, sum(times)))
+        held_by = holder(workdir)
+        process = first if held_by in (None, first.pid) else second
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed = f"the {names[process.pid]}{'' if held_by else ', before it holds the folder'}"
+    statuses = {names[process.pid]: process.wait(PATIENCE) for process in (first, second)}
+    refused = [name for name, status in statuses.items() if status == 2]
+    for name in refused:
+        other = second if name == "first" else first
+        check(
+            f"error: workdir: expected a folder that no other process is writing. Received: '{workdir}', which process "
+            f"{other.pid} on" in log_end(workdir, f".{name}.log"),
+            f"the {name} does not say who holds the folder; its log ends with:\n{log_end(workdir, f'.{name}.log')}",
+        )
+    check(
+        set(statuses.values()) <= {0, 2, *([-signal.SIGKILL] if killed else [])} and len(refused) < 2,
+        f"exit statuses {statuses}; the logs end with:\n"
+        + "\n".join(log_end(workdir, f".{name}.log") for name in statuses),
+    )
+    third = 0 not in statuses.values()
+    if third:
+        check(bool(killed), f"neither process ran to its end, and none was killed: {statuses}")
+        check(start(workdir, PAIR_CONFIG).wait(PATIENCE) == 0, f"a killed holder blocks:\n{log_end(workdir)}")
+    files = check_files(workdir)
+    left = [path.name for path in workdir.rglob(f"{LEFTOVER}*")]
+    check(not left, f"{workdir}: left behind: {left}")
+    return {
+        "offset": round(offset, 2), "first had ended": ended, "killed": killed, **statuses,
+        "ran to its end": "a third" if third else next(name for name, status in statuses.items() if status == 0),
+        "files": files,
+    }  # fmt: skip
+
+
+def holder(workdir):
+    """The process that holds the work directory, or None."""
+    try:
+        return read_json(workdir / f"{LEFTOVER}lock")["pid"]
+    except (OSError, ValueError):
+        return None
+
+
+def log_end(workdir, log=".log"):
     """The last lines of a run's log."""
-    lines = pathlib.Path(f"{workdir}.log").read_text(errors="replace").splitlines()
+    lines = pathlib.Path(f"{workdir}{log}").read_text(errors="replace").splitlines()
     return "\n".join(line[:300] for line in lines[-15:])
 
 
@@ -217,6 +280,56 @@ def check(holds, message):
 
 
 def main(_):
+    if FLAGS.pairs:
+        run_pairs()
+    if FLAGS.runs:
+        run_runs()
+
+
+def run_pairs():
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        times = run_alone(folder / "alone", PAIR_CONFIG)
+        pairs = []
+        for number in tqdm(range(FLAGS.pairs), desc="Pairs", unit="pair"):
+            workdir = folder / f"pair{number:03d}"
+            pairs.append(run_pair(workdir, FLAGS.seed + number, times, kills=number % 2 == 1))
+            check_equal(folder / "alone", workdir)
+            report_pairs(pairs, sum(times), time.monotonic() - begin)
+    print(f"{table_of_pairs(pairs)}\n\nAll equal to the run that had its folder for itself")
+
+
+def report_pairs(pairs, alone, seconds):
+    """Writes the pairs so far."""
+    if not FLAGS.output:
+        return
+    machine = {**describe(1), "seconds of one run": round(alone, 1), "minutes": round(seconds / 60, 1)}
+    write_json(FLAGS.output, {"machine": machine, "pairs": pairs})
+    about = "".join(f"- {key}: {value}\n" for key, value in machine.items())
+    title = (
+        f"# {len(pairs)} pairs of processes in one work directory\n\nOne ran to its end; the other said which process "
+        "has the folder (exit status 2). All runs have the weights, optimizer state and history of a run that had its "
+        "folder for itself, bit by bit. Nothing was left behind.\n\n"
+    )
+    pathlib.Path(FLAGS.output).with_suffix(".md").write_text(f"{title}{about}\n{table_of_pairs(pairs)}\n")
+
+
+def table_of_pairs(pairs):
+    """Returns a Markdown table of the pairs."""
+    lines = [
+        "| second starts after | the first had ended | killed | exit statuses | runs to its end |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {pair['offset']:.1f} s | {'yes' if pair['first had ended'] else 'no'} | {pair['killed'] or '-'} | "
+        f"{pair['first']}, {pair['second']} | {pair['ran to its end']} |"
+        for pair in pairs
+    ]
+    return "\n".join(lines)
+
+
+def run_runs():
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)

@@ -16,6 +16,7 @@ from conftest import REPOSITORY
 
 from s2sd_tf import data
 from s2sd_tf.cli import app
+from s2sd_tf.evaluation.embeddings import write_shard
 from s2sd_tf.files import LEFTOVER, OutOfSpace, read_json, replacing, write_json
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.training import Interrupted, NonFiniteLoss, finishing, loop, resolve, train
@@ -509,6 +510,16 @@ class TestNoRoom:
         assert caught.value.__cause__ is error
         assert os.listdir(tmp_path) == ["file.json"]
         assert read_json(tmp_path / "file.json") == 1
+
+    def test_the_end_of_the_room_in_the_last_bytes(self, tmp_path):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+        try:
+            with pytest.raises(OutOfSpace, match="shard: expected room"):
+                write_shard(tmp_path / "shard", np.ones((8, 8)), list("abcdefgh"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not list(tmp_path.iterdir())
 
     def test_other_errors_do_not_change(self, tmp_path):
         with pytest.raises(OSError, match="other") as caught, replacing(tmp_path / "file"):

@@ -3,6 +3,7 @@
 import glob
 import numbers
 import os
+import types
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -124,7 +125,7 @@ def write_shard(
     """
     with replacing(folder) as temporary:
         os.makedirs(temporary)
-        np.save(os.path.join(temporary, "embeddings.npy"), np.asarray(rows, np.float32), allow_pickle=False)
+        write_rows(temporary, np.asarray(rows, np.float32))
         write_items(temporary, ids, labels)
         if index is not None:
             index.save(os.path.join(temporary, "index"))
@@ -152,6 +153,13 @@ def read_items(folder: str | os.PathLike) -> tuple[list[str], list[str] | None]:
     if labels is not None and len(labels) != len(ids):
         raise ValueError(f"{path}: expected {len(ids)} labels. Received: {len(labels)}")
     return ids, labels
+
+
+def write_rows(folder: str | os.PathLike, rows: np.ndarray) -> None:
+    """Writes rows to `embeddings.npy` in `folder`."""
+    with open(os.path.join(folder, "embeddings.npy"), "wb") as file:
+        # Not `file` itself, which NumPy writes by C functions: it does not notice if the last bytes find no room.
+        np.save(types.SimpleNamespace(write=file.write), rows, allow_pickle=False)
 
 
 def read_rows(folder: str | os.PathLike, ids: Sequence[str]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """An index that shortlists by the prefix of an embedding and ranks the shortlist by the whole embedding."""
 
+import concurrent.futures
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from threadpoolctl import threadpool_limits
 
 from s2sd_tf.checks import check_choice, checked_int
 from s2sd_tf.evaluation.embeddings import Rows, read_items, read_rows
@@ -130,14 +132,18 @@ class FunnelIndex(Index):
         similarities = np.empty((len(queries), k), np.float32)
         # Among equally similar items, the lower position comes first.
         shortlists = np.sort(shortlists, axis=1)
-        for start in range(0, len(queries), _RANKED):
+
+        def rank(start):
             part = slice(start, start + _RANKED)
             chosen = shortlists[part]
-            found = np.matmul(self._rows[chosen], queries[part, :, None])[:, :, 0]
+            found = np.matmul(np.take(self._rows, chosen, axis=0), queries[part, :, None])[:, :, 0]
             found[chosen < 0] = -np.inf
             order = np.argsort(-found, axis=1, kind="stable")[:, :k]
             indices[part] = np.take_along_axis(chosen, order, axis=1)
             similarities[part] = np.take_along_axis(found, order, axis=1)
+
+        with threadpool_limits(1, user_api="blas"), concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(rank, range(0, len(queries), _RANKED)))
         return indices, similarities
 
     def _tune(self, seed):

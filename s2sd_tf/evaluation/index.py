@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import check_choice, checked_int
-from s2sd_tf.evaluation.embeddings import Rows, ints_or_texts, read_rows, write_items
+from s2sd_tf.evaluation.embeddings import Rows, ints_or_texts, read_rows, write_items, write_rows
 from s2sd_tf.evaluation.exact import exact_neighbors
 from s2sd_tf.evaluation.neighbors import METRICS, Neighbors, no_neighbors, padded
 from s2sd_tf.evaluation.rows import checked_rows
@@ -206,7 +206,7 @@ class ExactIndex(Index):
         return [self.ids[i] for i in kept]
 
     def _save(self, folder):
-        np.save(os.path.join(folder, "embeddings.npy"), self.rows(), allow_pickle=False)
+        write_rows(folder, self.rows())
 
 
 def checked_items(
