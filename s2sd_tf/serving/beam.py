@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from s2sd_tf.checks import check_folder_to_write
 from s2sd_tf.evaluation.embeddings import shard_name
-from s2sd_tf.files import has_content, local_path, only_writer, read_json, write_json
+from s2sd_tf.files import has_content, local_path, only_writer, read_json, reporting_out_of_space, write_json
 from s2sd_tf.serving.embed import Item, check_index, local_items, read_item, write_items_as_shard
 from s2sd_tf.serving.encoder import Encoder
 
@@ -110,7 +110,9 @@ def run(
             raise ValueError(f"folder: expected a new or empty one. Received: {folder!r}")
         # A folder with a plan and without a summary counts as unfinished.
         write_json(os.path.join(folder, "plan.json"), {"shards": shards, "index": index})
-        with beam.Pipeline(options=beam.options.pipeline_options.PipelineOptions(options or [])) as pipeline:
+        chosen = beam.options.pipeline_options.PipelineOptions(options or [])
+        # Beam raises the errors of its workers as others.
+        with reporting_out_of_space(folder), beam.Pipeline(options=chosen) as pipeline:
             if isinstance(source, str):
                 records = pipeline | "Read" >> beam.io.ReadFromTFRecord(source)
                 images = examples_to_images(records)

@@ -44,7 +44,7 @@ _EPOCHS = 20
 # Fewer classes than this, and images are held out instead of classes.
 _CLASSES_TO_HOLD_OUT = 20
 # The number of images whose forward pass is timed.
-_TIMED = 8
+_TIMED = 32
 
 
 def plan(config: config_dict.FrozenConfigDict, split: RetrievalSplit) -> config_dict.FrozenConfigDict:
@@ -240,15 +240,17 @@ def _expected(config, run_data, model, steps):
     if steps <= 0:
         return "none, all steps are taken"
     images = tf.zeros([_TIMED, *run_data.preprocessing.output_shape])
-    # The first call also allocates.
-    for _ in range(2):
+    times = []
+    for _ in range(3):
         begin = time.monotonic()
         tf.convert_to_tensor(model.backbone(images, training=False)).numpy()
-    seconds = (time.monotonic() - begin) / _TIMED
+        times.append(time.monotonic() - begin)
+    # The first call also allocates, and other programs may disturb one.
+    seconds = min(times) / _TIMED
     trained = steps * config.data.classes_per_batch * config.data.samples_per_class
     evaluated = sum(len(p) for p in (run_data.validation, run_data.test, run_data.gallery) if p is not None)
     share = steps / max(1, config.train.epochs * steps_per_epoch(config, run_data))
-    times = 1 + share * (config.train.epochs // config.eval.every if config.eval.every else 1)
+    evaluations = 1 + share * (config.train.epochs // config.eval.every if config.eval.every else 1)
     # Forward and backward.
-    minutes = seconds * (3 * trained + times * evaluated) / 60
+    minutes = seconds * (3 * trained + evaluations * evaluated) / 60
     return f"about {minutes:,.0f} minutes on this machine" if minutes >= 1.5 else "about a minute on this machine"
