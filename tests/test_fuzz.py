@@ -677,6 +677,10 @@ class OwnPath(os.PathLike):
     def __fspath__(self):
         return self.path
 
+    def __repr__(self):
+        # The names of tests have it, and must be the same in every process.
+        return f"OwnPath({os.fspath(self)!r})"
+
 
 class TestPaths:
     """Every function that takes a path takes it in any form, or names the argument."""
