@@ -201,7 +201,7 @@ class TestInterruption:
         assert_the_same(left(workdir), whole)
 
     def test_at_the_start(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(run_module, "load_data", lambda *_: term())
+        monkeypatch.setattr(run_module, "load_split", lambda *_: term())
         with pytest.raises(Interrupted, match="SIGTERM: stopped at the start; "):
             train(small_config(), str(tmp_path / "run"))
         assert not (tmp_path / "run").exists()

@@ -235,7 +235,10 @@ class TestBenchmarkSets:
         [
             ({"data.augmentation": "adv"}, r"config.data.augmentation: expected one without colours for grayscale"),
             ({"data.augmentation": "red"}, r"config.data.resize_size: expected the side .*'red'"),
-            ({"data.name": "folder", "data.folder.source": "tfds"}, r"source: expected .* for 'folder'"),
+            (
+                {"data.name": "folder", "data.root": ".", "data.folder.source": "tfds"},
+                r"source: expected .* for 'folder'",
+            ),
         ],
     )
     def test_errors(self, changes, message):

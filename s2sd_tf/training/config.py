@@ -191,8 +191,7 @@ def preset_config(config: config_dict.ConfigDict, name: str) -> config_dict.Conf
 
 def automatic(config: config_dict.ConfigDict) -> config_dict.ConfigDict:
     """Leaves the keys of `config` open that a run can choose to suit its images, and returns it. See `AUTO`."""
-    with config.unlocked():
-        config.update_from_flattened_dict(AUTO)
+    config.update_from_flattened_dict(AUTO)
     return config
 
 

@@ -9,6 +9,7 @@ from s2sd_tf import data
 from s2sd_tf.data import augmentation, datasets
 from s2sd_tf.evaluation.metrics import check_answerable
 from s2sd_tf.models import backbones
+from s2sd_tf.training.config import AUTO, is_auto
 
 
 class RunData(NamedTuple):
@@ -44,8 +45,12 @@ def divide(config: config_dict.ConfigDict, split: data.RetrievalSplit) -> RunDat
     """Holds out classes or images of a data set as a resolved config says, and adds how its images are processed.
 
     Raises:
-        ValueError: too few classes or images, or settings that do not fit together; the message names the key.
+        ValueError: a value that is left open, too few classes or images, or settings that do not fit together; the
+            message names the key.
     """
+    for key in AUTO:
+        if is_auto(config, key):
+            raise ValueError(f"config.{key}: expected a value; only a run chooses one. Received: {AUTO[key]!r}")
     section = config.data
     preprocessing = datasets.preprocessing(section.name, section.image_size) or _preprocessing(config)
     chosen = _augmentation(section)
