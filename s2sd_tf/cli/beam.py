@@ -50,6 +50,8 @@ def _main(_):
         raise ImportError("s2sd-beam needs Apache Beam: pip install 's2sd_tf[beam]'") from error
     # Beam logs every batch.
     logging.getLogger("apache_beam").setLevel(logging.WARNING)
+    # What fails is raised too, and reported once.
+    logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)
     index: dict[str, Any] | None = None
     if _METHOD.value != "none":
         index = {"method": _METHOD.value, "metric": _METRIC.value}

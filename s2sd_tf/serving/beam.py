@@ -7,6 +7,7 @@ merges the results. The output is a folder on a file system that all workers sha
 import hashlib
 import itertools
 import os
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from s2sd_tf.serving.encoder import Encoder
 
 # Names of the features in a TFRecord example: encoded image, id, and optional label.
 FEATURES = ("image", "id", "label")
+_PLAN, _SUMMARY = "plan.json", "summary.json"
 
 
 class EmbedImages(beam.PTransform):
@@ -87,7 +89,7 @@ def run(
     options: list[str] | None = None,
     dim: int | None = None,
 ) -> dict[str, Any]:
-    """Runs the pipeline and writes `summary.json`.
+    """Runs the pipeline and writes `summary.json`. If it fails, nothing is left in `folder`.
 
     Args:
         source: the items, or the pattern of TFRecord files (see `examples_to_images`).
@@ -108,24 +110,38 @@ def run(
     with only_writer("folder", folder, inside=True):
         if has_content(folder):
             raise ValueError(f"folder: expected a new or empty one. Received: {folder!r}")
-        # A folder with a plan and without a summary counts as unfinished.
-        write_json(os.path.join(folder, "plan.json"), {"shards": shards, "index": index})
-        chosen = beam.options.pipeline_options.PipelineOptions(options or [])
-        # Beam raises the errors of its workers as others.
-        with reporting_out_of_space(folder), beam.Pipeline(options=chosen) as pipeline:
-            if isinstance(source, str):
-                records = pipeline | "Read" >> beam.io.ReadFromTFRecord(source)
-                images = examples_to_images(records)
-            else:
-                images = pipeline | "List" >> beam.Create(source) | "Spread" >> beam.Reshuffle()
-            done = images | embed
-            # The workers may be on other machines, so the summary comes back as a file.
-            (
-                done
-                | "One" >> beam.combiners.ToList()
-                | "Summary" >> beam.Map(_summarize, path=os.path.join(folder, "summary.json"), dim=embed.dim)
-            )
-        return read_json(os.path.join(folder, "summary.json"))
+        try:
+            _run(source, embed, options)
+        except Exception:
+            # It was empty, and it cannot be resumed.
+            for name in os.listdir(folder):
+                if name in (_PLAN, _SUMMARY) or name.startswith("shard-"):
+                    path = os.path.join(folder, name)
+                    shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+            raise
+        return read_json(os.path.join(folder, _SUMMARY))
+
+
+def _run(source, embed, options):
+    """Runs the pipeline, which writes the shards and the summary into the folder of `embed`."""
+    folder = embed.folder
+    # A folder with a plan and without a summary counts as unfinished.
+    write_json(os.path.join(folder, _PLAN), {"shards": embed.shards, "index": embed.index})
+    chosen = beam.options.pipeline_options.PipelineOptions(options or [])
+    # Beam raises the errors of its workers as others.
+    with reporting_out_of_space(folder), beam.Pipeline(options=chosen) as pipeline:
+        if isinstance(source, str):
+            records = pipeline | "Read" >> beam.io.ReadFromTFRecord(source)
+            images = examples_to_images(records)
+        else:
+            images = pipeline | "List" >> beam.Create(source) | "Spread" >> beam.Reshuffle()
+        done = images | embed
+        # The workers may be on other machines, so the summary comes back as a file.
+        (
+            done
+            | "One" >> beam.combiners.ToList()
+            | "Summary" >> beam.Map(_summarize, path=os.path.join(folder, _SUMMARY), dim=embed.dim)
+        )
 
 
 class _Embed(beam.DoFn):
