@@ -160,7 +160,8 @@ def check_failure(program, done, folder, way):
     for path in there:
         if path.endswith(".json"):
             read_json(folder / path)
-    return lines[0].partition("error: ")[2].replace(str(folder), "...")
+    message = lines[0].partition("error: ")[2].replace(sys.executable, "python")
+    return message.replace(str(folder), "...").replace(str(folder.parent), "...")
 
 
 def check(holds, message):
