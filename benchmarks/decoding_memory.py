@@ -111,7 +111,7 @@ def measure(way, folder, width, height, results):
     decode, content = WAYS[way](folder), png(width, height)
     decode(png(64, 64))
     before = memory("VmRSS")
-    # Starts the peak anew.
+    # Resets the peak.
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     refused = ""
     try:

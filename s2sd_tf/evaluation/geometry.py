@@ -93,7 +93,7 @@ def _published_decays(rows):
 
 
 def _singular_values(rows):
-    """Singular values, largest first; those that are 0 but for rounding are 0."""
+    """Singular values, largest first; those that only rounding keeps from 0 are 0."""
     values = np.linalg.svd(np.asarray(rows, np.float64), compute_uv=False)
     return np.where(values > values[0] * max(rows.shape) * np.finfo(np.float64).eps, values, 0.0)
 
