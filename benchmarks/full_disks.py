@@ -3,7 +3,7 @@ r"""Runs the programs where they cannot write, and checks what they say and leav
     python benchmarks/full_disks.py --output=benchmarks/results/full_disks.json
 
 Every program that writes runs three ways: where no file may be longer than a few KB (`ulimit -f`), on a file system
-that is read-only, and on one that is full but for 0 or 40 KiB. Each time it must end with an exit status other than
+that is read-only, and on one that has 0 or 40 KiB left. Each time it must end with an exit status other than
 0, and one line that says what could not be written. It may leave only whole files that the next run uses, which are
 those of s2sd-train, s2sd-compare and s2sd-embed. The last two ways need the right to mount file systems; without it
 they are left out. Writes the JSON and a table (.md) of the same name. Fails if any check fails.

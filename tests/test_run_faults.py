@@ -16,6 +16,7 @@ from conftest import REPOSITORY
 
 from s2sd_tf import data
 from s2sd_tf.cli import app
+from s2sd_tf.evaluation import build_index
 from s2sd_tf.evaluation.embeddings import write_shard
 from s2sd_tf.files import LEFTOVER, OutOfSpace, read_json, replacing, write_json
 from s2sd_tf.keras_compat import keras
@@ -511,12 +512,20 @@ class TestNoRoom:
         assert os.listdir(tmp_path) == ["file.json"]
         assert read_json(tmp_path / "file.json") == 1
 
-    def test_the_end_of_the_room_in_the_last_bytes(self, tmp_path):
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda path: write_shard(path, np.ones((8, 8)), list("abcdefgh")),
+            build_index(np.eye(8, dtype=np.float32), method="funnel", dim=4).save,
+        ],
+        ids=["shard", "funnel"],
+    )
+    def test_the_end_of_the_room_in_the_last_bytes(self, tmp_path, write):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
         try:
             with pytest.raises(OutOfSpace, match="shard: expected room"):
-                write_shard(tmp_path / "shard", np.ones((8, 8)), list("abcdefgh"))
+                write(tmp_path / "shard")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from absl import logging
 from threadpoolctl import threadpool_limits
 
 from s2sd_tf.checks import check_choice, checked_int
-from s2sd_tf.evaluation.embeddings import Rows, read_items, read_rows
+from s2sd_tf.evaluation.embeddings import Rows, read_items, read_rows, write_rows
 from s2sd_tf.evaluation.exact import exact_neighbors
 from s2sd_tf.evaluation.index import Index, checked_items
 from s2sd_tf.evaluation.neighbors import check_search
@@ -186,7 +186,7 @@ class FunnelIndex(Index):
         return [self.ids[i] for i in kept]
 
     def _save(self, folder):
-        np.save(os.path.join(folder, "embeddings.npy"), self._rows, allow_pickle=False)
+        write_rows(folder, self._rows)
         if self.settings["codes"] == "scann":
             self.shortlist.index.save(os.path.join(folder, _SHORTLIST))
 
