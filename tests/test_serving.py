@@ -164,7 +164,14 @@ def test_after_a_kill_it_resumes_without_losing_or_repeating_a_shard(call, encod
 def test_beam_embeds_files_like_this_process(encoder_path, images, tmp_path):
     items, folder = list_images(images), str(tmp_path / "out")
     gone = Item("gone.png", str(tmp_path / "gone.png"), "")
-    summary = beam.run([*items, gone], encoder_path, folder, shards=4, batch_size=7, index={"recall": 0.9})
+    summary = beam.run(
+        [*items, gone],
+        encoder_path,
+        folder,
+        shards=4,
+        batch_size=7,
+        index={"method": "funnel", "dim": 2, "recall": 0.9},
+    )
     assert "No such file" in next(row["error"] for row in summary["failed"] if row["id"] == "gone.png")
     summary["failed"] = [row for row in summary["failed"] if row["id"] != "gone.png"]
     summary["images"] -= 1
@@ -237,6 +244,15 @@ def test_errors_of_embedding_name_the_argument(encoder_path, images, tmp_path):
         embed_images([items[0], items[0]], encoder, str(tmp_path / "out"))
     with pytest.raises(ValueError, match="shard_size"):
         embed_images(items, encoder, str(tmp_path / "out"), shard_size=0)
+    for index, message in (
+        ({"size": 3}, "index: expected arguments of build_index"),
+        ({"method": "funel"}, "index, method: .*'funnel'"),
+        ({"method": "funnel"}, "index, dim: expected the dimension"),
+        ({"method": "funnel", "dim": 1000}, "index, dim: expected at most"),
+        ({"recall": 2.0}, "index, recall"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            embed_images(items, encoder, str(tmp_path / "out"), index=index)
     with pytest.raises(ValueError, match="new or empty"):
         embed_images(items, encoder, str(tmp_path / "other"))
     assert not (tmp_path / "out").exists()

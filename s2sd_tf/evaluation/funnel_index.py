@@ -11,9 +11,9 @@ from absl import logging
 from threadpoolctl import threadpool_limits
 
 from s2sd_tf.checks import check_choice, checked_int
-from s2sd_tf.evaluation.embeddings import Rows, read_items, read_rows, write_rows
+from s2sd_tf.evaluation.embeddings import Rows, read_items, read_rows
 from s2sd_tf.evaluation.exact import exact_neighbors
-from s2sd_tf.evaluation.index import Index, checked_items
+from s2sd_tf.evaluation.index import RowsIndex, checked_items
 from s2sd_tf.evaluation.neighbors import check_search
 from s2sd_tf.evaluation.rows import checked_rows, normalized
 from s2sd_tf.evaluation.scann_index import ScannIndex
@@ -28,7 +28,7 @@ _RANKED = 32
 _SHORTLIST = "shortlist"
 
 
-class FunnelIndex(Index):
+class FunnelIndex(RowsIndex):
     """Funnel search for nested embeddings, by cosine similarity (Kusupati et al., 2022, arXiv 2205.13147, section 4.3).
 
     A query's nearest items by the first `dim` dimensions are its shortlist; these are ranked by the whole embedding.
@@ -51,10 +51,9 @@ class FunnelIndex(Index):
         settings: dict[str, Any],
         tuned: dict[str, Any],
     ) -> None:
-        super().__init__("cosine", rows.shape[1], ids, labels)
+        super().__init__(rows, "cosine", ids, labels)
         self.settings = settings
         self.tuned = tuned
-        self._rows = rows
         self._shortlist: Any = None
 
     @classmethod
@@ -109,9 +108,6 @@ class FunnelIndex(Index):
                 self._rows, self.settings["dim"], self.settings["codes"], tuned["recall"], length, seed=0
             )
         return self._shortlist
-
-    def rows(self) -> np.ndarray:
-        return self._rows
 
     def length(self, k: int) -> int | None:
         """The length of the shortlist for k neighbours: longer if k exceeds the tuned k. None: exact search."""
@@ -170,23 +166,15 @@ class FunnelIndex(Index):
         self.tuned["measured"] = float(np.mean(places[others] < fewest))
 
     def _add(self, rows, ids):
-        position = {item: i for i, item in enumerate(self.ids)}
-        rows, kept = normalized(np.asarray(rows[:])), self._rows.copy()
-        new = [i for i, item in enumerate(ids) if item not in position]
-        for i, item in enumerate(ids):
-            if item in position:
-                kept[position[item]] = rows[i]
-        self._rows, self._shortlist = np.concatenate([kept, rows[new]]), None
-        return [*self.ids, *(ids[i] for i in new)]
+        self._shortlist = None
+        return super()._add(normalized(np.asarray(rows[:])), ids)
 
     def _remove(self, ids):
-        gone = set(ids)
-        kept = [i for i, item in enumerate(self.ids) if item not in gone]
-        self._rows, self._shortlist = self._rows[kept], None
-        return [self.ids[i] for i in kept]
+        self._shortlist = None
+        return super()._remove(ids)
 
     def _save(self, folder):
-        write_rows(folder, self._rows)
+        super()._save(folder)
         if self.settings["codes"] == "scann":
             self.shortlist.index.save(os.path.join(folder, _SHORTLIST))
 

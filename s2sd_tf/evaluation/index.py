@@ -152,14 +152,40 @@ class Index:
         return {}
 
 
-class ExactIndex(Index):
-    """Exact search over embeddings in memory or in a memory-mapped file."""
-
-    method = "exact"
+class RowsIndex(Index):
+    """An index that keeps the rows of its items, in memory or in a memory-mapped file."""
 
     def __init__(self, rows: Any, metric: str, ids: list[str], labels: list[str] | None) -> None:
         super().__init__(metric, rows.shape[1], ids, labels)
         self._rows = rows
+
+    def rows(self) -> np.ndarray:
+        return np.asarray(self._rows[:], np.float32)
+
+    def _add(self, rows, ids):
+        position = {item: i for i, item in enumerate(self.ids)}
+        kept = np.array(self._rows[:], np.float32)
+        new = [i for i, item in enumerate(ids) if item not in position]
+        for i, item in enumerate(ids):
+            if item in position:
+                kept[position[item]] = rows[i]
+        self._rows = np.concatenate([kept, np.asarray(rows, np.float32)[new]])
+        return [*self.ids, *(ids[i] for i in new)]
+
+    def _remove(self, ids):
+        gone = set(ids)
+        kept = [i for i, item in enumerate(self.ids) if item not in gone]
+        self._rows = np.asarray(self._rows[:])[kept]
+        return [self.ids[i] for i in kept]
+
+    def _save(self, folder):
+        write_rows(folder, self.rows())
+
+
+class ExactIndex(RowsIndex):
+    """Exact search."""
+
+    method = "exact"
 
     @classmethod
     def build(
@@ -183,30 +209,8 @@ class ExactIndex(Index):
             raise ValueError(f"{folder}: expected rows of dimension {about['dim']}. Received: {rows.shape[1]}")
         return cls(rows, about["metric"], ids, labels)
 
-    def rows(self) -> np.ndarray:
-        return np.asarray(self._rows[:], np.float32)
-
     def _search(self, queries, k):
         return exact_neighbors(queries, self._rows, k, self.metric)
-
-    def _add(self, rows, ids):
-        position = {item: i for i, item in enumerate(self.ids)}
-        kept = np.array(self._rows[:], np.float32)
-        new = [i for i, item in enumerate(ids) if item not in position]
-        for i, item in enumerate(ids):
-            if item in position:
-                kept[position[item]] = rows[i]
-        self._rows = np.concatenate([kept, np.asarray(rows, np.float32)[new]])
-        return [*self.ids, *(ids[i] for i in new)]
-
-    def _remove(self, ids):
-        gone = set(ids)
-        kept = [i for i, item in enumerate(self.ids) if item not in gone]
-        self._rows = np.asarray(self._rows[:])[kept]
-        return [self.ids[i] for i in kept]
-
-    def _save(self, folder):
-        write_rows(folder, self.rows())
 
 
 def checked_items(

@@ -15,7 +15,9 @@ from s2sd_tf.evaluation.index import FORMAT, ExactIndex, Index
 from s2sd_tf.evaluation.neighbors import METHODS, METRICS, Neighbors, check_search, no_neighbors
 from s2sd_tf.evaluation.rows import checked_keys, checked_sets
 from s2sd_tf.evaluation.scann_index import ScannIndex, scann_neighbors
+from s2sd_tf.evaluation.scann_searcher import import_scann
 from s2sd_tf.evaluation.sharded_index import ShardedIndex
+from s2sd_tf.evaluation.shortlist import CODES
 from s2sd_tf.files import local_path
 from s2sd_tf.untrusted import read_json_object, reading
 
@@ -99,17 +101,43 @@ def build_index(
     Raises:
         ValueError: a bad argument.
     """
+    check_index_settings(method, metric, recall, k, seed, dim, codes)
+    if dim is not None:
+        return FunnelIndex.build(embeddings, ids, labels, dim=dim, codes=codes, recall=recall, k=k, seed=seed)
+    if method == "scann":
+        return ScannIndex.build(embeddings, ids, labels, metric, recall, k, seed)
+    return ExactIndex.build(embeddings, ids, labels, metric)
+
+
+def check_index_settings(
+    method: str = "scann",
+    metric: str = "cosine",
+    recall: float = 0.99,
+    k: int = 10,
+    seed: int = 0,
+    dim: int | None = None,
+    codes: str = "float32",
+) -> None:
+    """Checks the arguments of `build_index` that need no gallery, and that the library for them is installed.
+
+    Raises:
+        ValueError: a bad argument.
+        ImportError: ScaNN is needed, and is missing or does not fit TensorFlow.
+    """
     check_choice("method", method, (*METHODS, FunnelIndex.method))
+    check_choice("codes", codes, CODES)
+    check_search("exact", metric, recall)
+    checked_int("k", k, 1)
+    checked_int("seed", seed, 0)
     if method == FunnelIndex.method:
         check_choice("metric", metric, ("cosine",))
         if dim is None:
             raise ValueError("dim: expected the dimension of the prefixes, with method='funnel'. Received: None")
-        return FunnelIndex.build(embeddings, ids, labels, dim=dim, codes=codes, recall=recall, k=k, seed=seed)
-    if dim is not None:
+        checked_int("dim", dim, 1)
+    elif dim is not None:
         raise ValueError(f"dim: expected None unless method='funnel'. Received: {dim!r}")
-    if method == "scann":
-        return ScannIndex.build(embeddings, ids, labels, metric, recall, k, seed)
-    return ExactIndex.build(embeddings, ids, labels, metric)
+    if "scann" in (method, codes):
+        import_scann()
 
 
 def load_index(folder: str | os.PathLike) -> Index:

@@ -57,9 +57,9 @@ class EmbedImages(beam.PTransform):
         super().__init__()
         encoder, folder = local_path("encoder", encoder), local_path("folder", folder)
         self.encoder, self.folder, self.shards, self.batch_size, self.index = encoder, folder, shards, batch_size, index
-        check_index(index)
         # An invalid encoder is reported here, not by a worker.
         self.dim = Encoder(encoder, dim).dim
+        check_index(index, self.dim)
 
     def expand(self, images: beam.PCollection) -> beam.PCollection:
         embedded = (

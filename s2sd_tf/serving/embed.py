@@ -11,13 +11,11 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from s2sd_tf.checks import check_choice, check_folder_to_write, checked_int
+from s2sd_tf.checks import check_folder_to_write, checked_int
 from s2sd_tf.data.decoding import first_line
 from s2sd_tf.data.image_folder import EXTENSIONS, walk_folders
 from s2sd_tf.evaluation.embeddings import read_items, shard_folders, shard_name, write_shard
-from s2sd_tf.evaluation.neighbors import METHODS
-from s2sd_tf.evaluation.scann_searcher import import_scann
-from s2sd_tf.evaluation.search import build_index
+from s2sd_tf.evaluation.search import build_index, check_index_settings
 from s2sd_tf.files import has_content, local_path, only_writer, read_json, remove_leftovers, replacing, write_json
 from s2sd_tf.serving.encoder import Encoder
 from s2sd_tf.untrusted import image_excess, read_json_object
@@ -97,7 +95,7 @@ def embed_images(
         folder: folder to write; a new folder, or that of an earlier call with the same encoder, `shard_size` and
             `index`.
         shard_size, batch_size: >= 1, images per shard and images embedded at a time.
-        index: arguments of `build_index` (method, metric, recall, k) for an index in every shard, or None.
+        index: arguments of `build_index` (method, metric, recall, k, dim, codes) for an index in every shard, or None.
         progress: whether to show a progress bar.
 
     Returns:
@@ -112,7 +110,7 @@ def embed_images(
     shard_size, batch_size = checked_int("shard_size", shard_size, 1), checked_int("batch_size", batch_size, 1)
     if len({item.id for item in items}) < len(items) or not items:
         raise ValueError("items: expected at least one item, and unique ids. Received: none, or duplicate ids")
-    check_index(index)
+    check_index(index, encoder.dim)
     # None for the whole dimension, as for folders of earlier versions.
     dim = None if encoder.dim == encoder.dims[-1] else encoder.dim
     plan = {"encoder": encoder.fingerprint(), "dim": dim, "shard_size": shard_size, "index": index}
@@ -122,22 +120,24 @@ def embed_images(
         return _summarize(folder, len(items), encoder.dim)
 
 
-def check_index(index: Mapping[str, Any] | None) -> None:
-    """Checks the arguments of `build_index` before any image is embedded.
+def check_index(index: Mapping[str, Any] | None, dim: int) -> None:
+    """Checks the arguments of `build_index`, for embeddings of dimension `dim`, before any image is embedded.
 
     Raises:
-        ValueError: an unknown argument.
+        ValueError: a bad argument.
         ImportError: ScaNN is missing.
     """
     if index is None:
         return
-    known = sorted(set(inspect.signature(build_index).parameters) - {"embeddings", "ids", "labels"})
+    known = sorted(inspect.signature(check_index_settings).parameters)
     if not isinstance(index, Mapping) or not set(index) <= set(known):
         raise ValueError(f"index: expected arguments of build_index, {known}, or None. Received: {index!r}")
-    method = index.get("method", "scann")
-    check_choice("index, method", method, METHODS)
-    if method == "scann":
-        import_scann()
+    try:
+        check_index_settings(**index)
+        if (index.get("dim") or 0) > dim:
+            raise ValueError(f"dim: expected at most {dim}, that of the encoder. Received: {index['dim']}")
+    except ValueError as error:
+        raise ValueError(f"index, {error}") from None
 
 
 def local_items(items: Iterable[Item]) -> list[Item]:
