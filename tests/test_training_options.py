@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import time
+import types
 
 import conftest
 import numpy as np
@@ -350,18 +351,20 @@ class TestShortRuns:
         assert log() == ([f"In the 6 steps of this run, {expected}"] if expected else [])
 
 
-def test_a_missing_scann_is_noticed_first(tmp_path, monkeypatch):
+def test_without_scann_search_is_exact_unless_scann_is_asked_for(tmp_path, monkeypatch, log):
     monkeypatch.setitem(sys.modules, "scann", None)
-    items = [serving.Item("a", "a.png", "")]
+    items, encoder = [serving.Item("a", "a.png", "")], types.SimpleNamespace(dim=3)
     for begin in (
-        lambda: train(small_config(), tmp_path / "run"),
-        lambda: dry_run(small_config()),
         lambda: evaluation.RetrievalEvaluation(np.zeros((4, 8, 8, 1)), [0, 0, 1, 1], method="scann"),
-        lambda: serving.embed_images(items, None, tmp_path / "embeddings", index={}),
+        lambda: evaluation.build_index(np.eye(3), method="scann"),
+        lambda: serving.embed_images(items, encoder, tmp_path / "embeddings", index={"method": "scann"}),
     ):
         with pytest.raises(ImportError, match="needs ScaNN"):
             begin()
     assert not any(tmp_path.iterdir())
+    assert evaluation.build_index(np.eye(3)).method == "exact"
+    assert set(train(small_config(**{"train.epochs": 1}), tmp_path / "run")["test"]) == {"exact"}
+    assert len([line for line in log() if "Search is exact only" in line and "pip install scann" in line]) == 1
 
 
 class TestDryRun:

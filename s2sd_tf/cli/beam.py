@@ -26,7 +26,12 @@ _DIM = flags.DEFINE_integer(
 )
 _SHARDS = flags.DEFINE_integer("shards", 16, "Maximum number of shards.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images embedded at a time.", lower_bound=1)
-_METHOD = flags.DEFINE_enum("method", "scann", ["scann", "exact", "none"], "Search method of each shard's index.")
+_METHOD = flags.DEFINE_enum(
+    "method",
+    None,
+    ["scann", "exact", "none"],
+    "Search method of each shard's index; by default scann where it is installed, else exact.",
+)
 _METRIC = flags.DEFINE_enum("metric", "cosine", ["cosine", "euclidean"], "Metric of the index.")
 _RECALL = flags.DEFINE_float("recall", 0.99, "Recall against exact search that ScaNN is tuned to.")
 _OPTIONS = flags.DEFINE_multi_string(
@@ -54,9 +59,7 @@ def _main(_):
     logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)
     index: dict[str, Any] | None = None
     if _METHOD.value != "none":
-        index = {"method": _METHOD.value, "metric": _METRIC.value}
-        if _METHOD.value == "scann":
-            index["recall"] = _RECALL.value
+        index = {"method": _METHOD.value, "metric": _METRIC.value, "recall": _RECALL.value}
     source = _TFRECORDS.value or list_images(_IMAGES.value)
     summary = beam.run(
         source, _ENCODER.value, _OUTPUT.value, _SHARDS.value, _BATCH_SIZE.value, index, _OPTIONS.value, _DIM.value

@@ -50,7 +50,9 @@ _DIMS = flags.DEFINE_list(
 )
 _DIMS_PLOT = app.define_path("dims_plot", None, "With --dims: PNG file to write, with the metrics over the dimension.")
 _METHODS = flags.DEFINE_list(
-    "methods", ["exact", "scann"], "Search methods: exact, scann. With scann, mrr is over the 100 nearest."
+    "methods",
+    None,
+    "Search methods: exact, scann; both by default, if ScaNN is installed. With scann, mrr is over the 100 nearest.",
 )
 _METRICS = flags.DEFINE_list(
     "metrics", [], "Similarities: cosine, euclidean. By default cosine, and euclidean unless all rows have unit length."
@@ -76,7 +78,7 @@ def _main(_):
     from s2sd_tf import evaluation
     from s2sd_tf.checks import check_choice, check_file_to_write
     from s2sd_tf.evaluation.neighbors import METHODS, METRICS
-    from s2sd_tf.evaluation.scann_searcher import import_scann
+    from s2sd_tf.evaluation.scann_searcher import import_scann, usable_methods
     from s2sd_tf.files import check_replaceable, write_json
     from s2sd_tf.progress import stage
     from s2sd_tf.reporting import save_figure, save_projector
@@ -86,11 +88,12 @@ def _main(_):
     if len(chosen) != 1:
         raise ValueError(f"expected exactly one of --workdir, --model and --embeddings. Received: {chosen or 'none'}")
     ks, precision_ks, map_ks = (_ints(flag) for flag in (_KS, _PRECISION_KS, _MAP_KS))
-    if not _METHODS.value:
+    methods = usable_methods() if _METHODS.value is None else _METHODS.value
+    if not methods:
         raise ValueError("--methods: expected at least one. Received: none")
-    for list_flag, choices in ((_METHODS, METHODS), (_METRICS, METRICS)):
-        for value in list_flag.value:
-            check_choice(f"--{list_flag.name}", value, choices)
+    for name, values, choices in (("--methods", methods, METHODS), ("--metrics", _METRICS.value, METRICS)):
+        for value in values:
+            check_choice(name, value, choices)
     for more, needed in ((_GALLERY_LABELS, _GALLERY_EMBEDDINGS), (_GALLERY_EMBEDDINGS, _EMBEDDINGS)):
         if more.value and not needed.value:
             raise ValueError(f"--{more.name}: expected --{needed.name} too. Received: none")
@@ -102,7 +105,7 @@ def _main(_):
             check_file_to_write(f"--{flag.name}", flag.value)
     if _PROJECTOR.value:
         check_replaceable("--projector", _PROJECTOR.value, "projector_config.pbtxt")
-    if "scann" in _METHODS.value:
+    if "scann" in methods:
         # Before the embedding, which takes long.
         import_scann()
     configs.register(_REGISTER)
@@ -112,7 +115,7 @@ def _main(_):
     ids = {} if gallery is None else _shared_ids(queries, gallery)
     results: dict[str, dict[str, float]] = {}
     first = None
-    for method in _METHODS.value:
+    for method in methods:
         for metric in metrics:
             with stage(f"Searching, {method}, {metric}"):
                 found = evaluation.evaluate_retrieval(

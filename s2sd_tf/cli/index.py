@@ -20,7 +20,9 @@ _EMBEDDINGS = app.define_path(
     "embeddings", None, "Folder of s2sd-embed, or a .npy, .npz or .tfrecord file.", required=True
 )
 _OUTPUT = app.define_path("output", None, "Folder to write the index to.", required=True)
-_METHOD = flags.DEFINE_enum("method", "scann", ["scann", "exact", "funnel"], "Search method.")
+_METHOD = flags.DEFINE_enum(
+    "method", None, ["scann", "exact", "funnel"], "Search method; by default scann where it is installed, else exact."
+)
 _FUNNEL_DIM = flags.DEFINE_integer(
     "funnel_dim",
     None,

@@ -1,9 +1,12 @@
-"""Imports ScaNN, chooses its settings for a gallery size, and builds its searcher."""
+"""Imports ScaNN where it is installed, chooses its settings for a gallery size, and builds its searcher."""
 
 import importlib
 from typing import Any
 
 import numpy as np
+from absl import logging
+
+from s2sd_tf.evaluation.neighbors import METHODS
 
 # ScaNN's TensorFlow operations.
 SCANN_OPS = "scann.scann_ops.py.scann_ops"
@@ -25,6 +28,16 @@ def import_scann(module: str = "scann") -> Any:
             "method='scann' needs ScaNN built for this TensorFlow: `pip install scann==1.4.2` for TensorFlow 2.20, "
             "`pip install scann==1.3.0` for 2.15. Or use method='exact'."
         ) from error
+
+
+def usable_methods() -> tuple[str, ...]:
+    """The search methods that can be used here: `METHODS`, or without "scann", which is logged once."""
+    try:
+        import_scann()
+    except ImportError as error:
+        logging.log_first_n(logging.WARNING, "Search is exact only: %s", 1, error)
+        return ("exact",)
+    return METHODS
 
 
 def settings_for(size: int, spilling: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from s2sd_tf.evaluation.index import FORMAT, ExactIndex, Index
 from s2sd_tf.evaluation.neighbors import METHODS, METRICS, Neighbors, check_search, no_neighbors
 from s2sd_tf.evaluation.rows import checked_keys, checked_sets
 from s2sd_tf.evaluation.scann_index import ScannIndex, scann_neighbors
-from s2sd_tf.evaluation.scann_searcher import import_scann
+from s2sd_tf.evaluation.scann_searcher import import_scann, usable_methods
 from s2sd_tf.evaluation.sharded_index import ShardedIndex
 from s2sd_tf.evaluation.shortlist import CODES
 from s2sd_tf.files import local_path
@@ -79,7 +79,7 @@ def build_index(
     embeddings: Rows | tf.Tensor,
     ids: Iterable[str] | None = None,
     labels: Iterable[str] | None = None,
-    method: str = "scann",
+    method: str | None = None,
     metric: str = "cosine",
     recall: float = 0.99,
     k: int = 10,
@@ -93,7 +93,8 @@ def build_index(
         embeddings: float rows `(n, dim)`, n >= 1.
         ids: n different ids, or None to use the positions.
         labels: n labels, or None.
-        method: "exact", "scann" or "funnel", which shortlists by prefixes of nested embeddings; see `FunnelIndex`.
+        method: "exact", "scann", "funnel" (shortlists by prefixes of nested embeddings; see `FunnelIndex`), or None:
+            "scann" where ScaNN is installed, else "exact".
         metric: "cosine" or "euclidean"; "funnel" has only "cosine".
         recall, k, seed: for "scann" and "funnel"; see `ScannIndex.build`.
         dim, codes: for "funnel"; see `FunnelIndex.build`.
@@ -102,6 +103,7 @@ def build_index(
         ValueError: a bad argument.
     """
     check_index_settings(method, metric, recall, k, seed, dim, codes)
+    method = method or usable_methods()[-1]
     if dim is not None:
         return FunnelIndex.build(embeddings, ids, labels, dim=dim, codes=codes, recall=recall, k=k, seed=seed)
     if method == "scann":
@@ -110,7 +112,7 @@ def build_index(
 
 
 def check_index_settings(
-    method: str = "scann",
+    method: str | None = None,
     metric: str = "cosine",
     recall: float = 0.99,
     k: int = 10,
@@ -124,7 +126,8 @@ def check_index_settings(
         ValueError: a bad argument.
         ImportError: ScaNN is needed, and is missing or does not fit TensorFlow.
     """
-    check_choice("method", method, (*METHODS, FunnelIndex.method))
+    if method is not None:
+        check_choice("method", method, (*METHODS, FunnelIndex.method))
     check_choice("codes", codes, CODES)
     check_search("exact", metric, recall)
     checked_int("k", k, 1)

@@ -14,7 +14,7 @@ from s2sd_tf.data import EpochBatches, ImageSet, RetrievalSplit, evaluation_batc
 from s2sd_tf.data.samplers import Sampler
 from s2sd_tf.data.samplers.base import ClassSampler
 from s2sd_tf.evaluation import RetrievalEvaluation
-from s2sd_tf.evaluation.scann_searcher import import_scann
+from s2sd_tf.evaluation.scann_searcher import usable_methods
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models import S2SDModel, backbones
@@ -23,19 +23,15 @@ from s2sd_tf.training.datasets import RunData, hold_out
 
 
 def set_up(config: config_dict.ConfigDict) -> None:
-    """Sets threads, determinism and seeds from a resolved config. Call it before TensorFlow runs anything.
-
-    Raises:
-        ImportError: ScaNN, which evaluates the finished run, is missing.
-    """
+    """Sets threads, determinism and seeds from a resolved config. Call it before TensorFlow runs anything."""
     if config.train.threads:
         tf.config.threading.set_intra_op_parallelism_threads(config.train.threads)
         tf.config.threading.set_inter_op_parallelism_threads(config.train.threads)
     if config.train.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.seed)
-    # The end of the run needs it.
-    import_scann()
+    # Says at once if the finished run will not be evaluated with ScaNN.
+    usable_methods()
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import tensorflow as tf
 from s2sd_tf import progress
 from s2sd_tf.data.decoding import decode_pixels
 from s2sd_tf.evaluation import find_neighbors, retrieval_metrics
+from s2sd_tf.evaluation.scann_searcher import usable_methods
 from s2sd_tf.export import export_encoder
 from s2sd_tf.files import replacing, write_json
 from s2sd_tf.keras_compat import keras_version
@@ -52,7 +53,7 @@ def _evaluate_and_export(run, model, steps):
     if run_data.gallery is not None:
         gallery = (embed(model, run_data.gallery, run_data.preprocessing), run_data.gallery.labels)
     test = {}
-    for method in ("exact", "scann"):
+    for method in usable_methods():
         with progress.stage(f"Evaluating, {method} search"):
             test[method] = retrieval_metrics(embeddings, labels, *gallery, ks=config.eval.ks, method=method)
     results = {
