@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 
 import numpy as np
+import onnxruntime
 import pytest
 import tensorflow as tf
 from conftest import REPOSITORY
@@ -94,6 +95,56 @@ def test_it_contains_a_learned_pooling(small_model, tmp_path):
     images = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
     found = tf.saved_model.load(str(tmp_path / "encoder")).signatures["serving_default"](images=tf.constant(images))
     np.testing.assert_allclose(found["embedding"], model.predict(images, verbose=0), atol=1e-5)
+
+
+def run_onnx(path, images):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_inputs()] == ["images"]
+    assert session.get_inputs()[0].shape[:3] == ["batch", "height", "width"]
+    return dict(zip([value.name for value in session.get_outputs()], session.run(None, {"images": images})))
+
+
+def run_litert(path, images):
+    interpreter = tf.lite.Interpreter(str(path))
+    assert list(interpreter.get_signature_list()) == ["serving_default"]
+    interpreter.resize_tensor_input(interpreter.get_input_details()[0]["index"], images.shape)
+    return interpreter.get_signature_runner()(images=images)
+
+
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+@pytest.mark.parametrize(("format", "run"), [("onnx", run_onnx), ("litert", run_litert)])
+def test_other_formats_give_the_models_embeddings(small_model, tmp_path, format, run):
+    model, path = small_model(nested_dims=(2, 4), pooling="gem"), tmp_path / f"encoder.{format}"
+    preprocessing = data.Preprocessing(8, 8, 1, resize_size=10, invert=True, mean=0.2, std=0.7)
+    path.write_text("an earlier file")
+    export.export_encoder(model, preprocessing, path, format)
+    for size in ((8, 8), (3, 40), (31, 17)):
+        images = np.random.default_rng(0).random((3, *size, 1), np.float32)
+        found, expected = run(path, images), model(preprocessing(images), training=False)
+        assert set(found) == {"embedding", "embedding_2"}
+        np.testing.assert_allclose(found["embedding"], expected, atol=1e-5)
+        np.testing.assert_allclose(found["embedding_2"], s2sd_tf.truncate(expected, 2), atol=1e-5)
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
+@examples(50)
+@given(sides=st.tuples(st.integers(1, 60), st.integers(1, 60)), resize_size=st.sampled_from([None, 12, 17]))
+def test_portable_preprocessing_equals_the_ordinary_one(sides, resize_size):
+    preprocessing = data.Preprocessing(12, 9, 3, resize_size, mean=(0.1, 0.2, 0.3), std=0.5, channel_order="bgr")
+    images = np.random.default_rng(0).random((2, *sides, 3), np.float32)
+    np.testing.assert_allclose(preprocessing.portable(images), preprocessing(images), atol=1e-4)
+
+
+def test_errors_of_other_formats_name_the_argument(small_model, tmp_path, monkeypatch):
+    preprocessing = data.Preprocessing(8, 8, 1)
+    with pytest.raises(ValueError, match=r"format: expected one of .*; did you mean litert"):
+        export.export_encoder(small_model(), preprocessing, tmp_path / "encoder", "tflite")
+    with pytest.raises(ValueError, match="path: expected a file to write"):
+        export.export_encoder(small_model(), preprocessing, tmp_path, "litert")
+    monkeypatch.setitem(sys.modules, "tf2onnx", None)
+    with pytest.raises(ImportError, match=r"pip install 's2sd_tf\[onnx\]'"):
+        export.export_encoder(small_model(), preprocessing, tmp_path / "encoder", "onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):

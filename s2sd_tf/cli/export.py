@@ -1,19 +1,30 @@
-"""s2sd-export: writes the encoder of a finished run as a SavedModel.
+"""s2sd-export: writes the encoder of a finished run as a SavedModel, or for ONNX or LiteRT.
 
 The SavedModel embeds images without this package. Its signature serving_default takes float images in [0, 1], pixels
-takes uint8 images, encoded_images takes the bytes of image files.
+takes uint8 images, encoded_images takes the bytes of image files. ONNX and LiteRT files take float images of any size,
+in [0, 1].
 
 Examples:
   s2sd-export --workdir=runs/omniglot
   s2sd-export --workdir=runs/omniglot --output=encoder
+  s2sd-export --workdir=runs/omniglot --format=onnx --output=encoder.onnx
 """
 
 import os
 
+from absl import flags
+
 from s2sd_tf.cli import app, configs
 
 _WORKDIR = app.define_path("workdir", None, "Folder of a finished run.", required=True)
-_OUTPUT = app.define_path("output", None, "Folder to write. By default saved_model in the work directory.")
+_FORMAT = flags.DEFINE_enum(
+    "format", "savedmodel", ["savedmodel", "onnx", "litert"], "What to write: a SavedModel, or an ONNX or LiteRT file."
+)
+_OUTPUT = app.define_path(
+    "output",
+    None,
+    "Folder or file to write. By default saved_model, encoder.onnx or encoder.tflite in the work directory.",
+)
 _REGISTER = configs.define_register()
 
 
@@ -23,17 +34,25 @@ def main() -> None:
 
 
 def _main(_):
+    from s2sd_tf.checks import check_file_to_write
     from s2sd_tf.export import export_encoder
     from s2sd_tf.files import check_replaceable, only_writer
     from s2sd_tf.training import load_run
 
-    output = _OUTPUT.value or os.path.join(_WORKDIR.value, "saved_model")
-    check_replaceable("--output", output, "saved_model.pb")
+    name = {"savedmodel": "saved_model", "onnx": "encoder.onnx", "litert": "encoder.tflite"}[_FORMAT.value]
+    output = _OUTPUT.value or os.path.join(_WORKDIR.value, name)
+    if _FORMAT.value == "savedmodel":
+        check_replaceable("--output", output, "saved_model.pb")
+    else:
+        check_file_to_write("--output", output)
     configs.register(_REGISTER)
     with only_writer("--output", output):
         model, _, preprocessing = load_run(_WORKDIR.value)
-        export_encoder(model, preprocessing, output)
-    print(f"SavedModel with signatures serving_default, pixels and encoded_images: {output}")
+        export_encoder(model, preprocessing, output, _FORMAT.value)
+    if _FORMAT.value == "savedmodel":
+        print(f"SavedModel with signatures serving_default, pixels and encoded_images: {output}")
+    else:
+        print(f"{_FORMAT.value} file of {os.path.getsize(output) / 1e6:.1f} MB, from images to embedding: {output}")
 
 
 if __name__ == "__main__":

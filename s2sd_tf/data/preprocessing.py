@@ -111,6 +111,19 @@ def _scale_axis(images, axis, size, scale, shift):
     return tf.transpose(images, swap) if axis == -2 else images
 
 
+def _scaling_matrix(old, new, begin, length):
+    """Float32 `(length, old)`: the matrix that scales a side of `old` pixels to `new`, of which it gives a window.
+
+    The window has `length` pixels, from `begin` on. All are ints or int32 scalars. As `_scale_axis`, it weights by a
+    triangle that reaches as far as one pixel of the smaller image.
+    """
+    step = tf.cast(old, tf.float32) / tf.cast(new, tf.float32)
+    centres = (tf.cast(tf.range(length) + begin, tf.float32) + 0.5) * step
+    distances = tf.abs(tf.cast(tf.range(old), tf.float32) + 0.5 - centres[:, tf.newaxis])
+    weights = tf.maximum(1.0 - distances / tf.maximum(step, 1.0), 0.0)
+    return weights / tf.reduce_sum(weights, axis=1, keepdims=True)
+
+
 def _sizes(images):
     """The shape as a list, with tensors for the sizes that are not static."""
     dynamic = tf.shape(images)
@@ -234,6 +247,33 @@ class Preprocessing:
             tf.clip_by_value(tf.cast(tf.round(length * scale), tf.int32), 1, side)
             for length, side in ((float(self.height), height), (float(self.width), width))
         )
+
+    def portable(self, images: tf.Tensor) -> tf.Tensor:
+        """`self(images)` without its checks, by operations that ONNX and LiteRT have: antialiasing as matrix products.
+
+        Args:
+            images: float32 `(batch, h, w, channels)` in [0, 1].
+        """
+        size, sides = [self.height, self.width], _sizes(images)[-3:-1]
+        if self.resize_size is None:
+            rows, columns = (_scaling_matrix(side, length, 0, length) for side, length in zip(sides, size))
+        else:
+            scale = self.resize_size / tf.cast(tf.minimum(*sides), tf.float32)
+            scaled = [
+                tf.maximum(tf.cast(tf.round(tf.cast(side, tf.float32) * scale), tf.int32), length)
+                for side, length in zip(sides, size)
+            ]
+            rows, columns = (
+                _scaling_matrix(side, whole, (whole - length) // 2, length)
+                for side, whole, length in zip(sides, scaled, size)
+            )
+        images = tf.einsum("qw,bpwc->bpqc", columns, tf.einsum("ph,bhwc->bpwc", rows, images))
+        if self.channel_order == "bgr":
+            images = images[..., ::-1]
+        # As one affine map, because LiteRT's converter of TensorFlow 2.20 gets 1 - x - mean wrong.
+        mean, std = (np.broadcast_to(np.float32(value), [self.channels]) for value in (self.mean, self.std))
+        scale, shift = (-1.0, 1.0 - mean) if self.invert else (1.0, -mean)
+        return self._set_size(images * tf.constant(scale / std) + tf.constant(shift / std))
 
     def without_normalization(self) -> "Preprocessing":
         """The same resizing and crop without the other steps, so images are in [0, 1], for people to look at."""

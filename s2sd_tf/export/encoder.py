@@ -1,4 +1,4 @@
-"""Exports the encoder as a SavedModel: images in, embeddings out."""
+"""Exports the encoder as a SavedModel, or for ONNX and LiteRT: images in, embeddings out."""
 
 import os
 import re
@@ -7,20 +7,24 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from s2sd_tf.checks import check_choice
+from s2sd_tf.export.files import export_file
 from s2sd_tf.export.saved_model import load_saved_model
 from s2sd_tf.files import check_replaceable, local_path, replacing
 from s2sd_tf.graph_checks import checked_shape, for_any_batch
 from s2sd_tf.keras_compat import keras, raw_variable
 from s2sd_tf.truncation import truncate
 
+FORMATS = ("savedmodel", "onnx", "litert")
 # The signatures of the whole embedding, and how the names of those of its prefixes begin.
 _SIGNATURES = {"serving_default": "images", "pixels": "pixels", "encoded_images": "encoded_images"}
 
 
-def export_encoder(model: keras.Model, preprocessing: Any, path: str | os.PathLike) -> None:
-    """Writes a SavedModel that turns images into embeddings, preprocessing included.
+def export_encoder(model: keras.Model, preprocessing: Any, path: str | os.PathLike, format: str = "savedmodel") -> None:
+    """Writes a SavedModel, or a file for ONNX or LiteRT, that turns images into embeddings, preprocessing included.
 
-    All signatures return `{"embedding": (batch, embedding_dim) float32}`, with no rows for an empty batch:
+    All signatures of the SavedModel return `{"embedding": (batch, embedding_dim) float32}`, with no rows for an empty
+    batch:
 
     - "serving_default": `images`, float32 `(batch, h, w, channels)` of any size in [0, 1], where white is 1;
     - "pixels": `pixels`, uint8 `(batch, h, w, channels)` of any size in 0..255;
@@ -35,16 +39,27 @@ def export_encoder(model: keras.Model, preprocessing: Any, path: str | os.PathLi
     [-0.5, 1.5], are refused with `tf.errors.InvalidArgumentError`. Only TensorFlow is needed to load the SavedModel:
     `tf.saved_model.load(path).signatures["encoded_images"]`.
 
+    The other formats have what "serving_default" has, without its checks: the input `images`, the output `embedding`,
+    and for each shorter one of the `nested_dims` an output such as `embedding_16`.
+
     Args:
         model: built `S2SDModel`, whose embeddings are l2-normalised. Another built Keras model from images to rows
             `(batch, dim)` works too; its rows are returned as they are.
         preprocessing: the `data.Preprocessing` used in training.
-        path: folder to write; a new folder, or a SavedModel to replace. It is written completely or not at all.
+        path: folder to write; a new folder, or a SavedModel to replace. For the other formats a file, which may exist.
+            It is written completely or not at all.
+        format: "savedmodel"; "onnx", for which tf2onnx must be installed; or "litert", a LiteRT (TensorFlow Lite) file.
 
     Raises:
+        ImportError: tf2onnx is missing.
         ValueError: `model` is not built or returns something else, `preprocessing` does not fit it, or `path` exists
             and is neither an empty folder nor a SavedModel.
     """
+    check_choice("format", format, FORMATS)
+    if format != "savedmodel":
+        embed = _traced(model, preprocessing)
+        export_file(embed, _captured(model), preprocessing, _nested_dims(model), path, format)
+        return
     check_replaceable("path", path, "saved_model.pb")
     module = _Encoder(model, preprocessing)
     with replacing(path) as temporary:
@@ -119,12 +134,7 @@ class _Encoder(tf.Module):
     def __init__(self, model: keras.Model, preprocessing: Any) -> None:
         super().__init__()
         embed = _traced(model, preprocessing)
-        # Only the variables that the graphs below capture: the heads of an `S2SDModel` for training are left out. They
-        # come from the layers, since a graph has the parts of a distributed variable, which must be saved as one.
-        layers = [model]
-        if hasattr(model, "embedding_head"):
-            layers = [model.backbone, model.embedding_head, *([model.gem] if model.pooling == "gem" else [])]
-        self._variables = [raw_variable(variable) for layer in layers for variable in layer.variables]
+        self._variables = _captured(model)
         channels = preprocessing.channels
         shape = [None, None, None, channels]
 
@@ -154,14 +164,28 @@ class _Encoder(tf.Module):
         functions = (from_images, from_pixels, from_encoded_images)
         # An attribute, because a SavedModel has only the functions that its module has.
         self._functions = dict(zip(_SIGNATURES, functions))
-        nested = model.s2sd_loss.nested_dims[:-1] if hasattr(model, "s2sd_loss") else ()
-        for dim in nested:
+        for dim in _nested_dims(model):
             for prefix, function in zip(_SIGNATURES.values(), functions):
                 self._functions[f"{prefix}_{dim}"] = _truncated(function, dim)
 
     def functions(self) -> dict[str, Any]:
         """Returns the functions to export, by signature name."""
         return dict(self._functions)
+
+
+def _captured(model):
+    """The variables that the graph of a model's embeddings captures: the heads of an `S2SDModel` for training are left
+    out. They come from the layers, since a graph has the parts of a distributed variable, which must be saved as one.
+    """
+    layers = [model]
+    if hasattr(model, "embedding_head"):
+        layers = [model.backbone, model.embedding_head, *([model.gem] if model.pooling == "gem" else [])]
+    return [raw_variable(variable) for layer in layers for variable in layer.variables]
+
+
+def _nested_dims(model):
+    """The dimensions of the prefixes that a model was trained for."""
+    return model.s2sd_loss.nested_dims[:-1] if hasattr(model, "s2sd_loss") else ()
 
 
 def _truncated(function, dim):
