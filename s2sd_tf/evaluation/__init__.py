@@ -4,12 +4,15 @@ from s2sd_tf.evaluation.callback import RetrievalEvaluation
 from s2sd_tf.evaluation.clustering import clustering_metrics
 from s2sd_tf.evaluation.dimensions import metrics_by_dim
 from s2sd_tf.evaluation.embeddings import EmbeddingShards, read_embeddings
+from s2sd_tf.evaluation.expansion import expand
 from s2sd_tf.evaluation.funnel_index import FunnelIndex
 from s2sd_tf.evaluation.geometry import embedding_geometry
 from s2sd_tf.evaluation.metrics import RetrievalResult, evaluate_retrieval, retrieval_metrics
 from s2sd_tf.evaluation.neighbors import Neighbors
+from s2sd_tf.evaluation.reranking import reranked_neighbors
 from s2sd_tf.evaluation.scann_index import ScannIndex
 from s2sd_tf.evaluation.search import build_index, find_neighbors, load_index
+from s2sd_tf.evaluation.whitening import Whitening
 
 __all__ = [
     "EmbeddingShards",
@@ -18,13 +21,16 @@ __all__ = [
     "RetrievalEvaluation",
     "RetrievalResult",
     "ScannIndex",
+    "Whitening",
     "build_index",
     "clustering_metrics",
     "embedding_geometry",
     "evaluate_retrieval",
+    "expand",
     "find_neighbors",
     "load_index",
     "metrics_by_dim",
     "read_embeddings",
+    "reranked_neighbors",
     "retrieval_metrics",
 ]
