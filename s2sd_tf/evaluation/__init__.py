@@ -10,6 +10,7 @@ from s2sd_tf.evaluation.metrics import RetrievalResult, evaluate_retrieval, retr
 from s2sd_tf.evaluation.neighbors import Neighbors
 from s2sd_tf.evaluation.scann_index import ScannIndex
 from s2sd_tf.evaluation.search import build_index, find_neighbors, load_index
+from s2sd_tf.evaluation.verification import VerificationResult, verification_metrics
 
 __all__ = [
     "EmbeddingShards",
@@ -18,6 +19,7 @@ __all__ = [
     "RetrievalEvaluation",
     "RetrievalResult",
     "ScannIndex",
+    "VerificationResult",
     "build_index",
     "clustering_metrics",
     "embedding_geometry",
@@ -27,4 +29,5 @@ __all__ = [
     "metrics_by_dim",
     "read_embeddings",
     "retrieval_metrics",
+    "verification_metrics",
 ]
