@@ -8,6 +8,7 @@ from s2sd_tf.evaluation.funnel_index import FunnelIndex
 from s2sd_tf.evaluation.geometry import embedding_geometry
 from s2sd_tf.evaluation.metrics import RetrievalResult, evaluate_retrieval, retrieval_metrics
 from s2sd_tf.evaluation.neighbors import Neighbors
+from s2sd_tf.evaluation.open_set import open_set_metrics
 from s2sd_tf.evaluation.scann_index import ScannIndex
 from s2sd_tf.evaluation.search import build_index, find_neighbors, load_index
 from s2sd_tf.evaluation.verification import VerificationResult, verification_metrics
@@ -27,6 +28,7 @@ __all__ = [
     "find_neighbors",
     "load_index",
     "metrics_by_dim",
+    "open_set_metrics",
     "read_embeddings",
     "retrieval_metrics",
     "verification_metrics",

@@ -18,7 +18,7 @@ _STEPS = 2**21
 # Similarities that differ by less are equal: float64 rounds the same one differently in products of other shapes.
 _NOISE = 2.0**-40
 # Largest height and width of a block, and the bytes that it takes for each pair.
-_SIDE, _BYTES = 2048, 48
+_SIDE, _BYTES = 1024, 48
 
 
 class PairCounts(NamedTuple):
@@ -68,7 +68,7 @@ class Pairs:
             self._center = self._scale * mean_row(sets.gallery)
             # At least the longest distance, by the rows farthest from the mean; a power of two makes levels exact.
             radii = [self._radius(rows) for rows in (sets.queries, sets.gallery)]
-            self._low = -(2.0 ** np.ceil(np.log2(1e-30 + sum(radii))))
+            self._low = -float(np.exp2(np.ceil(np.log2(1e-30 + sum(radii)))))
         self._step = (2.0 if metric == "cosine" else 1.0) * abs(self._low) / _STEPS
 
     def counts(self) -> PairCounts:
@@ -87,11 +87,10 @@ class Pairs:
             every, positives, left_out = (np.zeros(_STEPS + 1, np.int64) for _ in range(3))
             for _, _, scores, kinds in self._blocks():
                 levels = self._levels(scores)
-                every += np.bincount(levels.reshape(-1), minlength=len(every))
+                # Not by bincount, which makes an array of all levels each time.
+                np.add.at(every, levels.reshape(-1), 1)
                 for kind, counts in ((1, positives), (-1, left_out)):
-                    chosen = kinds == kind
-                    if chosen.any():
-                        counts += np.bincount(levels[chosen], minlength=len(counts))
+                    np.add.at(counts, levels[kinds == kind], 1)
             every -= left_out
             thresholds, resolution = self._low + self._step * np.arange(len(every)), self._step / self._scale
             thresholds /= self._scale
@@ -115,7 +114,7 @@ class Pairs:
             def places(scores):
                 return np.searchsorted(ascending, scores, "right")
         else:
-            table = np.searchsorted(ascending, self._low + self._step * np.arange(_STEPS + 1), "right")
+            table = np.searchsorted(ascending, self._low + self._step * np.arange(_STEPS + 1), "right").astype(np.int16)
 
             def places(scores):
                 return table[self._levels(scores)]
@@ -140,9 +139,11 @@ class Pairs:
         return np.cumsum(positives[:, -2:0:-1], axis=1), np.cumsum(negatives[:, -2:0:-1], axis=1)
 
     def _levels(self, scores):
-        """Rounds similarities down to levels, int64 of their shape."""
+        """Rounds similarities, which are overwritten, down to levels, int64 of their shape."""
         # They are rounded down, so that a similarity reaches a threshold if its level does.
-        return ((scores - (self._low - _NOISE)) / self._step).astype(np.int64)
+        scores -= self._low - _NOISE
+        scores *= 1.0 / self._step
+        return scores.astype(np.int64)
 
     def _blocks(self) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
         """Yields `(start, first, similarities, kinds)`: the positions of the first query and gallery item, float64

@@ -59,28 +59,33 @@ class VerificationResult:
         return self.false_accepts / self.false_accepts[-1]
 
     def threshold(self, *, far: float | None = None, precision: float | None = None) -> float:
-        """The lowest threshold, which accepts the most pairs, that meets one condition on the pairs.
+        """Chooses a threshold. A search by float32 similarities rounds it to float32, and then accepts these pairs too.
 
         Args:
             far: the largest FAR, in (0, 1].
             precision: the smallest share of positives among the accepted pairs, in (0, 1].
 
+        Returns:
+            The lowest threshold, which accepts the most pairs, that meets the condition; without one, that of the best
+            F1.
+
         Raises:
-            ValueError: not exactly one condition, one out of range, or one that no similarity meets.
+            ValueError: both conditions, one out of range, or one that no similarity meets.
         """
-        if (far is None) == (precision is None):
-            raise ValueError(f"far and precision: expected exactly one. Received: {far!r} and {precision!r}")
-        name, value = ("far", far) if precision is None else ("precision", precision)
-        check_above(name, value, 0.0)
-        check_within(name, value, 0.0, 1.0)
-        precisions = self.true_accepts / np.maximum(self.true_accepts + self.false_accepts, 1)
-        met = np.flatnonzero(self.far <= far if precision is None else precisions >= precision)
-        if not len(met) or not met[-1]:
-            limit = self.far[1] if precision is None else precisions.max()
-            raise ValueError(
-                f"{name}: expected one that a similarity reaches; the best is {limit:.3g}. Received: {value}"
-            )
-        return float(self.thresholds[met[-1]])
+        if far is not None and precision is not None:
+            raise ValueError(f"far and precision: expected at most one. Received: {far!r} and {precision!r}")
+        accepts = self.true_accepts + self.false_accepts
+        if far is None and precision is None:
+            return float(self.thresholds[np.argmax(self.true_accepts / (accepts + self.true_accepts[-1]))])
+        if precision is None:
+            name, value, reached = "far", _rate("far", far), self.far <= far
+        else:
+            name, value = "precision", _rate("precision", precision)
+            reached = self.true_accepts >= precision * np.maximum(accepts, 1)
+        last = np.flatnonzero(reached)[-1:]
+        if not last.any():
+            raise ValueError(f"{name}: expected a rate that some threshold reaches. Received: {value}")
+        return float(self.thresholds[last[0]])
 
     def probability(self, similarities: np.ndarray, prior: float | None = None) -> np.ndarray:
         """Probability that pairs of these similarities are of one class, by isotonic regression on all pairs.
@@ -137,8 +142,9 @@ class VerificationResult:
                 # The first is the set itself, by which the error of counting at few thresholds is known.
                 weights[0] = 1
             true, false = weights @ of_classes[0], weights @ of_classes[1] - every
-            for accepts in zip(true, np.maximum.accumulate(np.maximum(false, 0.0), axis=1)):
-                found.append([_curve_values(*map(_drawn, accepts), fars)[name] for name in names])
+            for one, other in zip(true, np.maximum.accumulate(np.maximum(false, 0.0), axis=1)):
+                drawn = _curve_values(_drawn(one), _drawn(other), fars)
+                found.append([drawn[name] for name in names])
         values = np.array([self.values[name] for name in names])
         shifted = np.clip(np.array(found[1:]) - found[0] + values, 0.0, 1.0)
         low, high = np.nanquantile(shifted, [(1 - level) / 2, (1 + level) / 2], axis=0)
@@ -167,10 +173,9 @@ def verification_metrics(
     - `f1`: the largest F1 of precision and TAR, over thresholds;
     - `average_precision`: the sum over thresholds of the precision times the increase of TAR.
 
-    Similarities are computed in float64. Those of up to 2^22 pairs are sorted, so that values are those of the textbook,
-    with ties (similarities that agree to 12 digits for "cosine") counted as one threshold. Of more pairs the thresholds
-    are multiples of 2^-20 (for "euclidean", of at most 2^-18 of the largest possible distance) and the counts at them
-    are exact.
+    Similarities are computed in float64. Those of up to 2^22 pairs are sorted, so that every similarity is a threshold;
+    for "cosine", those that agree to 12 decimals are one. Of more pairs the thresholds are multiples of 2^-20 (for
+    "euclidean", of about 2^-20 times the longest distance), and the counts at them are exact.
 
     Args:
         queries, query_labels, gallery, gallery_labels, query_ids, gallery_ids, metric: see `evaluate_retrieval`. Pairs
@@ -182,19 +187,15 @@ def verification_metrics(
     Raises:
         ValueError: arguments that do not fit, or no pair of one class, or none of different classes.
     """
-    if isinstance(fars, (str, bytes)) or not isinstance(fars, Iterable):
-        raise ValueError(f"fars: expected a sequence of numbers in (0, 1]. Received: {fars!r}")
-    for far in fars:
-        check_above("fars", far, 0.0)
-        check_within("fars", far, 0.0, 1.0)
+    fars = checked_fars(fars)
     check_search("exact", metric, 1.0)
     memory_mib = checked_int("memory_mib", memory_mib, 1)
     sets = checked_labeled_sets(queries, query_labels, gallery, gallery_labels, query_ids, gallery_ids)
     pairs = Pairs(sets, metric, memory_mib, progress)
     if not pairs.positives or not pairs.negatives:
         raise ValueError(
-            f"query_labels: expected pairs of one class and pairs of different classes. Received: {pairs.positives} and "
-            f"{pairs.negatives}"
+            f"query_labels: expected pairs of one class and pairs of different classes. Received: "
+            f"{pairs.positives} and {pairs.negatives}"
         )
     found = pairs.counts()
     thresholds = np.append(np.inf, found.thresholds)
@@ -207,6 +208,23 @@ def verification_metrics(
     of_classes = pairs.counts_of_classes(thresholds[counted])
     values = _curve_values(true, false, fars)
     return VerificationResult(thresholds, true, false, values, found.resolution, counted, *of_classes)
+
+
+def checked_fars(fars: Any) -> list[float]:
+    """Returns `fars` as a list of floats.
+
+    Raises:
+        ValueError: not a sequence of numbers in (0, 1].
+    """
+    if isinstance(fars, (str, bytes)) or not isinstance(fars, Iterable):
+        raise ValueError(f"fars: expected a sequence of numbers in (0, 1]. Received: {fars!r}")
+    return [_rate("fars", far) for far in fars]
+
+
+def _rate(name, value):
+    check_within(name, value, 0.0, 1.0)
+    check_above(name, value, 0.0)
+    return float(value)
 
 
 def _curve_values(true: Any, false: Any, fars: Sequence[float]) -> dict[str, float]:
