@@ -92,8 +92,8 @@ class Pairs:
                 for kind, counts in ((1, positives), (-1, left_out)):
                     np.add.at(counts, levels[kinds == kind], 1)
             every -= left_out
-            thresholds, resolution = self._low + self._step * np.arange(len(every)), self._step / self._scale
-            thresholds /= self._scale
+            thresholds = (self._low + self._step * np.arange(len(every))) / self._scale
+            resolution = self._step / self._scale
         there = np.flatnonzero(every)[::-1]
         negatives = every - positives
         return PairCounts(thresholds[there], positives[there], negatives[there], resolution)

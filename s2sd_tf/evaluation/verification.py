@@ -32,7 +32,7 @@ class VerificationResult:
     Attributes:
         thresholds: float64 `(t,)`, descending: infinity, and then every similarity that occurs, up to `resolution`.
         true_accepts, false_accepts: numbers of accepted positives and negatives, int64 `(t,)`.
-        values: dict of the metrics; see `verification_metrics`.
+        values: dict of the metrics and of their thresholds; see `verification_metrics`.
         resolution: 0 if the thresholds are all similarities that occur; else the least difference between two.
         counted: positions in `thresholds` at which the pairs of every class were counted, int64 `(c,)`.
         class_true_accepts, class_false_accepts: the accepted pairs of every class there, int64 `(classes, c)`. A
@@ -66,22 +66,20 @@ class VerificationResult:
             precision: the smallest share of positives among the accepted pairs, in (0, 1].
 
         Returns:
-            The lowest threshold, which accepts the most pairs, that meets the condition; without one, that of the best
-            F1.
+            The lowest threshold, which accepts the most pairs, that meets the condition; without one, `threshold@f1`.
 
         Raises:
             ValueError: both conditions, one out of range, or one that no similarity meets.
         """
         if far is not None and precision is not None:
             raise ValueError(f"far and precision: expected at most one. Received: {far!r} and {precision!r}")
-        accepts = self.true_accepts + self.false_accepts
         if far is None and precision is None:
-            return float(self.thresholds[np.argmax(self.true_accepts / (accepts + self.true_accepts[-1]))])
+            return self.values["threshold@f1"]
         if precision is None:
             name, value, reached = "far", _rate("far", far), self.far <= far
         else:
             name, value = "precision", _rate("precision", precision)
-            reached = self.true_accepts >= precision * np.maximum(accepts, 1)
+            reached = self.true_accepts / np.maximum(self.true_accepts + self.false_accepts, 1) >= value
         last = np.flatnonzero(reached)[-1:]
         if not last.any():
             raise ValueError(f"{name}: expected a rate that some threshold reaches. Received: {value}")
@@ -123,7 +121,7 @@ class VerificationResult:
             seed: int >= 0.
 
         Returns:
-            dict from metric to `(low, high)`.
+            dict from metric to `(low, high)`; none for thresholds.
         """
         if not 0 < level < 1:
             raise ValueError(f"level: expected a number in (0, 1). Received: {level!r}")
@@ -132,7 +130,7 @@ class VerificationResult:
         classes = len(self.class_true_accepts)
         of_classes = (self.class_true_accepts.astype(np.float64), self.class_false_accepts.astype(np.float64))
         every = self.false_accepts[self.counted]
-        names = list(self.values)
+        names = [name for name in self.values if not name.startswith("threshold@")]
         fars = [float(name[4:]) for name in names if name.startswith("tar@")]
         found = []
         for start in range(0, resamples + 1, _TOGETHER):
@@ -171,7 +169,9 @@ def verification_metrics(
     - `eer`: the equal error rate, where FAR = 1 - TAR on the ROC, interpolated linearly between thresholds;
     - `auroc`: the area under the ROC;
     - `f1`: the largest F1 of precision and TAR, over thresholds;
-    - `average_precision`: the sum over thresholds of the precision times the increase of TAR.
+    - `average_precision`: the sum over thresholds of the precision times the increase of TAR;
+    - `threshold@f`, `threshold@eer`, `threshold@f1`: the lowest thresholds with a FAR of at most f and of at most `eer`,
+      infinity if every similarity that occurs has a larger one, and the threshold of `f1`.
 
     Similarities are computed in float64. Those of up to 2^22 pairs are sorted, so that every similarity is a threshold;
     for "cosine", those that agree to 12 decimals are one. Of more pairs the thresholds are multiples of 2^-20 (for
@@ -207,6 +207,9 @@ def verification_metrics(
     counted = counted[counted > 0]
     of_classes = pairs.counts_of_classes(thresholds[counted])
     values = _curve_values(true, false, fars)
+    for name, far in [*((f"{far:g}", far) for far in fars), ("eer", values["eer"])]:
+        values[f"threshold@{name}"] = float(thresholds[np.searchsorted(false / false[-1], far, "right") - 1])
+    values["threshold@f1"] = float(thresholds[np.argmax(true / (true + false + true[-1]))])
     return VerificationResult(thresholds, true, false, values, found.resolution, counted, *of_classes)
 
 
