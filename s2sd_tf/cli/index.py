@@ -40,7 +40,7 @@ _K = flags.DEFINE_integer(
 _MIN_SCORE = flags.DEFINE_float(
     "min_score",
     None,
-    "Threshold to store: the least similarity of a match, for s2sd-search and the SavedModel. s2sd-evaluate prints some.",
+    "Least similarity of a match, stored for s2sd-search and the SavedModel. s2sd-evaluate prints thresholds.",
 )
 _ENCODER = app.define_path("encoder", None, "SavedModel of s2sd-export; needed for --saved_model.")
 _SAVED_MODEL = app.define_path("saved_model", None, "Folder to write a SavedModel that maps images to ids and scores.")

@@ -129,7 +129,7 @@ class Index:
             os.makedirs(temporary)
             self._save(temporary)
             write_items(temporary, self.ids, self.labels)
-            about = {"format": FORMAT, "method": self.method, "metric": self.metric, "dim": self.dim}
+            about: dict[str, Any] = {"format": FORMAT, "method": self.method, "metric": self.metric, "dim": self.dim}
             about |= {"size": len(self), "min_score": self.min_score}
             write_json(os.path.join(temporary, "index.json"), {**about, **self._about(temporary)})
 

@@ -73,6 +73,7 @@ class Pairs:
 
     def counts(self) -> PairCounts:
         """Counts the pairs of every similarity."""
+        thresholds: np.ndarray
         if self._sorted:
             similarities, same = [], []
             for _, _, scores, kinds in self._blocks():

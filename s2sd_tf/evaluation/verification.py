@@ -66,7 +66,8 @@ class VerificationResult:
             precision: the smallest share of positives among the accepted pairs, in (0, 1].
 
         Returns:
-            The lowest threshold, which accepts the most pairs, that meets the condition; without one, `threshold@f1`.
+            The lowest threshold that meets the condition, which accepts the most pairs. Without a condition,
+            `threshold@best_f1`.
 
         Raises:
             ValueError: both conditions, one out of range, or one that no similarity meets.
@@ -74,7 +75,7 @@ class VerificationResult:
         if far is not None and precision is not None:
             raise ValueError(f"far and precision: expected at most one. Received: {far!r} and {precision!r}")
         if far is None and precision is None:
-            return self.values["threshold@f1"]
+            return self.values["threshold@best_f1"]
         if precision is None:
             name, value, reached = "far", _rate("far", far), self.far <= far
         else:
@@ -168,10 +169,11 @@ def verification_metrics(
       thresholds which accept none;
     - `eer`: the equal error rate, where FAR = 1 - TAR on the ROC, interpolated linearly between thresholds;
     - `auroc`: the area under the ROC;
-    - `f1`: the largest F1 of precision and TAR, over thresholds;
+    - `best_f1`: the largest F1 of precision and TAR, over thresholds;
     - `average_precision`: the sum over thresholds of the precision times the increase of TAR;
-    - `threshold@f`, `threshold@eer`, `threshold@f1`: the lowest thresholds with a FAR of at most f and of at most `eer`,
-      infinity if every similarity that occurs has a larger one, and the threshold of `f1`.
+    - `threshold@f`, `threshold@eer`: the lowest threshold whose FAR is at most f or `eer`; infinity if that of every
+      similarity is larger;
+    - `threshold@best_f1`: the threshold of `best_f1`.
 
     Similarities are computed in float64. Those of up to 2^22 pairs are sorted, so that every similarity is a threshold;
     for "cosine", those that agree to 12 decimals are one. Of more pairs the thresholds are multiples of 2^-20 (for
@@ -209,7 +211,7 @@ def verification_metrics(
     values = _curve_values(true, false, fars)
     for name, far in [*((f"{far:g}", far) for far in fars), ("eer", values["eer"])]:
         values[f"threshold@{name}"] = float(thresholds[np.searchsorted(false / false[-1], far, "right") - 1])
-    values["threshold@f1"] = float(thresholds[np.argmax(true / (true + false + true[-1]))])
+    values["threshold@best_f1"] = float(thresholds[np.argmax(true / (true + false + true[-1]))])
     return VerificationResult(thresholds, true, false, values, found.resolution, counted, *of_classes)
 
 
@@ -233,7 +235,7 @@ def _rate(name, value):
 def _curve_values(true: Any, false: Any, fars: Sequence[float]) -> dict[str, float]:
     """The metrics of accepted positives and negatives `(t,)`, ascending from 0 to all of them; NaN without either."""
     if not true[-1] or not false[-1]:
-        names = [*(f"tar@{far:g}" for far in fars), "eer", "auroc", "f1", "average_precision"]
+        names = [*(f"tar@{far:g}" for far in fars), "eer", "auroc", "best_f1", "average_precision"]
         return dict.fromkeys(names, float("nan"))
     tar, far = true / true[-1], false / false[-1]
     values = {f"tar@{limit:g}": tar[np.searchsorted(far, limit, "right") - 1] for limit in fars}
@@ -242,7 +244,7 @@ def _curve_values(true: Any, false: Any, fars: Sequence[float]) -> dict[str, flo
     part = excess[after - 1] / (excess[after - 1] - excess[after])
     values["eer"] = far[after - 1] + part * (far[after] - far[after - 1])
     values["auroc"] = np.sum(np.diff(far) * (tar[1:] + tar[:-1])) / 2.0
-    values["f1"] = np.max(2.0 * true / (true + false + true[-1]))
+    values["best_f1"] = np.max(2.0 * true / (true + false + true[-1]))
     accepted = np.where(true + false > 0, true + false, 1.0)
     values["average_precision"] = np.sum(np.diff(tar) * (true / accepted)[1:])
     return {name: float(value) for name, value in values.items()}
