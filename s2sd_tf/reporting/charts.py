@@ -93,7 +93,8 @@ def similarity_histogram(rows: Rows, labels: np.ndarray, generator: np.random.Ge
 def pair_histogram(result: VerificationResult) -> str:
     """Draws histograms of the similarities of all pairs, with the threshold of the best F1, and returns the SVG."""
     values = result.thresholds[1:]
-    edges = np.linspace(values[-1], max(values[0], np.nextafter(values[-1], np.inf)), 51)
+    # A little more, so that there is a range if all similarities are equal.
+    edges = np.linspace(values[-1], values[0] + 1e-6 * max(1.0, abs(values[-1])), 51)
     accepts = (result.true_accepts, result.false_accepts)
     counts = [np.histogram(values, edges, weights=np.diff(accepted))[0] for accepted in accepts]
     figure, axes = _histograms(dict(zip(_KINDS, counts)), edges)
@@ -108,7 +109,7 @@ def roc_curve(result: VerificationResult) -> str:
     """Draws the true accept rate over the false accept rate, and returns the SVG."""
     # The rates at which classes were counted: few points, at all orders of magnitude.
     far, tar = (np.append(0.0, rates[result.counted]) for rates in (result.far, result.tar))
-    least = 10.0 ** math.floor(math.log10(1.0 / result.false_accepts[-1]))
+    least = 10.0 ** math.floor(math.log10(0.5 / result.false_accepts[-1]))
     figure, axes = _figure()
     axes.plot(np.maximum(far, least), tar, color=_COLORS[0], drawstyle="steps-post")
     axes.set_xscale("log")
