@@ -133,8 +133,8 @@ class Pairs:
                 positives.reshape(-1)[there] += counts
             # What is no negative goes into a last column that is not returned.
             place[kinds != 0] = size - 1
-            for classes, lines in ((rows, place), (columns, place.T)):
-                keys = lines + size * np.arange(len(classes))[:, None]
+            for classes, lines in ((rows, np.arange(height)[:, None]), (columns, np.arange(width))):
+                keys = place + size * lines
                 found = np.bincount(keys.reshape(-1), minlength=size * len(classes)).reshape(-1, size)
                 np.add.at(negatives, classes, found)
         return np.cumsum(positives[:, -2:0:-1], axis=1), np.cumsum(negatives[:, -2:0:-1], axis=1)
