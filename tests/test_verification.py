@@ -9,6 +9,7 @@ from sklearn.isotonic import IsotonicRegression
 from s2sd_tf import evaluation
 from s2sd_tf.evaluation import pairs as pairs_module
 from s2sd_tf.evaluation.sharded_index import ShardedIndex
+from s2sd_tf.files import read_json, write_json
 
 FARS = (0.3, 1e-1, 1e-2, 1e-3, 1e-6)
 
@@ -71,8 +72,9 @@ def test_every_threshold_accepts_what_a_loop_counts(metric, kept, monkeypatch):
     monkeypatch.setattr(pairs_module, "_SORTED", kept)
     monkeypatch.setattr(pairs_module, "_STEPS", 2**10)
     rows, labels = classes_of_points(9, 15, dim=3)
-    # In little memory, so in blocks.
-    found = evaluation.verification_metrics(1000 * rows, labels, metric=metric, memory_mib=1)
+    # From parts and in little memory, so in blocks.
+    shards = evaluation.EmbeddingShards([1000 * rows[:50], 1000 * rows[50:]])
+    found = evaluation.verification_metrics(shards, labels, metric=metric, memory_mib=1)
     similarities, same = all_pairs(1000 * rows, labels, metric)
     slack = 1e-9 * np.abs(similarities).max()
     assert accepted(found, similarities + slack, same) == [found.true_accepts.tolist(), found.false_accepts.tolist()]
@@ -305,3 +307,11 @@ def test_an_index_answers_no_match_below_its_threshold(method, tmp_path):
     other.min_score = float("inf")
     with pytest.raises(ValueError, match="min_score"):
         other.save(tmp_path / "other")
+    about = read_json(tmp_path / "index" / "index.json")
+    write_json(tmp_path / "index" / "index.json", {**about, "min_score": "high"})
+    with pytest.raises(ValueError, match=r"index\.json.*min_score"):
+        evaluation.load_index(tmp_path / "index")
+    # Indexes of earlier versions have no threshold.
+    del about["min_score"]
+    write_json(tmp_path / "index" / "index.json", about)
+    assert evaluation.load_index(tmp_path / "index").min_score is None
