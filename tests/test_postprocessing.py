@@ -5,6 +5,8 @@ import pytest
 import tensorflow as tf
 
 from s2sd_tf import evaluation
+from s2sd_tf.cli import postprocessed
+from s2sd_tf.files import read_json
 
 
 def clustered(size, dim, classes=6, seed=0):
@@ -142,3 +144,62 @@ def test_reranking_of_equal_rows_and_single_items():
     assert (found.indices // 30 == (np.arange(60) // 30)[:, None]).all()
     found = evaluation.reranked_neighbors(rows[:1], rows[:1], 1)
     assert found.indices.tolist() == [[0]]
+
+
+def test_metrics_of_neighbors_that_were_found_otherwise():
+    rows, labels = clustered(60, 6)
+    queries, gallery = rows[:20], rows[20:]
+    found = evaluation.find_neighbors(queries, gallery, 40)
+    settings = {"ks": (1, 3), "map_ks": (5,)}
+    expected = evaluation.retrieval_metrics(queries, labels[:20], gallery, labels[20:], **settings)
+    assert evaluation.retrieval_metrics(
+        queries, labels[:20], gallery, labels[20:], **settings, neighbors=found
+    ) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="neighbors: expected 19 rows"):
+        evaluation.retrieval_metrics(queries[:19], labels[:19], gallery, labels[20:], neighbors=found)
+
+
+class TestProgram:
+    @pytest.fixture
+    def files(self, tmp_path):
+        rows, labels = clustered(90, 6)
+        for name, part in (("queries", slice(0, 30)), ("gallery", slice(30, 60)), ("train", slice(60, 90))):
+            np.savez(tmp_path / f"{name}.npz", embeddings=rows[part], labels=labels[part])
+        return tmp_path
+
+    def test_metrics_after_each_step(self, files, call):
+        output = call(
+            "evaluate", f"--embeddings={files / 'queries.npz'}", f"--gallery_embeddings={files / 'gallery.npz'}",
+            f"--training_embeddings={files / 'train.npz'}", "--postprocess=whiten,augment+expand,rerank",
+            "--methods=exact", "--noclustering", "--noverification", f"--output={files / 'out.json'}",
+        ).stdout  # fmt: skip
+        found = read_json(files / "out.json")
+        rows, labels = clustered(90, 6)
+        whitening = evaluation.Whitening.fit(rows[60:])
+        expected = evaluation.retrieval_metrics(
+            whitening(rows[:30]), labels[:30], whitening(rows[30:60]), labels[30:60]
+        )
+        assert found["whiten"]["map@r"] == pytest.approx(expected["map@r"])
+        ids = np.arange(30)
+        gallery = evaluation.expand(rows[30:60], rows[30:60], query_ids=ids, gallery_ids=ids)
+        expected = evaluation.retrieval_metrics(
+            evaluation.expand(rows[:30], gallery), labels[:30], gallery, labels[30:60]
+        )
+        assert found["augment+expand"]["map@r"] == pytest.approx(expected["map@r"])
+        neighbors = evaluation.reranked_neighbors(rows[:30], rows[30:60], 30)
+        expected = evaluation.retrieval_metrics(rows[:30], labels[:30], rows[30:60], labels[30:60], neighbors=neighbors)
+        assert found["rerank"]["map@r"] == pytest.approx(expected["map@r"])
+        assert all(f"\n{name} " in output for name in ("exact", "whiten", "augment+expand", "rerank"))
+
+    @pytest.mark.parametrize(
+        ("flag", "message"),
+        [
+            ("wite", "expected one of"),
+            ("expand+augment", "in the order"),
+            ("whiten", "--training_embeddings too"),
+            ("augment", "expected a gallery"),
+        ],
+    )
+    def test_errors_come_first(self, flag, message):
+        with pytest.raises(ValueError, match=f"--postprocess.*{message}"):
+            postprocessed.check([flag], False, False)

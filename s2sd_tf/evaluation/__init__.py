@@ -9,9 +9,11 @@ from s2sd_tf.evaluation.funnel_index import FunnelIndex
 from s2sd_tf.evaluation.geometry import embedding_geometry
 from s2sd_tf.evaluation.metrics import RetrievalResult, evaluate_retrieval, retrieval_metrics
 from s2sd_tf.evaluation.neighbors import Neighbors
+from s2sd_tf.evaluation.open_set import open_set_metrics
 from s2sd_tf.evaluation.reranking import reranked_neighbors
 from s2sd_tf.evaluation.scann_index import ScannIndex
 from s2sd_tf.evaluation.search import build_index, find_neighbors, load_index
+from s2sd_tf.evaluation.verification import VerificationResult, verification_metrics
 from s2sd_tf.evaluation.whitening import Whitening
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "RetrievalEvaluation",
     "RetrievalResult",
     "ScannIndex",
+    "VerificationResult",
     "Whitening",
     "build_index",
     "clustering_metrics",
@@ -30,7 +33,9 @@ __all__ = [
     "find_neighbors",
     "load_index",
     "metrics_by_dim",
+    "open_set_metrics",
     "read_embeddings",
     "reranked_neighbors",
     "retrieval_metrics",
+    "verification_metrics",
 ]

@@ -41,7 +41,8 @@ class Whitening:
         dim = rows.shape[1] if dim is None else checked_int("dim", dim, 1)
         if dim > most:
             raise ValueError(f"dim: expected at most {most}, for embeddings of shape {rows.shape}. Received: {dim}")
-        pca = PCA(dim, svd_solver="full").fit(rows.astype(np.float64))
+        with np.errstate(invalid="ignore"):  # rows that are all equal
+            pca = PCA(dim, svd_solver="full").fit(rows.astype(np.float64))
         scales = np.sqrt(pca.explained_variance_)
         if scales[-1] <= 1e-6 * scales[0] or not scales[0]:
             count = int(np.sum(scales > 1e-6 * scales[0]))
@@ -58,3 +59,8 @@ class Whitening:
         if rows.shape[1] != len(self.mean):
             raise ValueError(f"embeddings: expected dimension {len(self.mean)}. Received: {rows.shape[1]}")
         return normalized((normalized(rows) - self.mean) @ self.matrix)
+
+    def in_graph(self, embeddings: tf.Tensor) -> tf.Tensor:
+        """The same for a float32 tensor `(n, dim)`, in operations that every export format has."""
+        moved = (tf.math.l2_normalize(embeddings, axis=-1) - self.mean) @ self.matrix
+        return tf.math.l2_normalize(moved, axis=-1)
