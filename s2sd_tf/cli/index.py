@@ -30,7 +30,10 @@ _FUNNEL_DIM = flags.DEFINE_integer(
     lower_bound=1,
 )
 _CODES = flags.DEFINE_enum(
-    "codes", "float32", ["float32", "int8", "bits", "scann"], "With --method=funnel: how the shortlist stores prefixes."
+    "codes",
+    "float32",
+    ["float32", "int8", "bits", "clusters", "scann"],
+    "With --method=funnel: how the shortlist stores prefixes.",
 )
 _METRIC = flags.DEFINE_enum(
     "metric", "cosine", ["cosine", "euclidean"], "Similarity: cosine, or negative euclidean distance."
