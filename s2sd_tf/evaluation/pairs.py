@@ -15,7 +15,8 @@ from s2sd_tf.evaluation.rows import LabeledSets, mean_row, parts, scale_of, scal
 _SORTED = 2**22
 # Otherwise they are rounded down to this number of levels, that is for "cosine" to multiples of 2^-20.
 _STEPS = 2**21
-# Similarities that differ by less are equal: float64 rounds the same one differently in products of other shapes.
+# Similarities that differ by less, as a share of the largest, are equal: float64 rounds the same one differently in
+# products of other shapes.
 _NOISE = 2.0**-40
 # Largest height and width of a block, and the bytes that it takes for each pair.
 _SIDE, _BYTES = 1024, 48
@@ -68,7 +69,7 @@ class Pairs:
             self._center = self._scale * mean_row(sets.gallery)
             # At least the longest distance, by the rows farthest from the mean; a power of two makes levels exact.
             radii = [self._radius(rows) for rows in (sets.queries, sets.gallery)]
-            self._low = -float(np.exp2(np.ceil(np.log2(1e-30 + sum(radii)))))
+            self._low = -float(np.exp2(np.ceil(np.log2(max(1e-30, sum(radii))))))
         self._step = (2.0 if metric == "cosine" else 1.0) * abs(self._low) / _STEPS
 
     def counts(self) -> PairCounts:
@@ -142,7 +143,7 @@ class Pairs:
     def _levels(self, scores):
         """Rounds similarities, which are overwritten, down to levels, int64 of their shape."""
         # They are rounded down, so that a similarity reaches a threshold if its level does.
-        scores -= self._low - _NOISE
+        scores -= self._low * (1.0 + _NOISE)
         scores *= 1.0 / self._step
         return scores.astype(np.int64)
 
@@ -166,7 +167,7 @@ class Pairs:
                     if inside:
                         kinds[np.tril_indices(len(rows))] = -1
                     yield start, first, self._similarities(rows, columns), kinds
-                    bar.update(kinds.size)
+                    bar.update(int(np.count_nonzero(kinds >= 0)))
 
     def _radius(self, rows):
         """The largest distance of a scaled row from the mean, and a little more."""
