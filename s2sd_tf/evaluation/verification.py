@@ -180,13 +180,17 @@ def verification_metrics(
 
     Similarities are computed in float64. Those of up to 2^22 pairs are sorted, so that every similarity is a threshold;
     for "cosine", those that agree to 12 decimals are one. Of more pairs the thresholds are multiples of 2^-20 (for
-    "euclidean", of about 2^-20 times the longest distance), and the counts at them are exact.
+    "euclidean", of about 2^-20 times the longest distance), and the counts at them are exact, up to float64's rounding.
+
+    `best_f1`, `average_precision` and precisions depend on the share of positives among the pairs, and so on the number
+    of classes; the other metrics do not.
 
     Args:
         queries, query_labels, gallery, gallery_labels, query_ids, gallery_ids, metric: see `evaluate_retrieval`. Pairs
             with equal ids are left out.
         fars: numbers in (0, 1], for `tar@f`.
-        memory_mib: MiB, >= 1, that blocks may take. Counts take 64 MiB more, and 6 KiB for each class.
+        memory_mib: MiB, >= 1, that blocks may take. Counts and the result take up to 300 MiB more, and 9 KiB for each
+            class.
         progress: whether to show a progress bar.
 
     Raises:
