@@ -189,7 +189,7 @@ def verification_metrics(
         queries, query_labels, gallery, gallery_labels, query_ids, gallery_ids, metric: see `evaluate_retrieval`. Pairs
             with equal ids are left out.
         fars: numbers in (0, 1], for `tar@f`.
-        memory_mib: MiB, >= 1, that blocks may take. Counts and the result take up to 300 MiB more, and 9 KiB for each
+        memory_mib: MiB, >= 1, that blocks may take. Counts and the result take up to 500 MiB more, and 9 KiB for each
             class.
         progress: whether to show a progress bar.
 
