@@ -71,9 +71,10 @@ _CLUSTERING = flags.DEFINE_bool("clustering", True, "Compute NMI, AMI and F1 of 
 _VERIFICATION = flags.DEFINE_bool(
     "verification",
     None,
-    "Compare all pairs, by default of up to 20,000 queries: true accept rate (tar) and threshold at false accept rates from 0.1 to 1e-06, equal error rate "
-    "(eer), AUROC, best F1 and average precision, in percent. If some queries have no positive, also the "
-    "detection-and-identification rate (dir) and threshold of a search at false-alarm rates of these queries.",
+    "Compare all pairs, by default of up to 20,000 queries: true accept rate (tar) and threshold at false accept rates "
+    "from 0.1 to 1e-06, equal error rate (eer), AUROC, best F1 and average precision, in percent. If some queries have "
+    "no positive, also the detection-and-identification rate (dir) and threshold of a search at false-alarm rates of "
+    "these queries.",
 )
 _PUBLISHED_SPACE = flags.DEFINE_bool(
     "published_space", False, "Measure intra, ratio and rho as the published code of S2SD does."
