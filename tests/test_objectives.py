@@ -1,10 +1,12 @@
 """One harness for every objective: golden values, re-derivations, degenerate batches, precision, graphs, saving."""
 
+import re
+
 import naive_objectives
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import objective_names
+from conftest import REPOSITORY, objective_names
 
 import s2sd_tf
 from s2sd_tf import mining, objectives
@@ -176,6 +178,18 @@ def test_the_angular_term_against_another_library(golden):
     rows, gradient = values["embeddings"], values["angular_alone_grad"]
     gradient = gradient - np.sum(gradient * rows, axis=1, keepdims=True) * rows
     np.testing.assert_allclose(gradients[0] - of_alone[0], gradient, atol=1e-6)
+
+
+def test_the_counterparts_in_the_documentation_are_tested():
+    page = (REPOSITORY / "docs" / "from_other_libraries.md").read_text()
+    rows = [line.split("|") for line in page.split("\n\n")[4].splitlines()[2:]]
+    documented = {re.findall("`(.*?)`", row[2])[0] for row in rows}
+    of = {
+        test: test.pytestmark[0].args[1]
+        for test in (test_golden_values_and_gradients, test_values_against_another_library)
+    }
+    # The angular term has a test of its own; N-pair is compared with tensorflow-addons.
+    assert documented == {case[0] for cases in of.values() for case in cases} | {"angular", "n_pair"}
 
 
 @pytest.mark.parametrize("pattern", BATCHES)

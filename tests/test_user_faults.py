@@ -1,6 +1,5 @@
 """Faults that users met, each through doors that an earlier version had too, where it behaves wrongly."""
 
-import json
 import os
 import re
 import signal
@@ -20,7 +19,6 @@ from processes import start_python
 import s2sd_tf
 from s2sd_tf import data, evaluation, export, serving
 from s2sd_tf.files import read_json
-from s2sd_tf.keras_compat import IS_KERAS_3
 from s2sd_tf.training import train
 
 RED = Image.new("RGB", (12, 8), "red")
@@ -130,39 +128,6 @@ class TestMemory:
         signature = tf.saved_model.load(str(encoder)).signatures["encoded_images"]
         with pytest.raises(tf.errors.InvalidArgumentError, match=r"at most \d+ pixels\. Received: 9500 x 9600"):
             signature(encoded_images=tf.constant([png(9600, 9500)]))
-
-
-class TestLiteRT:
-    @pytest.mark.xfail(
-        IS_KERAS_3, raises=(AssertionError, RuntimeError), strict=True,
-        reason="the weights are not converted: from_concrete_functions needs `embed`, not `model`, at its end",
-    )  # fmt: skip
-    def test_the_script_in_the_documentation_converts_a_model(self, tmp_path, monkeypatch):
-        scripts = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "retrieval.md").read_text(), re.DOTALL)
-        found = [script for script in scripts if "TFLiteConverter" in script]
-        if len(found) != 1:
-            pytest.fail("how to convert a model to LiteRT is not documented")
-        monkeypatch.chdir(tmp_path)
-        model = small_colour_model()
-        run = tmp_path / "runs" / "mine"
-        run.mkdir(parents=True)
-        model.save(str(run / "best.keras"))
-        (run / "preprocessing.json").write_text(json.dumps(data.Preprocessing(8, 8, 3).get_config()))
-        exec(compile(found[0], "docs/retrieval.md", "exec"), {})
-        interpreter = tf.lite.Interpreter("encoder.tflite")
-        interpreter.allocate_tensors()
-        images = np.random.default_rng(0).random((1, 8, 8, 3), np.float32)
-        interpreter.set_tensor(interpreter.get_input_details()[0]["index"], images)
-        interpreter.invoke()
-        rows = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
-        np.testing.assert_allclose(rows, model(images, training=False), atol=1e-5)
-
-    def test_an_exported_encoder_does_not_convert(self, encoder):
-        """If this fails, the documentation says too little: it converts."""
-        converter = tf.lite.TFLiteConverter.from_saved_model(str(encoder), signature_keys=["serving_default"])
-        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS, tf.lite.OpsSet.SELECT_TF_OPS]
-        with pytest.raises(Exception, match="ScaleAndTranslate"):
-            converter.convert()
 
 
 # Begins to write, and waits to be killed where what it wrote is flushed to the disk.
