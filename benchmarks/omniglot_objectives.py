@@ -5,7 +5,8 @@ r"""How much S2SD improves different objectives: Omniglot, 16 dimensions, plain 
 Trains `configs/omniglot.py` (136 characters to train on, 106 unseen ones to retrieve) with every objective, plain and
 with S2SD, with the settings of the config and the defaults of the objective, except for the learning rates of proxies
 and boundaries: their default multipliers suit a network with a learning rate of 1e-5, and this one has 1e-3. Writes
-`omniglot_objectives.json`, `.md` and `.png` into `--results`. Runs that are already finished in `--workdir` are not
+`omniglot_objectives.json`, `.md` and `.png` into `--results`; with `--target_objective=` (targets with the base's
+objective) `omniglot_objectives_own_targets`. Runs that are already finished in `--workdir` are not
 trained again.
 """
 
@@ -68,8 +69,9 @@ def main(_):
     print("\n".join(lines))
     settings = {"dim": _DIM.value, "epochs": _EPOCHS.value, "seeds": _SEEDS.value}
     settings["target_objective"] = _TARGET_OBJECTIVE.value
-    write(_RESULTS.value, "omniglot_objectives", lines, rows, results, _WORKDIR.value, **settings)
-    _draw(rows, os.path.join(_RESULTS.value, "omniglot_objectives.png"))
+    name = "omniglot_objectives" if _TARGET_OBJECTIVE.value else "omniglot_objectives_own_targets"
+    write(_RESULTS.value, name, lines, rows, results, _WORKDIR.value, **settings)
+    _draw(rows, os.path.join(_RESULTS.value, f"{name}.png"))
 
 
 def _run(name, kind, seed):
