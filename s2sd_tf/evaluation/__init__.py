@@ -1,7 +1,10 @@
 """Nearest neighbours, indexes and metrics on plain arrays, and a Keras callback."""
 
+from s2sd_tf.evaluation.audit_classes import Confusions, SplitClass
+from s2sd_tf.evaluation.audit_items import Pairs
 from s2sd_tf.evaluation.callback import RetrievalEvaluation
 from s2sd_tf.evaluation.clustering import clustering_metrics
+from s2sd_tf.evaluation.dataset_audit import Audit, audit
 from s2sd_tf.evaluation.dimensions import metrics_by_dim
 from s2sd_tf.evaluation.embeddings import EmbeddingShards, read_embeddings
 from s2sd_tf.evaluation.funnel_index import FunnelIndex
@@ -12,12 +15,17 @@ from s2sd_tf.evaluation.scann_index import ScannIndex
 from s2sd_tf.evaluation.search import build_index, find_neighbors, load_index
 
 __all__ = [
+    "Audit",
+    "Confusions",
     "EmbeddingShards",
     "FunnelIndex",
     "Neighbors",
+    "Pairs",
     "RetrievalEvaluation",
     "RetrievalResult",
     "ScannIndex",
+    "SplitClass",
+    "audit",
     "build_index",
     "clustering_metrics",
     "embedding_geometry",
