@@ -11,8 +11,10 @@ from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.neighbors import Neighbors
 from s2sd_tf.evaluation.rows import take
 
-# The least number of neighbours that an item is judged by, and items or pairs in a block.
-_LEAST, _BLOCK = 3, 4096
+# The least number of neighbours that an item is judged by, and of items with a median of their own.
+_LEAST, _MEDIAN = 3, 5
+# Items or pairs in a block.
+_BLOCK = 4096
 
 
 class Pairs(NamedTuple):
@@ -65,11 +67,11 @@ def near_pairs(found: Neighbors, rows: Rows, others: Rows, similarity: float, on
 def distinct_pairs(pairs: Pairs, scores: np.ndarray) -> np.ndarray:
     """Positions of the items to leave out so that no pair is left, ascending int64.
 
-    Every item that is left out is in a pair with one that is kept. Items with low `scores` are kept first, then those
-    at low positions.
+    Every item that is left out is in a pair with one that is kept. Items in the most pairs are kept first, then those
+    with low `scores`, then those at low positions.
     """
-    rank = np.empty(len(scores), np.int64)
-    rank[np.argsort(scores, kind="stable")] = np.arange(len(scores))
+    rank, number = np.empty(len(scores), np.int64), np.bincount(np.concatenate(pairs[:2]), minlength=len(scores))
+    rank[np.lexsort((scores, -number))] = np.arange(len(scores))
     ahead = rank[pairs.first] < rank[pairs.second]
     earlier = np.where(ahead, pairs.first, pairs.second)
     later = np.where(ahead, pairs.second, pairs.first)
@@ -115,14 +117,16 @@ def label_scores(found: Neighbors, labels: np.ndarray) -> tuple[np.ndarray, np.n
     return scores, suggested
 
 
-def outlier_scores(found: Neighbors, counts: np.ndarray) -> np.ndarray:
-    """How much farther from its neighbours an item is than the median item, in robust standard deviations.
+def outlier_scores(found: Neighbors, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """How much farther from its neighbours an item is than the median item of its class, in robust deviations.
 
-    The modified z-score of Iglewicz and Hoaglin, 1993. If more than half of the items are at the median, their mean
-    absolute deviation replaces the median one, as they propose.
+    The modified z-score of Iglewicz and Hoaglin, 1993, with the deviations of all classes together: few classes have
+    enough items for their own, but their medians differ, as some classes are wide. A class of fewer than 5 items takes
+    the median of all items. If more than half of the deviations are 0, their mean replaces their median, as proposed.
 
     Args:
         found: neighbours of the items among themselves, `(n, k)`.
+        labels: int64 `(n,)`.
         counts: the number of neighbours that count, int64 `(n,)`.
 
     Returns:
@@ -131,7 +135,11 @@ def outlier_scores(found: Neighbors, counts: np.ndarray) -> np.ndarray:
     counted = (np.arange(found.indices.shape[1]) < counts[:, None]) & (found.indices >= 0)
     similarities = np.where(counted, found.similarities, 0.0).sum(axis=1, dtype=np.float64)
     means = similarities / np.maximum(counted.sum(axis=1), 1)
-    deviations = np.median(means) - means
+    _, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    ascending, starts = means[np.lexsort((means, codes))], np.cumsum(sizes) - sizes
+    medians = (ascending[starts + (sizes - 1) // 2] + ascending[starts + sizes // 2]) / 2
+    medians[sizes < _MEDIAN] = np.median(means)
+    deviations = medians[codes] - means
     # In a normal distribution both are the standard deviation.
     scale = 1.4826 * np.median(np.abs(deviations)) or 1.2533 * np.mean(np.abs(deviations))
     return deviations / scale if scale > 0 else np.zeros(len(means))

@@ -28,7 +28,7 @@ class Audit(NamedTuple):
         label_scores: float64 `(n,)` in [0, 1], the evidence that a label is wrong.
         suggested_labels: int64 `(n,)`, the label that the neighbours have instead; its own where the score is 0.
         outlier_scores: float64 `(n,)`, by how many standard deviations an item is farther from its neighbours than the
-            median item.
+            median item of its class.
         confusions: pairs of classes that are each other's neighbours, the most confused first.
         split_classes: classes that fall into two groups, those with the clearest groups first.
     """
@@ -57,8 +57,8 @@ class Audit(NamedTuple):
     def to_exclude(self, label_score: float = 0.8) -> dict[str, np.ndarray]:
         """Positions to leave out of training, ascending int64, by reason; an item may have several.
 
-        "duplicates" are the near duplicates of an item that is kept. Of a pair, the item is kept whose label its
-        neighbours agree with more, or else the first. "leaks" are the items with a near duplicate in the gallery,
+        "duplicates" are the near duplicates of an item that is kept: the one with the most of them, or else the one
+        with the lowest label score, or else the first. "leaks" are the items with a near duplicate in the gallery,
         "label_errors" those of `label_errors(label_score)`.
         """
         return {
@@ -93,8 +93,8 @@ def audit(
       estimates the probability of that class from other items only, so out of sample, as confident learning demands of
       its classifier (Northcutt et al., 2021). It is 0 for the only item of a class, whose label nothing can confirm;
     - outlier scores: the mean similarity to the neighbours that count, of any class, as a distance from the median of
-      all items in robust standard deviations (median absolute deviation). An item far from its own class but close to
-      another is a label error, not an outlier;
+      the items of its class (of all items, for a class of fewer than 5), in robust standard deviations (median absolute
+      deviation). An item far from its own class but close to another is a label error, not an outlier;
     - confusions: see `Confusions`; split classes: see `SplitClass`.
 
     The embeddings should not come from a network that was trained on the same labels until it knew them by heart: it
@@ -142,7 +142,7 @@ def audit(
         leaks=near_pairs(leaking, rows, rows if gallery is None else gallery, duplicate_similarity),
         label_scores=scores,
         suggested_labels=suggested,
-        outlier_scores=outlier_scores(found, counts),
+        outlier_scores=outlier_scores(found, labels, counts),
         confusions=confused_classes(found, labels, counts),
         split_classes=split_classes(rows, labels, memory_mib),
     )
