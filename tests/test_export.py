@@ -135,6 +135,24 @@ def test_portable_preprocessing_equals_the_ordinary_one(sides, resize_size):
     np.testing.assert_allclose(preprocessing.portable(images), preprocessing(images), atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")
+@pytest.mark.parametrize("format", ["savedmodel", "litert"])
+def test_a_whitened_encoder(small_model, tmp_path, format):
+    model, preprocessing = small_model(embedding_dim=5, nested_dims=(2, 5)), data.Preprocessing(8, 8, 1)
+    images = np.random.default_rng(0).random((20, 8, 8, 1), np.float32)
+    rows = model(preprocessing(images), training=False).numpy()
+    whitening = evaluation.Whitening.fit(rows, 3)
+    export.export_encoder(model, preprocessing, tmp_path / "encoder", format, whitening)
+    if format == "savedmodel":
+        loaded = tf.saved_model.load(str(tmp_path / "encoder"))
+        assert len(loaded.signatures) == 3
+        found = loaded.signatures["serving_default"](images=tf.constant(images))
+    else:
+        found = run_litert(tmp_path / "encoder", images)
+    assert list(found) == ["embedding"]
+    np.testing.assert_allclose(found["embedding"], whitening(rows), atol=1e-4)
+
+
 def test_errors_of_other_formats_name_the_argument(small_model, tmp_path, monkeypatch):
     preprocessing = data.Preprocessing(8, 8, 1)
     with pytest.raises(ValueError, match=r"format: expected one of .*; did you mean litert"):

@@ -101,7 +101,7 @@ def test_small_galleries(rows, queries, size):
     assert index.search(queries[:0], 4).indices.shape == (0, 4)
 
 
-@pytest.mark.parametrize("codes", ["float32", "bits", "scann"])
+@pytest.mark.parametrize("codes", ["float32", "bits", "clusters", "scann"])
 def test_save_load_add_remove(rows, queries, codes, tmp_path):
     ids, labels = [f"i{n}" for n in range(SIZE)], [str(n % 100) for n in range(SIZE)]
     index = evaluation.build_index(rows, ids, labels, method="funnel", dim=6, codes=codes, recall=0.9)

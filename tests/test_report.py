@@ -120,6 +120,21 @@ def test_tiny_sets(size, dim, tmp_path):
     assert len(Page(report(tmp_path / "report.html", rows, np.zeros(size, int))).points) == size
 
 
+def test_verification(queries, tmp_path):
+    rows, labels = queries
+    for kind, values in (("spread", rows), ("collapsed", np.ones_like(rows)), ("large", 1e8 * rows)):
+        found = evaluation.verification_metrics(values, labels, metric="euclidean" if kind == "large" else "cosine")
+        table = {"exact": {**found.values}}
+        page = Page(report(tmp_path / "report.html", rows, labels, verification=found, table=table))
+        assert [tag for tag, _ in page.elements].count("svg") == 4
+        positives, negatives = found.true_accepts[-1], found.false_accepts[-1]
+        assert f"All {positives:,} pairs of one class and {negatives:,} of others" in page.text
+        low, high = found.confidence_intervals()["eer"]
+        assert f"{100 * low:.1f} to {100 * high:.1f}" in page.text
+    found = evaluation.verification_metrics(np.eye(3), [0, 0, 1])
+    report(tmp_path / "tiny.html", np.eye(3), np.array([0, 0, 1]), verification=found)
+
+
 def test_writing_a_page_is_deterministic(queries, tmp_path):
     assert report(tmp_path / "a.html", *queries) == report(tmp_path / "b.html", *queries)
 

@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 import s2sd_tf
@@ -45,7 +46,7 @@ def test_from_images_to_a_search(call, made, tmp_path):
     assert "20 images, 4 dimensions, 4 shards" in output
     output = call(
         "index", f"--embeddings={tmp_path / 'emb'}", f"--output={tmp_path / 'index'}",
-        f"--encoder={encoder}", f"--saved_model={tmp_path / 'retrieval'}", "--k=3",
+        f"--encoder={encoder}", f"--saved_model={tmp_path / 'retrieval'}", "--k=3", "--min_score=1.5",
     ).stdout  # fmt: skip
     assert "20 items, 4 dimensions, scann" in output
     assert (tmp_path / "retrieval" / "saved_model.pb").exists()
@@ -56,7 +57,7 @@ def test_from_images_to_a_search(call, made, tmp_path):
             error = call("search", f"--index={tmp_path / folder}", *search, status=2).stderr
             assert "index: expected a folder with an index" in error
             continue
-        arguments = (*search, f"--picture={tmp_path / 'found.png'}", f"--images={images}")
+        arguments = (*search, "--min_score=-2", f"--picture={tmp_path / 'found.png'}", f"--images={images}")
         answers = json.loads(call("search", f"--index={tmp_path / folder}", *arguments).stdout)
     assert [answer["query"] for answer in answers] == [str(path) for path in queries]
     first = answers[0]["matches"]
@@ -64,6 +65,12 @@ def test_from_images_to_a_search(call, made, tmp_path):
     assert (first[0]["id"], first[0]["label"]) == ("c1/3.png", "c1")
     assert first[0]["similarity"] == pytest.approx(1.0, abs=1e-5)
     assert np.array(Image.open(tmp_path / "found.png")).std() > 1
+    # No similarity reaches the threshold that the index stores.
+    rows = evaluation.read_embeddings(tmp_path / "emb").rows[:1]
+    assert evaluation.load_index(tmp_path / "index").search(rows, 2).indices.tolist() == [[-1, -1]]
+    found = export.load_retrieval(tmp_path / "retrieval").signatures["embeddings"](embeddings=tf.constant(rows))
+    assert found["ids"].numpy().tolist() == [[b"", b"", b""]]
+    assert np.isneginf(found["scores"]).all()
     (tmp_path / "broken.png").write_text("no image")
     query = f"--image={tmp_path / 'broken.png'}"
     error = call("search", f"--index={tmp_path / 'index'}", f"--encoder={encoder}", query,
@@ -129,6 +136,14 @@ def test_separate_queries_and_gallery_with_both_metrics(call, made, tmp_path):
             rows[:10], labels[:10], rows[10:], labels[10:], map_ks=(1000,), metric=metric
         )
         assert results[name] == pytest.approx(expected)
+        sets = (rows[:10], labels[:10], rows[10:], labels[10:])
+        pairs = evaluation.verification_metrics(*sets, metric=metric)
+        written = results["verification"][metric]
+        for key, value in pairs.values.items():
+            assert written[key] == (pytest.approx(value) if np.isfinite(value) else None)
+        assert (written["positives"], written["negatives"]) == (pairs.true_accepts[-1], pairs.false_accepts[-1])
+        assert written["intervals"] == {key: list(pair) for key, pair in pairs.confidence_intervals().items()}
+        assert results["open_set"] == {}
         space = evaluation.embedding_geometry(rows[:10], labels[:10], metric, published=True)
         assert results["space"][metric] == pytest.approx({**space, "rho@10": None})
 

@@ -120,7 +120,9 @@ class TestARun:
         assert found["exact"]["recall@1"] == pytest.approx(exact["recall@1"])
         assert "recall@3" in output
         call("export", f"--workdir={workdir}", f"--output={tmp_path / 'encoder'}")
-        output = call("export", f"--workdir={workdir}", f"--output={tmp_path / 'encoder.onnx'}", "--format=onnx").stdout
+        output = call(
+            "export", f"--workdir={workdir}", f"--output={tmp_path / 'encoder.onnx'}", "--format=onnx", "--whiten=4"
+        ).stdout
         assert "onnx file of" in output
         assert tf.saved_model.contains_saved_model(str(tmp_path / "encoder"))
         assert "finished run" in call("export", f"--workdir={tmp_path}", status=2).stderr

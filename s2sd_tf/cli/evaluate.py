@@ -1,7 +1,8 @@
 """s2sd-evaluate: computes the retrieval metrics of a run, a model, or a file of embeddings.
 
-Prints a table with recall@k, precision@k, MAP and clustering metrics. Can also write JSON with confidence intervals and
-the metrics of every class, an HTML report with pictures, and files for TensorBoard's embedding projector. Of nested
+Prints a table with recall@k, precision@k, MAP and clustering metrics, and what thresholds on the similarity accept: of
+all pairs, and of searches whose class is not in the gallery. Can also write JSON with confidence intervals and the
+metrics of every class, an HTML report with pictures, and files for TensorBoard's embedding projector. Of nested
 embeddings, --dims evaluates the prefixes.
 
 Examples:
@@ -18,7 +19,7 @@ import numpy as np
 from absl import flags
 
 from s2sd_tf.cli import app, configs
-from s2sd_tf.cli.tables import dims_table, metrics_table
+from s2sd_tf.cli.tables import dims_table, metrics_table, thresholds_table
 
 _WORKDIR = app.define_path("workdir", None, "Folder of a finished run, whose model is evaluated on its test classes.")
 _MODEL = app.define_path("model", None, "SavedModel of s2sd-export, or a .keras file next to its preprocessing.json.")
@@ -57,7 +58,23 @@ _METHODS = flags.DEFINE_list(
 _METRICS = flags.DEFINE_list(
     "metrics", [], "Similarities: cosine, euclidean. By default cosine, and euclidean unless all rows have unit length."
 )
+_POSTPROCESS = flags.DEFINE_list(
+    "postprocess",
+    [],
+    "Evaluate also after whiten (PCA whitening), augment (the gallery averaged with its neighbours), expand (alpha "
+    "query expansion) or rerank (k-reciprocal re-ranking); several joined by +, in this order: augment+expand,rerank.",
+)
+_TRAINING_EMBEDDINGS = app.define_path(
+    "training_embeddings", None, "Embeddings of training images, like --embeddings, for --postprocess=whiten."
+)
 _CLUSTERING = flags.DEFINE_bool("clustering", True, "Compute NMI, AMI and F1 of k-means.")
+_VERIFICATION = flags.DEFINE_bool(
+    "verification",
+    True,
+    "Compare all pairs: true accept rate (tar) and threshold at false accept rates from 0.1 to 1e-06, equal error rate "
+    "(eer), AUROC, best F1 and average precision, in percent. If some queries have no positive, also the "
+    "detection-and-identification rate (dir) and threshold of a search at false-alarm rates of these queries.",
+)
 _PUBLISHED_SPACE = flags.DEFINE_bool(
     "published_space", False, "Measure intra, ratio and rho as the published code of S2SD does."
 )
@@ -77,6 +94,7 @@ def main() -> None:
 def _main(_):
     from s2sd_tf import evaluation
     from s2sd_tf.checks import check_choice, check_file_to_write
+    from s2sd_tf.cli import postprocessed
     from s2sd_tf.evaluation.neighbors import METHODS, METRICS
     from s2sd_tf.evaluation.scann_searcher import import_scann, usable_methods
     from s2sd_tf.files import check_replaceable, write_json
@@ -97,6 +115,9 @@ def _main(_):
     for more, needed in ((_GALLERY_LABELS, _GALLERY_EMBEDDINGS), (_GALLERY_EMBEDDINGS, _EMBEDDINGS)):
         if more.value and not needed.value:
             raise ValueError(f"--{more.name}: expected --{needed.name} too. Received: none")
+    # Only the data of a run say whether it has a gallery.
+    may_have_gallery = bool(_WORKDIR.value or _GALLERY_EMBEDDINGS.value or _GALLERY_IMAGES.value)
+    postprocessed.check(_POSTPROCESS.value, may_have_gallery, bool(_TRAINING_EMBEDDINGS.value))
     dims = _ints(_DIMS)
     if _DIMS_PLOT.value and not dims:
         raise ValueError("--dims_plot: expected --dims too. Received: none")
@@ -111,8 +132,9 @@ def _main(_):
     configs.register(_REGISTER)
     queries, gallery = _inputs(chosen[0], dims)
     metrics = _METRICS.value or ["cosine", *([] if _is_unit(queries.rows) else ["euclidean"])]
-    others = () if gallery is None else (gallery.rows, gallery.labels)
     ids = {} if gallery is None else _shared_ids(queries, gallery)
+    others = {} if gallery is None else {"gallery": gallery.rows, "gallery_labels": gallery.labels}
+    settings: dict[str, Any] = {"ks": ks, "precision_ks": precision_ks, "map_ks": map_ks, "memory_mib": _MEMORY.value}
     results: dict[str, dict[str, float]] = {}
     first = None
     for method in methods:
@@ -121,18 +143,19 @@ def _main(_):
                 found = evaluation.evaluate_retrieval(
                     queries.rows,
                     queries.labels,
-                    *others,
+                    **others,
                     **ids,
-                    ks=ks,
-                    precision_ks=precision_ks,
-                    map_ks=map_ks,
+                    **settings,
                     method=method,
                     metric=metric,
-                    memory_mib=_MEMORY.value,
                     progress=len(queries.labels) > 20_000,
                 )
             results[method if metric == metrics[0] else f"{method}, {metric}"] = found.means()
             first = first or found
+    postprocessed.check(_POSTPROCESS.value, gallery is not None, True)
+    results.update(
+        postprocessed.metrics(_POSTPROCESS.value, queries, gallery, ids, _TRAINING_EMBEDDINGS.value, settings)
+    )
     print(metrics_table(results))
     by_dim: dict[int, dict[str, Any]] = {}
     if dims:
@@ -140,13 +163,10 @@ def _main(_):
             by_dim = evaluation.metrics_by_dim(
                 queries.rows,
                 queries.labels,
-                *others,
-                **ids,
                 dims=dims,
-                ks=ks,
-                precision_ks=precision_ks,
-                map_ks=map_ks,
-                memory_mib=_MEMORY.value,
+                **others,
+                **ids,
+                **settings,
             )
         print(f"\n{dims_table(by_dim)}")
     space: dict[str, dict[str, float]] = {}
@@ -160,21 +180,26 @@ def _main(_):
                 space[metric].update(
                     evaluation.clustering_metrics(queries.rows, queries.labels, metric=metric, seed=_SEED.value)
                 )
+    pairs, open_set = _thresholds(queries, others, ids, metrics, first) if _VERIFICATION.value else ({}, {})
     lines = (
         f"{metric}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()) for metric, row in space.items()
     )
     print("\n" + "\n".join(lines))
+    if pairs:
+        print(f"\nAll pairs\n{thresholds_table({metric: found.values for metric, found in pairs.items()})}")
+    if open_set:
+        print(f"\nSearches, some without a positive\n{thresholds_table(open_set)}")
     output = _OUTPUT.value or (_WORKDIR.value and os.path.join(_WORKDIR.value, "evaluation.json"))
     if output:
         with stage("Computing confidence intervals"):
-            details = _details(first, queries)
+            details = _details(first, queries, pairs)
         more = {"dims": {str(dim): found for dim, found in by_dim.items()}} if dims else {}
-        write_json(output, _finite({**results, **more, "space": space, **details}))
+        write_json(output, _finite({**results, **more, "space": space, "open_set": open_set, **details}))
     if _DIMS_PLOT.value:
         save_figure(_DIMS_PLOT.value, dimension_figure(by_dim))
     if _REPORT.value:
         with stage("Writing the report"):
-            _report(queries, gallery, ids, first, results, space, metrics[0], by_dim)
+            _report(queries, gallery, ids, first, results, space, metrics[0], by_dim, pairs)
         print(f"\nReport: {_REPORT.value}")
     if _PROJECTOR.value:
         labels = [queries.names[label] for label in queries.labels.tolist()]
@@ -194,14 +219,46 @@ def _inputs(chosen, dims):
     return evaluated.embeddings((_EMBEDDINGS.value, _LABELS.value, _IMAGES.value), gallery, dims)
 
 
-def _details(result, queries):
-    """Returns the intervals of the metrics, and the metrics of every class, for JSON."""
+def _thresholds(queries, others, ids, metrics, result):
+    """Returns the `VerificationResult` and the open-set metrics of every metric; none if there is nothing to tell."""
+    from s2sd_tf import evaluation
+    from s2sd_tf.progress import stage
+
+    settings = {**ids, "memory_mib": _MEMORY.value, "progress": len(queries.labels) > 20_000}
+    pairs, open_set = {}, {}
+    for metric in metrics:
+        if len(np.unique(np.concatenate([queries.labels, others.get("gallery_labels", [])]))) > 1:
+            with stage(f"Comparing all pairs, {metric}"):
+                pairs[metric] = evaluation.verification_metrics(
+                    queries.rows, queries.labels, **others, **settings, metric=metric
+                )
+        if not result.answerable.all():
+            with stage(f"Searching with an open set, {metric}"):
+                open_set[metric] = evaluation.open_set_metrics(
+                    queries.rows, queries.labels, **others, **settings, metric=metric
+                )
+    return pairs, open_set
+
+
+def _details(result, queries, pairs):
+    """Returns the intervals of the metrics, the metrics of every class, and verification, for JSON."""
     classes, counts, means = result.per_class()
     per_class = {
         queries.names[label]: {"queries": int(count), **{name: float(means[name][i]) for name in means}}
         for i, (label, count) in enumerate(zip(classes.tolist(), counts))
     }
-    return {"intervals": result.confidence_intervals(seed=_SEED.value), "per_class": per_class}
+    verification = {}
+    for metric, found in pairs.items():
+        rates = {"threshold": found.thresholds, "far": found.far, "tar": found.tar}
+        verification[metric] = {
+            **found.values,
+            "intervals": found.confidence_intervals(seed=_SEED.value),
+            "positives": int(found.true_accepts[-1]),
+            "negatives": int(found.false_accepts[-1]),
+            "roc": {name: values[found.counted].tolist() for name, values in rates.items()},
+        }
+    intervals = result.confidence_intervals(seed=_SEED.value)
+    return {"verification": verification, "intervals": intervals, "per_class": per_class}
 
 
 def _shared_ids(queries, gallery):
@@ -212,7 +269,7 @@ def _shared_ids(queries, gallery):
     return {"query_ids": codes[: len(queries.ids)], "gallery_ids": codes[len(queries.ids) :]}
 
 
-def _report(queries, gallery, ids, result, results, more, metric, by_dim):
+def _report(queries, gallery, ids, result, results, more, metric, by_dim, pairs):
     from s2sd_tf import evaluation
     from s2sd_tf.reporting import save_report
 
@@ -223,6 +280,8 @@ def _report(queries, gallery, ids, result, results, more, metric, by_dim):
     rows = {name: dict(values) for name, values in results.items()}
     for kind, values in more.items():
         rows.setdefault("exact" if kind == metric else f"exact, {kind}", {}).update(values)
+    for kind, values in pairs.items():
+        rows["exact" if kind == metric else f"exact, {kind}"].update(values.values)
     about = _WORKDIR.value or _MODEL.value or _EMBEDDINGS.value
     save_report(
         _REPORT.value,
@@ -234,6 +293,7 @@ def _report(queries, gallery, ids, result, results, more, metric, by_dim):
         about=f"{os.path.basename(os.path.normpath(about))}, {queries.rows.shape[1]} dimensions",
         table=rows,
         dims=by_dim,
+        verification=pairs.get(metric),
         seed=_SEED.value,
     )
 

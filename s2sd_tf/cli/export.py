@@ -25,6 +25,12 @@ _OUTPUT = app.define_path(
     None,
     "Folder or file to write. By default saved_model, encoder.onnx or encoder.tflite in the work directory.",
 )
+_WHITEN = flags.DEFINE_integer(
+    "whiten",
+    None,
+    "Whiten the embeddings, with this number of dimensions: PCA whitening, fitted to the run's training images.",
+    lower_bound=1,
+)
 _REGISTER = configs.define_register()
 
 
@@ -35,9 +41,12 @@ def main() -> None:
 
 def _main(_):
     from s2sd_tf.checks import check_file_to_write
+    from s2sd_tf.evaluation import Whitening
     from s2sd_tf.export import export_encoder
     from s2sd_tf.files import check_replaceable, only_writer
     from s2sd_tf.training import load_run
+    from s2sd_tf.training.datasets import load_data
+    from s2sd_tf.training.embedding import embed
 
     name = {"savedmodel": "saved_model", "onnx": "encoder.onnx", "litert": "encoder.tflite"}[_FORMAT.value]
     output = _OUTPUT.value or os.path.join(_WORKDIR.value, name)
@@ -47,8 +56,11 @@ def _main(_):
         check_file_to_write("--output", output)
     configs.register(_REGISTER)
     with only_writer("--output", output):
-        model, _, preprocessing = load_run(_WORKDIR.value)
-        export_encoder(model, preprocessing, output, _FORMAT.value)
+        model, config, preprocessing = load_run(_WORKDIR.value)
+        whitening = None
+        if _WHITEN.value:
+            whitening = Whitening.fit(embed(model, load_data(config).train, preprocessing), _WHITEN.value)
+        export_encoder(model, preprocessing, output, _FORMAT.value, whitening)
     if _FORMAT.value == "savedmodel":
         print(f"SavedModel with signatures serving_default, pixels and encoded_images: {output}")
     else:

@@ -30,7 +30,10 @@ _FUNNEL_DIM = flags.DEFINE_integer(
     lower_bound=1,
 )
 _CODES = flags.DEFINE_enum(
-    "codes", "float32", ["float32", "int8", "bits", "scann"], "With --method=funnel: how the shortlist stores prefixes."
+    "codes",
+    "float32",
+    ["float32", "int8", "bits", "clusters", "scann"],
+    "With --method=funnel: how the shortlist stores prefixes.",
 )
 _METRIC = flags.DEFINE_enum(
     "metric", "cosine", ["cosine", "euclidean"], "Similarity: cosine, or negative euclidean distance."
@@ -38,6 +41,11 @@ _METRIC = flags.DEFINE_enum(
 _RECALL = flags.DEFINE_float("recall", 0.99, "Recall against exact search that ScaNN or funnel is tuned to.")
 _K = flags.DEFINE_integer(
     "k", 10, "Number of neighbours for --recall, and of those that the SavedModel finds.", lower_bound=1
+)
+_MIN_SCORE = flags.DEFINE_float(
+    "min_score",
+    None,
+    "Least similarity of a match, stored for s2sd-search and the SavedModel. s2sd-evaluate prints thresholds.",
 )
 _ENCODER = app.define_path("encoder", None, "SavedModel of s2sd-export; needed for --saved_model.")
 _SAVED_MODEL = app.define_path("saved_model", None, "Folder to write a SavedModel that maps images to ids and scores.")
@@ -79,6 +87,7 @@ def _build():
         rows, ids, labels, _METHOD.value, _METRIC.value, _RECALL.value, _K.value, dim=_FUNNEL_DIM.value,
         codes=_CODES.value,
     )  # fmt: skip
+    index.min_score = _MIN_SCORE.value
     index.save(_OUTPUT.value)
     tuning = ""
     if isinstance(index, (ScannIndex, FunnelIndex)):

@@ -1,6 +1,7 @@
 """s2sd-search: finds the images of an index that are most similar to the given ones.
 
-Prints JSON with the ids, labels and similarities of the nearest images, and can draw them.
+Prints JSON with the ids, labels and similarities of the nearest images, and can draw them. With a threshold, of
+--min_score or stored in the index, images that are less similar are left out; the matches are empty if none reaches it.
 
 Examples:
   s2sd-search --index=index --encoder=runs/omniglot/saved_model --image=query.png
@@ -19,6 +20,12 @@ _INDEX = app.define_path("index", None, "Folder of s2sd-index or s2sd-beam.", re
 _ENCODER = app.define_path("encoder", None, "SavedModel of s2sd-export.", required=True)
 _IMAGE = app.define_paths("image", None, "Image file to search with. Repeat the flag for several.", required=True)
 _K = flags.DEFINE_integer("k", 10, "Number of images to find.", lower_bound=1)
+_MIN_SCORE = flags.DEFINE_float(
+    "min_score",
+    None,
+    "Least similarity of a match; negative distances if the index is euclidean. By default what the index stores, if "
+    "anything; -2 finds all by cosine similarity. s2sd-evaluate prints thresholds.",
+)
 _PICTURE = app.define_path("picture", None, "PNG file to write, with the queries and the images found.")
 _IMAGES = app.define_path("images", None, "Folder in which the ids are paths; needed for --picture.")
 
@@ -54,7 +61,7 @@ def _main(_):
     if errors:
         position, error = next(iter(errors.items()))
         raise ValueError(f"--image: expected an image. Received: {_IMAGE.value[position]!r}: {error}")
-    found = index.search(rows, _K.value)
+    found = index.search(rows, _K.value, _MIN_SCORE.value)
     answers: list[dict[str, Any]] = []
     for path, indices, similarities in zip(_IMAGE.value, *found):
         matches = []

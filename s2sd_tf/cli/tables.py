@@ -30,6 +30,22 @@ def dims_table(rows: Mapping[int, Mapping[str, Any]]) -> str:
     return _aligned(lines)
 
 
+def thresholds_table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns a table of what `verification_metrics` or `open_set_metrics` computed, in percent, with the thresholds.
+
+    Args:
+        columns: for each column's name, the values by name. The threshold of `tar@0.1` is `threshold@0.1`.
+    """
+    first = next(iter(columns.values()))
+    names = [name for name, value in first.items() if isinstance(value, float) and not name.startswith("threshold@")]
+    lines = [["", *(cell for column in columns for cell in (column, "threshold"))]]
+    for name in names:
+        key = f"threshold@{name.split('@')[-1]}"
+        cells = [(_percent(found[name]), f"{found[key]:.4f}" if key in found else "") for found in columns.values()]
+        lines.append([name, *(text for pair in cells for text in pair)])
+    return _aligned(lines)
+
+
 def _aligned(lines):
     """Returns lines of cells as text in columns; the first line is the head."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]

@@ -271,7 +271,7 @@ class Preprocessing:
         if self.channel_order == "bgr":
             images = images[..., ::-1]
         # As one affine map, because LiteRT's converter of TensorFlow 2.20 gets 1 - x - mean wrong.
-        mean, std = (np.broadcast_to(np.float32(value), [self.channels]) for value in (self.mean, self.std))
+        mean, std = (np.broadcast_to(np.asarray(value, np.float32), [self.channels]) for value in (self.mean, self.std))
         scale, shift = (-1.0, 1.0 - mean) if self.invert else (1.0, -mean)
         return self._set_size(images * tf.constant(scale / std) + tf.constant(shift / std))
 

@@ -17,8 +17,8 @@ _LEAST, _MEDIAN = 3, 5
 _BLOCK = 4096
 
 
-class Pairs(NamedTuple):
-    """Pairs of similar items, the most similar first.
+class SimilarPairs(NamedTuple):
+    """SimilarPairs of similar items, the most similar first.
 
     Attributes:
         first, second: int64 `(pairs,)`, positions.
@@ -38,7 +38,7 @@ def reach(labels: np.ndarray, k: int) -> np.ndarray:
     return np.minimum(k, np.maximum(counts[inverse] - 1, _LEAST))
 
 
-def near_pairs(found: Neighbors, rows: Rows, others: Rows, similarity: float, once: bool = False) -> Pairs:
+def near_pairs(found: Neighbors, rows: Rows, others: Rows, similarity: float, once: bool = False) -> SimilarPairs:
     """The pairs of an item and one of its neighbours whose similarity is at least `similarity`.
 
     Args:
@@ -61,10 +61,10 @@ def near_pairs(found: Neighbors, rows: Rows, others: Rows, similarity: float, on
     for start in range(0, len(first), _BLOCK):
         block = slice(start, start + _BLOCK)
         equal[block] = np.all(take(rows, first[block]) == take(others, second[block]), axis=1)
-    return Pairs(first, second, values, equal)
+    return SimilarPairs(first, second, values, equal)
 
 
-def distinct_pairs(pairs: Pairs, scores: np.ndarray) -> np.ndarray:
+def distinct_pairs(pairs: SimilarPairs, scores: np.ndarray) -> np.ndarray:
     """Positions of the items to leave out so that no pair is left, ascending int64.
 
     Every item that is left out is in a pair with one that is kept. Items in the most pairs are kept first, then those

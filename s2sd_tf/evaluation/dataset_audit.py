@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from s2sd_tf.checks import check_number, check_within, checked_int
 from s2sd_tf.evaluation.audit_classes import Confusions, SplitClass, confused_classes, split_classes
-from s2sd_tf.evaluation.audit_items import Pairs, distinct_pairs, label_scores, near_pairs, outlier_scores, reach
+from s2sd_tf.evaluation.audit_items import SimilarPairs, distinct_pairs, label_scores, near_pairs, outlier_scores, reach
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.neighbors import Neighbors, no_neighbors
 from s2sd_tf.evaluation.rows import checked_labels, checked_rows
@@ -35,8 +35,8 @@ class Audit(NamedTuple):
 
     neighbors: Neighbors
     duplicate_similarity: float
-    duplicates: Pairs
-    leaks: Pairs
+    duplicates: SimilarPairs
+    leaks: SimilarPairs
     label_scores: np.ndarray
     suggested_labels: np.ndarray
     outlier_scores: np.ndarray

@@ -157,9 +157,14 @@ def read_items(folder: str | os.PathLike) -> tuple[list[str], list[str] | None]:
 
 def write_rows(folder: str | os.PathLike, rows: np.ndarray) -> None:
     """Writes rows to `embeddings.npy` in `folder`."""
-    with open(os.path.join(folder, "embeddings.npy"), "wb") as file:
+    write_array(os.path.join(folder, "embeddings.npy"), rows)
+
+
+def write_array(path: str | os.PathLike, array: np.ndarray) -> None:
+    """Writes a `.npy` file."""
+    with open(path, "wb") as file:
         # Not `file` itself, which NumPy writes by C functions: it does not notice if the last bytes find no room.
-        np.save(types.SimpleNamespace(write=file.write), rows, allow_pickle=False)
+        np.save(types.SimpleNamespace(write=file.write), array, allow_pickle=False)
 
 
 def read_rows(folder: str | os.PathLike, ids: Sequence[str]) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.checks import check_choice, checked_int
+from s2sd_tf.checks import check_choice, check_number, checked_int
 from s2sd_tf.evaluation.embeddings import Rows, ints_or_texts, read_rows, write_items, write_rows
 from s2sd_tf.evaluation.exact import exact_neighbors
 from s2sd_tf.evaluation.neighbors import METRICS, Neighbors, no_neighbors, padded
@@ -27,6 +27,7 @@ class Index:
         dim: dimension of the embeddings.
         ids: ids by position.
         labels: labels by position, or None.
+        min_score: the least similarity of an item that counts as found, or None for no limit. May be set.
     """
 
     method: str | None = None
@@ -36,20 +37,34 @@ class Index:
         self.dim = dim
         self.ids = ids
         self.labels = labels
+        self.min_score: float | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def search(self, queries: Rows | tf.Tensor, k: int) -> Neighbors:
+    def search(self, queries: Rows | tf.Tensor, k: int, min_score: float | None = None) -> Neighbors:
         """Finds the k nearest items of float rows `(queries, dim)`, as positions in `ids` and `labels`.
 
+        Args:
+            queries: the rows.
+            k: int >= 1.
+            min_score: the least similarity, rounded to float32, of an item that counts as found. Default: the index's
+                own. For no limit pass a number below all similarities, such as -2 for "cosine".
+
         Raises:
-            ValueError: queries of another dimension or with values that are not finite, or k < 1.
+            ValueError: queries of another dimension or with values that are not finite, k < 1, or a `min_score` that is
+                not finite.
         """
         queries = np.asarray(checked_rows("queries", queries))
         if queries.shape[1] != self.dim:
             raise ValueError(f"queries: expected dimension {self.dim}. Received: {queries.shape[1]}")
-        return self.nearest(queries, checked_int("k", k, 1))
+        found = self.nearest(queries, checked_int("k", k, 1))
+        min_score = self.min_score if min_score is None else min_score
+        if min_score is None:
+            return found
+        check_number("min_score", min_score)
+        reached = found.similarities >= np.float32(min_score)
+        return Neighbors(np.where(reached, found.indices, -1), np.where(reached, found.similarities, -np.inf))
 
     def nearest(self, queries: np.ndarray, k: int) -> Neighbors:
         """`search` without checking the arguments."""
@@ -108,12 +123,15 @@ class Index:
             ValueError: `folder` exists and is neither empty nor an index.
         """
         check_replaceable("folder", folder, "index.json")
+        if self.min_score is not None:
+            check_number("min_score", self.min_score)
         with replacing(folder) as temporary:
             os.makedirs(temporary)
             self._save(temporary)
             write_items(temporary, self.ids, self.labels)
-            about = {"format": FORMAT, "method": self.method, "metric": self.metric, "dim": self.dim}
-            write_json(os.path.join(temporary, "index.json"), {**about, "size": len(self), **self._about(temporary)})
+            about: dict[str, Any] = {"format": FORMAT, "method": self.method, "metric": self.metric, "dim": self.dim}
+            about |= {"size": len(self), "min_score": self.min_score}
+            write_json(os.path.join(temporary, "index.json"), {**about, **self._about(temporary)})
 
     @classmethod
     def load(

@@ -10,8 +10,8 @@ import tensorflow as tf
 from s2sd_tf.checks import check_choice, checked_int
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.exact import positive_ranks
-from s2sd_tf.evaluation.neighbors import check_search
-from s2sd_tf.evaluation.rows import checked_keys, checked_labels, checked_sets
+from s2sd_tf.evaluation.neighbors import Neighbors, check_search
+from s2sd_tf.evaluation.rows import checked_labeled_sets
 from s2sd_tf.evaluation.scann_index import scann_neighbors
 
 # The neighbours of ScaNN that `mrr` is computed over.
@@ -153,6 +153,7 @@ def evaluate_retrieval(
     recall: float = 0.99,
     memory_mib: int = 512,
     progress: bool = False,
+    neighbors: Neighbors | None = None,
 ) -> RetrievalResult:
     """Computes the retrieval metrics of every query.
 
@@ -184,6 +185,8 @@ def evaluate_retrieval(
             positions.
         method, metric, recall, memory_mib, progress: see `find_neighbors`. `memory_mib` includes the ranks of a block
             of queries, unless everything has the same label.
+        neighbors: what another search found, such as `reranked_neighbors`, instead of `method`. As with ScaNN,
+            positives beyond count as not found.
 
     Raises:
         ValueError: no queries, labels that do not fit, or no query that has a positive.
@@ -195,32 +198,22 @@ def evaluate_retrieval(
         raise ValueError("ks: expected at least one int >= 1. Received: none")
     if mrr_depth is not None:
         checked_int("mrr_depth", mrr_depth, 1)
-    alone = gallery is None
-    if alone != (gallery_labels is None):
-        raise ValueError("gallery and gallery_labels: expected both or neither")
-    if alone:
-        if gallery_ids is not None:
-            raise ValueError("gallery_ids: expected None without a gallery")
-        gallery, gallery_labels = queries, query_labels
     check_search(method, metric, recall)
     memory_mib = checked_int("memory_mib", memory_mib, 1)
-    queries, gallery = checked_sets(queries, gallery)
-    if alone:
-        query_ids = np.arange(queries.shape[0]) if query_ids is None else query_ids
-        gallery_ids = query_ids
-    query_labels = checked_labels("query_labels", query_labels, queries)
-    gallery_labels = query_labels if alone else checked_labels("gallery_labels", gallery_labels, gallery)
-    if not len(query_labels):
-        raise ValueError("queries: expected at least one. Received: none")
-    keys = checked_keys(query_ids, gallery_ids, queries, gallery)
-
-    positives, candidates = _counts(query_labels, gallery_labels, keys)
+    sets = checked_labeled_sets(queries, query_labels, gallery, gallery_labels, query_ids, gallery_ids)
+    queries, gallery, query_labels, gallery_labels, keys, _ = sets
+    positives, candidates = sets.counts()
     if not positives.any():
         raise ValueError(
             "gallery_labels: expected at least one query to have a positive in the gallery. Received: none"
         )
     reach = mrr_depth
-    if method == "exact":
+    if neighbors is not None:
+        if neighbors.indices.shape[0] != len(query_labels):
+            raise ValueError(f"neighbors: expected {len(query_labels)} rows. Received: {neighbors.indices.shape[0]}")
+        reach = mrr_depth or neighbors.indices.shape[1]
+        blocks = _ranks_in(neighbors.indices, query_labels, gallery_labels)
+    elif method == "exact":
         blocks = positive_ranks(queries, gallery, query_labels, gallery_labels, metric, keys, memory_mib, progress)
     else:
         reach = mrr_depth or _SCANN_MRR
@@ -252,24 +245,6 @@ def checked_ks(name: str, values: Any) -> list[int]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise ValueError(f"{name}: expected a sequence of ints >= 1. Received: {values!r}")
     return [checked_int(name, k, 1) for k in values]
-
-
-def _counts(query_labels, gallery_labels, keys):
-    """The number of positives and of items in the gallery for each query, without those that have its key."""
-    classes, inverse = np.unique(np.concatenate([query_labels, gallery_labels]), return_inverse=True)
-    of_queries, of_gallery = inverse[: len(query_labels)], inverse[len(query_labels) :]
-    positives = np.bincount(of_gallery, minlength=len(classes))[of_queries]
-    candidates = np.full(len(query_labels), len(gallery_labels))
-    if keys is None:
-        return positives, candidates
-    most = max(int(keys[0].max(initial=0)), int(keys[1].max(initial=0))) + 1
-    candidates = candidates - np.bincount(keys[1], minlength=most)[keys[0]]
-    both, own = np.unique(of_gallery * most + keys[1], return_counts=True)
-    wanted = of_queries * most + keys[0]
-    if len(both):
-        found = np.minimum(np.searchsorted(both, wanted), len(both) - 1)
-        positives = positives - own[found] * (both[found] == wanted)
-    return positives, candidates
 
 
 def _ranks_in(

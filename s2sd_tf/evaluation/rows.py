@@ -1,7 +1,7 @@
 """Checks of embedding rows (in memory or on disk), labels and ids, and helpers that read rows in parts."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -12,6 +12,70 @@ from s2sd_tf.labels import label_array
 # A part has at most this many numbers.
 _PART = 2**22
 _LARGEST = float(np.finfo(np.float32).max)
+
+
+class LabeledSets(NamedTuple):
+    """Queries and the gallery that they are compared with, checked.
+
+    Attributes:
+        queries, gallery: float rows; the same object if the queries are compared among themselves.
+        query_labels, gallery_labels: int64, `(queries,)` and `(gallery,)`.
+        keys: `(query_keys, gallery_keys)`, int64, or None. Items with the key of the query are left out.
+        alone: whether there is no gallery.
+    """
+
+    queries: Rows
+    gallery: Rows
+    query_labels: np.ndarray
+    gallery_labels: np.ndarray
+    keys: tuple[np.ndarray, np.ndarray] | None
+    alone: bool
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """The number of positives of every query, and of all items that it is compared with, int64 `(queries,)`."""
+        labels = np.concatenate([self.query_labels, self.gallery_labels])
+        classes, inverse = np.unique(labels, return_inverse=True)
+        of_queries, of_gallery = inverse[: len(self.query_labels)], inverse[len(self.query_labels) :]
+        positives = np.bincount(of_gallery, minlength=len(classes))[of_queries]
+        candidates = np.full(len(of_queries), len(of_gallery))
+        if self.keys is None:
+            return positives, candidates
+        query_keys, gallery_keys = self.keys
+        most = max(int(query_keys.max(initial=0)), int(gallery_keys.max(initial=0))) + 1
+        candidates = candidates - np.bincount(gallery_keys, minlength=most)[query_keys]
+        both, own = np.unique(of_gallery * most + gallery_keys, return_counts=True)
+        wanted = of_queries * most + query_keys
+        if len(both):
+            found = np.minimum(np.searchsorted(both, wanted), len(both) - 1)
+            positives = positives - own[found] * (both[found] == wanted)
+        return positives, candidates
+
+
+def checked_labeled_sets(
+    queries: Any, query_labels: Any, gallery: Any, gallery_labels: Any, query_ids: Any, gallery_ids: Any
+) -> LabeledSets:
+    """Checks the sets that a metric compares. Without a gallery, each query leaves itself out by default.
+
+    Raises:
+        ValueError: only one of gallery and labels, no queries, or what the checks of each refuse.
+    """
+    alone = gallery is None
+    if alone != (gallery_labels is None):
+        raise ValueError("gallery and gallery_labels: expected both or neither")
+    if alone:
+        if gallery_ids is not None:
+            raise ValueError("gallery_ids: expected None without a gallery")
+        gallery, gallery_labels = queries, query_labels
+    queries, gallery = checked_sets(queries, gallery)
+    if alone:
+        query_ids = np.arange(queries.shape[0]) if query_ids is None else query_ids
+        gallery_ids = query_ids
+    query_labels = checked_labels("query_labels", query_labels, queries)
+    gallery_labels = query_labels if alone else checked_labels("gallery_labels", gallery_labels, gallery)
+    if not len(query_labels):
+        raise ValueError("queries: expected at least one. Received: none")
+    keys = checked_keys(query_ids, gallery_ids, queries, gallery)
+    return LabeledSets(queries, gallery, query_labels, gallery_labels, keys, alone)
 
 
 def checked_rows(name: str, rows: Any) -> Rows:

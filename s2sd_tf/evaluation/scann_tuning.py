@@ -1,4 +1,4 @@
-"""Tunes how much of a gallery ScaNN must search to reach a recall, measured on the gallery's own items."""
+"""Tunes how much of a gallery a search must look at to reach a recall, measured on the gallery's own items."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ class RecallSample:
     """Items of a gallery that serve as queries to measure recall against exact search.
 
     Args:
-        find: ScaNN's search of the rows, a function from `(queries, k, **numbers)` to `(indices, similarities)`.
+        find: the search of the rows, a function from `(queries, k, **numbers)` to `(indices, similarities)`.
         rows: float32 `(n, dim)`, n >= 2, as they were passed to ScaNN.
         metric: "cosine" or "euclidean".
         k: number of neighbours to find, >= 1.
@@ -85,19 +85,20 @@ def smallest_numbers(sample: RecallSample, size: int, leaves: int | None = None)
             return None
         reorder *= 2
     if leaves is not None:
-        numbers["leaves_to_search"] = _smallest_leaves(
+        numbers["leaves_to_search"] = smallest_leaves(
             leaves, lambda count: sample.enough(reorder=reorder, leaves_to_search=count)
         )
     fewer = _smallest(sample.k, reorder, lambda count: sample.enough(reorder=count, **numbers))
     return {"reorder": int(fewer or reorder), **numbers}
 
 
-def _smallest_leaves(leaves, enough):
+def smallest_leaves(leaves: int, enough: Callable[[int], bool]) -> int:
+    """The smallest number of `leaves` to search that is enough, to within 5%. All leaves are enough."""
     found, high = _smallest(0, 1, enough), 1
-    while found is None:
+    while found is None and high < leaves:
         high = min(2 * high, leaves)
         found = _smallest(high // 2, high, enough)
-    return found
+    return found or leaves
 
 
 def _smallest(low, high, enough):

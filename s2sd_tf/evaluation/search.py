@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.checks import check_choice, checked_int
+from s2sd_tf.checks import check_choice, check_number, checked_int
 from s2sd_tf.evaluation.embeddings import Rows, check_finished, read_items, shard_folders
 from s2sd_tf.evaluation.exact import exact_neighbors
 from s2sd_tf.evaluation.funnel_index import FunnelIndex
@@ -162,10 +162,15 @@ def load_index(folder: str | os.PathLike) -> Index:
         check_choice("method", about["method"], tuple(kinds))
         check_choice("metric", about["metric"], METRICS)
         checked_int("dim", about["dim"], 1)
+        # Indexes of earlier versions have none.
+        if about.get("min_score") is not None:
+            check_number("min_score", about["min_score"])
     ids, labels = read_items(folder)
     if about.get("size") != len(ids):
         raise ValueError(f"{path}: expected size {len(ids)}, the number of its items. Received: {about.get('size')!r}")
-    return kinds[about["method"]].load(folder, about, ids, labels)
+    index = kinds[about["method"]].load(folder, about, ids, labels)
+    index.min_score = about.get("min_score")
+    return index
 
 
 def _load_shards(folder):

@@ -21,13 +21,16 @@ class ShardedIndex(Index):
     method = "sharded"
 
     def __init__(self, indexes: Sequence[Index]) -> None:
-        kinds = {(index.metric, index.dim) for index in indexes}
+        kinds = {(index.metric, index.dim, index.min_score) for index in indexes}
         if len(kinds) != 1:
-            raise ValueError(f"indexes: expected the same metric and dimension. Received: {sorted(kinds)}")
+            raise ValueError(
+                f"indexes: expected the same metric, dimension and min_score. Received: {sorted(kinds, key=str)}"
+            )
         ids = [item for index in indexes for item in index.ids]
         parts = [index.labels for index in indexes if index.labels is not None]
         labels = [label for part in parts for label in part] if len(parts) == len(indexes) else None
         super().__init__(indexes[0].metric, indexes[0].dim, ids, labels)
+        self.min_score = indexes[0].min_score
         self.indexes = list(indexes)
 
     def rows(self) -> np.ndarray:

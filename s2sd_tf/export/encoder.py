@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from s2sd_tf.checks import check_choice
+from s2sd_tf.evaluation import Whitening
 from s2sd_tf.export.files import export_file
 from s2sd_tf.export.saved_model import load_saved_model
 from s2sd_tf.files import check_replaceable, local_path, replacing
@@ -20,7 +21,13 @@ FORMATS = ("savedmodel", "onnx", "litert")
 _SIGNATURES = {"serving_default": "images", "pixels": "pixels", "encoded_images": "encoded_images"}
 
 
-def export_encoder(model: keras.Model, preprocessing: Any, path: str | os.PathLike, format: str = "savedmodel") -> None:
+def export_encoder(
+    model: keras.Model,
+    preprocessing: Any,
+    path: str | os.PathLike,
+    format: str = "savedmodel",
+    whitening: Whitening | None = None,
+) -> None:
     """Writes a SavedModel, or a file for ONNX or LiteRT, that turns images into embeddings, preprocessing included.
 
     All signatures of the SavedModel return `{"embedding": (batch, embedding_dim) float32}`, with no rows for an empty
@@ -49,6 +56,8 @@ def export_encoder(model: keras.Model, preprocessing: Any, path: str | os.PathLi
         path: folder to write; a new folder, or a SavedModel to replace. For the other formats a file, which may exist.
             It is written completely or not at all.
         format: "savedmodel"; "onnx", for which tf2onnx must be installed; or "litert", a LiteRT (TensorFlow Lite) file.
+        whitening: None, or a map that is applied to the embeddings, fitted to those of this model. The prefixes of
+            nested embeddings are then left out, as whitening mixes the dimensions.
 
     Raises:
         ImportError: tf2onnx is missing.
@@ -57,11 +66,11 @@ def export_encoder(model: keras.Model, preprocessing: Any, path: str | os.PathLi
     """
     check_choice("format", format, FORMATS)
     if format != "savedmodel":
-        embed = _traced(model, preprocessing)
-        export_file(embed, _captured(model), preprocessing, _nested_dims(model), path, format)
+        embed = _traced(model, preprocessing, whitening)
+        export_file(embed, _captured(model), preprocessing, _nested_dims(model, whitening), path, format)
         return
     check_replaceable("path", path, "saved_model.pb")
-    module = _Encoder(model, preprocessing)
+    module = _Encoder(model, preprocessing, whitening)
     with replacing(path) as temporary:
         tf.saved_model.save(module, temporary, signatures=module.functions())
 
@@ -131,9 +140,9 @@ def checked_trained(argument: str, dim: int, dims: Sequence[int]) -> int:
 class _Encoder(tf.Module):
     """Only the base embedding path of a model, without target heads and objectives."""
 
-    def __init__(self, model: keras.Model, preprocessing: Any) -> None:
+    def __init__(self, model: keras.Model, preprocessing: Any, whitening: Whitening | None) -> None:
         super().__init__()
-        embed = _traced(model, preprocessing)
+        embed = _traced(model, preprocessing, whitening)
         self._variables = _captured(model)
         channels = preprocessing.channels
         shape = [None, None, None, channels]
@@ -164,7 +173,7 @@ class _Encoder(tf.Module):
         functions = (from_images, from_pixels, from_encoded_images)
         # An attribute, because a SavedModel has only the functions that its module has.
         self._functions = dict(zip(_SIGNATURES, functions))
-        for dim in _nested_dims(model):
+        for dim in _nested_dims(model, whitening):
             for prefix, function in zip(_SIGNATURES.values(), functions):
                 self._functions[f"{prefix}_{dim}"] = _truncated(function, dim)
 
@@ -183,9 +192,9 @@ def _captured(model):
     return [raw_variable(variable) for layer in layers for variable in layer.variables]
 
 
-def _nested_dims(model):
-    """The dimensions of the prefixes that a model was trained for."""
-    return model.s2sd_loss.nested_dims[:-1] if hasattr(model, "s2sd_loss") else ()
+def _nested_dims(model, whitening):
+    """The dimensions of the prefixes that a model was trained for, if nothing mixes them."""
+    return model.s2sd_loss.nested_dims[:-1] if hasattr(model, "s2sd_loss") and whitening is None else ()
 
 
 def _truncated(function, dim):
@@ -198,8 +207,10 @@ def _truncated(function, dim):
     return prefix
 
 
-def _traced(model, preprocessing):
-    """Returns the model as a `tf.function` of preprocessed images, traced once for all signatures."""
+def _traced(model, preprocessing, whitening):
+    """Returns the model, then the whitening if there is one, as a `tf.function` of preprocessed images. It is traced
+    once for all signatures.
+    """
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
             "model: expected a built Keras model; call it on a batch of images to build it. Received: "
@@ -212,7 +223,8 @@ def _traced(model, preprocessing):
     @tf.function(input_signature=[tf.TensorSpec([None, *size], tf.float32)])
     def embed(images):
         rows = model(images, training=False)
-        return tf.cast(rows, tf.float32) if tf.is_tensor(rows) and rows.dtype.is_floating else rows
+        rows = tf.cast(rows, tf.float32) if tf.is_tensor(rows) and rows.dtype.is_floating else rows
+        return rows if whitening is None else whitening.in_graph(rows)
 
     try:
         rows = embed.get_concrete_function().structured_outputs

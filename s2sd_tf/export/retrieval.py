@@ -31,8 +31,8 @@ def export_retrieval(encoder: str | os.PathLike, index: Index, path: str | os.Pa
     """Writes a SavedModel that finds the k nearest items of an index for images.
 
     All signatures return `{"ids", "labels"}`, strings `(batch, k)`, and `"scores"`, float32 `(batch, k)`: cosine
-    similarities or negative Euclidean distances. If fewer items are found, the remaining ids are empty and the
-    remaining scores -inf.
+    similarities or negative Euclidean distances. If fewer items are found, or fewer reach `index.min_score`, the
+    remaining ids are empty and the remaining scores -inf.
 
     - "serving_default", "pixels" and "encoded_images" take images, and refuse some, as those of `export_encoder`;
     - "embeddings": `embeddings`, float32 `(batch, dim)`; numbers that are not finite are refused.
@@ -94,6 +94,7 @@ class _Retrieval(tf.Module):
         self._encoders = encoder.signatures
         self._dim = encoder.dim
         self._k = k
+        self._min_score = index.min_score
         # Of a funnel, the dimension and length of the shortlist.
         self._prefix, self._found = None, k
         length = index.length(k) if isinstance(index, FunnelIndex) else None
@@ -143,6 +144,8 @@ class _Retrieval(tf.Module):
         there = tf.math.is_finite(scores) & (indices >= 0) & (indices < tf.size(self._ids, tf.int64))
         if self._metric == "euclidean":
             scores = -tf.sqrt(tf.maximum(scores, 0.0))
+        if self._min_score is not None:
+            there &= scores >= tf.constant(self._min_score, tf.float32)
         found = tf.where(there, indices, 0)
         return {
             "ids": tf.where(there, tf.gather(self._ids, found), ""),

@@ -31,8 +31,8 @@ def save_audit(
 ) -> dict[str, Any]:
     """Writes the files of an audit, atomically. An earlier audit in the folder is replaced.
 
-    - `duplicates.csv`, `leaks.csv`: image, other, similarity, exact (1 or 0: `Pairs.equal`), label, other_label. In
-      leaks the other image is of the gallery;
+    - `duplicates.csv`, `leaks.csv`: image, other, similarity, exact (1 or 0, see `SimilarPairs.equal`), label,
+      other_label. In leaks the other image is of the gallery;
     - `label_errors.csv`: image, label, suggested_label, score;
     - `outliers.csv`: image, label, score;
     - `confused_classes.csv`: label, other_label, share; at most the first 1,000;

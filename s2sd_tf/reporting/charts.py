@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.metrics import RetrievalResult
 from s2sd_tf.evaluation.rows import normalized, take
+from s2sd_tf.evaluation.verification import VerificationResult
 
 _COLORS = ("#1f5fa8", "#d1701f")
 _FAINT, _LINE = "#666677", "#dde2e9"
@@ -25,6 +26,7 @@ _PAIRS, _POINTS = 200_000, 2000
 # Name of the SVG group with the points of a map.
 _MARKS = "marks"
 _SPEED = "queries_per_second"
+_KINDS = ("same class", "different classes")
 
 
 def recall_curve(result: RetrievalResult) -> str:
@@ -84,16 +86,36 @@ def similarity_histogram(rows: Rows, labels: np.ndarray, generator: np.random.Ge
     found = {name: _similarities(rows, *pairs) for name, pairs in _pairs(labels, generator).items() if len(pairs[0])}
     low = min((values.min() for values in found.values()), default=-1.0)
     edges = np.linspace(max(-1.0, math.floor(10 * low) / 10), 1.0, 51)
+    counts = [np.histogram(np.clip(values, edges[0], 1.0), edges)[0] for values in found.values()]
+    return _svg(_histograms(dict(zip(found, counts)), edges)[0], "similarities of pairs")
+
+
+def pair_histogram(result: VerificationResult) -> str:
+    """Draws histograms of the similarities of all pairs, with the threshold of the best F1, and returns the SVG."""
+    values = result.thresholds[1:]
+    # A little more, so that there is a range if all similarities are equal.
+    edges = np.linspace(values[-1], values[0] + 1e-6 * max(1.0, abs(values[-1])), 51)
+    accepts = (result.true_accepts, result.false_accepts)
+    counts = [np.histogram(values, edges, weights=np.diff(accepted))[0] for accepted in accepts]
+    figure, axes = _histograms(dict(zip(_KINDS, counts)), edges)
+    threshold = result.threshold()
+    axes.axvline(threshold, color=_FAINT, linestyle="--", label=f"threshold {threshold:.3f}")
+    axes.set_xlabel("similarity")
+    axes.legend(frameon=False, fontsize=8, labelcolor=_FAINT)
+    return _svg(figure, "similarities of all pairs")
+
+
+def roc_curve(result: VerificationResult) -> str:
+    """Draws the true accept rate over the false accept rate, and returns the SVG."""
+    # The rates at which classes were counted: few points, at all orders of magnitude.
+    far, tar = (np.append(0.0, rates[result.counted]) for rates in (result.far, result.tar))
+    least = 10.0 ** math.floor(math.log10(0.5 / result.false_accepts[-1]))
     figure, axes = _figure()
-    for color, (name, values) in zip(_COLORS, found.items()):
-        shares = np.histogram(np.clip(values, edges[0], 1.0), edges)[0] / len(values)
-        axes.stairs(shares, edges, fill=True, color=color, alpha=0.25)
-        axes.stairs(shares, edges, color=color, label=name)
-    axes.set(xlabel="cosine similarity", xlim=(edges[0], edges[-1]), ylim=(0, None))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    if found:
-        axes.legend(frameon=False, fontsize=8, labelcolor=_FAINT)
-    return _svg(figure, "similarities of pairs")
+    axes.plot(np.maximum(far, least), tar, color=_COLORS[0], drawstyle="steps-post")
+    axes.set_xscale("log")
+    axes.set(xlabel="false accept rate", ylabel="true accept rate", xlim=(least, 1), ylim=(0, 1.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    return _svg(figure, "receiver operating characteristic")
 
 
 def embedding_map(
@@ -124,6 +146,20 @@ def embedding_map(
     return _svg(figure, "map of embeddings", [describe(position) for position in chosen]), text
 
 
+def _histograms(found, edges):
+    """`(figure, axes)` with a histogram for each name of `found`, of counts `(bins,)` as shares."""
+    figure, axes = _figure()
+    for color, (name, counts) in zip(_COLORS, found.items()):
+        shares = counts / counts.sum()
+        axes.stairs(shares, edges, fill=True, color=color, alpha=0.25)
+        axes.stairs(shares, edges, color=color, label=name)
+    axes.set(xlabel="cosine similarity", xlim=(edges[0], edges[-1]), ylim=(0, None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    if found:
+        axes.legend(frameon=False, fontsize=8, labelcolor=_FAINT)
+    return figure, axes
+
+
 def _pairs(labels, generator):
     """Positions of random pairs: dict from "same class" and "different classes" to `(one, other)`."""
     size = len(labels)
@@ -137,8 +173,8 @@ def _pairs(labels, generator):
     one, other = generator.integers(0, size, (2, _PAIRS))
     different = labels[one] != labels[other]
     return {
-        "same class": (order[picks[same]], order[partner[same]]),
-        "different classes": (one[different], other[different]),
+        _KINDS[0]: (order[picks[same]], order[partner[same]]),
+        _KINDS[1]: (one[different], other[different]),
     }
 
 

@@ -10,14 +10,22 @@ import numpy as np
 from s2sd_tf.checks import check_file_to_write
 from s2sd_tf.evaluation.metrics import RetrievalResult
 from s2sd_tf.evaluation.neighbors import Neighbors
+from s2sd_tf.evaluation.verification import VerificationResult
 from s2sd_tf.files import local_path
-from s2sd_tf.reporting.charts import dimension_curves, embedding_map, recall_curve, similarity_histogram
+from s2sd_tf.reporting.charts import (
+    dimension_curves,
+    embedding_map,
+    pair_histogram,
+    recall_curve,
+    roc_curve,
+    similarity_histogram,
+)
 from s2sd_tf.reporting.embedded_images import EmbeddedImages, checked_images
 from s2sd_tf.reporting.page import Markup, figure, joined, part, section, write_page
 from s2sd_tf.reporting.pictures import QUERY, RIGHT, WRONG
 
 # Metrics that are not percentages.
-_NOT_PERCENT = ("intra", "inter", "ratio", "rho", "rho@-1", "rho@2", "rho@10")
+_NOT_PERCENT = ("intra", "inter", "ratio", "rho", "threshold")
 # The largest number of queries in a section, and of classes.
 _QUERIES, _CLASSES = 5, 40
 
@@ -33,6 +41,7 @@ def save_report(
     about: str = "",
     table: Mapping[str, Mapping[str, Any]] | None = None,
     dims: Mapping[int, Mapping[str, Any]] | None = None,
+    verification: VerificationResult | None = None,
     seed: int = 0,
 ) -> None:
     """Writes the page: metrics with their intervals, recall over k, similarities of positives and negatives, the best,
@@ -47,6 +56,8 @@ def save_report(
         title, about: heading, and the line below it.
         table: metrics by column name. By default one column with the means of `result`.
         dims: what `evaluation.metrics_by_dim` returns, for a section about the dimensions; None: no section.
+        verification: what `evaluation.verification_metrics` returns, for the similarities of all pairs and the ROC;
+            None: similarities of a sample.
         seed: seed of the samples that charts show.
 
     Raises:
@@ -64,8 +75,19 @@ def save_report(
             f"neighbors: expected positions of {len(gallery.labels)} gallery items. Received: {neighbors.indices.max()}"
         )
     generator = np.random.default_rng(seed)
+    intervals = result.confidence_intervals()
+    text = "Cosine similarity of pairs of one class and of different classes."
+    pairs = [section("Similarities", text, similarity_histogram(queries.rows, queries.labels, generator))]
+    if verification is not None:
+        intervals.update(verification.confidence_intervals())
+        count = f"{verification.true_accepts[-1]:,} pairs of one class and {verification.false_accepts[-1]:,} of others"
+        pairs = [
+            section("Similarities", f"All {count}, and the threshold of the best F1.", pair_histogram(verification)),
+            section("ROC", "Accepted pairs of one class, over those of different classes.", roc_curve(verification)),
+        ]
+    text = "In percent, with the 95% interval over classes (bootstrap)."
     sections = [
-        section("Metrics", "In percent, with the 95% interval over classes (bootstrap).", _metrics(result, table)),
+        section("Metrics", text, _metrics(result, table, intervals)),
         part(
             "pair",
             sections=joined(
@@ -73,11 +95,7 @@ def save_report(
                     section(
                         "Recall over k", "Share of queries with a positive among the k nearest.", recall_curve(result)
                     ),
-                    section(
-                        "Similarities",
-                        "Cosine similarity of pairs of one class and of different classes.",
-                        similarity_histogram(queries.rows, queries.labels, generator),
-                    ),
+                    *pairs,
                 ]
             ),
         ),
@@ -93,8 +111,7 @@ def save_report(
     write_page(path, title, about, sections)
 
 
-def _metrics(result, table):
-    intervals = result.confidence_intervals()
+def _metrics(result, table, intervals):
     table = table or {"": result.means()}
     lines = []
     for name, value in next(iter(table.values())).items():
@@ -126,7 +143,7 @@ def _whole(_, value):
 def _number(name, value):
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
-    return f"{value:.3f}" if name.split(" ")[-1] in _NOT_PERCENT else f"{100 * value:.1f}"
+    return f"{value:.3f}" if name.split("@")[0] in _NOT_PERCENT else f"{100 * value:.1f}"
 
 
 def _choose(result):

@@ -1,0 +1,89 @@
+"""Retrieval metrics after post-processing, for `s2sd-evaluate --postprocess`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from s2sd_tf import evaluation, progress
+from s2sd_tf.checks import check_choice
+from s2sd_tf.evaluation.rows import normalized
+from s2sd_tf.reporting import EmbeddedImages
+
+STEPS = ("whiten", "augment", "expand", "rerank")
+
+
+def check(values: Sequence[str], has_gallery: bool, has_training: bool) -> None:
+    """Checks the flag: steps joined by + in the order in which they apply.
+
+    Raises:
+        ValueError: an unknown step or order, or a step that needs another flag.
+    """
+    for value in values:
+        steps = value.split("+")
+        for step in steps:
+            check_choice("--postprocess", step, STEPS)
+        if steps != [step for step in STEPS if step in steps]:
+            raise ValueError(f"--postprocess: expected each step once, in the order {STEPS}. Received: {value!r}")
+        if "whiten" in steps and not has_training:
+            raise ValueError("--postprocess=whiten: expected --training_embeddings too. Received: none")
+        if "augment" in steps and not has_gallery:
+            raise ValueError(
+                "--postprocess=augment: expected a gallery, as queries that search among themselves would be averaged "
+                "into what they find. Received: none"
+            )
+
+
+def metrics(
+    values: Sequence[str],
+    queries: EmbeddedImages,
+    gallery: EmbeddedImages | None,
+    ids: Mapping[str, np.ndarray],
+    training: str | None,
+    settings: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Returns the metrics of exact search by cosine similarity after each of `values`, by its name.
+
+    Args:
+        values: the flag, checked.
+        queries, gallery: what is evaluated.
+        ids: the ids to exclude; see `find_neighbors`. Without a gallery, each query leaves out itself.
+        training: file or folder of embeddings to fit the whitening to, or None.
+        settings: further arguments of `evaluate_retrieval`.
+    """
+    whitening = None
+    if training and any("whiten" in value for value in values):
+        with progress.stage("Fitting the whitening"):
+            whitening = evaluation.Whitening.fit(evaluation.read_embeddings(training).rows)
+    if gallery is None:
+        own = np.arange(len(queries.labels))
+        gallery, ids = queries, {"query_ids": own, "gallery_ids": own}
+    found = {}
+    for value in values:
+        with progress.stage(f"Searching, {value}"):
+            found[value] = _metrics(value.split("+"), queries, gallery, ids, whitening, settings)
+    return found
+
+
+def _metrics(steps, queries, gallery, ids, whitening, settings):
+    rows = [normalized(np.asarray(part.rows[:])) for part in (queries, gallery)]
+    if "whiten" in steps:
+        rows = [whitening(part) for part in rows]
+    searched, items = rows[0], rows[1]
+    if "augment" in steps:
+        own = np.arange(len(items))
+        items = evaluation.expand(items, items, query_ids=own, gallery_ids=own)
+    if "expand" in steps:
+        searched = evaluation.expand(searched, items, **ids)
+    neighbors = None
+    if "rerank" in steps:
+        # As many as the metrics look at: the largest number of positives, and 100 for the reciprocal rank.
+        most = int(np.unique(gallery.labels, return_counts=True)[1].max())
+        depth = max(100, most, *settings["ks"], *settings["precision_ks"], *settings["map_ks"])
+        same = gallery is queries and "expand" not in steps
+        neighbors = evaluation.reranked_neighbors(
+            items if same else searched, items, min(depth, len(items)), **ids, memory_mib=settings["memory_mib"]
+        )
+    return evaluation.retrieval_metrics(
+        searched, queries.labels, items, gallery.labels, **ids, **settings, neighbors=neighbors
+    )

@@ -1,0 +1,190 @@
+"""Counts of all pairs of a query and a gallery item, by similarity, block by block in bounded memory.
+
+Arguments are not checked here; the callers have done that.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from s2sd_tf.evaluation.rows import LabeledSets, mean_row, parts, scale_of, scaled, unit
+
+# Up to this number of pairs all similarities are kept and sorted.
+_SORTED = 2**22
+# Otherwise they are rounded down to this number of levels, that is for "cosine" to multiples of 2^-20.
+_STEPS = 2**21
+# Similarities that differ by less are equal: float64 rounds the same one differently in products of other shapes.
+_NOISE = 2.0**-40
+# Largest height and width of a block, and the bytes that it takes for each pair.
+_SIDE, _BYTES = 1024, 48
+
+
+class PairCounts(NamedTuple):
+    """The numbers of pairs of each similarity.
+
+    Attributes:
+        thresholds: the similarities that occur, descending, float64 `(t,)`.
+        positives, negatives: the numbers of pairs of one class and of different classes that have that similarity, or
+            one between it and the next higher threshold, int64 `(t,)`.
+        resolution: the least difference of two thresholds; 0 if they are the similarities themselves.
+    """
+
+    thresholds: np.ndarray
+    positives: np.ndarray
+    negatives: np.ndarray
+    resolution: float
+
+
+class Pairs:
+    """All pairs of a query and a gallery item with different keys; of queries among themselves each pair once.
+
+    Args:
+        sets: the sets.
+        metric: "cosine" or "euclidean".
+        memory_mib: MiB that blocks may take. Counts of up to 2^21 similarities take 64 MiB more.
+        progress: whether to show a progress bar.
+    """
+
+    def __init__(self, sets: LabeledSets, metric: str, memory_mib: int, progress: bool) -> None:
+        positives, candidates = sets.counts()
+        times = 2 if sets.alone else 1
+        self.sets = sets
+        self.metric = metric
+        self.positives = int(positives.sum()) // times
+        self.negatives = int((candidates - positives).sum()) // times
+        self.classes, codes = np.unique(np.concatenate([sets.query_labels, sets.gallery_labels]), return_inverse=True)
+        # int32, as comparing them is most of the work of finding the positives.
+        codes = codes.astype(np.int32)
+        self.query_classes, self.gallery_classes = codes[: len(sets.query_labels)], codes[len(sets.query_labels) :]
+        self._side = int(np.clip(np.sqrt(memory_mib * 2**20 / _BYTES), 64, _SIDE))
+        self._progress = progress
+        self._sorted = self.positives + self.negatives <= _SORTED
+        self._scale, self._low = 1.0, -1.0
+        self._center: Any = None
+        if metric == "euclidean":
+            self._scale = scale_of(sets.queries, *(() if sets.alone else (sets.gallery,)))
+            self._center = self._scale * mean_row(sets.gallery)
+            # At least the longest distance, by the rows farthest from the mean; a power of two makes levels exact.
+            radii = [self._radius(rows) for rows in (sets.queries, sets.gallery)]
+            self._low = -float(np.exp2(np.ceil(np.log2(1e-30 + sum(radii)))))
+        self._step = (2.0 if metric == "cosine" else 1.0) * abs(self._low) / _STEPS
+
+    def counts(self) -> PairCounts:
+        """Counts the pairs of every similarity."""
+        thresholds: np.ndarray
+        if self._sorted:
+            similarities, same = [], []
+            for _, _, scores, kinds in self._blocks():
+                kept = kinds >= 0
+                similarities.append(scores[kept])
+                same.append(kinds[kept] == 1)
+            values, inverse = np.unique(np.concatenate(similarities), return_inverse=True)
+            positives = np.bincount(inverse[np.concatenate(same)], minlength=len(values))
+            every = np.bincount(inverse, minlength=len(values))
+            thresholds, resolution = values / self._scale, 0.0
+        else:
+            every, positives, left_out = (np.zeros(_STEPS + 1, np.int64) for _ in range(3))
+            for _, _, scores, kinds in self._blocks():
+                levels = self._levels(scores)
+                # Not by bincount, which makes an array of all levels each time.
+                np.add.at(every, levels.reshape(-1), 1)
+                for kind, counts in ((1, positives), (-1, left_out)):
+                    np.add.at(counts, levels[kinds == kind], 1)
+            every -= left_out
+            thresholds = (self._low + self._step * np.arange(len(every))) / self._scale
+            resolution = self._step / self._scale
+        there = np.flatnonzero(every)[::-1]
+        negatives = every - positives
+        return PairCounts(thresholds[there], positives[there], negatives[there], resolution)
+
+    def counts_of_classes(self, thresholds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Counts the pairs of every class whose similarity reaches thresholds.
+
+        Args:
+            thresholds: some of those of `counts`, descending, float64 `(t,)`.
+
+        Returns:
+            `(positives, negatives)`, int64 `(classes, t)`. A negative pair counts for both of its classes.
+        """
+        ascending = thresholds[::-1] * self._scale
+        size = len(ascending) + 2
+        if self._sorted:
+
+            def places(scores):
+                return np.searchsorted(ascending, scores, "right")
+        else:
+            table = np.searchsorted(ascending, self._low + self._step * np.arange(_STEPS + 1), "right").astype(np.int16)
+
+            def places(scores):
+                return table[self._levels(scores)]
+
+        positives, negatives = (np.zeros((len(self.classes), size), np.int64) for _ in range(2))
+        for start, first, scores, kinds in self._blocks():
+            height, width = scores.shape
+            rows = self.query_classes[start : start + height]
+            columns = self.gallery_classes[first : first + width]
+            place = places(scores)
+            same = kinds == 1
+            if same.any():
+                of_pairs = np.broadcast_to(rows[:, None], same.shape)[same].astype(np.int64) * size + place[same]
+                there, counts = np.unique(of_pairs, return_counts=True)
+                positives.reshape(-1)[there] += counts
+            # What is no negative goes into a last column that is not returned.
+            place[kinds != 0] = size - 1
+            for classes, lines in ((rows, np.arange(height)[:, None]), (columns, np.arange(width))):
+                keys = place + size * lines
+                found = np.bincount(keys.reshape(-1), minlength=size * len(classes)).reshape(-1, size)
+                np.add.at(negatives, classes, found)
+        return np.cumsum(positives[:, -2:0:-1], axis=1), np.cumsum(negatives[:, -2:0:-1], axis=1)
+
+    def _levels(self, scores):
+        """Rounds similarities, which are overwritten, down to levels, int64 of their shape."""
+        # They are rounded down, so that a similarity reaches a threshold if its level does.
+        scores -= self._low - _NOISE
+        scores *= 1.0 / self._step
+        return scores.astype(np.int64)
+
+    def _blocks(self) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """Yields `(start, first, similarities, kinds)`: the positions of the first query and gallery item, float64
+        `(rows, columns)`, and int8: 1 for a pair of one class, 0 of different classes, -1 to leave out.
+        """
+        sets, side = self.sets, self._side
+        bar = tqdm(total=self.positives + self.negatives, desc="Comparing", unit="pair", unit_scale=True,
+                   disable=not self._progress)  # fmt: skip
+        with bar:
+            for start in range(0, sets.queries.shape[0], side):
+                rows = self._prepared(sets.queries[start : start + side])
+                for first in range(start if sets.alone else 0, sets.gallery.shape[0], side):
+                    inside = sets.alone and first == start
+                    columns = rows if inside else self._prepared(sets.gallery[first : first + side])
+                    here, there = slice(start, start + len(rows)), slice(first, first + len(columns))
+                    kinds = (self.query_classes[here, None] == self.gallery_classes[there]).view(np.int8)
+                    if sets.keys is not None:
+                        kinds[sets.keys[0][here, None] == sets.keys[1][there]] = -1
+                    if inside:
+                        kinds[np.tril_indices(len(rows))] = -1
+                    yield start, first, self._similarities(rows, columns), kinds
+                    bar.update(kinds.size)
+
+    def _radius(self, rows):
+        """The largest distance of a scaled row from the mean, and a little more."""
+        distances = (np.linalg.norm(scaled(part, self._scale) - self._center, axis=1) for _, part in parts(rows))
+        return 1.001 * max((float(found.max()) for found in distances), default=0.0)
+
+    def _prepared(self, rows):
+        if self.metric == "cosine":
+            return unit(rows)
+        return scaled(rows, self._scale) - (0.0 if self._sorted else self._center)
+
+    def _similarities(self, rows, columns):
+        if self.metric == "cosine":
+            scores = rows @ columns.T
+            return np.round(scores / _NOISE) * _NOISE if self._sorted else scores
+        if self._sorted:
+            from scipy.spatial.distance import cdist
+
+            return -cdist(rows, columns)
+        squares = np.sum(rows * rows, axis=1)[:, None] + np.sum(columns * columns, axis=1)
+        return -np.sqrt(np.maximum(squares - 2.0 * (rows @ columns.T), 0.0))
