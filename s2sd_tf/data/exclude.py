@@ -67,7 +67,8 @@ def _found(entries, paths, root, file):
         for length in lengths:
             if parts[-length:] in matches:
                 matches[parts[-length:]].append(position)
-    found, wrong = [], {"no": [], "several": []}
+    found: list[int] = []
+    wrong: dict[str, list[str]] = {"no": [], "several": []}
     for entry, parts in wanted.items():
         positions = matches[parts]
         if len(positions) > 1:

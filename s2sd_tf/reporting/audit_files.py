@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from s2sd_tf.checks import check_at_least, check_within
+from s2sd_tf.evaluation.audit_items import SimilarPairs
 from s2sd_tf.evaluation.dataset_audit import Audit
 from s2sd_tf.files import check_replaceable, local_path, replacing, write_json
 from s2sd_tf.reporting.audit_page import write_audit_page
@@ -113,7 +114,9 @@ def _opened(folder, name):
     return open(os.path.join(folder, name), "w", encoding="utf-8", errors="surrogateescape", newline="")
 
 
-def _tables(found, images, gallery, label_score, outlier_score) -> dict[str, tuple[Sequence[str], Iterable]]:
+def _tables(
+    found: Audit, images: EmbeddedImages, gallery: EmbeddedImages | None, label_score: float, outlier_score: float
+) -> dict[str, tuple[Sequence[str], Iterable[tuple]]]:
     """`(header, rows)` of the CSV files by name."""
 
     def name(position):
@@ -122,7 +125,7 @@ def _tables(found, images, gallery, label_score, outlier_score) -> dict[str, tup
     pairs = ("image", "other", "similarity", "exact", "label", "other_label")
     wrong, odd = found.label_errors(label_score).tolist(), found.outliers(outlier_score).tolist()
     confused = zip(*(values[:_PAIRS].tolist() for values in found.confusions))
-    tables: dict[str, tuple[Sequence[str], Iterable]] = {
+    tables: dict[str, tuple[Sequence[str], Iterable[tuple]]] = {
         "duplicates": (pairs, _pair_rows(found.duplicates, images, images)),
         "label_errors": (
             ("image", "label", "suggested_label", "score"),
@@ -154,7 +157,7 @@ def _tables(found, images, gallery, label_score, outlier_score) -> dict[str, tup
     return tables
 
 
-def _pair_rows(pairs, images, others) -> Iterator[tuple]:
+def _pair_rows(pairs: SimilarPairs, images: EmbeddedImages, others: EmbeddedImages) -> Iterator[tuple]:
     for first, second, similarity, equal in zip(*(values.tolist() for values in pairs)):
         labels = images.name(images.labels[first]), others.name(others.labels[second])
         yield _id(images, first), _id(others, second), _number(similarity), int(equal), *labels
