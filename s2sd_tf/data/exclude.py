@@ -10,24 +10,24 @@ from s2sd_tf.data.retrieval_split import RetrievalSplit
 from s2sd_tf.files import local_path
 
 
-def exclude_images(split: RetrievalSplit, path: str | os.PathLike, root: str | os.PathLike = "") -> RetrievalSplit:
+def exclude_images(split: RetrievalSplit, exclude: str | os.PathLike, root: str | os.PathLike = "") -> RetrievalSplit:
     """Leaves out the images that a file lists, and the classes without images left. Logs how many.
 
     Args:
         split: `RetrievalSplit` of paths.
-        path: text file, UTF-8, one image per line: an absolute path, or the end of one, such as `chair/1.jpg`. Blank
+        exclude: text file, UTF-8, one image per line: an absolute path, or the end of one, such as `chair/1.jpg`. Blank
             lines are ignored.
         root: folder of the data set. If a line is the end of several paths, the one directly under `root` is meant.
 
     Raises:
-        FileNotFoundError: `path` is not a file.
+        FileNotFoundError: `exclude` is not a file.
         ValueError: images that are not files; lines that match no image, or several; or a part without images left.
     """
-    path, root = local_path("exclude", path), local_path("root", root, empty=True)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"exclude: expected a text file with one image per line. Received: {path!r}")
+    exclude, root = local_path("exclude", exclude), local_path("root", root, empty=True)
+    if not os.path.isfile(exclude):
+        raise FileNotFoundError(f"exclude: expected a text file with one image per line. Received: {exclude!r}")
     # Names of files may have bytes that are not UTF-8.
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+    with open(exclude, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         entries = [line for line in (line.rstrip("\r\n") for line in file) if line.strip()]
     parts = split.parts()
     kinds = {images.kind for images in parts.values()}
@@ -35,14 +35,14 @@ def exclude_images(split: RetrievalSplit, path: str | os.PathLike, root: str | o
         raise ValueError(f"exclude: expected a data set of image files. Received: images that are {sorted(kinds)}")
     paths = np.concatenate([images.images for images in parts.values()]).tolist()
     excluded = np.zeros(len(paths), bool)
-    excluded[_found(entries, paths, root, path)] = True
+    excluded[_found(entries, paths, root, exclude)] = True
     kept, start = {}, 0
     for name, images in parts.items():
         out = excluded[start : start + len(images)]
         start += len(images)
-        logging.warning("exclude: left out %d of %d images of the part %r, by %s", out.sum(), len(out), name, path)
+        logging.warning("exclude: left out %d of %d images of the part %r, by %s", out.sum(), len(out), name, exclude)
         if out.all():
-            raise ValueError(f"exclude: expected to leave images in the part {name!r}. Received: {path!r}, with all")
+            raise ValueError(f"exclude: expected to leave images in the part {name!r}. Received: {exclude!r}, with all")
         kept[name] = images.select_images(np.flatnonzero(~out))
     tested = kept["test"].class_counts() + (kept["gallery"].class_counts() if "gallery" in kept else 0)
     return RetrievalSplit(
@@ -74,7 +74,8 @@ def _found(entries, paths, root, file):
         if len(positions) > 1:
             whole = os.path.abspath(os.path.join(root, entry))
             positions = [position for position in positions if os.path.abspath(paths[position]) == whole] or positions
-        if len(positions) == 1:
+        # A part may list an image of another.
+        if len({paths[position] for position in positions}) == 1:
             found += positions
         else:
             wrong["several" if positions else "no"].append(entry)

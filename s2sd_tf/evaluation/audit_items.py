@@ -13,8 +13,8 @@ from s2sd_tf.evaluation.rows import take
 
 # The least number of neighbours that an item is judged by, and of items with a median of their own.
 _LEAST, _MEDIAN = 3, 5
-# Items or pairs in a block.
-_BLOCK = 4096
+# Pairs in a block, and pairs of neighbours in a block of items.
+_BLOCK, _PAIRS = 4096, 2**21
 
 
 class SimilarPairs(NamedTuple):
@@ -97,8 +97,9 @@ def label_scores(found: Neighbors, labels: np.ndarray) -> tuple[np.ndarray, np.n
     _, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
     scores, suggested = np.zeros(len(labels)), labels.copy()
     places = np.arange(found.indices.shape[1])
-    for start in range(0, len(labels), _BLOCK):
-        block = slice(start, start + _BLOCK)
+    height = max(1, _PAIRS // len(places) ** 2)
+    for start in range(0, len(labels), height):
+        block = slice(start, start + height)
         there, own = found.indices[block], codes[block, None]
         of_neighbors = codes[there]
         weights = np.where(there >= 0, np.maximum(found.similarities[block].astype(np.float64), 0.0), 0.0)

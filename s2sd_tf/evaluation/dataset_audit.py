@@ -44,11 +44,13 @@ class Audit(NamedTuple):
     split_classes: list[SplitClass]
 
     def label_errors(self, score: float = 0.8) -> np.ndarray:
-        """Positions of the probable label errors, int64: scores of at least `score`, the highest first."""
+        """Positions of the probable label errors, int64: scores of at least `score` and above 0, the highest
+        first.
+        """
         return _worst(self.label_scores, score)
 
     def outliers(self, score: float = 3.5) -> np.ndarray:
-        """Positions of the outliers, int64: scores of at least `score`, the highest first.
+        """Positions of the outliers, int64: scores of at least `score` and above 0, the highest first.
 
         The default is that of Iglewicz and Hoaglin, "How to Detect and Handle Outliers", 1993.
         """
@@ -151,4 +153,4 @@ def audit(
 def _worst(scores, least):
     check_number("score", least)
     order = np.argsort(-scores, kind="stable")
-    return order[scores[order] >= least]
+    return order[(scores[order] >= least) & (scores[order] > 0)]
