@@ -138,6 +138,23 @@ def test_all_similarities_equal_and_perfect_separation():
     assert found.confidence_intervals(resamples=20)["auroc"] == (1.0, 1.0)
 
 
+def test_hardly_any_distances(monkeypatch):
+    monkeypatch.setattr(pairs_module, "_SORTED", 0)
+    labels = np.repeat([3, 8], 4)
+    found = evaluation.verification_metrics(np.full((8, 3), 1.1), labels, metric="euclidean")
+    assert found.values["auroc"] == 0.5
+    rows = 1.1 + 1e-9 * labels[:, None] * np.eye(2)[0]
+    found = evaluation.verification_metrics(rows, labels, metric="euclidean")
+    assert found.values["auroc"] == 1.0
+    assert found.thresholds[-1] == pytest.approx(-5e-9, rel=1e-5)
+    # A resample may have no positive.
+    rows, labels = classes_of_points(12, 1)
+    found = evaluation.verification_metrics([*rows, rows[0]], [*labels, labels[0]])
+    for resamples in (1, 2, 3, 200):
+        low, high = found.confidence_intervals(resamples=resamples)["eer"]
+        assert low <= high or resamples < 200
+
+
 def test_choosing_a_threshold():
     rows, labels = classes_of_points(30, 6)
     found = evaluation.verification_metrics(rows, labels, fars=(0.02,))

@@ -3,10 +3,14 @@
 Arguments are not checked here; the callers have done that.
 """
 
-from collections.abc import Iterator
+import collections
+import concurrent.futures
+import os
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from s2sd_tf.evaluation.rows import LabeledSets, mean_row, parts, scale_of, scaled, unit
@@ -15,10 +19,13 @@ from s2sd_tf.evaluation.rows import LabeledSets, mean_row, parts, scale_of, scal
 _SORTED = 2**22
 # Otherwise they are rounded down to this number of levels, that is for "cosine" to multiples of 2^-20.
 _STEPS = 2**21
-# Similarities that differ by less are equal: float64 rounds the same one differently in products of other shapes.
+# Similarities that differ by less, as a share of the largest, are equal: float64 rounds the same one differently in
+# products of other shapes.
 _NOISE = 2.0**-40
 # Largest height and width of a block, and the bytes that it takes for each pair.
 _SIDE, _BYTES = 1024, 48
+# Blocks are computed by up to so many threads, while one counts them.
+_THREADS = 8
 
 
 class PairCounts(NamedTuple):
@@ -43,7 +50,7 @@ class Pairs:
     Args:
         sets: the sets.
         metric: "cosine" or "euclidean".
-        memory_mib: MiB that blocks may take. Counts of up to 2^21 similarities take 64 MiB more.
+        memory_mib: MiB that blocks may take, in addition to counts of up to 2^21 similarities.
         progress: whether to show a progress bar.
     """
 
@@ -58,7 +65,8 @@ class Pairs:
         # int32, as comparing them is most of the work of finding the positives.
         codes = codes.astype(np.int32)
         self.query_classes, self.gallery_classes = codes[: len(sets.query_labels)], codes[len(sets.query_labels) :]
-        self._side = int(np.clip(np.sqrt(memory_mib * 2**20 / _BYTES), 64, _SIDE))
+        self._threads = min(os.cpu_count() or 1, _THREADS)
+        self._side = int(np.clip(np.sqrt(memory_mib * 2**20 / (_BYTES * (self._threads + 1))), 64, _SIDE))
         self._progress = progress
         self._sorted = self.positives + self.negatives <= _SORTED
         self._scale, self._low = 1.0, -1.0
@@ -68,7 +76,7 @@ class Pairs:
             self._center = self._scale * mean_row(sets.gallery)
             # At least the longest distance, by the rows farthest from the mean; a power of two makes levels exact.
             radii = [self._radius(rows) for rows in (sets.queries, sets.gallery)]
-            self._low = -float(np.exp2(np.ceil(np.log2(1e-30 + sum(radii)))))
+            self._low = -float(np.exp2(np.ceil(np.log2(max(1e-30, sum(radii))))))
         self._step = (2.0 if metric == "cosine" else 1.0) * abs(self._low) / _STEPS
 
     def counts(self) -> PairCounts:
@@ -86,8 +94,7 @@ class Pairs:
             thresholds, resolution = values / self._scale, 0.0
         else:
             every, positives, left_out = (np.zeros(_STEPS + 1, np.int64) for _ in range(3))
-            for _, _, scores, kinds in self._blocks():
-                levels = self._levels(scores)
+            for _, _, levels, kinds in self._blocks(self._levels):
                 # Not by bincount, which makes an array of all levels each time.
                 np.add.at(every, levels.reshape(-1), 1)
                 for kind, counts in ((1, positives), (-1, left_out)):
@@ -121,11 +128,10 @@ class Pairs:
                 return table[self._levels(scores)]
 
         positives, negatives = (np.zeros((len(self.classes), size), np.int64) for _ in range(2))
-        for start, first, scores, kinds in self._blocks():
-            height, width = scores.shape
+        for start, first, place, kinds in self._blocks(places):
+            height, width = place.shape
             rows = self.query_classes[start : start + height]
             columns = self.gallery_classes[first : first + width]
-            place = places(scores)
             same = kinds == 1
             if same.any():
                 of_pairs = np.broadcast_to(rows[:, None], same.shape)[same].astype(np.int64) * size + place[same]
@@ -142,31 +148,46 @@ class Pairs:
     def _levels(self, scores):
         """Rounds similarities, which are overwritten, down to levels, int64 of their shape."""
         # They are rounded down, so that a similarity reaches a threshold if its level does.
-        scores -= self._low - _NOISE
+        scores -= self._low * (1.0 + _NOISE)
         scores *= 1.0 / self._step
         return scores.astype(np.int64)
 
-    def _blocks(self) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-        """Yields `(start, first, similarities, kinds)`: the positions of the first query and gallery item, float64
-        `(rows, columns)`, and int8: 1 for a pair of one class, 0 of different classes, -1 to leave out.
+    def _blocks(
+        self, convert: Callable[[np.ndarray], np.ndarray] = lambda scores: scores
+    ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """Yields `(start, first, converted, kinds)`: the positions of the first query and gallery item; `convert` of
+        the similarities, float64 `(rows, columns)`; and int8, 1 for a pair of one class, 0 of different ones, -1 to
+        leave out.
         """
         sets, side = self.sets, self._side
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         bar = tqdm(total=self.positives + self.negatives, desc="Comparing", unit="pair", unit_scale=True,
                    disable=not self._progress)  # fmt: skip
-        with bar:
+        # Threads of the matrix product itself would wait for each other at every block.
+        with bar, threadpool_limits(1), concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
             for start in range(0, sets.queries.shape[0], side):
-                rows = self._prepared(sets.queries[start : start + side])
                 for first in range(start if sets.alone else 0, sets.gallery.shape[0], side):
-                    inside = sets.alone and first == start
-                    columns = rows if inside else self._prepared(sets.gallery[first : first + side])
-                    here, there = slice(start, start + len(rows)), slice(first, first + len(columns))
-                    kinds = (self.query_classes[here, None] == self.gallery_classes[there]).view(np.int8)
-                    if sets.keys is not None:
-                        kinds[sets.keys[0][here, None] == sets.keys[1][there]] = -1
-                    if inside:
-                        kinds[np.tril_indices(len(rows))] = -1
-                    yield start, first, self._similarities(rows, columns), kinds
-                    bar.update(kinds.size)
+                    waiting.append(pool.submit(self._block, start, first, convert))
+                    if len(waiting) > self._threads:
+                        yield self._counted(bar, waiting.popleft().result())
+            while waiting:
+                yield self._counted(bar, waiting.popleft().result())
+
+    def _block(self, start, first, convert):
+        sets, side = self.sets, self._side
+        here, there = slice(start, start + side), slice(first, first + side)
+        rows, columns = self._prepared(sets.queries[here]), self._prepared(sets.gallery[there])
+        kinds = (self.query_classes[here, None] == self.gallery_classes[there]).view(np.int8)
+        if sets.keys is not None:
+            kinds[sets.keys[0][here, None] == sets.keys[1][there]] = -1
+        if sets.alone and first == start:
+            kinds[np.tril_indices(len(rows))] = -1
+        return start, first, convert(self._similarities(rows, columns)), kinds
+
+    def _counted(self, bar, block):
+        if self._progress:
+            bar.update(int(np.count_nonzero(block[3] >= 0)))
+        return block
 
     def _radius(self, rows):
         """The largest distance of a scaled row from the mean, and a little more."""

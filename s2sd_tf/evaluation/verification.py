@@ -81,10 +81,11 @@ class VerificationResult:
         else:
             name, value = "precision", _rate("precision", precision)
             reached = self.true_accepts / np.maximum(self.true_accepts + self.false_accepts, 1) >= value
-        last = np.flatnonzero(reached)[-1:]
-        if not last.any():
+        # Position 0 accepts nothing.
+        there = np.flatnonzero(reached[1:])
+        if not len(there):
             raise ValueError(f"{name}: expected a rate that some threshold reaches. Received: {value}")
-        return float(self.thresholds[last[0]])
+        return float(self.thresholds[1 + there[-1]])
 
     def probability(self, similarities: np.ndarray, prior: float | None = None) -> np.ndarray:
         """Probability that pairs of these similarities are of one class, by isotonic regression on all pairs.
@@ -115,6 +116,7 @@ class VerificationResult:
 
         A class drawn w times weighs its positives by w. A negative of classes drawn v and w times weighs v + w - 1, the
         part of v w that is linear. The curve of a resample is computed at up to 256 thresholds and interpolated.
+        Resamples without a positive are left out.
 
         Args:
             level: confidence level in (0, 1).
@@ -144,9 +146,10 @@ class VerificationResult:
             for one, other in zip(true, np.maximum.accumulate(np.maximum(false, 0.0), axis=1)):
                 drawn = _curve_values(_drawn(one), _drawn(other), fars)
                 found.append([drawn[name] for name in names])
-        values = np.array([self.values[name] for name in names])
-        shifted = np.clip(np.array(found[1:]) - found[0] + values, 0.0, 1.0)
-        low, high = np.nanquantile(shifted, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        changes = np.array(found[1:]) - found[0]
+        changes = changes[np.isfinite(changes).all(axis=1)] if np.isfinite(changes).any() else changes
+        values = np.clip(changes + [self.values[name] for name in names], 0.0, 1.0)
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
 
 
@@ -177,13 +180,17 @@ def verification_metrics(
 
     Similarities are computed in float64. Those of up to 2^22 pairs are sorted, so that every similarity is a threshold;
     for "cosine", those that agree to 12 decimals are one. Of more pairs the thresholds are multiples of 2^-20 (for
-    "euclidean", of about 2^-20 times the longest distance), and the counts at them are exact.
+    "euclidean", of about 2^-20 times the longest distance), and the counts at them are exact, up to float64's rounding.
+
+    `best_f1`, `average_precision` and precisions depend on the share of positives among the pairs, and so on the number
+    of classes; the other metrics do not.
 
     Args:
         queries, query_labels, gallery, gallery_labels, query_ids, gallery_ids, metric: see `evaluate_retrieval`. Pairs
             with equal ids are left out.
         fars: numbers in (0, 1], for `tar@f`.
-        memory_mib: MiB, >= 1, that blocks may take. Counts take 64 MiB more, and 6 KiB for each class.
+        memory_mib: MiB, >= 1, that blocks may take. Counts and the result take up to 500 MiB more, and 9 KiB for each
+            class.
         progress: whether to show a progress bar.
 
     Raises:
