@@ -704,6 +704,7 @@ class TestPaths:
         ids, labels = [f"{i}.png" for i in range(4)], list("aabb")
         write_shard(str(home / "embeddings" / "shard-00000"), rows, ids, labels)
         np.savez(home / "weights.npz", w=rows)
+        (home / "exclude.txt").write_text("a/1.png\n")
         (home / "labels.txt").write_text("a\na\nb\nb\n")
         evaluation.build_index(rows, ids, labels, "exact").save(home / "index")
         data.write_shards(data.load_folder(str(home / "folders")), str(home / "shards"))
@@ -754,6 +755,9 @@ class TestPaths:
             ("load_lists", "train_list"): ("lists/train.txt", lambda path: listed(train_list=path)),
             ("load_lists", "test_list"): ("lists/test.txt", lambda path: listed(test_list=path)),
             ("datasets.load", "root"): ("folders", lambda path: images(data.datasets.load("folder", path))),
+            ("exclude_images", "exclude"): (
+                "exclude.txt", lambda path: images(data.exclude_images(data.load_folder(home / "folders"), path)),
+            ),
             ("read_shards", "folder"): ("shards", lambda path: images(data.read_shards(path))),
             ("ImageSet", "images"): (
                 "folders/a/0.png", lambda path: data.ImageSet([path, str(train_list)], [0, 1]).encoded(0),
@@ -801,6 +805,12 @@ class TestPaths:
             ),
             ("save_projector", "folder"): (
                 "projector_config.pbtxt", lambda path: reporting.save_projector(path, rows),
+            ),
+            ("save_audit", "folder"): (
+                "audit.json",
+                lambda path: reporting.save_audit(
+                    path, evaluation.audit(rows, [0, 0, 1]), reporting.EmbeddedImages(rows, np.array([0, 0, 1]))
+                ),
             ),
             ("embed_images", "folder"): (
                 "summary.json", lambda path: serving.embed_images(items, encoder, path, progress=False),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from s2sd_tf import evaluation
-from s2sd_tf.reporting import EmbeddedImages, save_projector, save_report
+from s2sd_tf.reporting import EmbeddedImages, save_audit, save_projector, save_report
 from s2sd_tf.reporting.charts import embedding_map
 from s2sd_tf.reporting.pictures import data_uri
 
@@ -181,3 +181,30 @@ def test_projector(queries, tmp_path):
     with pytest.raises(ValueError, match="folder: expected a new folder"):
         save_projector(str(tmp_path / "run"), rows)
     assert len((tmp_path / "plain" / "metadata.tsv").read_text().splitlines()) == 49
+
+
+def test_the_page_of_an_audit_is_self_contained(queries, tmp_path):
+    rows, labels = queries
+    rows[1], labels[9] = rows[0], 3
+    rows[16:20] = -rows[20]
+    pictures = np.random.default_rng(0).random((49, 6, 5, 3))
+    images = EmbeddedImages(
+        rows, labels, {label: f"{EVIL} {label}" for label in range(7)}, [f"{EVIL}\udcff"] * 49, lambda i: pictures[i]
+    )
+    found = evaluation.audit(rows, labels, rows[:5])
+    for name, gallery in (("with", EmbeddedImages(rows[:5], labels[:5])), ("without", None)):
+        its = found if gallery else evaluation.audit(rows, labels)
+        save_audit(tmp_path / name, its, images, gallery, label_score=0.5, outlier_score=1, about=EVIL)
+        page = Page((tmp_path / name / "audit.html").read_text(encoding="utf-8"))
+        kinds = [tag for tag, _ in page.elements]
+        assert kinds.count("h2") == 6 + bool(gallery)
+        assert not set(kinds) & {"script", "iframe", "object", "embed", "base", "b"}
+        sources = [attributes["src"] for tag, attributes in page.elements if tag == "img"]
+        assert len(sources) > 20
+        assert all(source.startswith("data:image/") for source in sources)
+        assert f"{EVIL} 3" in page.text
+    # Names of files that are not UTF-8 are written as they are.
+    assert b"\xff" in (tmp_path / "with" / "duplicates.csv").read_bytes()
+    rows, labels = np.eye(4)[[0, 0, 1, 1]] * 1.0, np.array([0, 0, 1, 1])
+    save_audit(tmp_path / "empty", evaluation.audit(rows, labels, duplicate_similarity=1), EmbeddedImages(rows, labels))
+    assert "Nothing found." in Page((tmp_path / "empty" / "audit.html").read_text(encoding="utf-8")).text

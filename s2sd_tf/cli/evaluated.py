@@ -1,4 +1,4 @@
-"""What `s2sd-evaluate` evaluates: embeddings of a run, of images, or from files."""
+"""What `s2sd-evaluate` and `s2sd-audit` work on: embeddings of a run, of images, or from files."""
 
 import os
 from collections.abc import Sequence

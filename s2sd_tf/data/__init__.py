@@ -6,6 +6,7 @@ from s2sd_tf.data.batches import EpochBatches, class_balanced_batches, evaluatio
 from s2sd_tf.data.cars196 import load_cars196
 from s2sd_tf.data.cub200 import load_cub200
 from s2sd_tf.data.digits import load_digits
+from s2sd_tf.data.exclude import exclude_images
 from s2sd_tf.data.folder import load_folder
 from s2sd_tf.data.image_folder import load_image_folder
 from s2sd_tf.data.image_list import load_image_list, load_lists
@@ -29,6 +30,7 @@ __all__ = [
     "class_balanced_batches",
     "datasets",
     "evaluation_batches",
+    "exclude_images",
     "hold_out_classes",
     "image_slices",
     "load_cars196",

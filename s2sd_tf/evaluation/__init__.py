@@ -1,7 +1,10 @@
 """Nearest neighbours, indexes and metrics on plain arrays, and a Keras callback."""
 
+from s2sd_tf.evaluation.audit_classes import Confusions, SplitClass
+from s2sd_tf.evaluation.audit_items import SimilarPairs
 from s2sd_tf.evaluation.callback import RetrievalEvaluation
 from s2sd_tf.evaluation.clustering import clustering_metrics
+from s2sd_tf.evaluation.dataset_audit import Audit, audit
 from s2sd_tf.evaluation.dimensions import metrics_by_dim
 from s2sd_tf.evaluation.embeddings import EmbeddingShards, read_embeddings
 from s2sd_tf.evaluation.expansion import expand
@@ -17,14 +20,19 @@ from s2sd_tf.evaluation.verification import VerificationResult, verification_met
 from s2sd_tf.evaluation.whitening import Whitening
 
 __all__ = [
+    "Audit",
+    "Confusions",
     "EmbeddingShards",
     "FunnelIndex",
     "Neighbors",
     "RetrievalEvaluation",
     "RetrievalResult",
     "ScannIndex",
+    "SimilarPairs",
+    "SplitClass",
     "VerificationResult",
     "Whitening",
+    "audit",
     "build_index",
     "clustering_metrics",
     "embedding_geometry",

@@ -14,7 +14,7 @@ from PIL import Image
 from s2sd_tf.checks import check_file_to_write
 from s2sd_tf.files import local_path, replacing
 
-RIGHT, WRONG = "#2e8b57", "#c0392b"
+QUERY, RIGHT, WRONG = "#1c2430", "#2e8b57", "#c0392b"
 _CURVES = ("#1f5fa8", "#d1701f", "#2e8b57", "#8e44ad", "#7f8c8d", "#c0392b")
 
 

@@ -60,6 +60,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     "seed": (0, "Seed of everything random: initial weights, batches, miners."),
     "data.name": ("digits", "Name of the data set; `s2sd-train --list=datasets` lists them."),
     "data.root": ("", 'Folder with the data; not used by "digits". "omniglot" comes with the package, and "" is that.'),
+    "data.exclude": (
+        "",
+        "Text file of images to leave out, one path or end of a path per line, such as the exclude.txt of s2sd-audit; "
+        '"": none. Only for data sets of image files.',
+    ),
     "data.image_size": (28, 'Size of the model\'s input in pixels; not used by "digits".'),
     "data.channels": (3, '1 or 3, the channels of an image; not used by "digits" and "omniglot".'),
     "data.resize_size": (
@@ -269,7 +274,7 @@ def is_auto(config: Mapping[str, Any], key: str) -> bool:
 
 def _with_local_paths(config):
     """Expands `~` in the paths of a config, and refuses URLs, see `local_path`."""
-    sections = {"config.data": (config["data"], ["root"]), "config.model": (config["model"], ["weights"])}
+    sections = {"config.data": (config["data"], ["root", "exclude"]), "config.model": (config["model"], ["weights"])}
     for name in datasets.names():
         sections[f"config.data.{name}"] = (config["data"][name], datasets.path_settings(name))
     for path, (section, keys) in sections.items():

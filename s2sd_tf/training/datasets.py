@@ -78,6 +78,8 @@ def load_split(config: config_dict.ConfigDict) -> data.RetrievalSplit:
     if root is not None and root.default is root.empty and not section.root:
         raise ValueError(f"config.data.root: expected the folder with the data of {section.name!r}. Received: ''")
     split = datasets.load(section.name, section.root, **section[section.name])
+    if section.exclude:
+        split = data.exclude_images(split, section.exclude, section.root)
     gallery = None if split.gallery is None else split.gallery.labels
     check_answerable("config.data, the test classes", split.test.labels, gallery)
     return split
