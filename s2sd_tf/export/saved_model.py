@@ -46,8 +46,29 @@ def load_saved_model(argument: str, path: str | os.PathLike) -> Any:
         raise ValueError(f"{argument}: expected an undamaged SavedModel. Received: {path!r}: {error}") from error
 
 
-def _callable_operations(argument, path):
-    """Returns the names of the operations that the functions of a SavedModel's objects can run."""
+def signature_defs(argument: str, path: str | os.PathLike) -> dict[str, Any]:
+    """Reads the signatures of a SavedModel, without loading it.
+
+    Args:
+        argument: name of the argument that `path` was passed as, for error messages.
+        path: folder of a SavedModel.
+
+    Returns:
+        TensorFlow's SignatureDef messages by name.
+
+    Raises:
+        FileNotFoundError: `path` is not a SavedModel.
+        ValueError: the SavedModel is damaged.
+    """
+    path = local_path(argument, path)
+    if not tf.saved_model.contains_saved_model(path):
+        raise FileNotFoundError(f"{argument}: expected the folder of a SavedModel. Received: {path!r}")
+    # Names that begin with __ are TensorFlow's own.
+    return {name: it for name, it in _read(argument, path).signature_def.items() if not name.startswith("__")}
+
+
+def _read(argument, path):
+    """Reads the one graph of a SavedModel of TensorFlow 2, a MetaGraphDef message."""
     found, wanted = saved_model_pb2.SavedModel(), f"{argument}: expected an undamaged SavedModel of TensorFlow 2"
     try:
         # TensorFlow would prefer another format, such as saved_model.cpb, to the saved_model.pb that is checked here.
@@ -60,7 +81,12 @@ def _callable_operations(argument, path):
     # A SavedModel of TensorFlow 1 runs its graph when it is loaded.
     if len(found.meta_graphs) != 1 or not found.meta_graphs[0].HasField("object_graph_def"):
         raise ValueError(f"{wanted}. Received: {path!r}")
-    (meta,) = found.meta_graphs
+    return found.meta_graphs[0]
+
+
+def _callable_operations(argument, path):
+    """Returns the names of the operations that the functions of a SavedModel's objects can run."""
+    meta = _read(argument, path)
     functions = {function.signature.name: function.node_def for function in meta.graph_def.library.function}
     waiting, seen, names = list(meta.object_graph_def.concrete_functions), set(), set()
     while waiting:
