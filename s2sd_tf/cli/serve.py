@@ -33,9 +33,7 @@ _MAX_CONNECTIONS = flags.DEFINE_integer("max_connections", 512, "Most connection
 _READ_TIMEOUT = flags.DEFINE_float(
     "read_timeout_s", 10.0, "Seconds that a request may take to arrive; else 408.", lower_bound=0.1
 )
-_TIMEOUT = flags.DEFINE_float(
-    "timeout_s", 30.0, "Seconds that a request may then take; else 504.", lower_bound=0.1
-)
+_TIMEOUT = flags.DEFINE_float("timeout_s", 30.0, "Seconds that a request may then take; else 504.", lower_bound=0.1)
 
 
 def main() -> None:

@@ -31,11 +31,11 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             bound.bind(address)
-            yield bound
         except OSError as error:
             raise ValueError(
                 f"port: expected one of {host!r} that is free. Received: {port}: {error.strerror}"
             ) from error
+        yield bound
 
 
 def run(
@@ -90,8 +90,8 @@ def run(
 class _Impatient(H11Protocol):
     """A connection that is closed if it waits for the head of a request for too long.
 
-    uvicorn itself closes connections that send nothing after an answer, but waits without end for the first request, and
-    for one that has begun.
+    uvicorn itself closes connections that send nothing after an answer, but waits without end for the first request,
+    and for one that has begun.
     """
 
     patience: float

@@ -21,8 +21,8 @@ class Signature(NamedTuple):
         input: name of the input.
         dtype: its dtype: tf.string for encoded images `(batch,)`, else that of images or embeddings.
         run: computes any number of rows: an array or a list of bytes in, arrays with as many rows by name out.
-        run_each: maps a list of encoded images to what each gives: the rows of the outputs by name, or a ValueError with
-            the reason if it cannot be decoded. None if the input is no encoded images.
+        run_each: maps a list of encoded images to what each gives: the rows of the outputs by name, or a ValueError
+            with the reason if it cannot be decoded. None if the input is no encoded images.
     """
 
     input: str

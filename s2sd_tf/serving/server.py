@@ -40,7 +40,7 @@ class Limits(NamedTuple):
         max_batch: >= 1, most images of a batch.
         batch_wait_ms: >= 0, how long an image waits for others.
         max_queue: >= 1, most images that wait; more are answered with 503.
-        max_items: >= 1, most images or rows of a request; more are answered with 400 or 503.
+        max_items: >= 1, most images or rows of a request; at most `max_queue`; more are answered with 400.
         max_request_bytes: >= 1, most bytes of a request's body; more are answered with 413.
         max_held_bytes: >= `max_request_bytes`, most bytes of all bodies; more are answered with 503.
         read_timeout_s: > 0, how long a body may take to arrive; then 408.
@@ -57,7 +57,7 @@ class Limits(NamedTuple):
     timeout_s: float = 30.0
 
 
-def create_app(servable: Servable, name: str = "model", limits: Limits = Limits()) -> Starlette:
+def create_app(servable: Servable, name: str = "model", limits: Limits | None = None) -> Starlette:
     """Makes the ASGI application.
 
     - `POST /v1/models/<name>:predict`, `GET /v1/models/<name>`, `GET /v1/models/<name>/metadata`: the REST protocol of
@@ -72,13 +72,14 @@ def create_app(servable: Servable, name: str = "model", limits: Limits = Limits(
     Args:
         servable: the SavedModel.
         name: its name in the URLs, without slashes and colons.
-        limits: the limits.
+        limits: the limits; None for the default ones.
 
     Raises:
         ValueError: `name` or a limit is invalid.
     """
     if not isinstance(name, str) or not name or set(name) & set("/:?#% "):
         raise ValueError(f"name: expected a name without / : ? # % and blanks. Received: {name!r}")
+    limits = limits or Limits()
     for limit in ("max_items", "max_request_bytes"):
         checked_int(limit, getattr(limits, limit), 1)
     check_at_least("max_held_bytes", limits.max_held_bytes, limits.max_request_bytes)
@@ -93,17 +94,13 @@ def create_app(servable: Servable, name: str = "model", limits: Limits = Limits(
         yield
         await asyncio.to_thread(batcher.close, limits.timeout_s)
 
-    upload = ":search" if servable.is_retrieval else ":embed"
     routes = [Route("/healthz", server.health), Route("/metrics", server.metrics)]
     for model in ("/v1/models/{model}/versions/{version:int}", "/v1/models/{model}"):
         routes += [
-            Route(model + ":predict", server.predict, methods=["POST"]),
-            Route(model + upload, server.upload, methods=["POST"]),
+            Route(model + ":{verb}", server.answer, methods=["POST"]),
             Route(model + "/metadata", server.metadata),
             Route(model, server.status),
         ]
-    # The routes without a verb would take one for a part of the name.
-    routes.sort(key=lambda route: ":predict" not in route.path and upload not in route.path)
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _refused, Exception: _failed})
     app.add_middleware(_Counting, metrics=metrics)
     return app
@@ -114,9 +111,11 @@ class _Server:
         self._servable = servable
         self._name = name
         self._limits = limits
+        self._max_items = min(limits.max_items, limits.max_queue)
         self._batcher = batcher
         self._metrics = metrics
         self._held = 0
+        self._verbs = {"predict": self._predict, "search" if servable.is_retrieval else "embed": self._upload}
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -132,31 +131,40 @@ class _Server:
         self._check_model(request)
         return JSONResponse(rest.metadata_answer(self._name, VERSION, self._servable.signature_defs))
 
-    async def predict(self, request: Request) -> Response:
+    async def answer(self, request: Request) -> Response:
         self._check_model(request)
+        verb = request.path_params["verb"]
+        if verb not in self._verbs:
+            wanted = " or ".join(f":{verb}" for verb in self._verbs)
+            raise HTTPException(404, f"expected {wanted} after the name. Received: :{verb[:100]}")
         async with self._body(request) as body:
-            try:
-                asked = rest.read_predict(body, self._servable.signatures, self._limits.max_items)
-            except ValueError as error:
-                raise HTTPException(400, str(error)) from None
-            if asked.signature.run_each:
-                found = await self._each(asked.signature, asked.values)
-                outputs = {key: np.stack([rows[key] for rows in found]) for key in found[0]}
-            else:
-                # A function of its own, so that it is joined with nothing.
-                (outputs,) = await self._computed(lambda values: [asked.signature.run(values[0])], [asked.values])
+            return await self._verbs[verb](request, body)
+
+    async def _predict(self, request, body):
+        try:
+            asked = rest.read_predict(body, self._servable.signatures, self._max_items)
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+        if asked.signature.run_each:
+            found = await self._each(asked.signature, asked.values)
+            outputs = {key: np.stack([rows[key] for rows in found]) for key in found[0]}
+        else:
+            # A function of its own, so that it is joined with nothing.
+            (outputs,) = await self._computed(lambda values: [asked.signature.run(values[0])], [asked.values])
         return Response(rest.predict_answer(outputs, asked.in_rows), media_type="application/json")
 
-    async def upload(self, request: Request) -> Response:
-        self._check_model(request)
-        async with self._body(request) as body:
-            images = await self._images(request, body)
-            found = await self._each(self._servable.signatures["encoded_images"], images)
+    async def _upload(self, request, body):
+        images = await self._images(request, body)
+        found = await self._each(self._servable.signatures["encoded_images"], images)
         if not self._servable.is_retrieval:
             return JSONResponse({"embeddings": [rows["embedding"].tolist() for rows in found]})
         columns = [[rest.plain(rows[key]) for key in ("ids", "labels", "scores")] for rows in found]
         return JSONResponse(
-            {"matches": [[dict(zip(("id", "label", "score"), row)) for row in zip(*each) if row[0]] for each in columns]}
+            {
+                "matches": [
+                    [dict(zip(("id", "label", "score"), row)) for row in zip(*each) if row[0]] for each in columns
+                ]
+            }
         )
 
     def _check_model(self, request):
@@ -167,39 +175,38 @@ class _Server:
     @contextlib.asynccontextmanager
     async def _body(self, request):
         """The body of a request. Until the end of the block, its bytes count as held."""
-        parts: list[bytes] = []
+        body = bytearray()
         try:
-            await asyncio.wait_for(self._read(request, parts), self._limits.read_timeout_s)
-            yield b"".join(parts)
-        except asyncio.TimeoutError:
-            wanted = f"expected the whole request within {self._limits.read_timeout_s} seconds"
-            raise HTTPException(408, wanted, {"Connection": "close"}) from None
-        except ClientDisconnect:
-            raise HTTPException(400, "the client is gone") from None
+            try:
+                await asyncio.wait_for(self._read(request, body), self._limits.read_timeout_s)
+            except asyncio.TimeoutError:
+                wanted = f"expected the whole request within {self._limits.read_timeout_s} seconds"
+                raise HTTPException(408, wanted, {"Connection": "close"}) from None
+            except ClientDisconnect:
+                raise HTTPException(400, "the client is gone") from None
+            yield bytes(body)
         finally:
-            self._held -= sum(map(len, parts))
+            self._held -= len(body)
 
-    async def _read(self, request, parts):
+    async def _read(self, request, body):
         most = self._limits.max_request_bytes
         length = request.headers.get("Content-Length", "0")
         too_long = HTTPException(413, f"expected a request of at most {most} bytes")
         if len(length) > 15 or (length.isdecimal() and int(length) > most):
             raise too_long
-        size = 0
         async for part in request.stream():
-            size += len(part)
-            if size > most:
+            if len(body) + len(part) > most:
                 raise too_long
             if self._held + len(part) > self._limits.max_held_bytes:
                 raise _busy("too many bytes are being received")
             self._held += len(part)
-            parts.append(part)
+            body += part
 
     async def _images(self, request, body):
         """The images of an upload, a list of bytes."""
         if not request.headers.get("Content-Type", "").lower().startswith("multipart/form-data"):
             return [body]
-        most = self._limits.max_items
+        most = self._max_items
         form = Request(request.scope, _receiving(body)).form(max_files=most, max_fields=most, max_part_size=2**16)
         async with form as parts:
             images = [await part.read() for _, part in parts.multi_items() if isinstance(part, UploadFile)]
