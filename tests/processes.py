@@ -33,6 +33,10 @@ class Started:
     def is_alive(self):
         return self._process.is_alive()
 
+    def stdout(self):
+        """What the process has printed so far."""
+        return self._streams[0].read_text() if self._streams[0].exists() else ""
+
     def send_signal(self, number):
         """Sends the signal to the process and its children."""
         os.killpg(self._process.pid, number)
