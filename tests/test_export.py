@@ -1,19 +1,13 @@
 """The encoder SavedModel, loaded in a process that cannot import this package."""
 
-import http.server
 import io
 import json
-import runpy
 import sys
-import threading
-import urllib.error
-import urllib.request
 
 import numpy as np
 import onnxruntime
 import pytest
 import tensorflow as tf
-from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -344,44 +338,6 @@ class TestPythonDoors:
         with pytest.raises(ValueError, match="path: expected a SavedModel of export_retrieval"):
             export.load_retrieval(saved / "encoder")
         assert not list(tmp_path.iterdir())
-
-    def test_the_example_that_serves(self, saved, monkeypatch):
-        made = []
-
-        class Server(http.server.ThreadingHTTPServer):
-            def serve_forever(self):
-                made.append(self)
-
-        def start(name):
-            monkeypatch.setattr(sys, "argv", ["serve.py", str(saved / name), "0"])
-            runpy.run_path(str(REPOSITORY / "examples" / "serve.py"))
-
-        monkeypatch.setattr(http.server, "ThreadingHTTPServer", Server)
-        with pytest.raises(SystemExit, match=r"expected a SavedModel of export_retrieval\. Received: .*encoder"):
-            start("encoder")
-        start("retrieval")
-        threading.Thread(target=super(Server, made[0]).serve_forever, daemon=True).start()
-
-        def post(body):
-            try:
-                answer = urllib.request.urlopen(f"http://localhost:{made[0].server_address[1]}/", body, timeout=30)
-            except urllib.error.HTTPError as error:
-                answer = error
-            return answer.status, json.load(answer)
-
-        image = encode((SOME[0] * 255).astype(np.uint8), "PNG")
-        status, answer = post(image)
-        assert (status, len(answer["matches"])) == (200, 3)
-        for body in (b"", b"no image", image[:40]):
-            assert post(body) == (400, {"error": "expected a PNG, JPEG, BMP or GIF image of at most 89478485 pixels"})
-
-        def broken(encoded_images):
-            raise tf.errors.InternalError(None, None, "the device is gone")
-
-        monkeypatch.setitem(made[0].RequestHandlerClass.do_POST.__globals__, "SEARCH", broken)
-        assert post(image) == (500, {"error": "the search failed"})
-        made[0].shutdown()
-        made[0].server_close()
 
 
 class TestExportEncoder:

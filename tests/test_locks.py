@@ -187,6 +187,7 @@ class TestPaths:
         for program, flags in (
             ("shards", ["--name=digits", "--root=.", "--output=gs://bucket/x"]),
             ("search", ["--index=i", "--encoder=e", "--image=a", "--image=gs://bucket/x"]),
+            ("serve", ["--model=gs://bucket/x"]),
         ):
             error = call(program, *flags, status=2).stderr.splitlines()[-1]
             assert re.search(r"error: .*--\w+: expected a path in the file systems .*'gs://bucket/x'$", error)

@@ -4,18 +4,12 @@ import ast
 import contextlib
 import html
 import html.parser
-import http.server
 import io
 import json
 import os
 import pickle
 import re
-import runpy
 import struct
-import sys
-import threading
-import urllib.error
-import urllib.request
 import warnings
 import zipfile
 import zlib
@@ -393,66 +387,6 @@ class TestPages:
         )
         lines = (tmp_path / "projector" / "metadata.tsv").read_text().splitlines()
         assert [line.count("\t") for line in lines] == [1] * 5
-
-
-class TestServing:
-    @pytest.fixture
-    def server(self, encoder_path, monkeypatch):
-        """The address of the example's server, with an encoder in place of an index."""
-        model = tf.saved_model.load(str(encoder_path))
-
-        class Retrieval:
-            @staticmethod
-            def search(encoded_images):
-                model.signatures["encoded_images"](encoded_images)
-                return {"ids": tf.constant([["a"]]), "labels": tf.constant([["b"]]), "scores": tf.constant([[1.0]])}
-
-            signatures = {"encoded_images": search}
-
-        made = []
-        server_class = http.server.ThreadingHTTPServer
-
-        class Server(server_class):
-            def serve_forever(self):
-                made.append(self)
-
-        monkeypatch.setattr(http.server, "ThreadingHTTPServer", Server)
-        monkeypatch.setattr(tf.saved_model, "load", lambda path: Retrieval)
-        monkeypatch.setattr(sys, "argv", ["serve.py", "model", "0"])
-        monkeypatch.setitem(sys.modules, "scann.scann_ops.py", type(sys)("py"))
-        monkeypatch.setattr(sys.modules["scann.scann_ops.py"], "scann_ops", None, raising=False)
-        runpy.run_path(str(REPOSITORY / "examples" / "serve.py"))
-        thread = threading.Thread(target=server_class.serve_forever, args=made, daemon=True)
-        thread.start()
-        yield f"http://localhost:{made[0].server_address[1]}/"
-        made[0].shutdown()
-        made[0].server_close()
-        thread.join()
-
-    def test_requests(self, server, tmp_path):
-        write_image(tmp_path / "query.png")
-        content = (tmp_path / "query.png").read_bytes()
-        with urllib.request.urlopen(server, content, timeout=30) as answer:
-            assert json.load(answer) == {"matches": [{"id": "a", "label": "b", "score": 1.0}]}
-        path = str(tmp_path / "query.png").encode()
-        for body, headers, status in [
-            (b"", {}, 400),
-            (b"no image", {}, 400),
-            (path, {}, 400),
-            (b'{"image": "' + path + b'"}', {"Content-Type": "application/json"}, 400),
-            (content[:40], {}, 400),
-            (png(60_000, 60_000), {}, 400),
-            (b"x", {"Content-Length": str(2**40)}, 413),
-            (b"x", {"Content-Length": "-1"}, 413),
-            (b"x", {"Content-Length": "many"}, 413),
-        ]:
-            with pytest.raises(urllib.error.HTTPError) as refused:
-                urllib.request.urlopen(urllib.request.Request(server, body, headers), timeout=30)
-            assert refused.value.code == status
-            text = refused.value.read().decode()
-            assert json.loads(text)["error"].startswith("expected")
-            assert "Traceback" not in text
-            assert "query.png" not in text
 
 
 class TestOutputs:

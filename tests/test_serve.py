@@ -48,6 +48,7 @@ HUGE_PNG = bytearray(encode(np.zeros((1, 1), np.uint8)))
 HUGE_PNG[16:24] = (60_000).to_bytes(4, "big") * 2
 HOSTILE = [
     b"no image",
+    __file__.encode(),
     IMAGES[0][:60],
     IMAGES[1][:100],
     bytes(HUGE_PNG),

@@ -5,16 +5,12 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import REPOSITORY
 from PIL import Image
 from processes import start_python
 
@@ -341,32 +337,3 @@ def test_an_index_with_another_dimension_is_refused(encoder_path, tmp_path):
     with pytest.raises(ValueError, match=r"index\.dim: expected one of \[4\], .*Received: 3"):
         export.export_retrieval(encoder_path, evaluation.build_index(np.eye(3)), str(tmp_path / "retrieval"))
     assert not (tmp_path / "retrieval").exists()
-
-
-def test_the_example_serves_it(encoder_path, images, tmp_path):
-    example = REPOSITORY / "examples" / "serve.py"
-    assert len(example.read_text().splitlines()) <= 45
-    items = [item for item in list_images(images) if item.id not in BROKEN][:20]
-    rows = Encoder(encoder_path)([content_of(item) for item in items])
-    index = evaluation.build_index(rows, [item.id for item in items], [item.label for item in items])
-    export.export_retrieval(encoder_path, index, str(tmp_path / "retrieval"), k=3)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    with start_python(example, tmp_path / "retrieval", port) as server:
-        content = content_of(items[4])
-        for _ in range(600):
-            try:
-                with urllib.request.urlopen(f"http://localhost:{port}/", content, timeout=30) as answer:
-                    found = json.load(answer)["matches"]
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert server.is_alive()
-                time.sleep(0.1)
-        assert len(found) == 3
-        assert (found[0]["id"], found[0]["label"]) == (items[4].id, items[4].label)
-        assert found[0]["score"] == pytest.approx(1.0, abs=1e-5)
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"http://localhost:{port}/", b"no image", timeout=30)
-        assert refused.value.code == 400
-        assert "error" in json.load(refused.value)

@@ -367,7 +367,7 @@ def test_variants_of_a_config():
         preset_config(default_config(), "xyz")
 
 
-PROGRAMS = ("train", "compare", "evaluate", "export", "convert", "embed", "index", "search", "beam", "shards")
+PROGRAMS = ("train", "compare", "evaluate", "export", "convert", "embed", "index", "search", "beam", "shards", "serve")
 
 
 class TestHelp:

@@ -114,7 +114,8 @@ class Batcher:
             left = self._waiting[0].since + self._wait_s - time.monotonic()
             if left > 0:
                 self._changed.wait_for(lambda: len(self._waiting) >= self._max_batch or self._closed, left)
-            batch, function = [], self._waiting[0].function
+            batch: list[_Waiting] = []
+            function = self._waiting[0].function
             while self._waiting and len(batch) < self._max_batch and self._waiting[0].function == function:
                 waiting = self._waiting.popleft()
                 if waiting.future.set_running_or_notify_cancel():
