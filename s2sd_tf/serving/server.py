@@ -138,7 +138,10 @@ class _Server:
             wanted = " or ".join(f":{verb}" for verb in self._verbs)
             raise HTTPException(404, f"expected {wanted} after the name. Received: :{verb[:100]}")
         async with self._body(request) as body:
-            return await self._verbs[verb](request, body)
+            try:
+                return await asyncio.wait_for(self._verbs[verb](request, body), self._limits.timeout_s)
+            except asyncio.TimeoutError:
+                raise HTTPException(504, f"not computed within {self._limits.timeout_s} seconds") from None
 
     async def _predict(self, request, body):
         try:
@@ -228,11 +231,8 @@ class _Server:
             futures = self._batcher.submit(function, items)
         except QueueFull:
             raise _busy("too many images wait") from None
-        results = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
-        try:
-            found = await asyncio.wait_for(results, self._limits.timeout_s)
-        except asyncio.TimeoutError:
-            raise HTTPException(504, f"not computed within {self._limits.timeout_s} seconds") from None
+        # If the request takes too long, those that still wait are cancelled with it.
+        found = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
         for position, result in enumerate(found):
             if isinstance(result, tf.errors.InvalidArgumentError):
                 raise HTTPException(400, first_line(result))
