@@ -487,7 +487,9 @@ class TestProcess:
             with start_python(*arguments, f"--port={port}") as second:
                 with httpx.Client(base_url=f"http://localhost:{port}", timeout=60) as client:
                     assert client.get("/healthz").json() == {"status": "ok"}
-                    assert client.post("/v1/models/encoder:embed", content=IMAGES[0]).status_code == 200
+                    # One that is too large is refused without a reset, and its connection can be used again.
+                    for body, status in ((IMAGES[0], 200), (b"x" * (17 * 2**20), 413), (IMAGES[0], 200)):
+                        assert client.post("/v1/models/encoder:embed", content=body).status_code == status
                 done = second.wait()
             assert (done.returncode, done.stdout) == (2, "")
             error = [line for line in done.stderr.splitlines() if "error:" in line]
@@ -516,27 +518,48 @@ class TestProcess:
             from starlette.responses import Response
             from starlette.routing import Route
 
-            app = Starlette(routes=[Route("/", lambda request: Response("answer"))])
+            async def answer(request):
+                return Response(await request.body())
+
+            app = Starlette(routes=[Route("/", answer, methods=["POST"])])
             with listening.bound_socket("localhost", 0) as bound:
                 port = bound.getsockname()[1]
                 ready = lambda: print(f"ready on http://localhost:{port}", flush=True)
                 listening.run(app, bound, ready, max_connections=2, patience_s=1, grace_s=5)
         """
-        with start_python("-c", code) as server:
+        head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 6\r\n"
+
+        def received(connection, end):
+            """What a connection sends, up to `end`."""
+            content = b""
+            while not content.endswith(end):
+                content += (piece := connection.recv(10_000))
+                assert piece, content
+            return content
+
+        with start_python("-c", code) as server, contextlib.ExitStack() as stack:
             port = ready_port(server)
-            get = b"GET / HTTP/1.1\r\nHost: x\r\n"
-            with contextlib.ExitStack() as stack:
-                first, second = (
-                    stack.enter_context(socket.create_connection(("localhost", port), 60)) for _ in range(2)
-                )
-                first.sendall(get)
-                second.sendall(get + b"\r\n")
-                assert b"200" in second.recv(10_000).splitlines()[0]
-                # Another request begins, and stops.
-                second.sendall(get)
-                for connection in (first, second):
-                    with contextlib.suppress(ConnectionError):
-                        assert connection.recv(10_000) == b""
+
+            def connect():
+                return stack.enter_context(socket.create_connection(("localhost", port), 60))
+
+            held = [connect(), connect()]
+            for connection in held:
+                connection.sendall(head + b"Expect: 100-continue\r\n\r\n")
+                assert received(connection, b"\r\n\r\n").startswith(b"HTTP/1.1 100")
+            third = connect()
+            third.sendall(head + b"\r\nanswer")
+            assert received(third, b"Unavailable").startswith(b"HTTP/1.1 503")
+            for connection in held:
+                connection.sendall(b"answer")
+                assert received(connection, b"answer").startswith(b"HTTP/1.1 200")
+            # The head of a request begins, as the first of its connection or as a later one, and stops.
+            idle = [connect(), held[0], connect()]
+            for connection in idle[:2]:
+                connection.sendall(head)
+            for connection in idle:
+                with contextlib.suppress(ConnectionError):
+                    assert connection.recv(10_000) == b""
             server.send_signal(signal.SIGINT)
             done = server.wait()
         assert done.returncode == 0, done.stderr
