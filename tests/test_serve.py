@@ -84,13 +84,19 @@ def retrieval(saved):
 
 
 @contextlib.contextmanager
-def serving(servable, name="m", **limits):
-    """An `ask(*requests)` that sends requests `(path, body, headers)` at the same time; a path alone is a GET."""
+def serving(servable, name="m", answered=None, **limits):
+    """An `ask(*requests)` that sends requests `(path, body, headers)` at the same time; a path alone is a GET.
+
+    `answered` is a coroutine function that is called with each answer.
+    """
     app = create_app(servable, name, Limits(**limits))
 
     async def send(requests):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        hooks = {"response": [answered] if answered else []}
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://test", timeout=60, event_hooks=hooks
+        ) as client:
 
             def one(path, body=None, headers=None):
                 if body is None:
@@ -379,14 +385,12 @@ class TestLimits:
     def test_full_queue_and_held_bytes(self):
         servable = Blocked()
 
-        def release():
-            servable.started.wait(60)
-            # The other requests are answered before this one.
-            time.sleep(0.2)
-            servable.free.set()
+        async def answered(answer):
+            if answer.status_code == 503:
+                servable.free.set()
 
-        threading.Thread(target=release).start()
-        with serving(servable, max_queue=2, batch_wait_ms=0, max_request_bytes=50, max_held_bytes=60) as ask:
+        limits = {"max_queue": 2, "batch_wait_ms": 0, "max_request_bytes": 50, "max_held_bytes": 60}
+        with serving(servable, answered=answered, **limits) as ask:
             answers = ask(*(("/v1/models/m:embed", b"x" * size, IMAGE) for size in (1, 2, 3, 4, 5, 49)))
         statuses = sorted(answer.status_code for answer in answers)
         assert statuses[0] == 200
