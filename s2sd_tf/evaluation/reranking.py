@@ -79,7 +79,8 @@ def _encoded(rows, k1, k2, memory_mib, progress):
     """The weights of every item's reciprocal neighbours, summing up to 1: a sparse float64 matrix `(n, n)`."""
     own = np.arange(len(rows))
     near = own[:, None]
-    if count := min(max(k1, k2 - 1), len(rows) - 1):
+    count = min(max(k1, k2 - 1), len(rows) - 1)
+    if count > 0:
         found = find_neighbors(rows, rows, count, own, own, memory_mib=memory_mib, progress=progress)
         near = np.concatenate([near, found.indices], axis=1)
     reciprocal, half = (_reciprocal(near, size) for size in (k1 + 1, round(k1 / 2) + 1))
