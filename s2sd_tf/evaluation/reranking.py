@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from s2sd_tf.checks import check_within, checked_int
 from s2sd_tf.evaluation.embeddings import Rows
-from s2sd_tf.evaluation.neighbors import Neighbors, padded
+from s2sd_tf.evaluation.neighbors import Neighbors, no_neighbors, padded
 from s2sd_tf.evaluation.rows import checked_keys, checked_sets, normalized
 from s2sd_tf.evaluation.search import find_neighbors
 
@@ -52,6 +52,8 @@ def reranked_neighbors(
     alone = queries is gallery
     queries, gallery = checked_sets(queries, gallery)
     keys = checked_keys(query_ids, gallery_ids, queries, gallery)
+    if not queries.shape[0] or not gallery.shape[0]:
+        return no_neighbors(queries.shape[0], k)
     of_gallery = normalized(np.asarray(gallery[:]))
     rows = of_gallery if alone else np.concatenate([of_gallery, normalized(np.asarray(queries[:]))])
     first = 0 if alone else len(of_gallery)
@@ -79,8 +81,7 @@ def _encoded(rows, k1, k2, memory_mib, progress):
     """The weights of every item's reciprocal neighbours, summing up to 1: a sparse float64 matrix `(n, n)`."""
     own = np.arange(len(rows))
     near = own[:, None]
-    count = min(max(k1, k2 - 1), len(rows) - 1)
-    if count > 0:
+    if count := min(max(k1, k2 - 1), len(rows) - 1):
         found = find_neighbors(rows, rows, count, own, own, memory_mib=memory_mib, progress=progress)
         near = np.concatenate([near, found.indices], axis=1)
     reciprocal, half = (_reciprocal(near, size) for size in (k1 + 1, round(k1 / 2) + 1))
