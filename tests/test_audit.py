@@ -243,7 +243,7 @@ def test_the_program_and_training_without_what_it_excludes(photos, call, caplog)
     config.data.exclude = str(photos / "exclude.txt")
     with caplog.at_level(logging.WARNING):
         split = load_split(resolve(config))
-    assert "left out 2 of 12 images of the part 'train'" in caplog.text
+    assert "left out 2 of 12 images of 'train'" in caplog.text
     left = [name for part in (split.train, split.test) for name in part.images.tolist()]
     assert sorted(set(excluded) - {"/".join(name.split("/")[-2:]) for name in left}) == excluded
     assert len(left) == 21
