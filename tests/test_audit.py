@@ -286,11 +286,14 @@ def test_exclude_images(tmp_path):
 
 def test_an_audit_replaces_an_earlier_one(tmp_path):
     rows, labels, _ = clusters(12, 3)
-    images = EmbeddedImages(rows, labels)
+    images = EmbeddedImages(rows, labels, ids=[f"{i}.png" for i in range(12)])
     save_audit(tmp_path / "audit", evaluation.audit(rows, labels, rows), images, images)
-    assert (tmp_path / "audit" / "exclude.txt").read_text().split() == [str(i) for i in range(12)]
-    assert save_audit(tmp_path / "audit", evaluation.audit(rows, labels), images)["gallery"] is None
-    assert not (tmp_path / "audit" / "leaks.csv").exists()
+    assert (tmp_path / "audit" / "exclude.txt").read_text().split() == images.ids
+    # Without ids there is nothing to list.
+    assert (
+        save_audit(tmp_path / "audit", evaluation.audit(rows, labels), EmbeddedImages(rows, labels))["gallery"] is None
+    )
+    assert not {"leaks.csv", "exclude.txt"} & {path.name for path in (tmp_path / "audit").iterdir()}
 
 
 def test_save_audit_refuses_what_does_not_fit(tmp_path):
