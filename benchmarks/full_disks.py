@@ -41,6 +41,7 @@ PROGRAMS = {
     "evaluate": (
         "--embeddings={input}/rows.npz --output={output}/x.json --report={output}/x.html --methods=exact", 20,
     ),
+    "audit": ("--embeddings={input}/rows.npz --output={output}", 8),
     "search": (
         "--index={input}/index --encoder={input}/run/saved_model --image={input}/images/a/0.png "
         "--images={input}/images --picture={output}/x.png", 8,

@@ -1,7 +1,6 @@
 r"""One nested model against a model for each dimension: Omniglot, plain objective and S2SD.
 
-    python benchmarks/omniglot_nested.py --data_dir=<folder with Omniglot's two small archives> \
-        --workdir=runs/omniglot_nested
+    python benchmarks/omniglot_nested.py --workdir=runs/omniglot_nested
 
 Trains `configs/omniglot.py` (50 epochs) with a base embedding of 64 dimensions and `nested_dims=(8, 16, 32, 64)`, with
 S2SD and with the plain objective, 5 seeds each; and, with S2SD and without prefixes, one of 64 dimensions, 3 seeds.
@@ -30,7 +29,7 @@ from s2sd_tf.training.compare import mean_and_deviation, run_all
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.embedding import embed
 
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder with Omniglot's two small archives.", required=True)
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "Folder with Omniglot's archives; empty: those in the package.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/omniglot_nested", "Folder for the runs.")
 _RESULTS = flags.DEFINE_string("results", RESULTS, "Folder for the results, the table and the plot.")
 _SEPARATE = flags.DEFINE_string(

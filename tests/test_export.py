@@ -153,6 +153,12 @@ def test_errors_of_other_formats_name_the_argument(small_model, tmp_path, monkey
         export.export_encoder(small_model(), preprocessing, tmp_path / "encoder", "tflite")
     with pytest.raises(ValueError, match="path: expected a file to write"):
         export.export_encoder(small_model(), preprocessing, tmp_path, "litert")
+    for whitening, message in (
+        (3, "whitening: expected a Whitening or None. Received: int"),
+        (evaluation.Whitening.fit(np.eye(7)), "whitening: expected one of 4 dimensions. Received: 7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export.export_encoder(small_model(), preprocessing, tmp_path / "encoder", whitening=whitening)
     monkeypatch.setitem(sys.modules, "tf2onnx", None)
     with pytest.raises(ImportError, match=r"pip install 's2sd_tf\[onnx\]'"):
         export.export_encoder(small_model(), preprocessing, tmp_path / "encoder", "onnx")

@@ -117,6 +117,12 @@ def test_save_load_add_remove(rows, queries, codes, tmp_path):
     assert (len(loaded), loaded.labels[1]) == (SIZE, "b")
 
 
+def test_an_index_that_grows_beyond_its_shortlist(rows):
+    index = evaluation.build_index(rows[:5], method="funnel", dim=4)
+    index.add(rows[5:40], [f"new{n}" for n in range(35)])
+    assert (index.search(rows[:2], 10).indices >= 0).all()
+
+
 def test_what_is_refused(rows, tmp_path):
     for settings, words in (
         ({"dim": None}, "dim: expected the dimension of the prefixes"),
@@ -135,6 +141,15 @@ def test_what_is_refused(rows, tmp_path):
     for change in ({"dim": 13}, {"codes": "pickle"}, {"shortlist": -1}):
         write_json(tmp_path / "index" / "index.json", {**about, "settings": {**about["settings"], **change}})
         with pytest.raises(ValueError, match=r"index.json: expected what a funnel index writes"):
+            evaluation.load_index(tmp_path / "index")
+
+
+def test_damaged_centres_are_refused(rows, tmp_path):
+    evaluation.build_index(rows, method="funnel", dim=6, codes="clusters").save(tmp_path / "index")
+    centres = np.load(tmp_path / "index" / "centres.npy")
+    for wrong in (np.full_like(centres, np.nan), centres[:, :5], centres[:0]):
+        np.save(tmp_path / "index" / "centres.npy", wrong)
+        with pytest.raises(ValueError, match=r"centres.npy: expected the centres of clusters"):
             evaluation.load_index(tmp_path / "index")
 
 

@@ -29,27 +29,21 @@ class TestWhitening:
             unit = white / np.linalg.norm(white, axis=1, keepdims=True)
             np.testing.assert_allclose(whitening(tf.constant(rows)), unit, atol=1e-5)
 
-    def test_pca_keeps_distances(self):
-        rows, _ = clustered(60, 5)
-        pca = evaluation.Whitening.fit(rows, whiten=False)
-        moved = (rows - pca.mean) @ pca.matrix
-        np.testing.assert_allclose(moved @ moved.T, (rows - pca.mean) @ (rows - pca.mean).T, atol=1e-5)
-        variances = moved.var(axis=0)
-        assert (np.diff(variances) <= 1e-7).all()
-
     def test_errors_name_the_argument(self):
         rows, _ = clustered(30, 5)
         flat = rows.copy()
         flat[:, 3:] = 0.0
         for arguments, message in (
             ((rows, 6), "dim: expected at most 5"),
-            ((rows[:4], 5), "dim: expected at most 3"),
+            ((rows[:4], 4), "dim: expected at most 3"),
             ((flat, 4), "dim: expected at most 3, as the embeddings vary in no more"),
             ((np.ones((9, 2)),), "dim: expected at most 0"),
+            ((rows[:1],), "embeddings: expected at least 2 rows"),
             ((rows, 0), "dim"),
         ):
             with pytest.raises(ValueError, match=message):
                 evaluation.Whitening.fit(*arguments)
+        assert evaluation.Whitening.fit(flat).matrix.shape == (5, 3)
         with pytest.raises(ValueError, match="embeddings: expected dimension 5"):
             evaluation.Whitening.fit(rows)(rows[:, :4])
 
@@ -144,6 +138,13 @@ def test_reranking_of_equal_rows_and_single_items():
     assert (found.indices // 30 == (np.arange(60) // 30)[:, None]).all()
     found = evaluation.reranked_neighbors(rows[:1], rows[:1], 1)
     assert found.indices.tolist() == [[0]]
+    none = evaluation.reranked_neighbors(rows[:0], rows[:0], 3)
+    assert none.indices.shape == (0, 3)
+
+
+def test_expansion_by_an_empty_gallery_changes_nothing():
+    rows, _ = clustered(5, 4)
+    np.testing.assert_allclose(evaluation.expand(rows, rows[:0]), rows, atol=1e-6)
 
 
 def test_metrics_of_neighbors_that_were_found_otherwise():
@@ -155,8 +156,13 @@ def test_metrics_of_neighbors_that_were_found_otherwise():
     assert evaluation.retrieval_metrics(
         queries, labels[:20], gallery, labels[20:], **settings, neighbors=found
     ) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="neighbors: expected 19 rows"):
-        evaluation.retrieval_metrics(queries[:19], labels[:19], gallery, labels[20:], neighbors=found)
+    for wrong in (found, tuple(found), found._replace(indices=found.indices[:19] + 40)):
+        with pytest.raises(ValueError, match=r"neighbors: expected Neighbors with integer indices \(19, k\) below 40"):
+            evaluation.retrieval_metrics(queries[:19], labels[:19], gallery, labels[20:], neighbors=wrong)
+    # A query does not count as its own positive.
+    found = evaluation.find_neighbors(rows, rows, 60)
+    alone = evaluation.retrieval_metrics(rows, labels, neighbors=found)
+    assert alone == pytest.approx(evaluation.retrieval_metrics(rows, labels))
 
 
 class TestProgram:
@@ -179,17 +185,19 @@ class TestProgram:
         expected = evaluation.retrieval_metrics(
             whitening(rows[:30]), labels[:30], whitening(rows[30:60]), labels[30:60]
         )
-        assert found["whiten"]["map@r"] == pytest.approx(expected["map@r"])
+        assert found["exact, whiten"]["map@r"] == pytest.approx(expected["map@r"])
         ids = np.arange(30)
         gallery = evaluation.expand(rows[30:60], rows[30:60], query_ids=ids, gallery_ids=ids)
         expected = evaluation.retrieval_metrics(
             evaluation.expand(rows[:30], gallery), labels[:30], gallery, labels[30:60]
         )
-        assert found["augment+expand"]["map@r"] == pytest.approx(expected["map@r"])
+        assert found["exact, augment+expand"]["map@r"] == pytest.approx(expected["map@r"])
         neighbors = evaluation.reranked_neighbors(rows[:30], rows[30:60], 30)
         expected = evaluation.retrieval_metrics(rows[:30], labels[:30], rows[30:60], labels[30:60], neighbors=neighbors)
-        assert found["rerank"]["map@r"] == pytest.approx(expected["map@r"])
-        assert all(f"\n{name} " in output for name in ("exact", "whiten", "augment+expand", "rerank"))
+        assert found["exact, rerank"]["map@r"] == pytest.approx(expected["map@r"])
+        assert all(
+            f"\n{name} " in output for name in ("exact", "exact, whiten", "exact, augment+expand", "exact, rerank")
+        )
 
     @pytest.mark.parametrize(
         ("flag", "message"),

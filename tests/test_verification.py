@@ -155,6 +155,13 @@ def test_hardly_any_distances(monkeypatch):
         assert low <= high or resamples < 200
 
 
+def test_equal_rows_are_at_distance_0(monkeypatch):
+    monkeypatch.setattr(pairs_module, "_SORTED", 0)
+    rows = np.repeat(10.0 + np.random.default_rng(0).normal(size=(40, 5)), 2, axis=0)
+    found = evaluation.verification_metrics(rows, np.repeat(np.arange(40), 2), metric="euclidean")
+    assert (found.thresholds[1], found.true_accepts[1], found.false_accepts[1]) == (0.0, 40, 0)
+
+
 def test_choosing_a_threshold():
     rows, labels = classes_of_points(30, 6)
     found = evaluation.verification_metrics(rows, labels, fars=(0.02,))
@@ -198,6 +205,9 @@ def test_probability_is_isotonic_regression_on_all_pairs():
     assert (balanced >= found.probability(asked) - 1e-6).all()
     with pytest.raises(ValueError, match="prior"):
         found.probability(asked, prior=1.0)
+    missing = found.probability(np.array([[-np.inf, 1.0], [-5.0, 0.0]]))
+    assert missing[0, 0] == 0.0
+    assert found.probability(np.empty((0, 3))).shape == (0, 3)
 
 
 def test_intervals_are_as_wide_as_those_of_classes_drawn_pair_by_pair():

@@ -29,7 +29,7 @@ _GALLERY_EMBEDDINGS = app.define_path(
     None,
     "Embeddings of a second set that should share no image with the first, such as the test images.",
 )
-_GALLERY_LABELS = app.define_path("gallery_labels", None, "Labels of --gallery_embeddings; see --labels.")
+_GALLERY_LABELS = app.define_path("gallery_labels", None, "Labels of --gallery_embeddings, to be shown; see --labels.")
 _GALLERY_IMAGES = app.define_path("gallery_images", None, "Folder of the second set; see --images.")
 _OUTPUT = app.define_path("output", None, "Folder to write.", required=True)
 _K = flags.DEFINE_integer("k", 20, "Number of neighbours of an image.", lower_bound=1)
@@ -74,7 +74,9 @@ def _main(_):
     gallery_files = (_GALLERY_EMBEDDINGS.value, _GALLERY_LABELS.value, _GALLERY_IMAGES.value)
     with only_writer("--output", _OUTPUT.value):
         images, gallery = evaluated.embeddings(
-            (_EMBEDDINGS.value, _LABELS.value, _IMAGES.value), gallery_files if _GALLERY_EMBEDDINGS.value else None
+            (_EMBEDDINGS.value, _LABELS.value, _IMAGES.value),
+            gallery_files if _GALLERY_EMBEDDINGS.value else None,
+            labeled_gallery=False,
         )
         with stage("Searching"):
             found = evaluation.audit(
@@ -111,9 +113,9 @@ def _main(_):
             }
         )
     )
-    print(
-        f"\nPage: {_OUTPUT.value}/audit.html. Check {_OUTPUT.value}/exclude.txt before you train without these images."
-    )
+    print(f"\nPage: {_OUTPUT.value}/audit.html.")
+    if images.ids is not None:
+        print(f"Copy {_OUTPUT.value}/exclude.txt and look through it before you train without these images.")
 
 
 def _with_equal_files(pairs, first, second):

@@ -61,8 +61,9 @@ _METRICS = flags.DEFINE_list(
 _POSTPROCESS = flags.DEFINE_list(
     "postprocess",
     [],
-    "Evaluate also after whiten (PCA whitening), augment (the gallery averaged with its neighbours), expand (alpha "
-    "query expansion) or rerank (k-reciprocal re-ranking); several joined by +, in this order: augment+expand,rerank.",
+    "Evaluate exact search by cosine similarity also after whiten (PCA whitening), augment (the gallery averaged with "
+    "its neighbours), expand (alpha query expansion) or rerank (k-reciprocal re-ranking); several joined by +, in this "
+    "order: augment+expand,rerank.",
 )
 _TRAINING_EMBEDDINGS = app.define_path(
     "training_embeddings", None, "Embeddings of training images, like --embeddings, for --postprocess=whiten."
@@ -71,7 +72,7 @@ _CLUSTERING = flags.DEFINE_bool("clustering", True, "Compute NMI, AMI and F1 of 
 _VERIFICATION = flags.DEFINE_bool(
     "verification",
     None,
-    "Compare all pairs, by default of up to 20,000 queries: true accept rate (tar) and threshold at false accept rates "
+    "Compare all pairs, by default up to 400 million: true accept rate (tar) and threshold at false accept rates "
     "from 0.1 to 1e-06, equal error rate (eer), AUROC, best F1 and average precision, in percent. If some queries have "
     "no positive, also the detection-and-identification rate (dir) and threshold of a search at false-alarm rates of "
     "these queries.",
@@ -127,11 +128,13 @@ def _main(_):
             check_file_to_write(f"--{flag.name}", flag.value)
     if _PROJECTOR.value:
         check_replaceable("--projector", _PROJECTOR.value, "projector_config.pbtxt")
-    if "scann" in methods:
+    if "scann" in (_METHODS.value or ()):
         # Before the embedding, which takes long.
         import_scann()
     configs.register(_REGISTER)
     queries, gallery = _inputs(chosen[0], dims)
+    postprocessed.check(_POSTPROCESS.value, gallery is not None, bool(_TRAINING_EMBEDDINGS.value))
+    whitening = postprocessed.fitted(_TRAINING_EMBEDDINGS.value, queries.rows.shape[1])
     metrics = _METRICS.value or ["cosine", *([] if _is_unit(queries.rows) else ["euclidean"])]
     ids = {} if gallery is None else _shared_ids(queries, gallery)
     others = {} if gallery is None else {"gallery": gallery.rows, "gallery_labels": gallery.labels}
@@ -153,10 +156,8 @@ def _main(_):
                 )
             results[method if metric == metrics[0] else f"{method}, {metric}"] = found.means()
             first = first or found
-    postprocessed.check(_POSTPROCESS.value, gallery is not None, True)
-    results.update(
-        postprocessed.metrics(_POSTPROCESS.value, queries, gallery, ids, _TRAINING_EMBEDDINGS.value, settings)
-    )
+    processed = postprocessed.metrics(_POSTPROCESS.value, queries, gallery, ids, whitening, settings)
+    results.update({f"exact, {name}": found for name, found in processed.items()})
     print(metrics_table(results))
     by_dim: dict[int, dict[str, Any]] = {}
     if dims:
@@ -181,7 +182,11 @@ def _main(_):
                 space[metric].update(
                     evaluation.clustering_metrics(queries.rows, queries.labels, metric=metric, seed=_SEED.value)
                 )
-    verify = len(queries.labels) <= 20_000 if _VERIFICATION.value is None else _VERIFICATION.value
+    verify = (
+        len(queries.labels) * len((gallery or queries).labels) <= 20_000**2
+        if _VERIFICATION.value is None
+        else _VERIFICATION.value
+    )
     pairs, open_set = _thresholds(queries, others, ids, metrics, first) if verify else ({}, {})
     lines = (
         f"{metric}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()) for metric, row in space.items()

@@ -18,6 +18,7 @@ from s2sd_tf.serving.encoder import decode_image, read_image, read_image_under
 from s2sd_tf.training import load_run
 from s2sd_tf.training.datasets import load_data
 from s2sd_tf.training.embedding import embed
+from s2sd_tf.training.record import check_data
 
 
 def run(workdir: str, dims: Sequence[int] = ()) -> tuple[EmbeddedImages, EmbeddedImages | None]:
@@ -30,6 +31,10 @@ def run(workdir: str, dims: Sequence[int] = ()) -> tuple[EmbeddedImages, Embedde
         model, config, preprocessing = load_run(workdir)
         _check_dims(dims, _trained_dims(model))
         run_data = load_data(config)
+        try:
+            check_data(workdir, run_data)
+        except ValueError as error:
+            logging.warning("%s. Evaluating the data as they are now.", error)
     sets = [images for images in (run_data.test, run_data.gallery) if images is not None]
     parts = [_part(embed(model, images, preprocessing), images) for images in sets]
     return parts[0], parts[1] if len(parts) > 1 else None
@@ -101,6 +106,7 @@ def embeddings(
     queries: tuple[str, str | None, str | None],
     gallery: tuple[str, str | None, str | None] | None,
     dims: Sequence[int] = (),
+    labeled_gallery: bool = True,
 ) -> tuple[EmbeddedImages, EmbeddedImages | None]:
     """Reads embeddings of queries and gallery. Leaves out rows without a label, with a warning.
 
@@ -108,6 +114,7 @@ def embeddings(
         queries: path of the embeddings, path of their labels or None, and the folder of the images or None.
         gallery: the same for the gallery, or None.
         dims: dimensions that the embeddings must have as prefixes.
+        labeled_gallery: whether the gallery needs labels; if not, none of its rows is left out.
 
     Raises:
         ValueError: no labels, a wrong number of them, or fewer dimensions.
@@ -121,11 +128,14 @@ def embeddings(
             raise ValueError(f"--dims: expected {wanted}. Received: {max(dims)}")
         if labels:
             its_labels = read_labels(f"--{flag}", labels, rows.shape[0])
-            if "" in its_labels:
+            if "" in its_labels and (labeled_gallery or flag == "labels"):
                 raise ValueError(
                     f"--{flag}: expected a label on every line. Received: {labels!r}, where {its_labels.count('')} "
                     f"have none, first line {its_labels.index('') + 1}"
                 )
+        if not labeled_gallery and flag == "gallery_labels":
+            read.append((rows, [str(label) for label in its_labels or [""] * rows.shape[0]], ids, root))
+            continue
         if its_labels is None:
             raise ValueError(f"--{flag}: expected labels of {path!r}, which has none. Received: none")
         texts = [str(label) for label in its_labels]

@@ -43,11 +43,16 @@ def _main(_):
     from s2sd_tf.checks import check_file_to_write
     from s2sd_tf.evaluation import Whitening
     from s2sd_tf.export import export_encoder
+    from s2sd_tf.export.files import import_tf2onnx
     from s2sd_tf.files import check_replaceable, only_writer
     from s2sd_tf.training import load_run
     from s2sd_tf.training.datasets import load_data
     from s2sd_tf.training.embedding import embed
 
+    if _WHITEN.value and not _OUTPUT.value:
+        raise ValueError("--whiten: expected --output too, so that the run keeps its own. Received: none")
+    if _FORMAT.value == "onnx":
+        import_tf2onnx()
     name = {"savedmodel": "saved_model", "onnx": "encoder.onnx", "litert": "encoder.tflite"}[_FORMAT.value]
     output = _OUTPUT.value or os.path.join(_WORKDIR.value, name)
     if _FORMAT.value == "savedmodel":
@@ -59,6 +64,8 @@ def _main(_):
         model, config, preprocessing = load_run(_WORKDIR.value)
         whitening = None
         if _WHITEN.value:
+            if _WHITEN.value > config.model.embedding_dim:
+                raise ValueError(f"--whiten: expected at most {config.model.embedding_dim}. Received: {_WHITEN.value}")
             whitening = Whitening.fit(embed(model, load_data(config).train, preprocessing), _WHITEN.value)
         export_encoder(model, preprocessing, output, _FORMAT.value, whitening)
     if _FORMAT.value == "savedmodel":

@@ -19,6 +19,8 @@ def check(values: Sequence[str], has_gallery: bool, has_training: bool) -> None:
     Raises:
         ValueError: an unknown step or order, or a step that needs another flag.
     """
+    if has_training and not any("whiten" in value.split("+") for value in values):
+        raise ValueError("--training_embeddings: expected --postprocess=whiten too. Received: none")
     for value in values:
         steps = value.split("+")
         for step in steps:
@@ -34,12 +36,27 @@ def check(values: Sequence[str], has_gallery: bool, has_training: bool) -> None:
             )
 
 
+def fitted(training: str | None, dim: int) -> evaluation.Whitening | None:
+    """Fits the whitening of embeddings of dimension `dim` to those in the file or folder `training`, if there is one.
+
+    Raises:
+        ValueError: the training embeddings have another dimension, or are too few.
+    """
+    if not training:
+        return None
+    rows = evaluation.read_embeddings(training).rows
+    if rows.shape[1] != dim:
+        raise ValueError(f"--training_embeddings: expected dimension {dim}. Received: {rows.shape[1]} in {training!r}")
+    with progress.stage("Fitting the whitening"):
+        return evaluation.Whitening.fit(rows)
+
+
 def metrics(
     values: Sequence[str],
     queries: EmbeddedImages,
     gallery: EmbeddedImages | None,
     ids: Mapping[str, np.ndarray],
-    training: str | None,
+    whitening: evaluation.Whitening | None,
     settings: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Returns the metrics of exact search by cosine similarity after each of `values`, by its name.
@@ -48,13 +65,9 @@ def metrics(
         values: the flag, checked.
         queries, gallery: what is evaluated.
         ids: the ids to exclude; see `find_neighbors`. Without a gallery, each query leaves out itself.
-        training: file or folder of embeddings to fit the whitening to, or None.
+        whitening: for the step "whiten".
         settings: further arguments of `evaluate_retrieval`.
     """
-    whitening = None
-    if training and any("whiten" in value for value in values):
-        with progress.stage("Fitting the whitening"):
-            whitening = evaluation.Whitening.fit(evaluation.read_embeddings(training).rows)
     if gallery is None:
         own = np.arange(len(queries.labels))
         gallery, ids = queries, {"query_ids": own, "gallery_ids": own}
@@ -72,9 +85,9 @@ def _metrics(steps, queries, gallery, ids, whitening, settings):
     searched, items = rows[0], rows[1]
     if "augment" in steps:
         own = np.arange(len(items))
-        items = evaluation.expand(items, items, query_ids=own, gallery_ids=own)
+        items = evaluation.expand(items, items, query_ids=own, gallery_ids=own, memory_mib=settings["memory_mib"])
     if "expand" in steps:
-        searched = evaluation.expand(searched, items, **ids)
+        searched = evaluation.expand(searched, items, **ids, memory_mib=settings["memory_mib"])
     neighbors = None
     if "rerank" in steps:
         # As many as the metrics look at: the largest number of positives, and 100 for the reciprocal rank.

@@ -40,7 +40,8 @@ def exclude_images(split: RetrievalSplit, exclude: str | os.PathLike, root: str 
     for name, images in parts.items():
         out = excluded[start : start + len(images)]
         start += len(images)
-        logging.warning("exclude: left out %d of %d images of the part %r, by %s", out.sum(), len(out), name, exclude)
+        if out.any():
+            logging.warning("exclude: left out %d of %d images of %r, by %s", out.sum(), len(out), name, exclude)
         if out.all():
             raise ValueError(f"exclude: expected to leave images in the part {name!r}. Received: {exclude!r}, with all")
         kept[name] = images.select_images(np.flatnonzero(~out))

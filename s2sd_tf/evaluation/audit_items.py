@@ -18,7 +18,7 @@ _BLOCK, _PAIRS = 4096, 2**21
 
 
 class SimilarPairs(NamedTuple):
-    """SimilarPairs of similar items, the most similar first.
+    """Pairs of similar items, the most similar first.
 
     Attributes:
         first, second: int64 `(pairs,)`, positions.

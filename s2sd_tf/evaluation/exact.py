@@ -200,7 +200,7 @@ def _similarities_of(left, right, indices, rough, k, block=1024):
         part = slice(start, min(start + block, len(indices)))
         rows = left.wide(part)
         bands[part] = left.band(left.sizes(rows), levels[part])
-        wanted = (indices[part] >= 0) & (rough[part] >= (levels - bands)[part, None])
+        wanted = (indices[part] >= 0) & (rough[part] >= (levels[part] - bands[part])[:, None])
         for column in range(indices.shape[1]):
             there = np.flatnonzero(wanted[:, column])
             others = right.wide(indices[start + there, column])

@@ -8,9 +8,6 @@ from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.rows import checked_sets, normalized
 from s2sd_tf.evaluation.search import find_neighbors
 
-# Rows that are averaged at a time.
-_BLOCK = 1024
-
 
 def expand(
     queries: Rows | tf.Tensor,
@@ -48,8 +45,10 @@ def expand(
     # Missing neighbours have the similarity -inf.
     weights = np.where(found.similarities > 0, np.maximum(found.similarities, 0.0) ** alpha, 0.0)
     expanded = normalized(np.asarray(queries[:]))
-    for start in range(0, len(expanded), _BLOCK):
-        part = slice(start, start + _BLOCK)
+    # The rows of neighbours are float64 while they are normalised.
+    block = max(1, memory_mib * 2**20 // (32 * k * expanded.shape[1]))
+    for start in range(0, len(expanded) if gallery.shape[0] else 0, block):
+        part = slice(start, start + block)
         near = found.indices[part]
         rows = normalized(np.asarray(gallery[near.reshape(-1)])).reshape(*near.shape, -1)
         expanded[part] += np.einsum("qk,qkd->qd", weights[part], rows, dtype=np.float32)

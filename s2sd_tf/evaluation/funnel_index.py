@@ -117,7 +117,7 @@ class FunnelIndex(RowsIndex):
         """The length of the shortlist for k neighbours: longer if k exceeds the tuned k. None: exact search."""
         if self.settings["shortlist"] is None:
             return None
-        return min(len(self), int(np.ceil(self.settings["shortlist"] * max(1.0, k / self.tuned["k"]))))
+        return min(len(self), max(k, int(np.ceil(self.settings["shortlist"] * max(1.0, k / self.tuned["k"])))))
 
     def _search(self, queries, k):
         length = self.length(k)
@@ -215,11 +215,11 @@ class FunnelIndex(RowsIndex):
 
 
 def _read_centres(path, dim):
-    centres = read_array(path)
     with reading(path, "the centres of clusters"):
-        if centres.ndim != 2 or centres.shape[1] != dim or centres.dtype != np.float32 or not len(centres):
-            raise ValueError(f"{centres.dtype} {centres.shape}")
-    return np.ascontiguousarray(centres)
+        centres = checked_rows("centres", read_array(path))
+        if centres.shape[1] != dim or not len(centres):
+            raise ValueError(f"centres {centres.shape} for {dim} dimensions")
+    return np.ascontiguousarray(centres, np.float32)
 
 
 def _load_scann(folder, dim, size):

@@ -48,8 +48,8 @@ class Index:
         Args:
             queries: the rows.
             k: int >= 1.
-            min_score: the least similarity, rounded to float32, of an item that counts as found. Default: the index's
-                own. For no limit pass a number below all similarities, such as -2 for "cosine".
+            min_score: the least similarity, up to rounding in float32 (2^-21 of it), of an item that counts as found.
+                Default: the index's own. For no limit pass a number below all similarities, such as -2 for "cosine".
 
         Raises:
             ValueError: queries of another dimension or with values that are not finite, k < 1, or a `min_score` that is
@@ -58,12 +58,13 @@ class Index:
         queries = np.asarray(checked_rows("queries", queries))
         if queries.shape[1] != self.dim:
             raise ValueError(f"queries: expected dimension {self.dim}. Received: {queries.shape[1]}")
-        found = self.nearest(queries, checked_int("k", k, 1))
-        min_score = self.min_score if min_score is None else min_score
+        k, min_score = checked_int("k", k, 1), self.min_score if min_score is None else min_score
+        if min_score is not None:
+            check_number("min_score", min_score)
+        found = self.nearest(queries, k)
         if min_score is None:
             return found
-        check_number("min_score", min_score)
-        reached = found.similarities >= np.float32(min_score)
+        reached = found.similarities >= least_similarity(min_score)
         return Neighbors(np.where(reached, found.indices, -1), np.where(reached, found.similarities, -np.inf))
 
     def nearest(self, queries: np.ndarray, k: int) -> Neighbors:
@@ -229,6 +230,11 @@ class ExactIndex(RowsIndex):
 
     def _search(self, queries, k):
         return exact_neighbors(queries, self._rows, k, self.metric)
+
+
+def least_similarity(min_score: float) -> np.float32:
+    """The similarity from which on an item counts as found: a little lower, as searches round differently."""
+    return np.float32(min_score - 2.0**-21 * max(1.0, abs(min_score)))
 
 
 def checked_items(

@@ -10,7 +10,7 @@ import tensorflow as tf
 from s2sd_tf.checks import check_choice, checked_int
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.exact import positive_ranks
-from s2sd_tf.evaluation.neighbors import Neighbors, check_search
+from s2sd_tf.evaluation.neighbors import Neighbors, check_search, without_own
 from s2sd_tf.evaluation.rows import checked_labeled_sets
 from s2sd_tf.evaluation.scann_index import scann_neighbors
 
@@ -185,8 +185,8 @@ def evaluate_retrieval(
             positions.
         method, metric, recall, memory_mib, progress: see `find_neighbors`. `memory_mib` includes the ranks of a block
             of queries, unless everything has the same label.
-        neighbors: what another search found, such as `reranked_neighbors`, instead of `method`. As with ScaNN,
-            positives beyond count as not found.
+        neighbors: `Neighbors` that another search found, such as `reranked_neighbors`, instead of `method`; those that
+            the ids exclude do not count. As with ScaNN, positives beyond count as not found.
 
     Raises:
         ValueError: no queries, labels that do not fit, or no query that has a positive.
@@ -209,8 +209,7 @@ def evaluate_retrieval(
         )
     reach = mrr_depth
     if neighbors is not None:
-        if neighbors.indices.shape[0] != len(query_labels):
-            raise ValueError(f"neighbors: expected {len(query_labels)} rows. Received: {neighbors.indices.shape[0]}")
+        neighbors = _checked_neighbors(neighbors, len(query_labels), len(gallery_labels), keys)
         reach = mrr_depth or neighbors.indices.shape[1]
         blocks = _ranks_in(neighbors.indices, query_labels, gallery_labels)
     elif method == "exact":
@@ -245,6 +244,18 @@ def checked_ks(name: str, values: Any) -> list[int]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise ValueError(f"{name}: expected a sequence of ints >= 1. Received: {values!r}")
     return [checked_int(name, k, 1) for k in values]
+
+
+def _checked_neighbors(neighbors, queries, gallery, keys):
+    wanted = f"neighbors: expected Neighbors with integer indices ({queries}, k) below {gallery}. Received: "
+    if not isinstance(neighbors, Neighbors):
+        raise ValueError(f"{wanted}{type(neighbors).__name__}")
+    indices = np.asarray(neighbors.indices)
+    if indices.ndim != 2 or len(indices) != queries or not indices.shape[1] or indices.dtype.kind not in "iu":
+        raise ValueError(f"{wanted}{indices.dtype} {indices.shape}")
+    if indices.max() >= gallery:
+        raise ValueError(f"{wanted}{indices.max()}")
+    return neighbors if keys is None else without_own(neighbors, indices.shape[1], *keys)
 
 
 def _ranks_in(

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.checks import checked_int
+from s2sd_tf.checks import check_choice, checked_int
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.exact import exact_neighbors
-from s2sd_tf.evaluation.neighbors import check_search
+from s2sd_tf.evaluation.neighbors import METRICS
 from s2sd_tf.evaluation.rows import checked_labeled_sets
 from s2sd_tf.evaluation.verification import checked_fars
 
@@ -52,7 +52,7 @@ def open_set_metrics(
         ValueError: arguments that do not fit, or no known query, or no unknown one.
     """
     fars = checked_fars(fars)
-    check_search("exact", metric, 1.0)
+    check_choice("metric", metric, METRICS)
     memory_mib = checked_int("memory_mib", memory_mib, 1)
     sets = checked_labeled_sets(queries, query_labels, gallery, gallery_labels, query_ids, gallery_ids)
     known = sets.counts()[0] > 0

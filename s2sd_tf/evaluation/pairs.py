@@ -26,6 +26,8 @@ _NOISE = 2.0**-40
 _SIDE, _BYTES = 1024, 48
 # Blocks are computed by up to so many threads, while one counts them.
 _THREADS = 8
+# Pairs of nearly equal rows whose distances are computed at a time.
+_NEAR = 4096
 
 
 class PairCounts(NamedTuple):
@@ -75,7 +77,8 @@ class Pairs:
             self._scale = scale_of(sets.queries, *(() if sets.alone else (sets.gallery,)))
             self._center = self._scale * mean_row(sets.gallery)
             # At least the longest distance, by the rows farthest from the mean; a power of two makes levels exact.
-            radii = [self._radius(rows) for rows in (sets.queries, sets.gallery)]
+            radius = self._radius(sets.gallery)
+            radii = [radius, radius if sets.alone else self._radius(sets.queries)]
             self._low = -float(np.exp2(np.ceil(np.log2(max(1e-30, sum(radii))))))
         self._step = (2.0 if metric == "cosine" else 1.0) * abs(self._low) / _STEPS
 
@@ -207,5 +210,11 @@ class Pairs:
             from scipy.spatial.distance import cdist
 
             return -cdist(rows, columns)
-        squares = np.sum(rows * rows, axis=1)[:, None] + np.sum(columns * columns, axis=1)
-        return -np.sqrt(np.maximum(squares - 2.0 * (rows @ columns.T), 0.0))
+        sums = np.sum(rows * rows, axis=1)[:, None] + np.sum(columns * columns, axis=1)
+        squares = sums - 2.0 * (rows @ columns.T)
+        # Small differences of large numbers; equal rows would not be at distance 0.
+        near = np.nonzero(squares <= 1e-9 * sums)
+        for start in range(0, len(near[0]), _NEAR):
+            one, other = (positions[start : start + _NEAR] for positions in near)
+            squares[one, other] = np.sum(np.square(rows[one] - columns[other]), axis=1)
+        return -np.sqrt(np.maximum(squares, 0.0))

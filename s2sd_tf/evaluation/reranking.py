@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from s2sd_tf.checks import check_within, checked_int
 from s2sd_tf.evaluation.embeddings import Rows
-from s2sd_tf.evaluation.neighbors import Neighbors, padded
+from s2sd_tf.evaluation.neighbors import Neighbors, no_neighbors, padded
 from s2sd_tf.evaluation.rows import checked_keys, checked_sets, normalized
 from s2sd_tf.evaluation.search import find_neighbors
 
@@ -52,6 +52,8 @@ def reranked_neighbors(
     alone = queries is gallery
     queries, gallery = checked_sets(queries, gallery)
     keys = checked_keys(query_ids, gallery_ids, queries, gallery)
+    if not queries.shape[0] or not gallery.shape[0]:
+        return no_neighbors(queries.shape[0], k)
     of_gallery = normalized(np.asarray(gallery[:]))
     rows = of_gallery if alone else np.concatenate([of_gallery, normalized(np.asarray(queries[:]))])
     first = 0 if alone else len(of_gallery)

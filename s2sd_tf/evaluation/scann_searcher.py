@@ -24,9 +24,10 @@ def import_scann(module: str = "scann") -> Any:
     try:
         return importlib.import_module(module)
     except Exception as error:  # a library that fails to load raises errors of TensorFlow too
+        what, instead = ("method='scann'", " Or use method='exact'.") if module == "scann" else ("The SavedModel", "")
         raise ImportError(
-            "method='scann' needs ScaNN built for this TensorFlow: `pip install scann==1.4.2` for TensorFlow 2.20, "
-            "`pip install scann==1.3.0` for 2.15. Or use method='exact'."
+            f"{what} needs ScaNN built for this TensorFlow: `pip install scann==1.4.2` for TensorFlow 2.20, "
+            f"`pip install scann==1.3.0` for 2.15, on Linux.{instead}"
         ) from error
 
 

@@ -17,7 +17,7 @@ class RecallSample:
 
     Args:
         find: the search of the rows, a function from `(queries, k, **numbers)` to `(indices, similarities)`.
-        rows: float32 `(n, dim)`, n >= 2, as they were passed to ScaNN.
+        rows: float32 `(n, dim)`, n >= 2, as the search has them.
         metric: "cosine" or "euclidean".
         k: number of neighbours to find, >= 1.
         recall: the recall to reach, in (0, 1].
@@ -45,7 +45,7 @@ class RecallSample:
         self._sample = generator.choice(size, min(2 * _QUERIES, size), replace=False)
         keys = (self._sample, self._keys)
         worst = exact_neighbors(rows[self._sample], rows, self.k, metric, keys).similarities[:, -1]
-        # Slightly lower, as ScaNN rounds products differently.
+        # Slightly lower, as the search rounds products differently.
         self._worst = worst - 1e-5 * np.maximum(1.0, np.abs(worst))
         self._tuned_on, self._others = np.array_split(np.arange(len(self._sample)), 2)
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.checks import check_above, check_within, checked_int
+from s2sd_tf.checks import check_above, check_choice, check_within, checked_int
 from s2sd_tf.evaluation.embeddings import Rows
-from s2sd_tf.evaluation.neighbors import check_search
+from s2sd_tf.evaluation.neighbors import METRICS
 from s2sd_tf.evaluation.pairs import Pairs
 from s2sd_tf.evaluation.rows import checked_labeled_sets
 
@@ -59,7 +59,7 @@ class VerificationResult:
         return self.false_accepts / self.false_accepts[-1]
 
     def threshold(self, *, far: float | None = None, precision: float | None = None) -> float:
-        """Chooses a threshold. A search by float32 similarities rounds it to float32, and then accepts these pairs too.
+        """Chooses a threshold. As `min_score` of a search it accepts these pairs too, as that allows for rounding.
 
         Args:
             far: the largest FAR, in (0, 1].
@@ -91,7 +91,7 @@ class VerificationResult:
         """Probability that pairs of these similarities are of one class, by isotonic regression on all pairs.
 
         Args:
-            similarities: float array of any shape, as a search returns them.
+            similarities: float array of any shape, as a search returns them: -inf for none.
             prior: share of positives among the pairs to be judged, in (0, 1). Default: that among the pairs evaluated.
 
         Returns:
@@ -107,7 +107,11 @@ class VerificationResult:
         weights = times * positives + negatives
         fitted = IsotonicRegression(out_of_bounds="clip")
         fitted.fit(self.thresholds[1:], times * positives / weights, weights)
-        return fitted.predict(np.ravel(similarities).astype(np.float64)).reshape(np.shape(similarities))
+        values = np.asarray(similarities, np.float64)
+        if not values.size:
+            return values
+        found = fitted.predict(np.maximum(values, self.thresholds[-1]).reshape(-1)).reshape(values.shape)
+        return np.where(np.isneginf(values), 0.0, found)
 
     def confidence_intervals(
         self, level: float = 0.95, resamples: int = 1000, seed: int = 0
@@ -197,7 +201,7 @@ def verification_metrics(
         ValueError: arguments that do not fit, or no pair of one class, or none of different classes.
     """
     fars = checked_fars(fars)
-    check_search("exact", metric, 1.0)
+    check_choice("metric", metric, METRICS)
     memory_mib = checked_int("memory_mib", memory_mib, 1)
     sets = checked_labeled_sets(queries, query_labels, gallery, gallery_labels, query_ids, gallery_ids)
     pairs = Pairs(sets, metric, memory_mib, progress)

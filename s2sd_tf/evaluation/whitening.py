@@ -25,29 +25,27 @@ class Whitening:
         self.matrix = np.asarray(matrix, np.float32)
 
     @classmethod
-    def fit(cls, embeddings: Rows | tf.Tensor, dim: int | None = None, whiten: bool = True) -> "Whitening":
+    def fit(cls, embeddings: Rows | tf.Tensor, dim: int | None = None) -> "Whitening":
         """Fits the map to the embeddings of training images, which are first scaled to unit length.
 
         Args:
             embeddings: float rows `(n, embedding_dim)`, n > dim.
-            dim: number of principal components to keep; None: embedding_dim.
-            whiten: whether to scale the components to variance 1; else this is PCA.
+            dim: number of principal components to keep; None: all in which the embeddings vary.
 
         Raises:
             ValueError: a bad argument, or the embeddings do not vary in so many dimensions.
         """
         rows = normalized(np.asarray(checked_rows("embeddings", embeddings)[:]))
-        most = min(rows.shape[1], len(rows) - 1)
-        dim = rows.shape[1] if dim is None else checked_int("dim", dim, 1)
-        if dim > most:
-            raise ValueError(f"dim: expected at most {most}, for embeddings of shape {rows.shape}. Received: {dim}")
+        if len(rows) < 2:
+            raise ValueError(f"embeddings: expected at least 2 rows. Received: {len(rows)}")
         with np.errstate(invalid="ignore"):  # rows that are all equal
-            pca = PCA(dim, svd_solver="full").fit(rows.astype(np.float64))
+            pca = PCA(svd_solver="full").fit(rows.astype(np.float64))
         scales = np.sqrt(pca.explained_variance_)
-        if scales[-1] <= 1e-6 * scales[0] or not scales[0]:
-            count = int(np.sum(scales > 1e-6 * scales[0]))
-            raise ValueError(f"dim: expected at most {count}, as the embeddings vary in no more. Received: {dim}")
-        return cls(pca.mean_, pca.components_.T / (scales if whiten else 1.0))
+        most = int(np.sum(scales > 1e-6 * max(scales[0], 1e-6)))
+        dim = most if dim is None else checked_int("dim", dim, 1)
+        if dim > most or not most:
+            raise ValueError(f"dim: expected at most {most}, as the embeddings vary in no more. Received: {dim}")
+        return cls(pca.mean_, pca.components_[:dim].T / scales[:dim])
 
     def __call__(self, embeddings: Rows | tf.Tensor) -> np.ndarray:
         """Returns whitened unit rows, float32 `(n, whitened_dim)`.

@@ -65,6 +65,8 @@ def export_encoder(
             and is neither an empty folder nor a SavedModel.
     """
     check_choice("format", format, FORMATS)
+    if whitening is not None and not isinstance(whitening, Whitening):
+        raise ValueError(f"whitening: expected a Whitening or None. Received: {type(whitening).__name__}")
     if format != "savedmodel":
         embed = _traced(model, preprocessing, whitening)
         export_file(embed, _captured(model), preprocessing, _nested_dims(model, whitening), path, format)
@@ -223,8 +225,7 @@ def _traced(model, preprocessing, whitening):
     @tf.function(input_signature=[tf.TensorSpec([None, *size], tf.float32)])
     def embed(images):
         rows = model(images, training=False)
-        rows = tf.cast(rows, tf.float32) if tf.is_tensor(rows) and rows.dtype.is_floating else rows
-        return rows if whitening is None else whitening.in_graph(rows)
+        return tf.cast(rows, tf.float32) if tf.is_tensor(rows) and rows.dtype.is_floating else rows
 
     try:
         rows = embed.get_concrete_function().structured_outputs
@@ -237,4 +238,8 @@ def _traced(model, preprocessing, whitening):
     if getattr(rows, "dtype", None) != tf.float32 or rows.shape.rank != 2 or rows.shape[-1] is None:
         found = f"{rows.dtype.name} {rows.shape}" if hasattr(rows, "dtype") else type(rows).__name__
         raise ValueError(f"model: expected one output, floats of shape (batch, dim). Received: {found}")
-    return embed
+    if whitening is None:
+        return embed
+    if len(whitening.mean) != rows.shape[-1]:
+        raise ValueError(f"whitening: expected one of {rows.shape[-1]} dimensions. Received: {len(whitening.mean)}")
+    return tf.function(lambda images: whitening.in_graph(embed(images)), input_signature=embed.input_signature)

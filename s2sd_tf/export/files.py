@@ -52,12 +52,21 @@ def export_file(
         file.write(content)
 
 
-def _onnx(encode):
+def import_tf2onnx() -> Any:
+    """Imports tf2onnx.
+
+    Raises:
+        ImportError: it is missing; the message says what to install.
+    """
     try:
         import tf2onnx
     except ImportError as error:
         raise ImportError("format='onnx' needs tf2onnx: pip install 's2sd_tf[onnx]'") from error
-    model, _ = tf2onnx.convert.from_function(encode, input_signature=encode.input_signature, opset=_OPSET)
+    return tf2onnx
+
+
+def _onnx(encode):
+    model, _ = import_tf2onnx().convert.from_function(encode, input_signature=encode.input_signature, opset=_OPSET)
     names = {"images": ("batch", "height", "width")}
     for value in (*model.graph.input, *model.graph.output):
         for size, name in zip(value.type.tensor_type.shape.dim, names.get(value.name, ("batch",))):

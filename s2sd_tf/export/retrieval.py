@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
 from s2sd_tf.evaluation.funnel_index import FunnelIndex
-from s2sd_tf.evaluation.index import Index
+from s2sd_tf.evaluation.index import Index, least_similarity
 from s2sd_tf.evaluation.scann_index import index_for_graphs
 from s2sd_tf.evaluation.scann_searcher import SCANN_OPS, import_scann
 from s2sd_tf.export.encoder import LoadedEncoder, load_encoder
@@ -145,7 +145,7 @@ class _Retrieval(tf.Module):
         if self._metric == "euclidean":
             scores = -tf.sqrt(tf.maximum(scores, 0.0))
         if self._min_score is not None:
-            there &= scores >= tf.constant(self._min_score, tf.float32)
+            there &= scores >= tf.constant(least_similarity(self._min_score))
         found = tf.where(there, indices, 0)
         return {
             "ids": tf.where(there, tf.gather(self._ids, found), ""),

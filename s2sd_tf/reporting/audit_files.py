@@ -38,7 +38,7 @@ def save_audit(
     - `outliers.csv`: image, label, score;
     - `confused_classes.csv`: label, other_label, share; at most the first 1,000;
     - `split_classes.csv`: image, label, group (1 or 2), silhouette, distance, other_distance;
-    - `exclude.txt`: the images of `Audit.to_exclude(label_score)`, one a line, for `config.data.exclude`;
+    - `exclude.txt`, if the images have ids: those of `Audit.to_exclude(label_score)`, for `config.data.exclude`;
     - `audit.json`: the counts and settings, as returned;
     - `audit.html`: the worst of every kind, with pictures.
 
@@ -101,8 +101,9 @@ def save_audit(
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(header)
                 writer.writerows(rows)
-        with _opened(temporary, "exclude.txt") as file:
-            file.writelines(f"{_id(images, position)}\n" for position in together)
+        if images.ids is not None:
+            with _opened(temporary, "exclude.txt") as file:
+                file.writelines(f"{_id(images, position)}\n" for position in together)
         write_json(os.path.join(temporary, SUMMARY), summary)
         page = os.path.join(temporary, "audit.html")
         write_audit_page(page, found, images, gallery, label_score, outlier_score, summary, about)

@@ -114,9 +114,8 @@ def save_report(
 def _metrics(result, table, intervals):
     table = table or {"": result.means()}
     lines = []
-    for name, value in next(iter(table.values())).items():
-        if not isinstance(value, float):
-            continue
+    names = {name: None for row in table.values() for name, value in row.items() if isinstance(value, float)}
+    for name in names:
         cells = joined(part("cell", value=_number(name, row.get(name))) for row in table.values())
         interval = " to ".join(_number(name, limit) for limit in intervals.get(name, ()))
         lines.append(part("line", metric=name, cells=cells, interval=interval))
