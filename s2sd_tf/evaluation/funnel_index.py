@@ -107,9 +107,12 @@ class FunnelIndex(RowsIndex):
         """The shortlist of the prefixes, made when it is first needed."""
         if self._shortlist is None:
             tuned = self.tuned
-            length = max(10 * tuned["k"], self.settings["shortlist"] or 0)
+            # The nearest by the whole embedding are often far down by the prefix.
+            length = max(50 * tuned["k"], self.settings["shortlist"] or 0)
+            # An approximate search of the prefixes may lose a tenth of what the whole funnel may.
+            recall = 1.0 - (1.0 - tuned["recall"]) / 10
             self._shortlist = make_shortlist(
-                self._rows, self.settings["dim"], self.settings["codes"], tuned["recall"], length, seed=0
+                self._rows, self.settings["dim"], self.settings["codes"], recall, length, seed=0
             )
         return self._shortlist
 
