@@ -1,4 +1,4 @@
-"""Verification: how well a threshold on the similarity tells pairs of one class from pairs of different classes."""
+"""Verification: how well a threshold on the similarity separates pairs of one class from others."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence

@@ -37,10 +37,8 @@ class Batcher:
         max_queue: int = 256,
         observe: Callable[[int], Any] | None = None,
     ) -> None:
-        self._max_batch, self._max_queue = (
-            checked_int("max_batch", max_batch, 1),
-            checked_int("max_queue", max_queue, 1),
-        )
+        self._max_batch = checked_int("max_batch", max_batch, 1)
+        self._max_queue = checked_int("max_queue", max_queue, 1)
         check_at_least("wait_ms", wait_ms, 0)
         self._wait_s = wait_ms / 1000
         self._observe = observe

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -63,23 +63,16 @@ class Encoder:
         """
         encoded = _checked(encoded)
         rows = np.full((len(encoded), self.dim), np.nan, np.float32)
-        errors = {
-            position: reason
-            for position, image in enumerate(encoded)
-            if (reason := image_excess(image) if image else "empty")
-        }
+        errors = {position: reason for position, image in enumerate(encoded) if (reason := why_refused(image))}
         there = [position for position in range(len(encoded)) if position not in errors]
         if not there:
             return rows, errors
-        try:
-            rows[there] = self([encoded[position] for position in there])
-        except tf.errors.InvalidArgumentError:
-            # The error does not say which image failed.
-            for position in there:
-                try:
-                    rows[position] = self([encoded[position]])[0]
-                except tf.errors.InvalidArgumentError as error:
-                    errors[position] = why_not_decoded(encoded[position], error)
+        found = run_each(lambda images: {"embedding": self(images)}, [encoded[position] for position in there])
+        for position, result in zip(there, found):
+            if isinstance(result, ValueError):
+                errors[position] = str(result)
+            else:
+                rows[position] = result["embedding"]
         for row in np.flatnonzero(~np.isfinite(rows).all(axis=1)):
             errors.setdefault(int(row), "its embedding is not finite")
         return rows, errors
@@ -88,6 +81,33 @@ class Encoder:
         """Returns the SHA-256 of the SavedModel's graph and weights."""
         variables = sorted(glob.glob(os.path.join(glob.escape(self.path), "variables", "*")))
         return sha256(os.path.join(self.path, "saved_model.pb"), *variables)
+
+
+def why_refused(image: bytes) -> str | None:
+    """Why an encoded image is not decoded at all: it is empty, or too large by its header; None if it is."""
+    return image_excess(image) if image else "empty"
+
+
+def run_each(
+    run: Callable[[list[bytes]], dict[str, np.ndarray]], images: list[bytes]
+) -> list[dict[str, np.ndarray] | ValueError]:
+    """Runs a function of a batch of encoded images, so that one that cannot be decoded fails alone.
+
+    Args:
+        run: maps n images to arrays `(n, ...)` by name.
+        images: the images.
+
+    Returns:
+        For each image its rows of the arrays by name, or a ValueError with the reason why it cannot be decoded.
+    """
+    try:
+        outputs = run(images)
+        return [{name: rows[position] for name, rows in outputs.items()} for position in range(len(images))]
+    except tf.errors.InvalidArgumentError as error:
+        if len(images) == 1:
+            return [ValueError(why_not_decoded(images[0], error))]
+    # The error does not say which image failed.
+    return [run_each(run, [image])[0] for image in images]
 
 
 def _checked(encoded):

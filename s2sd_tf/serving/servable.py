@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.data.decoding import why_not_decoded
 from s2sd_tf.export.encoder import load_encoder
 from s2sd_tf.export.retrieval import load_retrieval
 from s2sd_tf.export.saved_model import signature_defs
+from s2sd_tf.serving.encoder import run_each
 
 
 class Signature(NamedTuple):
@@ -68,18 +68,4 @@ def _signature(function):
         return {name: rows.numpy() for name, rows in function(**{spec.name: tf.constant(values, spec.dtype)}).items()}
 
     encoded = spec.dtype == tf.string
-    return Signature(spec.name, spec.dtype, run, functools.partial(_run_each, run) if encoded else None)
-
-
-def _run_each(run, images):
-    try:
-        return _rows(run(images), len(images))
-    except tf.errors.InvalidArgumentError as error:
-        if len(images) == 1:
-            return [ValueError(why_not_decoded(images[0], error))]
-    # The error does not say which image failed.
-    return [_run_each(run, [image])[0] for image in images]
-
-
-def _rows(outputs, count):
-    return [{name: rows[position] for name, rows in outputs.items()} for position in range(count)]
+    return Signature(spec.name, spec.dtype, run, functools.partial(run_each, run) if encoded else None)

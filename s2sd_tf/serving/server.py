@@ -24,9 +24,9 @@ from s2sd_tf.checks import check_above, check_at_least, checked_int
 from s2sd_tf.data.decoding import first_line
 from s2sd_tf.serving import rest
 from s2sd_tf.serving.batching import Batcher, QueueFull
+from s2sd_tf.serving.encoder import why_refused
 from s2sd_tf.serving.metrics import Metrics
 from s2sd_tf.serving.servable import Servable, Signature
-from s2sd_tf.untrusted import image_excess
 
 # A folder of a SavedModel has no version; TensorFlow Serving's clients may ask for one.
 VERSION = 1
@@ -219,7 +219,7 @@ class _Server:
 
     async def _each(self, signature: Signature, images: Sequence[bytes]) -> list[dict[str, np.ndarray]]:
         # In a thread, because the header of a hostile file can take seconds to read.
-        excess = await asyncio.to_thread(lambda: [image_excess(image) if image else "empty" for image in images])
+        excess = await asyncio.to_thread(lambda: [why_refused(image) for image in images])
         for position, reason in enumerate(excess):
             if reason:
                 raise HTTPException(400, f"image {position}: {reason}")
