@@ -216,6 +216,21 @@ def test_errors_not_caused_by_an_image_are_raised(encoder_path, images, tmp_path
     assert summary["embedded"] == IMAGES
 
 
+def test_a_bad_image_whose_batch_is_cancelled_fails_alone(encoder_path, images, monkeypatch):
+    encode, good = Encoder.__call__, (images / "c1" / "001 ü.png").read_bytes()
+
+    def cancelled(self, encoded):
+        # As in TensorFlow, where the error of a loop that was cancelled may come before that of the image.
+        if len(encoded) > 1 and b"no image" in encoded:
+            raise tf.errors.CancelledError(None, None, "Loop execution was cancelled.")
+        return encode(self, encoded)
+
+    monkeypatch.setattr(Encoder, "__call__", cancelled)
+    rows, errors = Encoder(encoder_path).embed([good, b"no image", good])
+    assert np.isfinite(rows).all(axis=1).tolist() == [True, False, True]
+    assert list(errors) == [1] and "Unknown image file format" in errors[1]
+
+
 def test_an_image_outside_the_folder_is_not_shown(images, tmp_path):
     assert read_image_under(images, "c1/001 ü.png").shape == (10, 12, 3)
     (tmp_path / "other.png").write_bytes((images / "c1" / "001 ü.png").read_bytes())

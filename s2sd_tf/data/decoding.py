@@ -126,6 +126,13 @@ def _decode(encoded):
     return image
 
 
+def _decode_upright(encoded, start, segment):
+    image = _decode(encoded)
+    # Not side by side: where decoding fails, a loop that still runs is cancelled, and its error may come first.
+    with tf.control_dependencies([image]):
+        return _upright(image, _orientation(encoded, _find(encoded, start, segment)))
+
+
 @_rare(*_ENCODED)
 def _decode_other(encoded):
     """Decodes a PNG, GIF or WebP, or fails with TensorFlow's own words."""
@@ -137,7 +144,7 @@ def _decode_other(encoded):
     def png():
         size = _check_size(_number(head[20:24], True), _number(head[16:20], True))
         with tf.control_dependencies([size]):
-            return _upright(_decode(encoded), _orientation(encoded, _find(encoded, 8, _png_chunk)))
+            return _decode_upright(encoded, 8, _png_chunk)
 
     def gif():
         with tf.control_dependencies([_check_size(_number(head[8:10]), _number(head[6:8]))]):
@@ -145,7 +152,7 @@ def _decode_other(encoded):
 
     def webp():
         with tf.control_dependencies([_check_size(*_webp_size(head))]):
-            return _upright(_decode(encoded), _orientation(encoded, _find(encoded, 12, _webp_chunk)))
+            return _decode_upright(encoded, 12, _webp_chunk)
 
     branches = [png, gif, webp, lambda: _decode(encoded)]
     return tf.switch_case(tf.argmax(tf.cast([*kinds, True], tf.int32), output_type=tf.int32), branches)

@@ -106,6 +106,10 @@ def run_each(
     except tf.errors.InvalidArgumentError as error:
         if len(images) == 1:
             return [ValueError(why_not_decoded(images[0], error))]
+    except tf.errors.CancelledError:
+        # Where an image of a batch fails, the others are cancelled, and the error of one of them may come first.
+        if len(images) == 1:
+            raise
     # The error does not say which image failed.
     return [run_each(run, [image])[0] for image in images]
 
