@@ -27,8 +27,7 @@ def get_config(variant="msdfa"):
     config.s2sd.feature_distill_delay = 100
     config.s2sd.feature_distill_warmup_steps = 100
     config.optimizer.learning_rate = 1e-4
-    config.train.epochs = 20
-    config.train.steps_per_epoch = 50
-    config.train.checkpoint_every = 5
+    config.train.epochs = 4
+    config.train.steps_per_epoch = 200
     config.eval.every = 0
     return preset_config(config, variant)

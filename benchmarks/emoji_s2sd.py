@@ -138,7 +138,7 @@ def _studied():
 def _searched():
     held_out = [f"--config.data.validation_classes={_HELD_OUT}", f"--config.model.embedding_dim={_DIM}"]
     return {
-        name: (variant, 0, [*held_out, "--config.eval.every=5", *given]) for name, (variant, given) in SEARCH.items()
+        name: (variant, 0, [*held_out, "--config.eval.every=1", *given]) for name, (variant, given) in SEARCH.items()
     }
 
 
