@@ -51,6 +51,8 @@ def train(case):
     # The last batch is a small one; Keras 3 wants the first to divide.
     x, y = x.reshape((-1, 8, 8, 1)), y.reshape(-1)
     x, y = x[: len(x) - case.get("missing", 0)], y[: len(y) - case.get("missing", 0)]
+    if settings.get("external_teachers"):
+        y = {"labels": y, "teachers": (x.reshape((len(x), -1)), x[:, :2, :, 0].reshape((len(x), -1)))}
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(size)
     history = model.fit(dataset, epochs=1, shuffle=False, verbose=0).history
     sums = {id(v) for metric in model.metrics for v in metric.variables}  # replicas add up theirs
@@ -61,7 +63,7 @@ def train(case):
     if case.get("overflow"):
         result["scale"] = float(s2sd_tf.keras_compat.scale_loss(optimizer, tf.ones([])))
     if case.get("evaluate"):
-        dataset = tf.data.Dataset.from_tensor_slices((x[: 2 * size - 3], y[: 2 * size - 3])).batch(size)
+        dataset = tf.data.Dataset.from_tensor_slices((x, y)).take(2 * size - 3).batch(size)
         result["evaluated"] = model.evaluate(dataset, verbose=0, return_dict=True)
     return result
 
@@ -75,7 +77,10 @@ OBJECTIVES = {
     "proxy_anchor": {"identifier": "proxy_anchor", "num_classes": 4},
 }
 GLOBAL = {
-    "margin": {"objective": OBJECTIVES["margin"], "model": {"similarity_kl_implementation": "fused"}, **SGD},
+    "margin": {
+        "objective": OBJECTIVES["margin"],
+        "model": {"similarity_kl_implementation": "fused", "external_teachers": 2}, **SGD,
+    },
     "adam, each gradient clipped, multipliers, l2, gem": {
         "objective": OBJECTIVES["proxy_anchor"],
         "model": {
@@ -93,12 +98,15 @@ GLOBAL = {
         "settings": {"learning_rate": 0.1, "global_clipnorm": 0.05},
     },
     "an overflow, the loss scaled": {"objective": OBJECTIVES["multi_similarity"], "model": {}, "overflow": True, **SGD},
-    "in parts": {"objective": OBJECTIVES["margin"], "model": {"micro_batch_size": 3, "diagnostics": True}, **SGD},
+    "in parts": {
+        "objective": OBJECTIVES["margin"],
+        "model": {"micro_batch_size": 3, "diagnostics": True, "external_teachers": 2}, **SGD,
+    },
     "a memory of past batches": {
         "objective": {"identifier": "contrastive", "memory_size": 20, "memory_start": 2}, "model": {}, **SGD,
     },
     "a batch that does not divide": {
-        "objective": OBJECTIVES["margin"], "model": {}, "missing": 2, "evaluate": True, **SGD,
+        "objective": OBJECTIVES["margin"], "model": {"external_teachers": 2}, "missing": 2, "evaluate": True, **SGD,
     },
 }  # fmt: skip
 

@@ -228,7 +228,8 @@ def test_a_bad_image_whose_batch_is_cancelled_fails_alone(encoder_path, images, 
     monkeypatch.setattr(Encoder, "__call__", cancelled)
     rows, errors = Encoder(encoder_path).embed([good, b"no image", good])
     assert np.isfinite(rows).all(axis=1).tolist() == [True, False, True]
-    assert list(errors) == [1] and "Unknown image file format" in errors[1]
+    assert list(errors) == [1]
+    assert "Unknown image file format" in errors[1]
 
 
 def test_an_image_outside_the_folder_is_not_shown(images, tmp_path):

@@ -53,7 +53,7 @@ def _compare():
     config = resolve(configs.value(_CONFIG))
     if len(set(_SEEDS.value)) < len(_SEEDS.value):
         raise ValueError(f"--seeds: expected different seeds. Received: {','.join(_SEEDS.value)}")
-    if not (config.s2sd.target_dims or config.s2sd.feature_distill):
+    if not (config.s2sd.target_dims or config.s2sd.feature_distill or config.data.teachers):
         raise ValueError("--config: expected one with S2SD, to compare with. Received: the plain objective")
     passed_on = _config_flags(sys.argv[1:])
     if not config.train.threads:
@@ -141,8 +141,9 @@ def _config_flags(arguments):
 def _without_teachers(given):
     """Returns the flags of a run with the plain objective, given those of a run with S2SD."""
     # A tuple flag that is given twice has the values of both.
-    kept = [flag for flag in given if not flag.lstrip("-").startswith("config.s2sd.target_dims=")]
-    return [*kept, "--config.s2sd.target_dims=()", "--config.s2sd.feature_distill=False"]
+    tuples = ("config.s2sd.target_dims=", "config.data.teachers=")
+    kept = [flag for flag in given if not flag.lstrip("-").startswith(tuples)]
+    return [*kept, *(f"--{flag}()" for flag in tuples), "--config.s2sd.feature_distill=False"]
 
 
 if __name__ == "__main__":

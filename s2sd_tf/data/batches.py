@@ -79,12 +79,12 @@ class EpochBatches:
         sampler.check(labels)
         self._batch_size = sampler.batch_size
         self._draw = _drawing(sampler, labels, self.steps, seed)
-        self._cached = self._load = None
-        if augmentation is None and _is_cached(cache, images, preprocessing):
-            with tf.device("CPU"):
-                self._cached = tf.constant(_preprocess_all(images, preprocessing)), tf.constant(images.labels)
+        self._is_cached = augmentation is None and _is_cached(cache, images, preprocessing)
+        if self._is_cached:
+            load = _cached_loader(images, preprocessing)
         else:
-            self._load = _loader(images, preprocessing, augmentation, seed)
+            load = _loader(images, preprocessing, augmentation, seed)
+        self._load = _with_labels(load, images)
         # A graph, so that the reading of images is traced once and not for every epoch.
         self._dataset_of = tf.function(self._read_slices, reduce_retracing=True)
 
@@ -102,7 +102,8 @@ class EpochBatches:
 
         Returns:
             Dataset of float32 images `(sampler.batch_size, height, width, channels)` and int32 labels
-            `(sampler.batch_size,)`.
+            `(sampler.batch_size,)`. If the images have teachers, the labels are
+            `{"labels": labels, "teachers": teachers}`.
 
         Raises:
             ValueError: the stored embeddings are for another epoch, or the batch size is not a multiple of the number
@@ -121,8 +122,8 @@ class EpochBatches:
 
     def _read(self, rows, size, count):
         """Turns a dataset of the rows of `_rows` into `count` batches."""
-        if self._cached is not None:
-            dataset = rows.map(lambda chosen, *_: tuple(tf.gather(values, chosen) for values in self._cached))
+        if self._is_cached:
+            dataset = rows.map(self._load)
         else:
             dataset = _map(rows.unbatch(), self._load).batch(size, drop_remainder=True)
         return dataset.apply(tf.data.experimental.assert_cardinality(count)).prefetch(tf.data.AUTOTUNE)
@@ -157,8 +158,7 @@ def training_batches(
         Others: see `EpochBatches`.
 
     Returns:
-        Dataset of float32 images `(sampler.batch_size, height, width, channels)` and int32 labels
-        `(sampler.batch_size,)`.
+        Dataset of batches, see `EpochBatches.__call__`.
 
     Raises:
         ValueError: see `EpochBatches`.
@@ -223,7 +223,7 @@ def evaluation_batches(
     """
     batch_size = checked_int("batch_size", batch_size, 1)
     indices = tf.data.Dataset.range(len(images))
-    dataset = _map(indices, _loader(images, preprocessing)).map(lambda pixels, label: pixels).batch(batch_size)
+    dataset = _map(indices, _loader(images, preprocessing)).batch(batch_size)
     if _is_cached(cache, images, preprocessing):
         dataset = dataset.cache()
     return dataset.prefetch(tf.data.AUTOTUNE)
@@ -243,7 +243,7 @@ def batches_at(
         return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(tf.numpy_function(positions, [], tf.int64), [None]))
 
     dataset = _map(tf.data.Dataset.range(1).flat_map(one_pass), _loader(images, preprocessing))
-    return dataset.map(lambda pixels, label: pixels).batch(batch_size).prefetch(tf.data.AUTOTUNE)
+    return dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
 
 
 def _own_part(input_context, batch):
@@ -290,9 +290,8 @@ def _rows(epoch, chosen, own, first_step=0):
 
 
 def _loader(images, preprocessing, augmentation=None, seed=0):
-    """A function from a position, or with an augmentation from `(position, place, epoch)`, to `(image, label)`."""
+    """A function from a position, or with an augmentation from `(position, place, epoch)`, to an image."""
     source = _source(images)
-    labels = tf.constant(images.labels)
     convert = "from_pixels" if images.kind == "pixels" else "from_bytes"
 
     def load(index, *where):
@@ -304,9 +303,29 @@ def _loader(images, preprocessing, augmentation=None, seed=0):
             image = getattr(augmentation, convert)(image, preprocessing, own_seed)
         else:
             image = getattr(preprocessing, convert)(image)
-        return tf.ensure_shape(image, preprocessing.output_shape), labels[index]
+        return tf.ensure_shape(image, preprocessing.output_shape)
 
     return load
+
+
+def _cached_loader(images, preprocessing):
+    """A function from positions to images that are all in memory."""
+    with tf.device("CPU"):
+        cached = tf.constant(_preprocess_all(images, preprocessing))
+    return lambda positions, *_: tf.gather(cached, positions)
+
+
+def _with_labels(load, images):
+    """A function like `load`, from positions to images, that returns their labels, and the teachers' rows, too."""
+    with tf.device("CPU"):
+        labels, teachers = tf.constant(images.labels), tuple(map(tf.constant, images.teachers))
+    values = {"labels": labels, "teachers": teachers} if teachers else labels
+
+    def load_with_labels(positions, *where):
+        chosen = tf.nest.map_structure(lambda rows: tf.gather(rows, positions), values)
+        return load(positions, *where), chosen
+
+    return load_with_labels
 
 
 def _map(indices, load):

@@ -28,6 +28,9 @@ class ImageSet:
         class_names: names of the classes. Default: the sorted names in `labels`, or "0", "1", ... up to the greatest
             label.
         super_classes: the super-class of each class; empty if there are none.
+        teachers: matrices, float32 `(n, any dimension)`, with the embeddings of the images by teachers from outside;
+            see `S2SDLoss.external_teachers`. Training batches have their rows. A matrix may be given with a row for
+            each class.
 
     Raises:
         ValueError: an argument that cannot be converted, or does not fit the others; the message names it.
@@ -41,6 +44,7 @@ class ImageSet:
     labels: np.ndarray
     class_names: tuple[str, ...] = ()
     super_classes: tuple[str, ...] = ()
+    teachers: tuple[np.ndarray, ...] = ()
 
     def __post_init__(self) -> None:
         # The class is frozen.
@@ -59,6 +63,8 @@ class ImageSet:
                 f"super_classes: expected none, or one for each of {len(self.class_names)} classes. "
                 f"Received: {len(self.super_classes)}"
             )
+        rows = [_checked_teacher(teacher, labels, len(class_names)) for teacher in self.teachers]
+        object.__setattr__(self, "teachers", tuple(rows))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,12 +110,18 @@ class ImageSet:
             new_labels[self.labels[chosen]],
             tuple(self.class_names[c] for c in classes),
             tuple(self.super_classes[c] for c in classes) if self.super_classes else (),
+            tuple(teacher[chosen] for teacher in self.teachers),
         )
 
     def select_images(self, positions: Sequence[int] | np.ndarray) -> "ImageSet":
         """The images at some positions, in the given order. Classes without images left are kept."""
         positions = np.asarray(positions, np.int64)
-        return dataclasses.replace(self, images=self.images[positions], labels=self.labels[positions])
+        return dataclasses.replace(
+            self,
+            images=self.images[positions],
+            labels=self.labels[positions],
+            teachers=tuple(teacher[positions] for teacher in self.teachers),
+        )
 
     def select_by_name(self, patterns: Iterable[str]) -> "ImageSet":
         """The images of the classes that one of `patterns` names or matches as a shell pattern (`Sanskrit/*`).
@@ -225,6 +237,19 @@ def _checked_labels(labels, class_names):
                 f"labels: expected integers in [0, {len(class_names)}). Received: {labels.min()} to {labels.max()}"
             )
     return labels.astype(np.int32, copy=False), class_names
+
+
+def _checked_teacher(teacher, labels, num_classes):
+    """A teacher's embeddings by image."""
+    wanted = f"teachers: expected float matrices with {len(labels)} rows, one an image, or {num_classes}, one a class"
+    teacher = _as_array("teachers", teacher, "matrices")
+    rows = (len(labels), num_classes)
+    if teacher.ndim != 2 or len(teacher) not in rows or not teacher.shape[1] or teacher.dtype.kind != "f":
+        raise ValueError(f"{wanted}. Received: an array {teacher.shape} of {teacher.dtype}")
+    if not np.isfinite(teacher).all():
+        raise ValueError(f"{wanted}, all finite. Received: NaN or infinity")
+    teacher = teacher.astype(np.float32, copy=False)
+    return teacher if len(teacher) == len(labels) else teacher[labels]
 
 
 def image_slices(

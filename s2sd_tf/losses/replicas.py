@@ -14,7 +14,7 @@ class Batch(NamedTuple):
     Attributes:
         embedding: float `(batch, dim)`, the base embeddings.
         targets: each float `(batch, dim_k)`.
-        features: float `(batch, features)`, or None.
+        frozen: the teachers that no gradient flows into, each float `(batch, dim)`.
         labels: integer `(batch,)`.
         rows: int32 `(2,)`, `(offset, count)` of the rows that belong to this replica; None: all rows.
         share: scalar, this replica's fraction of the batch times the number of replicas; None: 1.
@@ -22,7 +22,7 @@ class Batch(NamedTuple):
 
     embedding: tf.Tensor
     targets: list[tf.Tensor]
-    features: tf.Tensor | None
+    frozen: list[tf.Tensor]
     labels: tf.Tensor
     rows: tf.Tensor | None = None
     share: tf.Tensor | None = None
@@ -53,14 +53,15 @@ def gather(batch: Batch) -> Batch:
     known = all_gather(tf.stack([labels, tf.fill([size], own)], axis=1))
     dims = [batch.embedding.shape[1], *(target.shape[1] for target in batch.targets)]
     embedding, *targets = tf.split(all_gather(tf.concat([batch.embedding, *batch.targets], axis=1)), dims, axis=1)
-    features = batch.features
-    if features is not None:
-        features = tf.stop_gradient(all_gather(tf.stop_gradient(features)))
+    frozen = []
+    if batch.frozen:
+        gathered = tf.stop_gradient(all_gather(tf.stop_gradient(tf.concat(batch.frozen, axis=1))))
+        frozen = tf.split(gathered, [teacher.shape[1] for teacher in batch.frozen], axis=1)
     offset = tf.argmax(tf.equal(known[:, 1], own), output_type=tf.int32)
     share = size * replica.num_replicas_in_sync / tf.shape(known)[0]
     # A small last batch may leave a replica without images. It then gets one row, with share 0.
     rows = tf.stack([offset, tf.maximum(size, 1)])
-    return Batch(embedding, targets, features, known[:, 0], rows, tf.cast(share, embedding.dtype))
+    return Batch(embedding, targets, frozen, known[:, 0], rows, tf.cast(share, embedding.dtype))
 
 
 def sum_gradients(gradients: Sequence[tf.Tensor | None]) -> list[tf.Tensor | None]:

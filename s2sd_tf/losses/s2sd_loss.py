@@ -29,6 +29,11 @@ class S2SDLoss(keras.layers.Layer):
     the batch are distilled into z, and no gradient flows into them. With `target_dims=()` and `feature_distill=False`
     the loss is the plain objective.
 
+    Teachers from outside, `external_teachers`, are embeddings t_j that come with the batch: those of a frozen, larger
+    model, or of the names of the classes by a language model (Roth et al., CVPR 2022, arXiv 2203.08543). They add
+
+        w_e * mean_j KL(S(t_j) -> S(z))
+
     With `nested_dims`, every prefix z_d of the base embedding, its first d dimensions l2-normalised, is trained to be
     an embedding too (Kusupati et al., NeurIPS 2022, arXiv 2205.13147). All prefixes have the same teachers:
 
@@ -49,6 +54,10 @@ class S2SDLoss(keras.layers.Layer):
         feature_distill_weight: >= 0, w_f, the weight of the features' divergence.
         feature_distill_delay: >= 0, steps before the features begin to teach.
         feature_distill_warmup_steps: >= 0, length of the ramp up to w_f after the delay.
+        external_teachers: >= 0, the number of teachers that come with every batch.
+        external_distill_weight: >= 0, w_e, the weight of their divergences.
+        external_distill_delay: >= 0, steps before they begin to teach.
+        external_distill_warmup_steps: >= 0, length of the ramp up to w_e after the delay.
         nested_dims: the dimensions of the prefixes, strictly increasing; the last one is the whole dimension of the
             base embedding. (): no prefixes. Each prefix has its own instance of the objective.
         nested_weights: >= 0, the weight of each prefix in the means over the prefixes. (): equal weights.
@@ -96,6 +105,10 @@ class S2SDLoss(keras.layers.Layer):
         feature_distill_weight: float = 50.0,
         feature_distill_delay: int = 1000,
         feature_distill_warmup_steps: int = 0,
+        external_teachers: int = 0,
+        external_distill_weight: float = 50.0,
+        external_distill_delay: int = 0,
+        external_distill_warmup_steps: int = 0,
         nested_dims: Sequence[int] = (),
         nested_weights: Sequence[float] = (),
         num_classes: int | None = None,
@@ -108,7 +121,11 @@ class S2SDLoss(keras.layers.Layer):
     ) -> None:
         super().__init__(name=name, dtype=dtype, **kwargs)
         check_above("temperature", temperature, 0)
-        for argument, value in (("distill_weight", distill_weight), ("feature_distill_weight", feature_distill_weight)):
+        for argument, value in (
+            ("distill_weight", distill_weight),
+            ("feature_distill_weight", feature_distill_weight),
+            ("external_distill_weight", external_distill_weight),
+        ):
             check_at_least(argument, value, 0)
         for argument, value in (
             ("feature_distill", feature_distill),
@@ -129,6 +146,12 @@ class S2SDLoss(keras.layers.Layer):
         self.feature_distill_weight = feature_distill_weight
         self.feature_distill_delay = checked_int("feature_distill_delay", feature_distill_delay, 0)
         self.feature_distill_warmup_steps = checked_int("feature_distill_warmup_steps", feature_distill_warmup_steps, 0)
+        self.external_teachers = checked_int("external_teachers", external_teachers, 0)
+        self.external_distill_weight = external_distill_weight
+        self.external_distill_delay = checked_int("external_distill_delay", external_distill_delay, 0)
+        self.external_distill_warmup_steps = checked_int(
+            "external_distill_warmup_steps", external_distill_warmup_steps, 0
+        )
         self.nested_dims = nested.checked_dims(nested_dims)
         self.nested_weights = nested.checked_weights(nested_weights, self.nested_dims)
         self.num_classes = None if num_classes is None else checked_int("num_classes", num_classes, 1)
@@ -190,8 +213,9 @@ class S2SDLoss(keras.layers.Layer):
         features: tf.Tensor | None,
         labels: tf.Tensor,
         training: bool = False,
+        teachers: Sequence[tf.Tensor] = (),
     ) -> dict[str, tf.Tensor]:
-        """Computes the terms of the loss of a batch. The layer l2-normalises embeddings, targets and features.
+        """Computes the terms of the loss of a batch. The layer l2-normalises all embeddings and the features.
 
         Args:
             embedding: float `(batch, dim)`, the base embeddings.
@@ -199,20 +223,22 @@ class S2SDLoss(keras.layers.Layer):
             features: float `(batch, features)`, the pooled features that teach; None without `feature_distill`.
             labels: integers `(batch,)`, as for `Objective.call`.
             training: if True, `step` is incremented and stochastic miners draw new samples.
+            teachers: the external teachers, each float `(batch, any dimension)`.
 
         Returns:
             The terms by name: "loss" and "objective" (scalars); with targets also "target_objectives" `(K,)` and
-            "distill_kls" `(K,)`; with `feature_distill` also "feature_kl" (scalar); and the terms of `diagnostics`. The
-            divergences are not multiplied by their weights. With D >= 2 `nested_dims`, these are means over the
-            prefixes, and there are "nested_objectives" `(D,)` and, with a teacher, "nested_kls" `(D, teachers)`, the
-            features last. On several replicas with `gather_replicas`, the mean of "loss" over the replicas is the loss
-            of the batch.
+            "distill_kls" `(K,)`; with `external_teachers` also "external_kls" `(E,)`; with `feature_distill` also
+            "feature_kl" (scalar); and the terms of `diagnostics`. The divergences are not multiplied by their weights.
+            With D >= 2 `nested_dims`, these are means over the prefixes, and there are "nested_objectives" `(D,)` and,
+            with a teacher, "nested_kls" `(D, teachers)`: of the targets, the external teachers and the features. On
+            several replicas with `gather_replicas`, the mean of "loss" over the replicas is the loss of the batch.
 
         Raises:
-            ValueError: the dimensions of the targets are not `target_dims`, features are missing, or labels that are
-                not one whole number for each image.
+            ValueError: the dimensions of the targets are not `target_dims`, features are missing, `teachers` are not
+                `external_teachers` matrices of the batch's rows, or labels that are not one whole number for each
+                image.
         """
-        batch = self._checked_batch(embedding, targets, features, labels)
+        batch = self._checked_batch(embedding, targets, features, labels, teachers)
         if self.gather_replicas:
             batch = replicas.gather(batch)
         prefixes = nested.prefixes(batch.embedding, self.nested_dims)
@@ -232,7 +258,7 @@ class S2SDLoss(keras.layers.Layer):
                 ]
             )
             loss = (loss + tf.reduce_mean(terms["target_objectives"])) / 2.0
-        if self.target_dims or self.feature_distill:
+        if self.has_teachers:
             divergences = [self._distill(batch._replace(embedding=prefix), training) for prefix in prefixes]
             total, kls = (nested.mean(values, self.nested_weights) for values in zip(*divergences))
             loss += tf.cast(total, loss.dtype)
@@ -240,6 +266,8 @@ class S2SDLoss(keras.layers.Layer):
                 terms["nested_kls"] = tf.stack([values for _, values in divergences])
             if self.target_dims:
                 terms["distill_kls"] = kls[: len(self.target_dims)]
+            if self.external_teachers:
+                terms["external_kls"] = kls[len(self.target_dims) :][: self.external_teachers]
             if self.feature_distill:
                 terms["feature_kl"] = kls[-1]
         if training:
@@ -247,6 +275,11 @@ class S2SDLoss(keras.layers.Layer):
             if self.diagnostics:
                 terms.update(_spread(batch))
         return {"loss": loss, **terms}
+
+    @property
+    def has_teachers(self) -> bool:
+        """Whether anything is distilled into the base embedding."""
+        return bool(self.target_dims or self.external_teachers or self.feature_distill)
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -261,6 +294,10 @@ class S2SDLoss(keras.layers.Layer):
             "feature_distill_weight": self.feature_distill_weight,
             "feature_distill_delay": self.feature_distill_delay,
             "feature_distill_warmup_steps": self.feature_distill_warmup_steps,
+            "external_teachers": self.external_teachers,
+            "external_distill_weight": self.external_distill_weight,
+            "external_distill_delay": self.external_distill_delay,
+            "external_distill_warmup_steps": self.external_distill_warmup_steps,
             "nested_dims": list(self.nested_dims),
             "nested_weights": list(self.nested_weights),
             "num_classes": self.num_classes,
@@ -296,30 +333,47 @@ class S2SDLoss(keras.layers.Layer):
             name=name, shape=(), dtype="int64", initializer=keras.initializers.Constant(start), trainable=False
         )
 
-    def _checked_batch(self, embedding, targets, features, labels):
+    def _checked_batch(self, embedding, targets, features, labels, teachers):
         dims = [target.shape[-1] for target in targets]
         if dims != list(self.target_dims):
             raise ValueError(f"targets: expected embeddings of {list(self.target_dims)} dimensions. Received: {dims}")
         embedding, *targets = (unit_rows(tf.cast(matrix, self.compute_dtype)) for matrix in (embedding, *targets))
-        if not self.feature_distill:
-            features = None
-        elif features is None:
+        frozen = self._checked_teachers(teachers, embedding)
+        if self.feature_distill and features is None:
             raise ValueError(
                 "features: expected the features that teach, (batch, features), with feature_distill. Received: None"
             )
-        else:
-            features = unit_rows(tf.cast(tf.stop_gradient(features), self.compute_dtype))
-        return replicas.Batch(embedding, targets, features, labels)
+        if self.feature_distill:
+            frozen.append(features)
+        frozen = [unit_rows(tf.cast(tf.stop_gradient(teacher), self.compute_dtype)) for teacher in frozen]
+        return replicas.Batch(embedding, targets, frozen, labels)
+
+    def _checked_teachers(self, teachers, embedding):
+        teachers = list(teachers) if isinstance(teachers, (list, tuple)) else [teachers]
+        shapes = [tuple(getattr(teacher, "shape", ())) for teacher in teachers]
+        rows = len_of(embedding)
+        if len(teachers) != self.external_teachers or any(
+            len(shape) != 2 or not shape[1] or (None not in (rows, shape[0]) and shape[0] != rows) for shape in shapes
+        ):
+            raise ValueError(
+                f"teachers: expected external_teachers={self.external_teachers} matrices "
+                f"({rows or 'batch'}, dimension) with the batch, as in (images, {{'labels': labels, 'teachers': "
+                f"[matrix]}}). Received: {shapes}"
+            )
+        return teachers
 
     def _distill(self, batch, training):
         """`(weighted sum of all divergences, the divergences (teachers,))`."""
         step, dtype = self.step, batch.embedding.dtype
-        teachers, weights = list(batch.targets), []
+        teachers, weights = [*batch.targets, *batch.frozen], []
         if self.target_dims:
             weight = distillation_weight(self.distill_weight, step, 0, self.distill_warmup_steps, dtype)
             weights += [weight / len(self.target_dims)] * len(self.target_dims)
+        if self.external_teachers:
+            delay, warmup = self.external_distill_delay, self.external_distill_warmup_steps
+            weight = distillation_weight(self.external_distill_weight, step, delay, warmup, dtype)
+            weights += [weight / self.external_teachers] * self.external_teachers
         if self.feature_distill:
-            teachers.append(batch.features)
             delay, warmup = self.feature_distill_delay, self.feature_distill_warmup_steps
             weights.append(distillation_weight(self.feature_distill_weight, step, delay, warmup, dtype))
         # One call for all teachers: they share the student's similarities.

@@ -44,7 +44,8 @@ class S2SDModel(keras.Model):
     features pooled by `pooling` and by `target_pooling`, the base embedding is z = norm(W f + b) and the targets are
     q_k = norm(MLP_k(f')). The loss trains them together and distils the targets, and f', into z. Calling the model and
     `predict` return z, `(batch, embedding_dim)` with unit-norm rows. `fit` takes batches `(images, labels)`; labels are
-    integers `(batch,)`.
+    integers `(batch,)`. With `external_teachers`, it takes `(images, {"labels": labels, "teachers": teachers})`, where
+    each teacher is a float matrix `(batch, any dimension)`.
 
     Args:
         backbone: model from images to feature maps `(batch, h, w, features)` or to pooled features `(batch, features)`.
@@ -141,9 +142,9 @@ class S2SDModel(keras.Model):
             )
         self.backbone = backbone
         self.s2sd_loss = _checked_loss(loss, loss_settings, loss_dtype(self))
-        has_teachers = self.s2sd_loss.target_dims or self.s2sd_loss.feature_distill
+        uses_targets = self.s2sd_loss.target_dims or self.s2sd_loss.feature_distill
         # The poolings of f and f', without duplicates.
-        self._poolings = tuple(dict.fromkeys((pooling, target_pooling) if has_teachers else (pooling,)))
+        self._poolings = tuple(dict.fromkeys((pooling, target_pooling) if uses_targets else (pooling,)))
         uses_gem = "gem" in self._poolings
         self.gem = GeM(dtype=loss_dtype(self), name="gem") if uses_gem else None
         shared = {"uniform_biases": uniform_biases, "dtype": self.dtype_policy}
@@ -315,29 +316,32 @@ class S2SDModel(keras.Model):
         """Returns the base embedding z of images, `(batch, embedding_dim)`."""
         return self.embedding_head(pool(self.backbone(inputs, training=training), self.pooling, self.gem))
 
-    def compute_losses(self, inputs: Any, labels: tf.Tensor, training: bool = False) -> dict[str, tf.Tensor]:
+    def compute_losses(
+        self, inputs: Any, labels: tf.Tensor, training: bool = False, teachers: Sequence[tf.Tensor] = ()
+    ) -> dict[str, tf.Tensor]:
         """Returns all terms of the loss of one batch, as `S2SDLoss` returns them.
 
         Args:
             inputs: images, in the backbone's input format.
             labels: integers `(batch,)`, as for `Objective.call`.
             training: whether backbone and loss run in training mode.
+            teachers: the external teachers, each float `(batch, any dimension)`.
         """
         labels = checked_labels("labels", labels)
         if not self.built:
             self.build(inputs.shape)
-        return self._losses_of(self._pooled(inputs, training), labels, training)
+        return self._losses_of(self._pooled(inputs, training), labels, training, teachers)
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Runs one optimizer step on a batch `(images, labels)`; returns the running means of the logged terms."""
-        inputs, labels = _unpack(data)
+        inputs, labels, teachers = _unpack(data)
         if not self.built:
             self.build(inputs.shape)
         self._check_trainable()
         variables = self.trainable_variables
 
         def loss_of(pooled):
-            terms = self._losses_of(pooled, labels, training=True)
+            terms = self._losses_of(pooled, labels, True, teachers)
             return terms, self.weight_updates.loss_to_differentiate(self.optimizer, terms["loss"], self.losses)
 
         if self.micro_batch_size:
@@ -353,8 +357,8 @@ class S2SDModel(keras.Model):
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Evaluates a batch `(images, labels)`; returns the running means of the logged terms."""
-        inputs, labels = _unpack(data)
-        return self._step_metrics.update(self.compute_losses(inputs, labels, training=False))
+        inputs, labels, teachers = _unpack(data)
+        return self._step_metrics.update(self.compute_losses(inputs, labels, False, teachers))
 
     @property
     def nested_dims(self) -> tuple[int, ...]:
@@ -409,11 +413,12 @@ class S2SDModel(keras.Model):
         features = self.backbone(inputs, training=training)
         return [pool(features, pooling, self.gem) for pooling in self._poolings]
 
-    def _losses_of(self, pooled, labels, training):
+    def _losses_of(self, pooled, labels, training, teachers):
         """Returns the terms of the loss, given the features that `_pooled` returns."""
         targets = [head(pooled[-1]) for head in self.target_heads]
         features = pooled[-1] if self.s2sd_loss.feature_distill else None
-        return self.s2sd_loss(self.embedding_head(pooled[0]), targets, features, labels, training=training)
+        base = self.embedding_head(pooled[0])
+        return self.s2sd_loss(base, targets, features, labels, training=training, teachers=teachers)
 
 
 def _checked_loss(loss, settings, dtype):
@@ -491,4 +496,12 @@ def _unpack(data):
         raise ValueError("data: expected batches (images, labels). Received: batches without labels")
     if sample_weight is not None:
         raise ValueError("data: expected batches (images, labels). Received: sample weights, which are not supported")
-    return inputs, checked_labels("labels", labels)
+    teachers = ()
+    if isinstance(labels, Mapping):
+        if "labels" not in labels or set(labels) - {"labels", "teachers"}:
+            raise ValueError(
+                'data: expected batches (images, labels) or (images, {"labels": labels, "teachers": teachers}). '
+                f"Received: a dict of {sorted(labels)}"
+            )
+        labels, teachers = labels["labels"], labels.get("teachers", ())
+    return inputs, checked_labels("labels", labels), teachers

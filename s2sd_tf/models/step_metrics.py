@@ -25,12 +25,13 @@ class StepMetrics:
         self._targets = [f"target{k}_{dim}" for k, dim in enumerate(loss.target_dims)] if per_target else []
         nested = per_target and len(loss.nested_dims) > 1
         self._nested = [f"nested{dim}" for dim in loss.nested_dims] if nested else []
-        has_teachers = loss.target_dims or loss.feature_distill
         names = ["loss", "objective", *(f"{prefix}_objective" for prefix in self._nested)]
-        names += [f"{prefix}_kl" for prefix in self._nested] if has_teachers else []
+        names += [f"{prefix}_kl" for prefix in self._nested] if loss.has_teachers else []
         if loss.target_dims:
             names += ["target_objective", "distill_kl"]
             names += [f"{target}_objective" for target in self._targets] + [f"{target}_kl" for target in self._targets]
+        if loss.external_teachers:
+            names.append("external_kl")
         if loss.feature_distill:
             names.append("feature_kl")
         if loss.diagnostics:
@@ -44,6 +45,8 @@ class StepMetrics:
         if "target_objectives" in terms:
             values["target_objective"] = tf.reduce_mean(terms["target_objectives"])
             values["distill_kl"] = tf.reduce_mean(terms["distill_kls"])
+        if "external_kls" in terms:
+            values["external_kl"] = tf.reduce_mean(terms["external_kls"])
         for k, target in enumerate(self._targets):
             values[f"{target}_objective"] = terms["target_objectives"][k]
             values[f"{target}_kl"] = terms["distill_kls"][k]

@@ -70,6 +70,7 @@ def build_model(config: config_dict.ConfigDict, run_data: RunData) -> S2SDModel:
         _objective(config, config.objective.name, run_data),
         _objective(config, target, run_data),
         **{key: value for key, value in config.s2sd.items() if key != "target_objective"},
+        external_teachers=len(run_data.train.teachers),
         name="s2sd_loss",
     )
     own = registry.constructor_arguments([S2SDModel])
@@ -99,6 +100,13 @@ def warn_of_short_run(config: config_dict.ConfigDict, run_data: RunData) -> None
     total, section = config.train.epochs * steps_per_epoch(config, run_data), config.s2sd
     found, needed = [], 0
     for term, active, weight, delay, warmup in (
+        (
+            "the distillation of config.data.teachers",
+            bool(run_data.train.teachers),
+            "external_distill_weight",
+            "external_distill_delay",
+            "external_distill_warmup_steps",
+        ),
         ("the distillation", bool(section.target_dims), "distill_weight", "", "distill_warmup_steps"),
         (
             "the feature distillation",

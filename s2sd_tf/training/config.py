@@ -17,7 +17,7 @@ from s2sd_tf.models import S2SDModel, preset, updates
 from s2sd_tf.registry import constructor_arguments
 from s2sd_tf.training import optimizers
 
-# Settings of objectives and samplers that the run sets itself.
+# Settings of objectives, samplers and the loss that the run sets itself.
 _GIVEN_BY_THE_RUN = (
     "num_classes",
     "seed",
@@ -27,6 +27,7 @@ _GIVEN_BY_THE_RUN = (
     "batch_size",
     "classes_per_batch",
     "samples_per_class",
+    "external_teachers",
 )
 # The sections that accept any key.
 FREE = ("optimizer.settings", "data.augmentation_settings", "model.learning_rate_multipliers")
@@ -64,6 +65,11 @@ KEYS: dict[str, tuple[Any, str]] = {
         "",
         "Text file of images to leave out, one path or end of a path per line, such as the exclude.txt of s2sd-audit; "
         '"": none. Only for data sets of image files.',
+    ),
+    "data.teachers": (
+        (),
+        "Teachers from outside: .npy files, each a float matrix with a row for each training image, in the data set's "
+        "order, or for each training class, in the order of the names. See config.s2sd.external_distill_weight.",
     ),
     "data.image_size": (28, 'Size of the model\'s input in pixels; not used by "digits".'),
     "data.channels": (3, '1 or 3, the channels of an image; not used by "digits" and "omniglot".'),
@@ -280,6 +286,7 @@ def _with_local_paths(config):
     for path, (section, keys) in sections.items():
         texts = [key for key in keys if isinstance(section[key], str)]
         section.update({key: local_path(f"{path}.{key}", section[key], empty=True) for key in texts})
+    config["data"]["teachers"] = tuple(local_path("config.data.teachers", path) for path in config["data"]["teachers"])
     return config
 
 

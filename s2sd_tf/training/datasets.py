@@ -1,8 +1,10 @@
 """Loads the data of a run from its config."""
 
+import dataclasses
 import inspect
 from typing import NamedTuple
 
+import numpy as np
 from ml_collections import config_dict
 
 from s2sd_tf import data
@@ -78,11 +80,29 @@ def load_split(config: config_dict.ConfigDict) -> data.RetrievalSplit:
     if root is not None and root.default is root.empty and not section.root:
         raise ValueError(f"config.data.root: expected the folder with the data of {section.name!r}. Received: ''")
     split = datasets.load(section.name, section.root, **section[section.name])
+    split = split._replace(train=_with_teachers(split.train, section.teachers))
     if section.exclude:
         split = data.exclude_images(split, section.exclude, section.root)
     gallery = None if split.gallery is None else split.gallery.labels
     check_answerable("config.data, the test classes", split.test.labels, gallery)
     return split
+
+
+def _with_teachers(images, paths):
+    """The images with the embeddings of teachers from outside, read from files."""
+    teachers = []
+    for path in paths:
+        try:
+            teachers.append(np.load(path, mmap_mode="r", allow_pickle=False))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"config.data.teachers: expected .npy files. Received: {path!r}") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"config.data.teachers: expected .npy files. Received: {path!r}: {error}") from error
+        try:
+            images = dataclasses.replace(images, teachers=teachers)
+        except ValueError as error:
+            raise ValueError(f"config.data.teachers, {path!r}: {error}") from error
+    return images
 
 
 def hold_out(

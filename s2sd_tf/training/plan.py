@@ -108,6 +108,8 @@ def describe(config: config_dict.FrozenConfigDict, run_data: RunData, model: S2S
     if s2sd.feature_distill:
         delay = s2sd.feature_distill_delay
         steps.append(f"that of features grows from {delay:,} to {delay + s2sd.feature_distill_warmup_steps:,}")
+    if data.teachers:
+        steps.append(f"{len(data.teachers)} teachers from outside from step {s2sd.external_distill_delay:,}")
     lines = {
         "classes": ", ".join(f"{len(count):,} {name}" for name, count in counts.items()),
         "images": ", ".join(f"{count.sum():,} {name}" for name, count in counts.items())

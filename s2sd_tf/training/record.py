@@ -29,7 +29,7 @@ NAME = "run.json"
 
 
 def fingerprint(images: ImageSet) -> str:
-    """The sha256 of an image set, in hexadecimal. It changes with the images, the labels and the class names.
+    """The sha256 of an image set, in hexadecimal. It changes with the images, labels, class names and teachers.
 
     Pixels and encoded images are hashed completely. For image files, only their sizes and their paths below the common
     folder are hashed, so the folder may be moved; for byte ranges of files also the offsets and lengths. A file that
@@ -64,6 +64,8 @@ def fingerprint(images: ImageSet) -> str:
         _, places = np.unique(images.images["path"], return_inverse=True)
         add(places.astype("<i8").tobytes())
         add(*(np.ascontiguousarray(images.images[name], "<i8").tobytes() for name in ("offset", "length")))
+    for teacher in images.teachers:
+        add(teacher.shape, np.ascontiguousarray(teacher, "<f4").tobytes())
     return digest.hexdigest()
 
 
@@ -230,7 +232,7 @@ def _cpu():
 
 def _similarity_kl(model):
     """Which implementation computes the divergences, and the reason if it is not the fused op."""
-    if not (model.s2sd_loss.target_dims or model.s2sd_loss.feature_distill):
+    if not model.s2sd_loss.has_teachers:
         return None
     asked = model.s2sd_loss.similarity_kl_implementation
     asked = os.environ.get(KERNEL_VARIABLE, "auto") if asked == "auto" else asked
