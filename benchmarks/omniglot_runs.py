@@ -25,19 +25,20 @@ def arguments(data_dir, dim, kind, seed):
 
 
 def table(heads, rows, names_of, gain_of):
-    """Returns the lines of a Markdown table: the columns `heads`, every metric, and S2SD's gain in recall@1.
+    """Returns the lines of a Markdown table: the columns `heads`, every metric, and the gain in recall@1.
 
     Args:
         heads: names of the first columns.
-        rows: list of dicts from metric to `(mean, deviation)`, which also have the key "kind".
+        rows: list of dicts from metric to `(mean, deviation)`, which also have the key "kind", "plain" for the
+            rows without a gain.
         names_of: function from a row to its cells under `heads`.
-        gain_of: function from a row with S2SD to its gain in percentage points.
+        gain_of: function from another row to its gain in percentage points.
     """
     head = [*heads, *METRICS, "gain in recall@1"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [f"{100 * row[metric][0]:.1f} ± {100 * row[metric][1]:.1f}" for metric in METRICS]
-        gain = f"{gain_of(row):+.1f}" if row["kind"] == "s2sd" else ""
+        gain = f"{gain_of(row):+.1f}" if row["kind"] != "plain" else ""
         lines.append(f"| {' | '.join([*names_of(row), *cells, gain])} |")
     return lines
 

@@ -2,6 +2,7 @@
 
 from s2sd_tf.training.collapse_alarm import CollapseAlarm
 from s2sd_tf.training.config import automatic, default_config, preset_config, resolve
+from s2sd_tf.training.datasets import load_split
 from s2sd_tf.training.finite_loss import NonFiniteLoss
 from s2sd_tf.training.interruption import Interrupted
 from s2sd_tf.training.protocol import published_config
@@ -15,6 +16,7 @@ __all__ = [
     "automatic",
     "default_config",
     "load_run",
+    "load_split",
     "preset_config",
     "published_config",
     "resolve",

@@ -286,7 +286,8 @@ def _with_local_paths(config):
     for path, (section, keys) in sections.items():
         texts = [key for key in keys if isinstance(section[key], str)]
         section.update({key: local_path(f"{path}.{key}", section[key], empty=True) for key in texts})
-    config["data"]["teachers"] = tuple(local_path("config.data.teachers", path) for path in config["data"]["teachers"])
+    # A list, like all sequences of a config from JSON.
+    config["data"]["teachers"] = [local_path("config.data.teachers", path) for path in config["data"]["teachers"]]
     return config
 
 
