@@ -4,7 +4,7 @@ r"""What a frozen, larger teacher adds to S2SD: Omniglot, 16 dimensions.
 
 The teacher is `configs/omniglot.py` with the plain objective and 512 dimensions; its embeddings of the training images
 are `config.data.teachers` of the others. Trains the plain objective and S2SD, without and with the teacher. Writes
-`omniglot_teachers.json` and `.md` into `--results`. Runs that are already finished in `--workdir` are not trained again.
+`omniglot_teachers.json` and `.md` into `--results`. Runs that are finished in `--workdir` are not trained again.
 
 `--search` shows how the teacher's weight was chosen: it holds out 28 of the 136 training characters, from the teacher
 too, and writes `omniglot_teachers_search.md`, from the held-out characters only.
