@@ -269,7 +269,7 @@ def test_coupled_l2_adds_to_the_gradient_of_backbone_and_heads_only(small_model)
     changes, logged = {}, {}
     for l2 in (0.0, 0.1):
         keras.utils.set_random_seed(0)
-        model = small_model(objective="proxy_anchor", num_classes=3, l2=l2)
+        model = small_model(objective="proxy_anchor", num_classes=3, l2=l2, l2_on_targets=True)
         before = [v.numpy() for v in model.trainable_variables]
         model.compile(optimizer=keras.optimizers.SGD(1.0))
         logged[l2] = model.train_on_batch(images, labels, return_dict=True)["loss"]
@@ -285,7 +285,7 @@ def test_coupled_l2_without_the_target_heads(small_model):
     changes = {}
     for l2 in (0.0, 0.1):
         keras.utils.set_random_seed(0)
-        model = small_model(l2=l2, l2_on_targets=False)
+        model = small_model(l2=l2)
         before = [v.numpy() for v in model.trainable_variables]
         model.compile(optimizer=keras.optimizers.SGD(1.0))
         model.train_on_batch(*images_and_labels())

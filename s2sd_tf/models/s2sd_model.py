@@ -57,10 +57,11 @@ class S2SDModel(keras.Model):
             embedding.
         target_pooling: the same for f', which feeds the targets and is the feature teacher. If both are "gem", they
             share one layer. Equal poolings make f' = f.
-        l2: >= 0; adds `l2 * weight` to the gradient of every trainable weight of backbone and heads. This L2 is coupled
-            to the optimizer, unlike the decoupled decay of AdamW. It excludes the power of `GeM`, which is trained with
-            the heads, as in its authors' code.
-        l2_on_targets: whether `l2` includes the target heads; it does not in the published code.
+        l2: >= 0; adds `l2 * weight` to the gradient of every trainable weight of backbone and embedding head. This L2
+            is coupled to the optimizer, unlike the decoupled decay of AdamW. It excludes the power of `GeM`, which is
+            trained with the heads, as in its authors' code.
+        l2_on_targets: whether `l2` includes the target heads. It does not in the published code: their gradients are
+            small, so under Adam it would take most of their rank, and they would teach little.
         uniform_biases: whether the biases of the heads start uniform in +-1/sqrt(inputs), as their kernels do and as in
             PyTorch, and not at 0.
         learning_rate_multipliers: factors on the updates of the groups "backbone", "heads" and "objectives"; of
@@ -107,7 +108,7 @@ class S2SDModel(keras.Model):
         pooling: str = "avg",
         target_pooling: str = "avg",
         l2: float = 0.0,
-        l2_on_targets: bool = True,
+        l2_on_targets: bool = False,
         uniform_biases: bool = False,
         learning_rate_multipliers: Mapping[str, float] | None = None,
         micro_batch_size: int = 0,
