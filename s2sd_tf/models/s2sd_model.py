@@ -44,7 +44,7 @@ class S2SDModel(keras.Model):
     features pooled by `pooling` and by `target_pooling`, the base embedding is z = norm(W f + b) and the targets are
     q_k = norm(MLP_k(f')). The loss trains them together and distils the targets, and f', into z. Calling the model and
     `predict` return z, `(batch, embedding_dim)` with unit-norm rows. `fit` takes batches `(images, labels)`; labels are
-    integers `(batch,)`.
+    integers `(batch,)`, or `(batch, n)` if the objective has a `relevance`.
 
     Args:
         backbone: model from images to feature maps `(batch, h, w, features)` or to pooled features `(batch, features)`.
@@ -320,17 +320,17 @@ class S2SDModel(keras.Model):
 
         Args:
             inputs: images, in the backbone's input format.
-            labels: integers `(batch,)`, as for `Objective.call`.
+            labels: integers `(batch,)` or `(batch, n)`, as for `Objective.call`.
             training: whether backbone and loss run in training mode.
         """
-        labels = checked_labels("labels", labels)
+        labels = checked_labels("labels", labels, columns=self.s2sd_loss.label_columns)
         if not self.built:
             self.build(inputs.shape)
         return self._losses_of(self._pooled(inputs, training), labels, training)
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Runs one optimizer step on a batch `(images, labels)`; returns the running means of the logged terms."""
-        inputs, labels = _unpack(data)
+        inputs, labels = self._unpack(data)
         if not self.built:
             self.build(inputs.shape)
         self._check_trainable()
@@ -353,7 +353,7 @@ class S2SDModel(keras.Model):
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Evaluates a batch `(images, labels)`; returns the running means of the logged terms."""
-        inputs, labels = _unpack(data)
+        inputs, labels = self._unpack(data)
         return self._step_metrics.update(self.compute_losses(inputs, labels, training=False))
 
     @property
@@ -396,6 +396,16 @@ class S2SDModel(keras.Model):
         for key in ("backbone", "loss"):
             config[key] = keras.utils.deserialize_keras_object(config[key], custom_objects=custom_objects)
         return cls(**config)
+
+    def _unpack(self, data):
+        inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if labels is None:
+            raise ValueError("data: expected batches (images, labels). Received: batches without labels")
+        if sample_weight is not None:
+            raise ValueError(
+                "data: expected batches (images, labels). Received: sample weights, which are not supported"
+            )
+        return inputs, checked_labels("labels", labels, columns=self.s2sd_loss.label_columns)
 
     def _check_trainable(self):
         if not self.trainable_variables:
@@ -483,12 +493,3 @@ def _one_line(error):
     """What Keras reports of an error in a model, without where it was raised and without colours."""
     text = re.sub(r"\x1b\[\d+m", "", str(error))
     return " ".join(re.sub(r"^Exception encountered when calling .*\n", "", text).split())[:300]
-
-
-def _unpack(data):
-    inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    if labels is None:
-        raise ValueError("data: expected batches (images, labels). Received: batches without labels")
-    if sample_weight is not None:
-        raise ValueError("data: expected batches (images, labels). Received: sample weights, which are not supported")
-    return inputs, checked_labels("labels", labels)
