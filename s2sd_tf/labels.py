@@ -51,7 +51,12 @@ def checked_labels(argument: str, labels: Any, rows: int | None = None, columns:
         if bad.size:
             raise ValueError(f"{wanted}; {_whole(labels)}. Received: {labels.dtype.name} {float(bad[0])!r}")
     if columns:
-        labels = tf.ensure_shape(labels, (None, None if columns < 0 else columns))
+        if shape.rank is None or (shape[1] is None and columns > 0):
+            message = f"{wanted}. Received: labels of another shape"
+            fits = tf.equal(tf.rank(labels), 2) & ((columns < 0) | tf.equal(tf.shape(labels)[-1], columns))
+            with tf.control_dependencies([tf.debugging.Assert(fits, [message])]):
+                # Not by `ensure_shape`: TensorFlow would take its rank for known, and remove the check.
+                labels = tf.reshape(labels, [tf.shape(labels)[0], columns])
     elif shape.rank != 1:
         if shape.rank is None or shape[1] is None:
             message = f"{wanted}. Received: labels of another shape"

@@ -144,9 +144,10 @@ class S2SDLoss(keras.layers.Layer):
         )
         template = self.objective if same else self._make_objective(target_objective, self.objective.relevance)
         if self.target_dims and template.relevance != self.objective.relevance:
+            known = [name for name in objectives.names() if "relevance" in objectives.settings(name)]
             raise ValueError(
-                f"target_objective: expected the relevance of the base objective, {self.objective.relevance!r}. "
-                f"Received: {template.registered_name!r} with {template.relevance!r}"
+                f"target_objective: expected the relevance of the base objective, {self.objective.relevance!r}; those "
+                f"with a relevance are {known}. Received: {template.registered_name!r} with {template.relevance!r}"
             )
         # A read-only view, because Keras treats a dict attribute as a container of layers.
         self._target_objective = types.MappingProxyType(keras.utils.serialize_keras_object(template))
@@ -293,13 +294,9 @@ class S2SDLoss(keras.layers.Layer):
         settings = {"dtype": self.compute_dtype, "name": identifier.replace("/", "_")}
         if objectives.lookup(identifier).uses_classes:
             settings["num_classes"] = self.num_classes
-        if relevance and "relevance" not in objectives.settings(identifier):
-            known = [name for name in objectives.names() if "relevance" in objectives.settings(name)]
-            raise ValueError(
-                f"target_objective: expected one that takes the relevance of the base objective, {known}. "
-                f"Received: {identifier!r}"
-            )
-        return objectives.get(identifier, **settings, **({"relevance": relevance} if relevance else {}))
+        if relevance and "relevance" in objectives.settings(identifier):
+            settings["relevance"] = relevance
+        return objectives.get(identifier, **settings)
 
     def _copy_of(self, template, prefix, number):
         """A new instance of the objective, with `prefix` in its name, and with a different seed if it has one."""
