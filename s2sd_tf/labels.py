@@ -40,7 +40,8 @@ def checked_labels(argument: str, labels: Any, rows: int | None = None, columns:
     shape = labels.shape
     if shape.rank is not None and not _has_shape(shape, columns):
         if not columns:
-            wanted += "; graded labels need a relevance; make labels of one-hot rows with argmax(axis=-1)"
+            several = "several labels need an objective with a relevance, or hierarchical_metrics"
+            wanted += f"; {several}; make labels of one-hot rows with argmax(axis=-1)"
         raise ValueError(f"{wanted}. Received: {labels.dtype.name} of shape {tuple(shape)}")
     if rows is not None and shape.rank and shape[0] not in (None, rows):
         raise ValueError(f"{wanted}. Received: {shape[0]} labels for {rows} images")

@@ -175,8 +175,12 @@ def test_labels_that_are_refused(unit_rows):
         (graded, LEVELS[:8], "Received: 8 labels for 9 images"),
         (graded, LEVELS / 3, "whole numbers"),
         (hot, LEVELS[:, 0], r"expected integers \(batch, labels\)"),
-        (objectives.get("supcon"), LEVELS, r"graded labels need a relevance.*Received: int64 of shape \(9, 2\)"),
-        (objectives.get("triplet"), LEVELS, "graded labels need a relevance"),
+        (
+            objectives.get("supcon"),
+            LEVELS,
+            r"several labels need an objective with a relevance.*Received: int64 of shape \(9, 2\)",
+        ),
+        (objectives.get("triplet"), LEVELS, "several labels need an objective with a relevance"),
     ):
         for call in (objective, tf.function(objective)):
             with pytest.raises(ValueError, match=message):
@@ -234,7 +238,7 @@ class TestLossAndModel:
     def test_objectives_without_relevance_refuse_graded_labels_before_a_step(self, small_model):
         model = small_model(objective="triplet")
         model.compile(optimizer="sgd")
-        with pytest.raises(ValueError, match=r"labels: expected .*graded labels need a relevance"):
+        with pytest.raises(ValueError, match=r"labels: expected .*several labels need an objective with a relevance"):
             model.fit(self.images, LEVELS, verbose=0)
         assert int(tf.convert_to_tensor(model.s2sd_loss.step)) == 0
 
@@ -357,6 +361,42 @@ class TestEvaluation:
         for relevance in ((0.2, 0.5, 1.0), "jaccard"):
             with pytest.raises(ValueError, match="relevance: expected a number for each of 2 levels"):
                 evaluation.hierarchical_metrics(rows, labels, relevance=relevance)
+
+
+class TestMultiLabelEvaluation:
+    @pytest.mark.parametrize("alone", [True, False])
+    def test_by_definition(self, unit_rows, alone):
+        generator = np.random.default_rng(4)
+        rows, labels = unit_rows(20, 4), (generator.random((20, 5)) < 0.3).astype(int)
+        labels[0] = 0  # no label, so nothing is relevant
+        others = (None, None) if alone else (unit_rows(9, 4, seed=5), labels[2:11])
+        expected = {"ndcg@3": [], "ndcg@50": []}
+        for query in range(20):
+            gallery, gallery_labels = (rows, labels) if alone else others
+            kept = [j for j in range(len(gallery)) if not alone or j != query]
+            every = [labels[query].tolist(), *gallery_labels[kept].tolist()]
+            relevance, scores = grades_between(every, "jaccard")[0, 1:], gallery[kept] @ rows[query]
+            if relevance.any():
+                for k in (3, 50):
+                    expected[f"ndcg@{k}"].append(ndcg_score([relevance], [scores], k=k))
+        for memory in (1, 512):
+            found = evaluation.multi_label_metrics(rows, labels, *others, ks=(3, 50), memory_mib=memory)
+            assert {name: found[name] for name in expected} == pytest.approx(
+                {name: np.mean(values) for name, values in expected.items()}, rel=1e-9
+            )
+            assert found["queries_without_relevant"] == 20 - len(expected["ndcg@3"]) >= 1
+
+    def test_what_is_refused(self, unit_rows):
+        rows, labels = unit_rows(4, 3), np.eye(4, dtype=bool)
+        for arguments, settings, message in (
+            ((labels,), {}, "expected at least one query to share a label"),
+            ((labels * 2,), {}, r"query_labels: expected 0 or 1, \(n, 4\). Received: 0 to 2"),
+            ((labels, rows, np.ones((4, 3), int)), {}, r"gallery_labels: expected 0 or 1, \(n, 4\)"),
+            ((labels[0],), {}, r"query_labels: expected integers \(batch, labels\)"),
+            ((labels,), {"ks": ()}, "ks: expected at least one"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                evaluation.multi_label_metrics(rows, *arguments, **settings)
 
 
 class TestTrainingProgram:

@@ -140,6 +140,9 @@ def _main(_):
         import_scann()
     configs.register(_REGISTER)
     queries, gallery = _inputs(chosen[0], dims)
+    has_levels = None not in [part.super_classes for part in (queries, gallery or queries)]
+    if _LEVELS.value and not has_levels:
+        raise ValueError("--levels: expected classes that have super-classes. Received: classes without")
     postprocessed.check(_POSTPROCESS.value, gallery is not None, bool(_TRAINING_EMBEDDINGS.value))
     whitening = postprocessed.fitted(_TRAINING_EMBEDDINGS.value, queries.rows.shape[1])
     metrics = _METRICS.value or ["cosine", *([] if _is_unit(queries.rows) else ["euclidean"])]
@@ -192,7 +195,7 @@ def _main(_):
     few = len(queries.labels) * len((gallery or queries).labels) <= 20_000**2
     verify = few if _VERIFICATION.value is None else _VERIFICATION.value
     levels: dict[str, float | int] = {}
-    if few if _LEVELS.value is None else _LEVELS.value:
+    if has_levels and (few if _LEVELS.value is None else _LEVELS.value):
         levels = _levels(queries, gallery, ids, ks, metrics[0])
     pairs, open_set = _thresholds(queries, others, ids, metrics, first) if verify else ({}, {})
     lines = (
@@ -210,9 +213,9 @@ def _main(_):
     if output:
         with stage("Computing confidence intervals"):
             details = _details(first, queries, pairs)
-        optional = {"dims": {str(dim): found for dim, found in by_dim.items()}, "levels": levels}
-        chosen_parts = {name: found for name, found in optional.items() if found}
-        write_json(output, _finite({**results, **chosen_parts, "space": space, "open_set": open_set, **details}))
+        parts = {"dims": {str(dim): found for dim, found in by_dim.items()}, "levels": levels}
+        asked = {name: found for name, found in parts.items() if found}
+        write_json(output, _finite({**results, **asked, "space": space, "open_set": open_set, **details}))
     if _DIMS_PLOT.value:
         save_figure(_DIMS_PLOT.value, dimension_figure(by_dim))
     if _REPORT.value:
@@ -238,15 +241,11 @@ def _inputs(chosen, dims):
 
 
 def _levels(queries, gallery, ids, ks, metric):
-    """Returns the `hierarchical_metrics` of super-class and class; none without super-classes."""
+    """Returns the `hierarchical_metrics` of super-class and class."""
     from s2sd_tf import evaluation
     from s2sd_tf.progress import stage
 
     parts = [queries] if gallery is None else [queries, gallery]
-    if any(part.super_classes is None for part in parts):
-        if _LEVELS.value:
-            raise ValueError("--levels: expected classes that have super-classes. Received: classes without")
-        return {}
     names = sorted({name for part in parts for name in part.super_classes.values()})
     number = {name: at for at, name in enumerate(names)}
     labels = [

@@ -1,6 +1,7 @@
 """Retrieval metrics of classes in a hierarchy: graded ones, and those of every level."""
 
 from collections.abc import Sequence
+
 import numpy as np
 import tensorflow as tf
 
