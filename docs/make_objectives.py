@@ -15,7 +15,18 @@ from s2sd_tf.data import samplers
 PATH = pathlib.Path(__file__).with_name("objectives.md")
 README = PATH.parent.parent / "README.md"
 # Settings that many objectives share; the text above the table describes them once.
-SHARED = ("num_classes", "seed", "name", "dtype", "miner", "memory_size", "memory_weight", "memory_start", "normalize")
+SHARED = (
+    "num_classes",
+    "seed",
+    "name",
+    "dtype",
+    "miner",
+    "memory_size",
+    "memory_weight",
+    "memory_start",
+    "normalize",
+    "relevance",
+)
 
 TEXT = """# Objectives, miners and samplers
 
@@ -32,8 +43,9 @@ K the number of proxies per class. Each docstring has the details and the differ
 Some settings are shared. All objectives have `learning_rate_multiplier`, a factor on the updates of the objective's
 own weights (1 unless the table gives another default). Tuple and pair objectives have `miner` and `seed`. Pair
 objectives have `memory_size`, `memory_weight` and `memory_start` for a cross-batch memory (XBM, Wang et al., CVPR
-2020), which is off by default. Objectives with weights per class have `num_classes`. Where the paper does not
-normalise, `normalize=False` accepts embeddings of any length and adds a penalty of `l2_weight` times their mean
+2020), which is off by default. `contrastive`, `multi_similarity` and `supcon` have `relevance`, for
+[hierarchies and several labels](graded.md). Objectives with weights per class have `num_classes`. Where the paper does
+not normalise, `normalize=False` accepts embeddings of any length and adds a penalty of `l2_weight` times their mean
 squared length.
 
 {objectives}

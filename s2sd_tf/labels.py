@@ -8,22 +8,25 @@ import tensorflow as tf
 from s2sd_tf.keras_compat import is_keras_tensor
 
 
-def checked_labels(argument: str, labels: Any, rows: int | None = None) -> tf.Tensor:
+def checked_labels(argument: str, labels: Any, rows: int | None = None, columns: int = 0) -> tf.Tensor:
     """Checks class labels and returns them as int64 `(n,)`, without a loss: hashes and ids above 2^31 stay distinct.
+
+    With `columns`, every image has several labels, and they are returned as `(n, columns)`.
 
     Floating-point labels in a graph have no values yet. They are returned as they are, for `exact_labels`.
 
     Args:
         argument: name of the argument, for the error message.
-        labels: whole numbers or bools, `(n,)` or `(n, 1)`: a tensor, an array or a sequence.
+        labels: whole numbers or bools, `(n,)` or `(n, 1)`, or `(n, columns)`: a tensor, an array or a sequence.
         rows: n, if it is known.
+        columns: labels of an image; 0: one class. -1: any number of labels.
 
     Raises:
         ValueError: labels of another type, shape or number, or numbers that are not whole.
     """
     if is_keras_tensor(labels):
         return labels
-    wanted = f"{argument}: expected integers (batch,), one class for each image"
+    wanted = _wanted(argument, columns)
     if not isinstance(labels, tf.Tensor):
         try:
             # Not by TensorFlow, which takes the numbers of a list as int32.
@@ -35,11 +38,11 @@ def checked_labels(argument: str, labels: Any, rows: int | None = None) -> tf.Te
         received = "strings" if labels.dtype == tf.string else labels.dtype.name
         raise ValueError(f"{wanted}; number the classes, such as by np.unique's return_inverse. Received: {received}")
     shape = labels.shape
-    if shape.rank is not None and shape.rank != 1 and not (shape.rank == 2 and shape[1] in (None, 1)):
-        raise ValueError(
-            f"{wanted}; make labels of one-hot rows with argmax(axis=-1). "
-            f"Received: {labels.dtype.name} of shape {tuple(shape)}"
-        )
+    if shape.rank is not None and not _has_shape(shape, columns):
+        if not columns:
+            several = "several labels need an objective with a relevance, or hierarchical_metrics"
+            wanted += f"; {several}; make labels of one-hot rows with argmax(axis=-1)"
+        raise ValueError(f"{wanted}. Received: {labels.dtype.name} of shape {tuple(shape)}")
     if rows is not None and shape.rank and shape[0] not in (None, rows):
         raise ValueError(f"{wanted}. Received: {shape[0]} labels for {rows} images")
     if labels.dtype.is_floating:
@@ -48,7 +51,14 @@ def checked_labels(argument: str, labels: Any, rows: int | None = None) -> tf.Te
         bad = labels.numpy()[~_exact(labels).numpy()]
         if bad.size:
             raise ValueError(f"{wanted}; {_whole(labels)}. Received: {labels.dtype.name} {float(bad[0])!r}")
-    if shape.rank != 1:
+    if columns:
+        if shape.rank is None or (shape[1] is None and columns > 0):
+            message = f"{wanted}. Received: labels of another shape"
+            fits = tf.equal(tf.rank(labels), 2) & ((columns < 0) | tf.equal(tf.shape(labels)[-1], columns))
+            with tf.control_dependencies([tf.debugging.Assert(fits, [message])]):
+                # Not by `ensure_shape`: TensorFlow would take its rank for known, and remove the check.
+                labels = tf.reshape(labels, [tf.shape(labels)[0], columns])
+    elif shape.rank != 1:
         if shape.rank is None or shape[1] is None:
             message = f"{wanted}. Received: labels of another shape"
             tf.debugging.assert_equal(tf.size(labels), tf.shape(labels)[0], message)
@@ -56,35 +66,50 @@ def checked_labels(argument: str, labels: Any, rows: int | None = None) -> tf.Te
     return tf.cast(labels, tf.int64)
 
 
-def exact_labels(argument: str, labels: Any, rows: int | None = None) -> tuple[tf.Tensor, tf.Tensor | bool]:
-    """Returns `checked_labels` as int64 `(n,)`, and whether all are whole numbers.
+def exact_labels(
+    argument: str, labels: Any, rows: int | None = None, columns: int = 0
+) -> tuple[tf.Tensor, tf.Tensor | bool]:
+    """Returns `checked_labels` as int64 `(n,)` or `(n, columns)`, and whether all are whole numbers.
 
     It is True, except for floating-point labels in a graph. These are asserted to be whole numbers; XLA has no
     assertions.
     """
-    labels = checked_labels(argument, labels, rows)
+    labels = checked_labels(argument, labels, rows, columns)
     if not labels.dtype.is_floating:
         return labels, True
     exact = tf.reduce_all(_exact(labels))
     check = tf.debugging.Assert(exact, [f"{argument}: expected integers; {_whole(labels)}. Received:", labels])
     with tf.control_dependencies([] if check is None else [check]):
-        return tf.cast(tf.reshape(labels, [-1]), tf.int64), exact
+        labels = labels if columns else tf.reshape(labels, [-1])
+        return tf.cast(labels, tf.int64), exact
 
 
-def label_array(argument: str, labels: Any) -> np.ndarray:
-    """Returns class labels as an int64 array `(n,)`; see `checked_labels`.
+def label_array(argument: str, labels: Any, columns: int = 0) -> np.ndarray:
+    """Returns class labels as an int64 array `(n,)` or `(n, columns)`; see `checked_labels`.
 
     Raises:
         ValueError: what `checked_labels` refuses, or integers that int64 does not hold.
     """
-    found = checked_labels(argument, labels).numpy()
+    found = checked_labels(argument, labels, columns=columns).numpy()
     # Integers of 64 bits without a sign keep their bits.
-    if len(found) and found.min() < 0 and np.asarray(labels).dtype == np.uint64:
+    if found.size and found.min() < 0 and np.asarray(labels).dtype == np.uint64:
         raise ValueError(
             f"{argument}: expected integers below 2^63; for hashes, take labels.view('int64'). "
             f"Received: {np.max(labels)}"
         )
     return found
+
+
+def _wanted(argument, columns):
+    if not columns:
+        return f"{argument}: expected integers (batch,), one class for each image"
+    return f"{argument}: expected integers (batch, {'labels' if columns < 0 else columns}), the labels of each image"
+
+
+def _has_shape(shape, columns):
+    if not columns:
+        return shape.rank == 1 or (shape.rank == 2 and shape[1] in (None, 1))
+    return shape.rank == 2 and (columns < 0 or shape[1] in (None, columns))
 
 
 def _limit(dtype):

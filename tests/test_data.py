@@ -356,6 +356,7 @@ def test_omniglot_comes_with_the_package():
     train, test, preprocessing = data.load_omniglot()
     assert (len(train), train.num_classes, len(test), test.num_classes) == (2720, 136, 2120, 106)
     assert not set(train.class_names) & set(test.class_names)
+    assert set(test.super_classes) == set(data.omniglot.TEST_ALPHABETS)
     assert set(train.class_counts()) | set(test.class_counts()) == {20}
     assert preprocessing.output_shape == (28, 28, 1)
     split = data.datasets.load("omniglot")

@@ -50,6 +50,8 @@ def train(case):
         y = y.astype(np.int64) << 33  # beyond int32
     # The last batch is a small one; Keras 3 wants the first to divide.
     x, y = x.reshape((-1, 8, 8, 1)), y.reshape(-1)
+    if "relevance" in case["objective"]:
+        y = np.stack([y >> 34, y], axis=1)  # super-class and class
     x, y = x[: len(x) - case.get("missing", 0)], y[: len(y) - case.get("missing", 0)]
     if settings.get("external_teachers"):
         y = {"labels": y, "teachers": (x.reshape((len(x), -1)), x[:, :2, :, 0].reshape((len(x), -1)))}
@@ -104,6 +106,11 @@ GLOBAL = {
     },
     "a memory of past batches": {
         "objective": {"identifier": "contrastive", "memory_size": 20, "memory_start": 2}, "model": {}, **SGD,
+    },
+    "super-classes, and a memory of them": {
+        "objective": {
+            "identifier": "supcon", "relevance": (0.3, 1.0), "memory_size": 20, "memory_start": 2,
+        }, "model": {}, **SGD,
     },
     "a batch that does not divide": {
         "objective": OBJECTIVES["margin"], "model": {"external_teachers": 2}, "missing": 2, "evaluate": True, **SGD,

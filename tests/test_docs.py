@@ -55,6 +55,16 @@ def test_the_script_for_nested_embeddings(monkeypatch, tmp_path, capsys):
     assert names["index"].tuned["measured"] > 0.9
 
 
+def test_the_script_for_hierarchies(capsys):
+    (script,) = scripts("graded.md")
+    assert len(script.strip().splitlines()) <= 20
+    script = re.sub(r"epochs=\d+", "epochs=1", script).replace("28, 4,", "4, 2, steps_per_epoch=1,")
+    names = {}
+    exec(compile(script, "docs/graded.md", "exec"), names)
+    assert "'level1_recall@1': " in capsys.readouterr().out
+    assert {objective.relevance for objective in names["model"].s2sd_loss.target_objectives} == {(0.3, 1.0)}
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_the_notebooks_were_run_from_top_to_bottom(path):
     """`make notebooks` runs them."""

@@ -124,13 +124,19 @@ def test_evaluating_models_and_embeddings_gives_the_same(call, made, tmp_path):
 def test_separate_queries_and_gallery_with_both_metrics(call, made, tmp_path):
     generator = np.random.default_rng(0)
     rows, labels = generator.normal(size=(40, 3)), generator.integers(0, 4, 40)
-    np.savez(tmp_path / "queries.npz", embeddings=rows[:10], labels=[f"n{label}" for label in labels[:10]])
-    np.savez(tmp_path / "gallery.npz", embeddings=rows[10:], labels=[f"n{label}" for label in labels[10:]])
+    names = [f"group{label // 2}/n{label}" for label in labels]
+    np.savez(tmp_path / "queries.npz", embeddings=rows[:10], labels=names[:10])
+    np.savez(tmp_path / "gallery.npz", embeddings=rows[10:], labels=names[10:])
     given = (f"--embeddings={tmp_path / 'queries.npz'}", f"--gallery_embeddings={tmp_path / 'gallery.npz'}")
     output = call("evaluate", *given, f"--output={tmp_path / 'out.json'}", f"--report={tmp_path / 'r.html'}",
                   "--noclustering", "--methods=exact", "--published_space").stdout  # fmt: skip
     assert "euclidean" in output
     results = read_json(tmp_path / "out.json")
+    levels = np.stack([labels // 2, labels], axis=1)
+    expected = evaluation.hierarchical_metrics(rows[:10], levels[:10], rows[10:], levels[10:])
+    assert results["levels"] == pytest.approx(expected)
+    assert f"Levels, cosine: ndcg {100 * expected['ndcg']:.1f}, h_ap" in output
+    assert "super-class " in output
     for name, metric in (("exact", "cosine"), ("exact, euclidean", "euclidean")):
         expected = evaluation.retrieval_metrics(
             rows[:10], labels[:10], rows[10:], labels[10:], map_ks=(1000,), metric=metric
@@ -220,6 +226,7 @@ ERRORS = [
     (("--embeddings=rows.npy", "--methods="), "--methods: expected at least one"),
     (("--embeddings=rows.npy", "--gallery_labels=labels.npy"), "--gallery_labels: expected --gallery_embeddings"),
     (("--embeddings=rows.npy", "--labels=some.txt"), "1 have none, first line 3"),
+    (("--embeddings=rows.npy", "--labels=flat.txt", "--levels"), "--levels: expected classes that have super-classes"),
     (("--embeddings=rows.npy", "--metrics=cosine,guess"), "--metrics: expected one of"),
     (("--embeddings=rows.npy", "--projector=."), "--projector: expected a new folder"),
 ]
@@ -229,6 +236,7 @@ def test_errors_are_one_line(call, made, tmp_path, monkeypatch):
     np.save(tmp_path / "rows.npy", np.ones((4, 3)))
     np.save(tmp_path / "labels.npy", np.arange(3))
     (tmp_path / "some.txt").write_text("a\na\n\nb\n")
+    (tmp_path / "flat.txt").write_text("a\na\nb\nb\n")
     (tmp_path / "images").symlink_to(made / "images")
     monkeypatch.chdir(tmp_path)
     for arguments, words in ERRORS:

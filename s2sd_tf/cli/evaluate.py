@@ -1,7 +1,8 @@
 """s2sd-evaluate: computes the retrieval metrics of a run, a model, or a file of embeddings.
 
 Prints a table with recall@k, precision@k, MAP and clustering metrics, and what thresholds on the similarity accept: of
-all pairs, and of searches whose class is not in the gallery. Can also write JSON with confidence intervals and the
+all pairs, and of searches whose class is not in the gallery; and if classes have super-classes, nDCG and the metrics of
+both levels. Can also write JSON with confidence intervals and the
 metrics of every class, an HTML report with pictures, and files for TensorBoard's embedding projector. Of nested
 embeddings, --dims evaluates the prefixes.
 
@@ -77,6 +78,12 @@ _VERIFICATION = flags.DEFINE_bool(
     "no positive, also the detection-and-identification rate (dir) and threshold of a search at false-alarm rates of "
     "these queries.",
 )
+_LEVELS = flags.DEFINE_bool(
+    "levels",
+    None,
+    "If the classes have super-classes (those of a run's data set, or the first folder of every class), compute nDCG, "
+    "hierarchical average precision (h_ap) and the metrics of both levels; by default up to 400 million pairs.",
+)
 _PUBLISHED_SPACE = flags.DEFINE_bool(
     "published_space", False, "Measure intra, ratio and rho as the published code of S2SD does."
 )
@@ -133,6 +140,9 @@ def _main(_):
         import_scann()
     configs.register(_REGISTER)
     queries, gallery = _inputs(chosen[0], dims)
+    has_levels = None not in [part.super_classes for part in (queries, gallery or queries)]
+    if _LEVELS.value and not has_levels:
+        raise ValueError("--levels: expected classes that have super-classes. Received: classes without")
     postprocessed.check(_POSTPROCESS.value, gallery is not None, bool(_TRAINING_EMBEDDINGS.value))
     whitening = postprocessed.fitted(_TRAINING_EMBEDDINGS.value, queries.rows.shape[1])
     metrics = _METRICS.value or ["cosine", *([] if _is_unit(queries.rows) else ["euclidean"])]
@@ -182,16 +192,19 @@ def _main(_):
                 space[metric].update(
                     evaluation.clustering_metrics(queries.rows, queries.labels, metric=metric, seed=_SEED.value)
                 )
-    verify = (
-        len(queries.labels) * len((gallery or queries).labels) <= 20_000**2
-        if _VERIFICATION.value is None
-        else _VERIFICATION.value
-    )
+    few = len(queries.labels) * len((gallery or queries).labels) <= 20_000**2
+    verify = few if _VERIFICATION.value is None else _VERIFICATION.value
+    levels: dict[str, float | int] = {}
+    if has_levels and (few if _LEVELS.value is None else _LEVELS.value):
+        levels = _levels(queries, gallery, ids, ks, metrics[0])
     pairs, open_set = _thresholds(queries, others, ids, metrics, first) if verify else ({}, {})
     lines = (
         f"{metric}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()) for metric, row in space.items()
     )
     print("\n" + "\n".join(lines))
+    if levels:
+        print(f"\nLevels, {metrics[0]}: ndcg {100 * levels['ndcg']:.1f}, h_ap {100 * levels['h_ap']:.1f}")
+        print(metrics_table({name: _of_level(levels, number) for number, name in ((1, "super-class"), (2, "class"))}))
     if pairs:
         print(f"\nAll pairs\n{thresholds_table({metric: found.values for metric, found in pairs.items()})}")
     if open_set:
@@ -200,8 +213,9 @@ def _main(_):
     if output:
         with stage("Computing confidence intervals"):
             details = _details(first, queries, pairs)
-        more = {"dims": {str(dim): found for dim, found in by_dim.items()}} if dims else {}
-        write_json(output, _finite({**results, **more, "space": space, "open_set": open_set, **details}))
+        parts = {"dims": {str(dim): found for dim, found in by_dim.items()}, "levels": levels}
+        asked = {name: found for name, found in parts.items() if found}
+        write_json(output, _finite({**results, **asked, "space": space, "open_set": open_set, **details}))
     if _DIMS_PLOT.value:
         save_figure(_DIMS_PLOT.value, dimension_figure(by_dim))
     if _REPORT.value:
@@ -224,6 +238,29 @@ def _inputs(chosen, dims):
         return evaluated.model(_MODEL.value, _IMAGES.value, _GALLERY_IMAGES.value, dims)
     gallery = _GALLERY_EMBEDDINGS.value and (_GALLERY_EMBEDDINGS.value, _GALLERY_LABELS.value, _GALLERY_IMAGES.value)
     return evaluated.embeddings((_EMBEDDINGS.value, _LABELS.value, _IMAGES.value), gallery, dims)
+
+
+def _levels(queries, gallery, ids, ks, metric):
+    """Returns the `hierarchical_metrics` of super-class and class."""
+    from s2sd_tf import evaluation
+    from s2sd_tf.progress import stage
+
+    parts = [queries] if gallery is None else [queries, gallery]
+    names = sorted({name for part in parts for name in part.super_classes.values()})
+    number = {name: at for at, name in enumerate(names)}
+    labels = [
+        np.array([(number[part.super_classes[label]], label) for label in part.labels.tolist()], np.int64)
+        for part in parts
+    ]
+    others = {} if gallery is None else {"gallery": gallery.rows, "gallery_labels": labels[1]}
+    settings = {"ks": ks, "metric": metric, "memory_mib": _MEMORY.value, "progress": len(queries.labels) > 20_000}
+    with stage(f"Evaluating the levels, {metric}"):
+        return evaluation.hierarchical_metrics(queries.rows, labels[0], **others, **ids, **settings)
+
+
+def _of_level(levels, number):
+    prefix = f"level{number}_"
+    return {name.removeprefix(prefix): value for name, value in levels.items() if name.startswith(prefix)}
 
 
 def _thresholds(queries, others, ids, metrics, result):

@@ -8,6 +8,7 @@ from absl import logging
 
 from s2sd_tf import evaluation, progress
 from s2sd_tf.data import Preprocessing, load_image_folder
+from s2sd_tf.data.image_folder import super_classes_in
 from s2sd_tf.evaluation.embeddings import read_labels
 from s2sd_tf.evaluation.rows import take
 from s2sd_tf.export import load_model
@@ -99,7 +100,8 @@ def _part(rows, images, names=None):
     shown = {"pixels": lambda i: images.images[i], "paths": lambda i: read_image(str(images.images[i]))}
     image = shown.get(images.kind, lambda i: decode_image(images.encoded(i)))
     ids = [os.path.realpath(path) for path in images.images] if images.kind == "paths" else None
-    return EmbeddedImages(rows, position[images.labels], dict(enumerate(names)), ids, image)
+    above = dict(zip(position.tolist(), images.super_classes)) or None
+    return EmbeddedImages(rows, position[images.labels], dict(enumerate(names)), ids, image, above)
 
 
 def embeddings(
@@ -144,11 +146,10 @@ def embeddings(
         read.append((rows, texts, ids, root))
     names, codes = np.unique([label for _, labels, _, _ in read for label in labels], return_inverse=True)
     parts, start = [], 0
+    by_label, above = dict(enumerate(names.tolist())), dict(enumerate(super_classes_in(names.tolist()))) or None
     for rows, row_labels, ids, root in read:
         image = _under(root, ids) if root and ids else None
-        parts.append(
-            EmbeddedImages(rows, codes[start : start + len(row_labels)], dict(enumerate(names.tolist())), ids, image)
-        )
+        parts.append(EmbeddedImages(rows, codes[start : start + len(row_labels)], by_label, ids, image, above))
         start += len(row_labels)
     return parts[0], parts[1] if len(parts) > 1 else None
 

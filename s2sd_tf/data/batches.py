@@ -38,6 +38,8 @@ class EpochBatches:
             images are never cached.
         augmentation: None, or the augmentation of the images. Its random numbers depend on `seed`, the epoch and the
             image's place in the epoch.
+        labels: integers `(n,)` or `(n, k)`, the labels in the batches, such as `images.levels()`, for an objective with
+            a `relevance`. Default: those of `images`, which the sampler goes by in any case.
 
     Attributes:
         steps: the number of batches per epoch.
@@ -62,6 +64,7 @@ class EpochBatches:
         seed: int = 0,
         cache: bool | None = None,
         augmentation: Augmentation | None = None,
+        labels: np.ndarray | None = None,
     ) -> None:
         if not isinstance(sampler, Sampler):
             raise ValueError(f"sampler: expected a samplers.Sampler. Received: {sampler!r}")
@@ -74,17 +77,18 @@ class EpochBatches:
             raise ValueError(
                 "cache: expected False or None, because augmented images differ every time. Received: True"
             )
-        labels = checked_labels(images.labels)
+        classes = checked_labels(images.labels)
         # Here, so that unsuitable labels are refused at once and not by the first training step.
-        sampler.check(labels)
+        sampler.check(classes)
+        labels = images.labels if labels is None else _checked_labels(labels, len(images))
         self._batch_size = sampler.batch_size
-        self._draw = _drawing(sampler, labels, self.steps, seed)
+        self._draw = _drawing(sampler, classes, self.steps, seed)
         self._is_cached = augmentation is None and _is_cached(cache, images, preprocessing)
         if self._is_cached:
             load = _cached_loader(images, preprocessing)
         else:
             load = _loader(images, preprocessing, augmentation, seed)
-        self._load = _with_labels(load, images)
+        self._load = _with_labels(load, labels, images.teachers)
         # A graph, so that the reading of images is traced once and not for every epoch.
         self._dataset_of = tf.function(self._read_slices, reduce_retracing=True)
 
@@ -102,7 +106,7 @@ class EpochBatches:
 
         Returns:
             Dataset of float32 images `(sampler.batch_size, height, width, channels)` and int32 labels
-            `(sampler.batch_size,)`. If the images have teachers, the labels are
+            `(sampler.batch_size,)`, or those of `labels`. If the images have teachers, they are
             `{"labels": labels, "teachers": teachers}`.
 
         Raises:
@@ -139,6 +143,7 @@ def training_batches(
     cache: bool | None = None,
     augmentation: Augmentation | None = None,
     input_context: tf.distribute.InputContext | None = None,
+    labels: np.ndarray | None = None,
 ) -> tf.data.Dataset:
     """Makes a dataset of training batches for `model.fit`, in which every pass is the next epoch.
 
@@ -168,7 +173,7 @@ def training_batches(
         >>> batches = data.training_batches(train, preprocessing, sampler)
         >>> model.fit(batches, epochs=50, callbacks=[data.RefreshStorage(sampler, train, preprocessing)])
     """
-    batches = EpochBatches(images, preprocessing, sampler, steps_per_epoch, seed, cache, augmentation)
+    batches = EpochBatches(images, preprocessing, sampler, steps_per_epoch, seed, cache, augmentation, labels)
     own, size = _own_part(input_context, sampler.batch_size)
     # TensorFlow never frees `next_epoch`. So it holds what it draws from, but not the images.
     epochs, draw = itertools.count(checked_int("start_epoch", start_epoch, 0)), batches._draw
@@ -195,6 +200,7 @@ def class_balanced_batches(
     start_epoch: int = 0,
     cache: bool | None = None,
     augmentation: Augmentation | None = None,
+    labels: np.ndarray | None = None,
 ) -> tf.data.Dataset:
     """Makes `training_batches` with the sampler "class_balanced": P classes x M images per batch.
 
@@ -206,7 +212,8 @@ def class_balanced_batches(
         ValueError: fewer than P classes, or a class with fewer than M images.
     """
     sampler = ClassBalanced(classes_per_batch, samples_per_class)
-    return training_batches(images, preprocessing, sampler, steps_per_epoch, seed, start_epoch, cache, augmentation)
+    settings = steps_per_epoch, seed, start_epoch, cache, augmentation
+    return training_batches(images, preprocessing, sampler, *settings, labels=labels)
 
 
 def evaluation_batches(
@@ -244,6 +251,16 @@ def batches_at(
 
     dataset = _map(tf.data.Dataset.range(1).flat_map(one_pass), _loader(images, preprocessing))
     return dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+
+
+def _checked_labels(labels, count):
+    labels = np.asarray(labels)
+    if labels.ndim not in (1, 2) or len(labels) != count or labels.dtype.kind not in "uib":
+        raise ValueError(
+            f"labels: expected integers ({count},) or ({count}, k), for each image. Received: {labels.dtype} "
+            f"{labels.shape}"
+        )
+    return labels
 
 
 def _own_part(input_context, batch):
@@ -315,10 +332,10 @@ def _cached_loader(images, preprocessing):
     return lambda positions, *_: tf.gather(cached, positions)
 
 
-def _with_labels(load, images):
+def _with_labels(load, labels, teachers):
     """A function like `load`, from positions to images, that returns their labels, and the teachers' rows, too."""
     with tf.device("CPU"):
-        labels, teachers = tf.constant(images.labels), tuple(map(tf.constant, images.teachers))
+        labels, teachers = tf.constant(labels), tuple(map(tf.constant, teachers))
     values = {"labels": labels, "teachers": teachers} if teachers else labels
 
     def load_with_labels(positions, *where):

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -60,10 +60,13 @@ def scan_image_folder(root: str | os.PathLike) -> tuple[ImageSet, list[tuple[str
     _check_no_parts(root, {name for _, name in files})
     names, labels = np.unique([name for _, name in files], return_inverse=True)
     class_names = tuple(names.tolist())
-    nested = all("/" in name for name in class_names)
-    super_classes = tuple(name.split("/")[0] for name in class_names) if nested else ()
     paths = np.array([path for path, _ in files], dtype=np.str_)
-    return ImageSet(paths, labels.astype(np.int32), class_names, super_classes), bad
+    return ImageSet(paths, labels.astype(np.int32), class_names, super_classes_in(class_names)), bad
+
+
+def super_classes_in(class_names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the first folder of every class, the super-class, if all classes are nested, else ()."""
+    return tuple(name.split("/")[0] for name in class_names) if all("/" in name for name in class_names) else ()
 
 
 def walk_folders(root: str | os.PathLike, bad: list[tuple[str, str]]) -> Iterator[tuple[str, list[str]]]:

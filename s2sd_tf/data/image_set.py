@@ -99,6 +99,19 @@ class ImageSet:
         """The number of images of each class, int `(num_classes,)`."""
         return np.bincount(self.labels, minlength=self.num_classes)
 
+    def levels(self) -> np.ndarray:
+        """The super-class and the class of each image, int32 `(n, 2)`: labels for an objective with a `relevance`.
+
+        A super-class is the position of its name among the sorted names of `super_classes`.
+
+        Raises:
+            ValueError: the set has no super-classes.
+        """
+        if not self.super_classes:
+            raise ValueError("super_classes: expected one for each class, to have levels. Received: none")
+        numbers = np.unique(self.super_classes, return_inverse=True)[1].astype(np.int32)
+        return np.stack([numbers[self.labels], self.labels], axis=1)
+
     def select_classes(self, classes: Sequence[int] | np.ndarray) -> "ImageSet":
         """The images of some classes (positions in `class_names`), relabelled from 0 in the given order."""
         classes = np.asarray(classes, np.int64)

@@ -6,6 +6,7 @@ import numpy as np
 
 from s2sd_tf.data.annotations import path_under
 from s2sd_tf.data.datasets import register
+from s2sd_tf.data.image_folder import super_classes_in
 from s2sd_tf.data.image_set import ImageSet
 from s2sd_tf.data.preprocessing import Preprocessing
 from s2sd_tf.data.retrieval_split import RetrievalSplit
@@ -21,8 +22,8 @@ def load_omniglot(data_dir: str | os.PathLike = "", size: int = 28) -> tuple[Ima
     """Loads Omniglot's small archives (Lake et al., Science 2015; MIT licence): `(train, test, preprocessing)`.
 
     The 136 characters of the first archive train. The 106 characters of Japanese (katakana), Sanskrit and Tagalog in
-    the second archive test. Each character has 20 drawings. Greek and Latin are in both archives and only train. This
-    is not the standard few-shot split of Omniglot.
+    the second archive test. Each character has 20 drawings; its alphabet is the super-class. Greek and Latin are in
+    both archives and only train. This is not the standard few-shot split of Omniglot.
 
     Args:
         data_dir: folder with the two published zip files, which are not unpacked. "": those in the package.
@@ -68,4 +69,5 @@ def _read_archive(path):
     class_names, labels = np.unique(characters, return_inverse=True)
     array = np.empty(len(images), dtype=object)
     array[:] = images
-    return ImageSet(array, labels.astype(np.int32), tuple(class_names.tolist()))
+    names = tuple(class_names.tolist())
+    return ImageSet(array, labels.astype(np.int32), names, super_classes_in(names))

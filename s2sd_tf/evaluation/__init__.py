@@ -10,7 +10,9 @@ from s2sd_tf.evaluation.embeddings import EmbeddingShards, read_embeddings
 from s2sd_tf.evaluation.expansion import expand
 from s2sd_tf.evaluation.funnel_index import FunnelIndex
 from s2sd_tf.evaluation.geometry import embedding_geometry
+from s2sd_tf.evaluation.hierarchy import hierarchical_metrics
 from s2sd_tf.evaluation.metrics import RetrievalResult, evaluate_retrieval, retrieval_metrics
+from s2sd_tf.evaluation.multi_label import multi_label_metrics
 from s2sd_tf.evaluation.neighbors import Neighbors
 from s2sd_tf.evaluation.open_set import open_set_metrics
 from s2sd_tf.evaluation.reranking import reranked_neighbors
@@ -39,8 +41,10 @@ __all__ = [
     "evaluate_retrieval",
     "expand",
     "find_neighbors",
+    "hierarchical_metrics",
     "load_index",
     "metrics_by_dim",
+    "multi_label_metrics",
     "open_set_metrics",
     "read_embeddings",
     "reranked_neighbors",

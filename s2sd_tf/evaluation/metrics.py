@@ -224,7 +224,7 @@ def evaluate_retrieval(
     first_ranks = np.zeros(len(query_labels), np.int64)
     for chosen, ranks in blocks:
         at = (ks, precision_ks, map_ks, reach)
-        per_query = _per_query(ranks, positives[chosen], candidates[chosen], *at)
+        per_query = metrics_of_ranks(ranks, positives[chosen], candidates[chosen], *at)
         if reach != mrr_depth:
             per_query["mrr"] = per_query.pop(f"mrr@{reach}")
         first_ranks[chosen] = per_query.pop("first_rank")
@@ -269,8 +269,25 @@ def _ranks_in(
         yield chosen, [np.flatnonzero(row) + 1 for row in hits]
 
 
-def _per_query(ranks, positives, candidates, ks, precision_ks, map_ks, mrr_depth):
-    """Dict of each metric per query `(queries,)`, and "first_rank", from the ascending ranks of the positives."""
+def metrics_of_ranks(
+    ranks: Sequence[np.ndarray],
+    positives: np.ndarray,
+    candidates: np.ndarray,
+    ks: Sequence[int],
+    precision_ks: Sequence[int],
+    map_ks: Sequence[int],
+    mrr_depth: int | None,
+) -> dict[str, np.ndarray]:
+    """Computes the metrics of `evaluate_retrieval` for some queries.
+
+    Args:
+        ranks: for each query the ranks of its positives that were found, ascending, counted from 1.
+        positives, candidates: int `(queries,)`, the number of positives, and of items that it is compared with.
+        ks, precision_ks, map_ks, mrr_depth: see `evaluate_retrieval`.
+
+    Returns:
+        dict from the name of a metric, and "first_rank", to an array `(queries,)`.
+    """
     size = len(ranks)
     lengths = np.array([len(row) for row in ranks])
     flat = np.concatenate([np.empty(0, np.int64), *ranks])

@@ -52,9 +52,17 @@ class LabeledSets(NamedTuple):
 
 
 def checked_labeled_sets(
-    queries: Any, query_labels: Any, gallery: Any, gallery_labels: Any, query_ids: Any, gallery_ids: Any
+    queries: Any,
+    query_labels: Any,
+    gallery: Any,
+    gallery_labels: Any,
+    query_ids: Any,
+    gallery_ids: Any,
+    columns: int = 0,
 ) -> LabeledSets:
     """Checks the sets that a metric compares. Without a gallery, each query leaves itself out by default.
+
+    With `columns`, labels are `(n, columns)`, see `label_array`.
 
     Raises:
         ValueError: only one of gallery and labels, no queries, or what the checks of each refuse.
@@ -70,8 +78,8 @@ def checked_labeled_sets(
     if alone:
         query_ids = np.arange(queries.shape[0]) if query_ids is None else query_ids
         gallery_ids = query_ids
-    query_labels = checked_labels("query_labels", query_labels, queries)
-    gallery_labels = query_labels if alone else checked_labels("gallery_labels", gallery_labels, gallery)
+    query_labels = checked_labels("query_labels", query_labels, queries, columns)
+    gallery_labels = query_labels if alone else checked_labels("gallery_labels", gallery_labels, gallery, columns)
     if not len(query_labels):
         raise ValueError("queries: expected at least one. Received: none")
     keys = checked_keys(query_ids, gallery_ids, queries, gallery)
@@ -161,13 +169,13 @@ def checked_keys(
     return codes[: len(query_ids)], codes[len(query_ids) :]
 
 
-def checked_labels(name: str, labels: tf.Tensor | np.ndarray, rows: Rows) -> np.ndarray:
-    """Returns integer labels, one for each row, as int64 `(n,)`.
+def checked_labels(name: str, labels: tf.Tensor | np.ndarray, rows: Rows, columns: int = 0) -> np.ndarray:
+    """Returns integer labels, one for each row, as int64 `(n,)`; with `columns` as `(n, columns)`.
 
     Raises:
         ValueError: labels that `label_array` refuses, or another number of them than rows.
     """
-    labels = label_array(name, labels)
+    labels = label_array(name, labels, columns)
     if len(labels) != rows.shape[0]:
         raise ValueError(f"{name}: expected one for each of {rows.shape[0]} rows. Received: {len(labels)}")
     return labels

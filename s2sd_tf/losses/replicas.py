@@ -15,7 +15,7 @@ class Batch(NamedTuple):
         embedding: float `(batch, dim)`, the base embeddings.
         targets: each float `(batch, dim_k)`.
         frozen: the teachers that no gradient flows into, each float `(batch, dim)`.
-        labels: integer `(batch,)`.
+        labels: integer `(batch,)`, or `(batch, n)` for graded relevance.
         rows: int32 `(2,)`, `(offset, count)` of the rows that belong to this replica; None: all rows.
         share: scalar, this replica's fraction of the batch times the number of replicas; None: 1.
     """
@@ -33,8 +33,10 @@ def count() -> int:
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
-def gather(batch: Batch) -> Batch:
+def gather(batch: Batch, columns: int = 0) -> Batch:
     """Gathers the whole batch, in replica order, from this replica's part. With one replica, returns `batch` unchanged.
+
+    The labels of an image are `columns`, see `checked_labels`.
 
     Differentiable in embedding and targets: the gradient of a row is the sum of its gradients on all replicas. So if
     every replica differentiates its own loss, the gradients add up to the gradient of the sum of the losses.
@@ -43,25 +45,26 @@ def gather(batch: Batch) -> Batch:
     if replica is None or replica.num_replicas_in_sync == 1:
         return batch
     own = tf.cast(replica.replica_id_in_sync_group, tf.int64)
-    labels, _ = exact_labels("labels", batch.labels)
+    labels, _ = exact_labels("labels", batch.labels, columns=columns)
     size = tf.shape(labels)[0]
 
     def all_gather(rows):
         return tf.ensure_shape(replica.all_gather(rows, axis=0), [None, rows.shape[1]])
 
     # As few collectives as possible: each one waits for the network.
-    known = all_gather(tf.stack([labels, tf.fill([size], own)], axis=1))
+    known = all_gather(tf.concat([labels if columns else labels[:, None], tf.fill([size, 1], own)], axis=1))
     dims = [batch.embedding.shape[1], *(target.shape[1] for target in batch.targets)]
     embedding, *targets = tf.split(all_gather(tf.concat([batch.embedding, *batch.targets], axis=1)), dims, axis=1)
     frozen = []
     if batch.frozen:
         gathered = tf.stop_gradient(all_gather(tf.stop_gradient(tf.concat(batch.frozen, axis=1))))
         frozen = tf.split(gathered, [teacher.shape[1] for teacher in batch.frozen], axis=1)
-    offset = tf.argmax(tf.equal(known[:, 1], own), output_type=tf.int32)
+    offset = tf.argmax(tf.equal(known[:, -1], own), output_type=tf.int32)
     share = size * replica.num_replicas_in_sync / tf.shape(known)[0]
     # A small last batch may leave a replica without images. It then gets one row, with share 0.
     rows = tf.stack([offset, tf.maximum(size, 1)])
-    return Batch(embedding, targets, frozen, known[:, 0], rows, tf.cast(share, embedding.dtype))
+    labels = known[:, :-1] if columns else known[:, 0]
+    return Batch(embedding, targets, frozen, labels, rows, tf.cast(share, embedding.dtype))
 
 
 def sum_gradients(gradients: Sequence[tf.Tensor | None]) -> list[tf.Tensor | None]:

@@ -41,7 +41,8 @@ class S2SDLoss(keras.layers.Layer):
              + w * mean_d mean_k KL(S(q_k) -> S(z_d)) + w_f * mean_d KL(S(f) -> S(z_d))
 
     Args:
-        objective: registered name or `objectives.Objective`, for the base embedding.
+        objective: registered name or `objectives.Objective`, for the base embedding. With a `relevance` of its own,
+            labels are `(batch, n)`, and the objectives of the targets get this relevance.
         target_objective: the same for the targets; each target gets its own instance. None: as for the base, which is
             the published loss. The targets of some objectives collapse and harm the base embedding; those of
             multi-similarity helped, or did no harm, with every objective tried. If it names the base's objective, the
@@ -164,7 +165,13 @@ class S2SDLoss(keras.layers.Layer):
         same = target_objective is None or (
             isinstance(target_objective, str) and type(self.objective) is objectives.lookup(target_objective)
         )
-        template = self.objective if same else self._make_objective(target_objective)
+        template = self.objective if same else self._make_objective(target_objective, self.objective.relevance)
+        if self.target_dims and template.relevance != self.objective.relevance:
+            known = [name for name in objectives.names() if "relevance" in objectives.settings(name)]
+            raise ValueError(
+                f"target_objective: expected the relevance of the base objective, {self.objective.relevance!r}; those "
+                f"with a relevance are {known}. Received: {template.registered_name!r} with {template.relevance!r}"
+            )
         # A read-only view, because Keras treats a dict attribute as a container of layers.
         self._target_objective = types.MappingProxyType(keras.utils.serialize_keras_object(template))
         self.target_objectives = [self._copy_of(template, f"target{k}", k + 1) for k in range(len(self.target_dims))]
@@ -203,7 +210,7 @@ class S2SDLoss(keras.layers.Layer):
         **kwargs: Any,
     ) -> dict[str, tf.Tensor]:
         # Before Keras; see `Objective.__call__`.
-        labels = checked_labels("labels", labels, len_of(embedding))
+        labels = checked_labels("labels", labels, len_of(embedding), self.label_columns)
         return super().__call__(embedding, targets, features, labels, *args, **kwargs)
 
     def call(
@@ -221,7 +228,7 @@ class S2SDLoss(keras.layers.Layer):
             embedding: float `(batch, dim)`, the base embeddings.
             targets: each float `(batch, target_dims[k])`.
             features: float `(batch, features)`, the pooled features that teach; None without `feature_distill`.
-            labels: integers `(batch,)`, as for `Objective.call`.
+            labels: integers `(batch,)`, or `(batch, n)` with a relevance; as for `Objective.call`.
             training: if True, `step` is incremented and stochastic miners draw new samples.
             teachers: the external teachers, each float `(batch, any dimension)`.
 
@@ -240,7 +247,7 @@ class S2SDLoss(keras.layers.Layer):
         """
         batch = self._checked_batch(embedding, targets, features, labels, teachers)
         if self.gather_replicas:
-            batch = replicas.gather(batch)
+            batch = replicas.gather(batch, self.label_columns)
         prefixes = nested.prefixes(batch.embedding, self.nested_dims)
         found = [
             objective(prefix, batch.labels, training=training)
@@ -281,6 +288,11 @@ class S2SDLoss(keras.layers.Layer):
         """Whether anything is distilled into the base embedding."""
         return bool(self.target_dims or self.external_teachers or self.feature_distill)
 
+    @property
+    def label_columns(self) -> int:
+        """How many labels an image has: 0 for one class, -1 for any number; see `GradedPairObjective`."""
+        return self.objective.label_columns
+
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
@@ -313,12 +325,14 @@ class S2SDLoss(keras.layers.Layer):
             config[key] = keras.utils.deserialize_keras_object(config[key])
         return cls(**config)
 
-    def _make_objective(self, identifier):
+    def _make_objective(self, identifier, relevance=()):
         if not isinstance(identifier, str):
             return objectives.get(identifier)
         settings = {"dtype": self.compute_dtype, "name": identifier.replace("/", "_")}
         if objectives.lookup(identifier).uses_classes:
             settings["num_classes"] = self.num_classes
+        if relevance and "relevance" in objectives.settings(identifier):
+            settings["relevance"] = relevance
         return objectives.get(identifier, **settings)
 
     def _copy_of(self, template, prefix, number):

@@ -37,15 +37,30 @@ class Pairs(NamedTuple):
     Attributes:
         positive, negative: bool `(batch, batch)`; entry `[i, j]` says that j is a positive, or a negative, of anchor i.
             A sample whose row is empty is not an anchor. A pair can be in both masks only if the miner's
-            `negatives_in_class` is True.
+            `negatives_in_class` is True. A `GradedPairObjective` may have weights in [0, 1], float, instead of masks;
+            a pair can then be in both.
     """
 
     positive: tf.Tensor
     negative: tf.Tensor
 
+    def masks(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns `(positive, negative)` as masks, also if they are weights."""
+        if self.positive.dtype.is_bool:
+            return self.positive, self.negative
+        return self.positive > 0, self.negative > 0
+
+    def within(self, positive: tf.Tensor, negative: tf.Tensor) -> "Pairs":
+        """Returns the pairs that are also in the masks `positive` and `negative`."""
+        if self.positive.dtype.is_bool:
+            return Pairs(self.positive & positive, self.negative & negative)
+        nothing = tf.zeros([], self.positive.dtype)
+        return Pairs(tf.where(positive, self.positive, nothing), tf.where(negative, self.negative, nothing))
+
     def complete(self) -> tf.Tensor:
         """Returns bool `(batch,)`: which anchors have both a positive and a negative."""
-        return tf.reduce_any(self.positive, axis=1) & tf.reduce_any(self.negative, axis=1)
+        positive, negative = self.masks()
+        return tf.reduce_any(positive, axis=1) & tf.reduce_any(negative, axis=1)
 
 
 class Miner:

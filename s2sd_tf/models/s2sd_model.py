@@ -44,8 +44,8 @@ class S2SDModel(keras.Model):
     features pooled by `pooling` and by `target_pooling`, the base embedding is z = norm(W f + b) and the targets are
     q_k = norm(MLP_k(f')). The loss trains them together and distils the targets, and f', into z. Calling the model and
     `predict` return z, `(batch, embedding_dim)` with unit-norm rows. `fit` takes batches `(images, labels)`; labels are
-    integers `(batch,)`. With `external_teachers`, it takes `(images, {"labels": labels, "teachers": teachers})`, where
-    each teacher is a float matrix `(batch, any dimension)`.
+    integers `(batch,)`, or `(batch, n)` if the objective has a `relevance`. With `external_teachers`, it takes
+    `(images, {"labels": labels, "teachers": teachers})`, where each teacher is a float matrix `(batch, any dimension)`.
 
     Args:
         backbone: model from images to feature maps `(batch, h, w, features)` or to pooled features `(batch, features)`.
@@ -324,18 +324,18 @@ class S2SDModel(keras.Model):
 
         Args:
             inputs: images, in the backbone's input format.
-            labels: integers `(batch,)`, as for `Objective.call`.
+            labels: integers `(batch,)` or `(batch, n)`, as for `Objective.call`.
             training: whether backbone and loss run in training mode.
             teachers: the external teachers, each float `(batch, any dimension)`.
         """
-        labels = checked_labels("labels", labels)
+        labels = checked_labels("labels", labels, columns=self.s2sd_loss.label_columns)
         if not self.built:
             self.build(inputs.shape)
         return self._losses_of(self._pooled(inputs, training), labels, training, teachers)
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Runs one optimizer step on a batch `(images, labels)`; returns the running means of the logged terms."""
-        inputs, labels, teachers = _unpack(data)
+        inputs, labels, teachers = self._unpack(data)
         if not self.built:
             self.build(inputs.shape)
         self._check_trainable()
@@ -358,7 +358,7 @@ class S2SDModel(keras.Model):
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Evaluates a batch `(images, labels)`; returns the running means of the logged terms."""
-        inputs, labels, teachers = _unpack(data)
+        inputs, labels, teachers = self._unpack(data)
         return self._step_metrics.update(self.compute_losses(inputs, labels, False, teachers))
 
     @property
@@ -401,6 +401,24 @@ class S2SDModel(keras.Model):
         for key in ("backbone", "loss"):
             config[key] = keras.utils.deserialize_keras_object(config[key], custom_objects=custom_objects)
         return cls(**config)
+
+    def _unpack(self, data):
+        inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if labels is None:
+            raise ValueError("data: expected batches (images, labels). Received: batches without labels")
+        if sample_weight is not None:
+            raise ValueError(
+                "data: expected batches (images, labels). Received: sample weights, which are not supported"
+            )
+        teachers = ()
+        if isinstance(labels, Mapping):
+            if "labels" not in labels or set(labels) - {"labels", "teachers"}:
+                raise ValueError(
+                    'data: expected batches (images, labels) or (images, {"labels": labels, "teachers": teachers}). '
+                    f"Received: a dict of {sorted(labels)}"
+                )
+            labels, teachers = labels["labels"], labels.get("teachers", ())
+        return inputs, checked_labels("labels", labels, columns=self.s2sd_loss.label_columns), teachers
 
     def _check_trainable(self):
         if not self.trainable_variables:
@@ -489,20 +507,3 @@ def _one_line(error):
     """What Keras reports of an error in a model, without where it was raised and without colours."""
     text = re.sub(r"\x1b\[\d+m", "", str(error))
     return " ".join(re.sub(r"^Exception encountered when calling .*\n", "", text).split())[:300]
-
-
-def _unpack(data):
-    inputs, labels, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    if labels is None:
-        raise ValueError("data: expected batches (images, labels). Received: batches without labels")
-    if sample_weight is not None:
-        raise ValueError("data: expected batches (images, labels). Received: sample weights, which are not supported")
-    teachers = ()
-    if isinstance(labels, Mapping):
-        if "labels" not in labels or set(labels) - {"labels", "teachers"}:
-            raise ValueError(
-                'data: expected batches (images, labels) or (images, {"labels": labels, "teachers": teachers}). '
-                f"Received: a dict of {sorted(labels)}"
-            )
-        labels, teachers = labels["labels"], labels.get("teachers", ())
-    return inputs, checked_labels("labels", labels), teachers

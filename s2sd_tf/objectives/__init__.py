@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from s2sd_tf.objectives.base import (
+    GradedPairObjective,
     Objective,
     PairObjective,
     ProxyObjective,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 __all__ = [
+    "GradedPairObjective",
     "Objective",
     "ObjectiveHolder",
     "PairObjective",

@@ -1,6 +1,6 @@
 """The base classes and registry of the objectives, and functions that they share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tensorflow as tf
@@ -11,6 +11,7 @@ from s2sd_tf.keras_compat import keras
 from s2sd_tf.labels import checked_labels, exact_labels
 from s2sd_tf.mining.n_pair import NPair
 from s2sd_tf.registry import Registry, check_config
+from s2sd_tf.relevance import JACCARD, checked_relevance, label_columns, relevance_matrix
 
 
 class Objective(keras.layers.Layer):
@@ -30,11 +31,13 @@ class Objective(keras.layers.Layer):
 
     Attributes:
         uses_classes: whether the objective has, or can have, weights per class.
+        relevance: graded relevance of images with several labels, see `GradedPairObjective`; (): one class each.
         kind: "pair", "tuple" or "proxy"; "addons" for losses of tensorflow-addons.
         formula, paper, cost: one line each, for the table of objectives in the documentation.
     """
 
     uses_classes = False
+    relevance: tuple[float, ...] | str = ()
     kind = formula = paper = cost = ""
 
     def __init__(
@@ -56,7 +59,8 @@ class Objective(keras.layers.Layer):
 
     def __call__(self, embeddings: tf.Tensor, labels: tf.Tensor, *args: Any, **kwargs: Any) -> tf.Tensor:
         # Before Keras, which casts float labels to float32 and appends all arguments to an error in `call`.
-        return super().__call__(embeddings, checked_labels("labels", labels, len_of(embeddings)), *args, **kwargs)
+        labels = checked_labels("labels", labels, len_of(embeddings), self.label_columns)
+        return super().__call__(embeddings, labels, *args, **kwargs)
 
     def call(self, embeddings: tf.Tensor, labels: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Computes the loss of a batch.
@@ -64,7 +68,7 @@ class Objective(keras.layers.Layer):
         Args:
             embeddings: float `(batch, dim)`, batch >= 1.
             labels: integers `(batch,)` or `(batch, 1)`, of any integer dtype. Whole numbers in floating point count
-                as integers, as far as the dtype holds them exactly.
+                as integers, as far as the dtype holds them exactly. With `relevance`, `(batch, n)`.
             training: only in training do stochastic miners advance to new draws, and does a cross-batch memory count.
 
         Returns:
@@ -72,10 +76,11 @@ class Objective(keras.layers.Layer):
 
         Raises:
             ValueError: labels of another type or shape, or that are not whole numbers.
-            InvalidArgumentError: the objective has weights per class and labels are outside `[0, num_classes)`, or in a
-                graph, floating-point labels that are not whole numbers. XLA has no assertions; there the loss is NaN.
+            InvalidArgumentError: the objective has weights per class and labels are outside `[0, num_classes)`; labels
+                other than 0 and 1 with the relevance "jaccard"; or in a graph, floating-point labels that are not whole
+                numbers. XLA has no assertions; there the loss is NaN.
         """
-        labels, whole = exact_labels("labels", labels, len_of(embeddings))
+        labels, whole = exact_labels("labels", labels, len_of(embeddings), self.label_columns)
         embeddings = tf.cast(embeddings, self.compute_dtype)
         # Comparisons with NaN are false, so masks would hide a NaN and training would continue with broken weights. The
         # normalisation computes the same squares, so they cost nothing extra.
@@ -83,9 +88,10 @@ class Objective(keras.layers.Layer):
         valid &= whole
         embeddings = self.prepare(embeddings)
         checks = []
-        if self.uses_classes and self.num_classes is not None:
-            in_range = tf.reduce_all((labels >= 0) & (labels < self.num_classes))
-            message = f"labels: expected integers in [0, {self.num_classes}) for {self.name}. Received:"
+        limit = 2 if self.relevance == JACCARD else self.num_classes if self.uses_classes else None
+        if limit is not None:
+            in_range = tf.reduce_all((labels >= 0) & (labels < limit))
+            message = f"labels: expected integers in [0, {limit}) for {self.name}. Received:"
             check = tf.debugging.Assert(in_range, [message, labels], 1000)
             checks = [check] if check is not None else []
             valid &= in_range
@@ -95,14 +101,21 @@ class Objective(keras.layers.Layer):
             loss = self.compute(embeddings, labels, training)
         return tf.where(valid, loss, tf.constant(float("nan"), loss.dtype))
 
+    @property
+    def label_columns(self) -> int:
+        """How many labels an image has, as `labels.checked_labels` takes it: 0 for one class, -1 for any number."""
+        return label_columns(self.relevance)
+
     def prepare(self, embeddings: tf.Tensor) -> tf.Tensor:
         """Returns the embeddings that `compute` receives: l2-normalised."""
         return unit_rows(embeddings)
 
     def compute(self, embeddings: tf.Tensor, labels: tf.Tensor, training: bool) -> tf.Tensor:
-        """Computes the loss of prepared `embeddings` `(batch, dim)` with `labels` `(batch,)`.
+        """Computes the loss of prepared `embeddings` `(batch, dim)` with `labels` `(batch,)`, or `(batch, n)` with
+        `relevance`.
 
-        The labels are int64, and int32 for an objective with weights per class.
+        The labels are int64, and int32 if they are checked to be small: those of an objective with weights per class,
+        and those of "jaccard".
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement this method")
 
@@ -237,7 +250,8 @@ class PairObjective(MinedObjective):
                 return self.add_weight(name=name, shape=shape, dtype=dtype, initializer="zeros", trainable=False)
 
             self.memory = make("memory", (self.memory_size, input_shape[-1]), None)
-            self.memory_labels = make("memory_labels", (self.memory_size,), "int64")
+            columns = (self.label_columns,) if self.label_columns else ()
+            self.memory_labels = make("memory_labels", (self.memory_size, *columns), "int64")
             self.remembered = make("remembered", (), "int32")
         super().build(input_shape)
 
@@ -249,14 +263,13 @@ class PairObjective(MinedObjective):
                 tf.gather(embeddings, anchors), tf.gather(embeddings, positives), valid
             )
         else:
-            loss = self.compute_pairs(embeddings, embeddings, self.mine(self.miner.pairs, embeddings, labels, seed))
+            loss = self.compute_pairs(embeddings, embeddings, self.pairs_within(embeddings, labels, seed))
         if not self.memory_size or not training:
             return loss
         memory, memory_labels = tf.convert_to_tensor(self.memory), tf.convert_to_tensor(self.memory_labels)
         remembered = tf.convert_to_tensor(self.remembered)
-        same = tf.equal(tf.cast(labels[:, None], tf.int64), memory_labels[None, :])
         filled = (tf.range(self.memory_size) < remembered) & (seed[1] >= self.memory_start)
-        pairs = mining.Pairs(same & filled, tf.logical_not(same) & filled)
+        pairs = self.pairs_between(tf.cast(labels, tf.int64), memory_labels).within(filled, filled)
         loss += self.memory_weight * self.compute_pairs(embeddings, memory, pairs)
         for variable, new, old in (
             (self.memory, tf.stop_gradient(embeddings), memory),
@@ -265,6 +278,15 @@ class PairObjective(MinedObjective):
             variable.assign(tf.ensure_shape(tf.concat([new, old], axis=0)[: self.memory_size], variable.shape))
         self.remembered.assign(tf.minimum(remembered + tf.shape(labels)[0], self.memory_size))
         return loss
+
+    def pairs_within(self, embeddings: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor) -> mining.Pairs:
+        """Returns the pairs of the batch that count: those that the miner chooses."""
+        return self.mine(self.miner.pairs, embeddings, labels, seed)
+
+    def pairs_between(self, labels: tf.Tensor, references: tf.Tensor) -> mining.Pairs:
+        """Returns all pairs of two sets, given their labels `(batch,)` and `(m,)`."""
+        same = tf.equal(labels[:, None], references[None, :])
+        return mining.Pairs(same, tf.logical_not(same))
 
     def compute_one_pair_per_class(self, anchors: tf.Tensor, positives: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
         """Computes the loss over one pair per class: row i of `anchors` and of `positives`, both `(m, dim)`, is a pair.
@@ -281,7 +303,7 @@ class PairObjective(MinedObjective):
         Args:
             anchors: `(batch, dim)`.
             references: `(m, dim)`, the anchors themselves or the memory.
-            pairs: masks `(batch, m)` of the pairs that count.
+            pairs: masks `(batch, m)` of the pairs that count; for a `GradedPairObjective`, masks or weights.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement this method")
 
@@ -292,6 +314,50 @@ class PairObjective(MinedObjective):
             "memory_weight": self.memory_weight,
             "memory_start": self.memory_start,
         }
+
+
+class GradedPairObjective(PairObjective):
+    """A pair objective that also takes images with several labels, which are more or less relevant to each other.
+
+    A pair with relevance r counts r as a positive and 1 - r as a negative; how is up to the objective. If all
+    relevances are 0 or 1, the loss is that of one class for each image.
+
+    Args:
+        relevance: () for labels `(batch,)`, one class for each image. Numbers in [0, 1], the last one 1, for the
+            classes of a hierarchy, labels `(batch, n)` from coarse to fine: the relevance of two images whose finest
+            common level is the first, the second, ...: with (0.3, 1.0), 0.3 for the same super-class and 1 for the same
+            class. "jaccard" for any number of labels, `(batch, n)` of 0 and 1: the number of labels that both images
+            have, divided by the number that either has.
+        **kwargs: arguments of `PairObjective`. With `relevance`, the miner is "all", and with "jaccard" there is no
+            memory.
+    """
+
+    def __init__(self, relevance: Sequence[float] | str = (), **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.relevance = checked_relevance(relevance)
+        if self.relevance and not isinstance(self.miner, mining.AllTriplets):
+            raise ValueError(
+                f"miner: expected 'all' together with relevance, for {self.registered_name}. Received: "
+                f"{self.miner.registered_name!r}"
+            )
+        if self.relevance == JACCARD and self.memory_size:
+            raise ValueError(f"memory_size: expected 0 with the relevance 'jaccard'. Received: {self.memory_size}")
+
+    def pairs_within(self, embeddings: tf.Tensor, labels: tf.Tensor, seed: tf.Tensor) -> mining.Pairs:
+        if not self.relevance:
+            return super().pairs_within(embeddings, labels, seed)
+        others = tf.logical_not(tf.eye(tf.shape(labels)[0], dtype=tf.bool))
+        return self.pairs_between(labels, labels).within(others, others)
+
+    def pairs_between(self, labels: tf.Tensor, references: tf.Tensor) -> mining.Pairs:
+        if not self.relevance:
+            return super().pairs_between(labels, references)
+        relevance = relevance_matrix(labels, references, self.relevance, self.compute_dtype)
+        return mining.Pairs(relevance, 1.0 - relevance)
+
+    def get_config(self) -> dict[str, Any]:
+        relevance = self.relevance if isinstance(self.relevance, str) else list(self.relevance)
+        return {**super().get_config(), "relevance": relevance}
 
 
 class LengthPenalizedObjective(PairObjective):
@@ -423,17 +489,28 @@ def square_root(values: tf.Tensor) -> tf.Tensor:
 
 
 def masked_logsumexp(values: tf.Tensor, mask: tf.Tensor, axis: int) -> tf.Tensor:
-    """Computes log(sum of exp(values) over `mask`) along `axis`: -1e30, with zero gradient, if the mask is empty."""
+    """Computes log(sum of exp(values) over `mask`) along `axis`: -1e30, with zero gradient, if the mask is empty.
+
+    `mask` is bool, or weights >= 0 of the summands.
+    """
+    if not mask.dtype.is_bool:
+        values, mask = values + tf.math.log(tf.where(mask > 0, mask, tf.ones([], mask.dtype))), mask > 0
     return tf.reduce_logsumexp(tf.where(mask, values, tf.constant(-1e30, values.dtype)), axis=axis)
 
 
 def masked_log1p_sum_exp(values: tf.Tensor, mask: tf.Tensor, axis: int) -> tf.Tensor:
-    """Computes log(1 + sum of exp(values) over `mask`) along `axis`: 0, with zero gradient, if the mask is empty."""
+    """Computes log(1 + sum of exp(values) over `mask`) along `axis`: 0, with zero gradient, if the mask is empty.
+
+    `mask` is bool, or weights >= 0 of the summands.
+    """
     return tf.nn.softplus(masked_logsumexp(values, mask, axis))
 
 
 def mean_where(values: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """Computes the mean of `values` over `mask`: 0, with zero gradient, if the mask is empty."""
+    """Computes the mean of `values` over `mask`: 0, with zero gradient, if the mask is empty.
+
+    `mask` is bool, or weights >= 0.
+    """
     mask = tf.cast(mask, values.dtype)
     return tf.math.divide_no_nan(tf.reduce_sum(values * mask), tf.reduce_sum(mask))
 

@@ -6,11 +6,11 @@ import tensorflow as tf
 
 from s2sd_tf.checks import check_at_least, check_bool
 from s2sd_tf.mining.base import Miner, Pairs
-from s2sd_tf.objectives.base import PairObjective, euclidean_distances, mean_where, register
+from s2sd_tf.objectives.base import GradedPairObjective, euclidean_distances, mean_where, register
 
 
 @register("contrastive")
-class Contrastive(PairObjective):
+class Contrastive(GradedPairObjective):
     """Contrastive loss (Hadsell et al., "Dimensionality Reduction by Learning an Invariant Mapping", CVPR 2006, eq. 4).
 
     With Euclidean distances d of l2-normalised embeddings it is
@@ -21,12 +21,15 @@ class Contrastive(PairObjective):
     The paper squares both hinges. The default here does not, as is usual in metric learning. Positives and negatives
     are averaged separately, because there are far more negatives.
 
+    With graded relevance r, which needs the miner "all", the mean over positives is weighted by r and the mean over
+    negatives by 1 - r.
+
     Args:
         positive_margin: >= 0.
         negative_margin: >= 0.
         squared: whether to square the hinges.
         miner: name or `mining.Miner`; "all" chooses all pairs.
-        **kwargs: arguments of `PairObjective`.
+        **kwargs: arguments of `GradedPairObjective`.
     """
 
     formula = "mean_p [d_ap - m_p]+ + mean_n [m_n - d_an]+"

@@ -18,9 +18,9 @@ _held: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary
 def as_keras_loss(objective: str | Objective, **settings: Any) -> keras.losses.Loss:
     """Turns an objective into a `keras.losses.Loss` for `compile` of any Keras model.
 
-    The loss expects integer labels `(batch,)` or `(batch, 1)` as `y_true` and embeddings `(batch, dim)` as `y_pred`,
-    and computes the objective as in training. Batches need several images per class, such as those of
-    `data.training_batches`.
+    The loss expects integer labels `(batch,)` or `(batch, 1)` as `y_true`, or with a relevance `(batch, n)`, and
+    embeddings `(batch, dim)` as `y_pred`, and computes the objective as in training. Batches need several images per
+    class, such as those of `data.training_batches`.
 
     - With several replicas, each compares only the embeddings of its own part of the batch, and the loss is the mean
       over the replicas. `S2SDModel` compares the embeddings of all replicas.
@@ -130,7 +130,7 @@ class ObjectiveLoss(keras.losses.Loss):
             raise _without_holder(objective)
         # Floating point is accepted because Keras 3 traces a step with float labels before it runs one on several
         # replicas.
-        labels, whole = exact_labels("y_true", y_true, len_of(y_pred))
+        labels, whole = exact_labels("y_true", y_true, len_of(y_pred), objective.label_columns)
         loss = objective(y_pred, labels, training=True)
         return tf.where(whole, loss, tf.constant(float("nan"), loss.dtype))
 

@@ -6,20 +6,23 @@ import tensorflow as tf
 
 from s2sd_tf.checks import check_above
 from s2sd_tf.mining.base import Pairs
-from s2sd_tf.objectives.base import PairObjective, masked_logsumexp, mean_where, register
+from s2sd_tf.objectives.base import GradedPairObjective, masked_logsumexp, mean_where, register
 
 
 @register("supcon")
-class SupCon(PairObjective):
+class SupCon(GradedPairObjective):
     """Supervised contrastive loss (Khosla et al., NeurIPS 2020, eq. 2, L_out).
 
     The mean over the anchors that have both a positive and a negative, with cosine similarities s, of
 
         -mean_p log(exp(s_ap / temperature) / sum_j exp(s_aj / temperature)),  j over all others
 
+    With graded relevance r, positives are the pairs with r > 0 and negatives those with r < 1. The mean over the
+    positives is weighted by r.
+
     Args:
         temperature: > 0.
-        **kwargs: arguments of `PairObjective`.
+        **kwargs: arguments of `GradedPairObjective`.
     """
 
     formula = "mean_a -mean_p log(e^(s_ap/T) / sum_(j != a) e^(s_aj/T))"
@@ -33,7 +36,8 @@ class SupCon(PairObjective):
 
     def compute_pairs(self, anchors: tf.Tensor, references: tf.Tensor, pairs: Pairs) -> tf.Tensor:
         logits = tf.matmul(anchors, references, transpose_b=True) / self.temperature
-        totals = masked_logsumexp(logits, pairs.positive | pairs.negative, axis=1)
+        is_positive, is_negative = pairs.masks()
+        totals = masked_logsumexp(logits, is_positive | is_negative, axis=1)
         positive = tf.cast(pairs.positive, logits.dtype)
         own = tf.math.divide_no_nan(tf.reduce_sum(logits * positive, axis=1), tf.reduce_sum(positive, axis=1))
         has_both = pairs.complete()

@@ -19,6 +19,7 @@ class EmbeddedImages(NamedTuple):
         ids: n ids, or None.
         image: function from a position to an array `(h, w)` or `(h, w, c)`, uint8 or float in [0, 1], or to None if it
             has no picture; or None for no pictures.
+        super_classes: names of the super-classes by label, or None if there are none.
     """
 
     rows: Rows
@@ -26,6 +27,7 @@ class EmbeddedImages(NamedTuple):
     names: Mapping[int, str] | Sequence[str] | None = None
     ids: Sequence[str] | None = None
     image: Callable[[int], Any] | None = None
+    super_classes: Mapping[int, str] | None = None
 
     def name(self, label: int | np.integer) -> str:
         """The name of a class."""

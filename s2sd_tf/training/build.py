@@ -19,7 +19,7 @@ from s2sd_tf.keras_compat import keras
 from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models import S2SDModel, backbones
 from s2sd_tf.training import optimizers
-from s2sd_tf.training.datasets import RunData, hold_out
+from s2sd_tf.training.datasets import RunData, has_levels, hold_out
 
 
 def set_up(config: config_dict.ConfigDict) -> None:
@@ -66,9 +66,10 @@ def build_model(config: config_dict.ConfigDict, run_data: RunData) -> S2SDModel:
         **settings,
     )
     target = config.s2sd.target_objective or config.objective.name
+    objective = _objective(config, config.objective.name, run_data)
     loss = S2SDLoss(
-        _objective(config, config.objective.name, run_data),
-        _objective(config, target, run_data),
+        objective,
+        _objective(config, target, run_data, objective.relevance),
         **{key: value for key, value in config.s2sd.items() if key != "target_objective"},
         external_teachers=len(run_data.train.teachers),
         name="s2sd_loss",
@@ -199,6 +200,7 @@ def build_batches(config: config_dict.ConfigDict, run_data: RunData, sampler: Sa
         steps_per_epoch=config.train.steps_per_epoch or None,
         seed=config.seed,
         augmentation=run_data.augmentation,
+        labels=run_data.train.levels() if has_levels(config) else None,
     )
 
 
@@ -231,7 +233,7 @@ def _evaluation(config, run_data, images, prefix, gallery):
     )
 
 
-def _objective(config, name, run_data):
+def _objective(config, name, run_data, relevance=()):
     uses_classes = objectives.lookup(name).uses_classes
     settings = dict(config.objective[name])
     if "miner" in settings:
@@ -240,4 +242,6 @@ def _objective(config, name, run_data):
         settings["seed"] = config.seed
     if uses_classes:
         settings["num_classes"] = run_data.train.num_classes
+    if relevance and "relevance" in settings:
+        settings["relevance"] = settings["relevance"] or relevance
     return objectives.get(name, **settings)

@@ -11,6 +11,7 @@ from s2sd_tf import data
 from s2sd_tf.data import augmentation, datasets
 from s2sd_tf.evaluation.metrics import check_answerable
 from s2sd_tf.models import backbones
+from s2sd_tf.relevance import JACCARD
 from s2sd_tf.training.config import AUTO, is_auto
 
 
@@ -65,8 +66,15 @@ def divide(config: config_dict.ConfigDict, split: data.RetrievalSplit) -> RunDat
         raise ValueError(
             f"config.data.augmentation: expected one without colours for grayscale. Received: {section.augmentation!r}"
         )
+    if has_levels(config):
+        _check_levels(config, split.train)
     train, validation = hold_out(config, split.train, config.seed)
     return RunData(train, validation, split.test, preprocessing, split.gallery, chosen)
+
+
+def has_levels(config: config_dict.ConfigDict) -> bool:
+    """Whether a run trains with the super-class and the class of each image: its objective has a relevance."""
+    return bool(config.objective[config.objective.name].get("relevance"))
 
 
 def load_split(config: config_dict.ConfigDict) -> data.RetrievalSplit:
@@ -136,6 +144,22 @@ def hold_out(
         check_answerable("config.data.validation_fraction, the held-out images", validation.labels)
         return train, validation
     return images, None
+
+
+def _check_levels(config, images):
+    """Raises ValueError unless the images have the labels that the objective's relevance is about."""
+    name = config.objective.name
+    relevance, key = config.objective[name].relevance, f"config.objective.{name}.relevance"
+    if relevance == JACCARD or len(relevance) != 2:
+        raise ValueError(
+            f"{key}: expected (), or two numbers, for the same super-class and for the same class, such as (0.3, 1.0). "
+            f"Received: {relevance!r}"
+        )
+    if not images.super_classes:
+        raise ValueError(
+            f"{key}: expected () for a data set without super-classes, such as {config.data.name!r}. "
+            f"Received: {relevance!r}"
+        )
 
 
 def _preprocessing(config):
