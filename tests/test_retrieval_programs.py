@@ -170,10 +170,10 @@ def test_label_files_and_rows_without_a_label(tmp_path, caplog):
     loose = np.insert(rows, [0, 7], generator.normal(size=(2, 5)), axis=0)
     np.savez(tmp_path / "loose.npz", embeddings=loose, labels=np.insert(labels, [0, 7], "").astype(bytes),
              ids=np.insert(np.arange(12).astype("U9"), [0, 7], ["one.png", "two.png"]))  # fmt: skip
-    clean, _ = evaluated.embeddings((str(tmp_path / "clean.npz"), None, None), None)
+    clean, *_ = evaluated.embeddings((str(tmp_path / "clean.npz"), None, None), None)
     for path, file in (("rows.npy", str(tmp_path / "labels.txt")), ("loose.npz", None)):
         with caplog.at_level("WARNING"):
-            found, _ = evaluated.embeddings((str(tmp_path / path), file, None), None)
+            found, *_ = evaluated.embeddings((str(tmp_path / path), file, None), None)
         np.testing.assert_array_equal(found.rows, clean.rows)
         np.testing.assert_array_equal(found.labels, clean.labels)
         assert found.names == clean.names == {0: "a", 1: "b", 2: "c"}
@@ -183,7 +183,8 @@ def test_label_files_and_rows_without_a_label(tmp_path, caplog):
     # Whole numbers are the same label in every type.
     np.savez(tmp_path / "ints.npz", embeddings=rows, labels=np.arange(12) // 4)
     np.savez(tmp_path / "floats.npz", embeddings=rows, labels=np.arange(12) // 4 * 1.0)
-    one, other = evaluated.embeddings(*((str(tmp_path / f"{name}.npz"), None, None) for name in ("ints", "floats")))
+    one, other, same = evaluated.embeddings(*((str(tmp_path / f"{n}.npz"), None, None) for n in ("ints", "floats")))
+    assert same == {}
     np.testing.assert_array_equal(one.labels, other.labels)
     np.savez(tmp_path / "none.npz", embeddings=rows, labels=[""] * 12)
     with pytest.raises(ValueError, match="labels: expected rows with a label"):

@@ -381,7 +381,7 @@ class TestPages:
         assert points == [text.encode(errors="backslashreplace").decode() for text in expected]
 
     def test_names_are_text_in_pictures_and_the_projector(self, tmp_path):
-        save_matches(tmp_path / "found.png", [[(np.zeros((4, 4)), name) for name in self.EVIL]])
+        save_matches(tmp_path / "found.png", [[(np.zeros((4, 4)), name, 0.5) for name in self.EVIL]])
         save_projector(
             tmp_path / "projector", np.eye(4, dtype=np.float32), list(self.EVIL), [f"{n}\t\n" for n in "abcd"]
         )
@@ -405,7 +405,7 @@ class TestOutputs:
             lambda: save_projector(mine, rows),
             lambda: save_report(mine, result, found, EmbeddedImages(rows, [0, 0, 1, 1])),
             lambda: save_curves(mine, {"a": {"b": ([1], [2])}}),
-            lambda: save_matches(mine, [[(np.zeros((2, 2)), "a")]]),
+            lambda: save_matches(mine, [[(np.zeros((2, 2)), "a", None)]]),
         ):
             with pytest.raises(ValueError, match="expected"):
                 write()

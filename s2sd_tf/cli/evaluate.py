@@ -132,11 +132,10 @@ def _main(_):
         # Before the embedding, which takes long.
         import_scann()
     configs.register(_REGISTER)
-    queries, gallery = _inputs(chosen[0], dims)
+    queries, gallery, ids = _inputs(chosen[0], dims)
     postprocessed.check(_POSTPROCESS.value, gallery is not None, bool(_TRAINING_EMBEDDINGS.value))
     whitening = postprocessed.fitted(_TRAINING_EMBEDDINGS.value, queries.rows.shape[1])
     metrics = _METRICS.value or ["cosine", *([] if _is_unit(queries.rows) else ["euclidean"])]
-    ids = {} if gallery is None else _shared_ids(queries, gallery)
     others = {} if gallery is None else {"gallery": gallery.rows, "gallery_labels": gallery.labels}
     settings: dict[str, Any] = {"ks": ks, "precision_ks": precision_ks, "map_ks": map_ks, "memory_mib": _MEMORY.value}
     results: dict[str, dict[str, float]] = {}
@@ -223,7 +222,7 @@ def _inputs(chosen, dims):
     if chosen == "model":
         return evaluated.model(_MODEL.value, _IMAGES.value, _GALLERY_IMAGES.value, dims)
     gallery = _GALLERY_EMBEDDINGS.value and (_GALLERY_EMBEDDINGS.value, _GALLERY_LABELS.value, _GALLERY_IMAGES.value)
-    return evaluated.embeddings((_EMBEDDINGS.value, _LABELS.value, _IMAGES.value), gallery, dims)
+    return evaluated.embeddings((_EMBEDDINGS.value, _LABELS.value, _IMAGES.value), gallery, dims, same_ids=_SAME_IDS.value)
 
 
 def _thresholds(queries, others, ids, metrics, result):
@@ -266,14 +265,6 @@ def _details(result, queries, pairs):
         }
     intervals = result.confidence_intervals(seed=_SEED.value)
     return {"verification": verification, "intervals": intervals, "per_class": per_class}
-
-
-def _shared_ids(queries, gallery):
-    """Returns arguments by which an image in both sets (same file or id) does not find itself."""
-    if queries.ids is None or gallery.ids is None or (_EMBEDDINGS.value and not _SAME_IDS.value):
-        return {}
-    codes = np.unique([*queries.ids, *gallery.ids], return_inverse=True)[1]
-    return {"query_ids": codes[: len(queries.ids)], "gallery_ids": codes[len(queries.ids) :]}
 
 
 def _report(queries, gallery, ids, result, results, more, metric, by_dim, pairs):
