@@ -12,14 +12,20 @@ Examples:
   s2sd-evaluate --workdir=runs/nested --dims=8,16,32,64 --dims_plot=dims.png
 """
 
+import datetime
 import os
+import textwrap
 from typing import Any
 
 import numpy as np
 from absl import flags
 
+import s2sd_tf
 from s2sd_tf.cli import app, configs
 from s2sd_tf.cli.tables import dims_table, metrics_table, thresholds_table
+
+# The metrics that are explained where they are printed.
+_EXPLAINED = ("ratio", "rho", "f1")
 
 _WORKDIR = app.define_path("workdir", None, "Folder of a finished run, whose model is evaluated on its test classes.")
 _MODEL = app.define_path("model", None, "SavedModel of s2sd-export, or a .keras file next to its preprocessing.json.")
@@ -103,6 +109,7 @@ def _main(_):
     from s2sd_tf.progress import stage
     from s2sd_tf.reporting import save_figure, save_projector
     from s2sd_tf.reporting.charts import dimension_figure
+    from s2sd_tf.reporting.meanings import meanings
 
     chosen = [flag.name for flag in (_WORKDIR, _MODEL, _EMBEDDINGS) if flag.value]
     if len(chosen) != 1:
@@ -191,6 +198,7 @@ def _main(_):
         f"{metric}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()) for metric, row in space.items()
     )
     print("\n" + "\n".join(lines))
+    print("\n".join(textwrap.fill(text, 118, subsequent_indent="  ") for text in meanings(_EXPLAINED)))
     if pairs:
         print(f"\nAll pairs\n{thresholds_table({metric: found.values for metric, found in pairs.items()})}")
     if open_set:
@@ -280,7 +288,7 @@ def _report(queries, gallery, ids, result, results, more, metric, by_dim, pairs)
         rows.setdefault("exact" if kind == metric else f"exact, {kind}", {}).update(values)
     for kind, values in pairs.items():
         rows["exact" if kind == metric else f"exact, {kind}"].update(values.values)
-    about = _WORKDIR.value or _MODEL.value or _EMBEDDINGS.value
+    facts, config = _facts(queries, gallery)
     save_report(
         _REPORT.value,
         result,
@@ -288,12 +296,52 @@ def _report(queries, gallery, ids, result, results, more, metric, by_dim, pairs)
         queries,
         gallery,
         title="Retrieval evaluation",
-        about=f"{os.path.basename(os.path.normpath(about))}, {queries.rows.shape[1]} dimensions",
+        about=f"{_base(_WORKDIR.value or _MODEL.value or _EMBEDDINGS.value)}, {queries.rows.shape[1]} dimensions",
         table=rows,
         dims=by_dim,
         verification=pairs.get(metric),
+        facts=facts,
+        config=config,
         seed=_SEED.value,
     )
+
+
+def _facts(queries, gallery):
+    """What the report says of the model, the date and the data, and the config of a run. Paths lose their folders."""
+    from s2sd_tf.training.workdir import stored_config
+    from s2sd_tf.untrusted import read_json_object
+
+    now = datetime.datetime.now(datetime.timezone.utc)
+    facts, config, data = {}, {}, _base(_IMAGES.value or _EMBEDDINGS.value or "")
+    if _WORKDIR.value:
+        config = _without_folders(stored_config(os.path.join(_WORKDIR.value, "config.json")))
+        facts["model"] = f"{config['model']['backbone']}, {queries.rows.shape[1]} dimensions"
+        facts["run"] = _base(_WORKDIR.value)
+        record = os.path.join(_WORKDIR.value, "run.json")
+        if os.path.exists(record):
+            started = str(read_json_object(record).get("sessions", [{}])[0].get("time", ""))
+            facts["trained"] = f"{started[:10]}, {config['train']['epochs']} epochs"
+        data = f"{config['data']['name']}{config['data']['root'] and ', ' + config['data']['root']}"
+    elif _MODEL.value:
+        facts["model"] = f"{_base(_MODEL.value)}, {queries.rows.shape[1]} dimensions"
+    facts["data"] = f"{data}: {_counts(queries)}" + (f"; gallery: {_counts(gallery)}" if gallery else "")
+    facts["evaluated"] = f"{now:%Y-%m-%d %H:%M} UTC, by s2sd_tf {s2sd_tf.__version__}"
+    return facts, config
+
+
+def _counts(images):
+    return f"{len(images.labels):,} images of {len(np.unique(images.labels)):,} classes"
+
+
+def _without_folders(value):
+    """Replaces absolute paths, which are nobody else's business, by the names of the files."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    return _base(value) if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def _base(path):
+    return os.path.basename(os.path.normpath(path))
 
 
 def _finite(value):

@@ -173,12 +173,21 @@ def thumbnail(pixels: Any, side: int) -> Image.Image:
     return picture
 
 
-def data_uri(pixels: Any, side: int = 112) -> str:
-    """Converts an image, as in `as_picture`, to a `data:` URI. Its longer side is resized to `side` pixels."""
+def fitted(pixels: Any, side: int) -> tuple[Image.Image, bool]:
+    """Converts an image, as in `as_picture`, and resizes its longer side to `side` pixels.
+
+    Returns:
+        `(picture, small)`: whether the image was smaller than that, in which case its pixels become squares.
+    """
     picture = as_picture(pixels)
     small = max(picture.size) < side
     size = [max(1, round(length * side / max(picture.size))) for length in picture.size]
-    picture = picture.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+    return picture.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS), small
+
+
+def data_uri(pixels: Any, side: int = 112) -> str:
+    """Converts an image, as in `as_picture`, to a `data:` URI. Its longer side is resized to `side` pixels."""
+    picture, small = fitted(pixels, side)
     buffer = io.BytesIO()
     kind = "PNG" if small else "JPEG"
     (picture if small else picture.convert("RGB")).save(buffer, kind)
