@@ -230,7 +230,8 @@ def _inputs(chosen, dims):
     if chosen == "model":
         return evaluated.model(_MODEL.value, _IMAGES.value, _GALLERY_IMAGES.value, dims)
     gallery = _GALLERY_EMBEDDINGS.value and (_GALLERY_EMBEDDINGS.value, _GALLERY_LABELS.value, _GALLERY_IMAGES.value)
-    return evaluated.embeddings((_EMBEDDINGS.value, _LABELS.value, _IMAGES.value), gallery, dims, same_ids=_SAME_IDS.value)
+    queries = (_EMBEDDINGS.value, _LABELS.value, _IMAGES.value)
+    return evaluated.embeddings(queries, gallery, dims, same_ids=_SAME_IDS.value)
 
 
 def _thresholds(queries, others, ids, metrics, result):

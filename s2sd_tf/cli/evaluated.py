@@ -129,9 +129,10 @@ def _evaluated(parts, ids):
     if len(parts) < 2:
         return Evaluated(parts[0], None, {})
     if None in ids:
-        return Evaluated(*parts, {})
+        return Evaluated(parts[0], parts[1], {})
     codes = np.unique([*ids[0], *ids[1]], return_inverse=True)[1]
-    return Evaluated(*parts, {"query_ids": codes[: len(ids[0])], "gallery_ids": codes[len(ids[0]) :]})
+    same = {"query_ids": codes[: len(ids[0])], "gallery_ids": codes[len(ids[0]) :]}
+    return Evaluated(parts[0], parts[1], same)
 
 
 def _files(images):

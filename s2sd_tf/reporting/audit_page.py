@@ -9,8 +9,9 @@ from s2sd_tf.reporting.embedded_images import EmbeddedImages
 from s2sd_tf.reporting.page import figure, joined, part, section, write_page
 from s2sd_tf.reporting.pictures import QUERY, RIGHT, WRONG, shortened
 
-# The most entries in a section, neighbours of an image, images of a group, and characters of the names of two classes.
-_SHOWN, _NEIGHBORS, _OF_GROUP, _NAMES = 20, 8, 6, 70
+# The most entries in a section, neighbours of an image, images of a group, and characters of the name of one of two
+# classes.
+_SHOWN, _NEIGHBORS, _OF_GROUP, _OF_TWO = 20, 8, 6, 34
 _GROUPS = ("#1f5fa8", "#d1701f")
 
 
@@ -54,7 +55,7 @@ def _counts(summary):
         part("line", metric=name.replace("_", " "), cells=part("cell", value=f"{count:,}"), interval="")
         for name, count in rows.items()
     )
-    return part("dims", columns=part("column", name="count"), lines=lines)
+    return part("table", heading="what", columns=part("column", name="count"), lines=lines)
 
 
 def _listed(heading, text, entries, show, around=joined):
@@ -88,8 +89,10 @@ def _label_errors(found, images, label_score):
     def show(i):
         item, label = chosen[i], images.labels[chosen[i]]
         suggested = images.name(found.suggested_labels[item])
-        name, score = f"{images.name(label)}: {suggested}?", f"{found.label_scores[item]:.2f}"
-        figures = [figure(images, item, QUERY, name, score)]
+        name, short = (
+            f"{cut(images.name(label))}: {cut(suggested)}?" for cut in (str, lambda name: shortened(name, _OF_TWO))
+        )
+        figures = [figure(images, item, QUERY, name, f"{found.label_scores[item]:.2f}", short)]
         for other in found.neighbors.indices[item, :_NEIGHBORS].tolist():
             if other >= 0:
                 its_label = images.labels[other]
@@ -107,8 +110,9 @@ def _confusions(found, images):
     pairs = found.confusions
 
     def show(i):
-        name = f"{images.name(pairs.first[i])} / {images.name(pairs.second[i])}"
-        return part("bar", name=name, short=shortened(name, _NAMES), percent=f"{100 * pairs.shares[i]:.1f}")
+        both = images.name(pairs.first[i]), images.name(pairs.second[i])
+        short = " / ".join(shortened(name, _OF_TWO) for name in both)
+        return part("bar", name=" / ".join(both), short=short, percent=f"{100 * pairs.shares[i]:.1f}")
 
     text = "Percentage of the neighbours of one class that are of the other, mean of both directions."
     return _listed("Confused classes", text, pairs.shares, show, _in_bars)

@@ -125,7 +125,8 @@ def _sheet(items, near):
     points = len(near)
     # The first neighbours of all points come before the second.
     wanted = [*range(points), *sorted(range(points, len(items)), key=_first_rank(near).__getitem__)][:_PICTURES]
-    cells, pictures = [-1] * len(items), []
+    cells = [-1] * len(items)
+    pictures: list[Image.Image] = []
     for item in wanted:
         images, position = items[item]
         pixels = None if images.image is None else images.image(position)

@@ -66,7 +66,9 @@ def section(heading: str, text: str, content: str) -> Markup:
     return part("section", heading=heading, text=text, content=Markup(content))
 
 
-def figure(images: EmbeddedImages, position: int, color: str, name: str, score: str = "") -> Markup:
+def figure(
+    images: EmbeddedImages, position: int, color: str, name: str, score: str = "", short: str | None = None
+) -> Markup:
     """The picture of an image in a frame of the CSS color `color`, or its position if it has no picture.
 
     Args:
@@ -74,9 +76,11 @@ def figure(images: EmbeddedImages, position: int, color: str, name: str, score: 
         color: the color.
         name: what is below it, shortened if it is long; the whole is shown when the reader points at it.
         score: what comes before that, whole.
+        short: what is below the picture instead of the name that is shortened by default.
     """
     pixels = images.image(position) if images.image is not None else None
-    found = {"id": images.id(position), "color": color, "name": name, "short": shortened(name, _NAME), "score": score}
+    short = shortened(name, _NAME) if short is None else short
+    found = {"id": images.id(position), "color": color, "name": name, "short": short, "score": score}
     if pixels is None:
         return part("no_image", **found, position=position)
     return part("image", **found, source=data_uri(pixels))

@@ -45,7 +45,7 @@ function drawMap() {
   const marks = new Bokeh.ColumnDataSource({ data: { x: [], y: [], color: [] } });
   const filter = new Bokeh.IndexFilter({ indices: points });
   const wheel = new Bokeh.WheelZoomTool();
-  const hover = new Bokeh.HoverTool({ tooltips: (_, { index }) => tooltip(index), point_policy: "follow_mouse" });
+  const hover = new Bokeh.HoverTool({ tooltips: (_, { index }) => tooltip(index), limit: 1, show_arrow: false });
   const tap = new Bokeh.TapTool();
   const figure = Bokeh.Plotting.figure({
     tools: [
@@ -89,7 +89,7 @@ function drawMap() {
     const button = element("button", "", { type: "button", title: data.names[code] });
     const swatch = element("i");
     swatch.style.background = data.colors[code];
-    button.append(swatch, element("span", shortened(data.names[code], 30), { className: "name" }), element("span", sizes.get(code).toLocaleString("en")));
+    button.append(swatch, element("span", shortened(data.names[code], 24), { className: "name" }), element("span", sizes.get(code).toLocaleString("en")));
     button.addEventListener("click", () => toggle(code));
     buttons.set(code, button);
     const line = element("li");
@@ -132,7 +132,6 @@ function drawMap() {
       button.parentElement.hidden = !matchingClasses.has(code) && !classes.has(code);
     }
     filter.indices = visible;
-    source.change.emit();
     const shownClasses = new Set(visible.map((point) => data.classes[point])).size;
     status.textContent = `${visible.length.toLocaleString("en")} of ${count.toLocaleString("en")} images, ${shownClasses.toLocaleString("en")} of ${buttons.size.toLocaleString("en")} classes`;
   }
@@ -214,7 +213,7 @@ function drawMap() {
 
   function tooltip(point) {
     const box = element("div");
-    box.style.cssText = "max-width: 180px; font: 12px/1.3 system-ui, sans-serif; overflow-wrap: anywhere;";
+    box.style.cssText = "max-width: 150px; font: 12px/1.3 system-ui, sans-serif; overflow-wrap: anywhere;";
     if (data.cells[point] >= 0) {
       const image = thumbnail(point);
       image.style.cssText = "width: 96px; height: 96px; display: block;";

@@ -164,7 +164,7 @@ def _by_dim(dims):
             cells = joined(part("cell", value=form(name, row[name])) for row in dims.values())
             lines.append(part("line", metric=name.replace("_", " "), cells=cells, interval=""))
     columns = joined(part("column", name=dim) for dim in dims)
-    return part("dims", columns=columns, lines=joined(lines))
+    return part("table", heading="dimension", columns=columns, lines=joined(lines))
 
 
 def _whole(_, value):
