@@ -29,16 +29,21 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.elements, self.scripts, self.data, self.text = [], [], [], None, ""
-        self.headings, self.texts = [], []
+        self.open, self.elements, self.texts, self.text = [], [], [], ""
+        self.scripts, jsons = [], []
+        self.inside = {"script": self.scripts, "json": jsons}
         self.feed(text)
         self.close()
         assert self.open == []
+        self.data = json.loads(jsons[0]) if jsons else None
 
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "script":
+            self.kind = "json" if self.elements[-1][1].get("type") == "application/json" else "script"
+            self.inside[self.kind].append("")
 
     def handle_startendtag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
@@ -49,10 +54,7 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data):
         inside = self.open[-1] if self.open else ""
         if inside == "script":
-            if self.elements[-1][1].get("type") == "application/json":
-                self.data = json.loads(data)
-            else:
-                self.scripts.append(data)
+            self.inside[self.kind][-1] += data
         elif inside != "style":
             self.text += data
             if data.strip():

@@ -92,8 +92,15 @@ def test_evaluating_models_and_embeddings_gives_the_same(call, made, tmp_path):
     results = {}
     for name in ("encoder", "model.keras"):
         output = tmp_path / f"{name}.json"
-        call("evaluate", f"--model={made / name}", images, f"--output={output}", "--ks=1,3", "--map_ks=2,1000")
+        more = (f"--report={tmp_path / f'{name}.html'}", f"--projector={tmp_path / f'{name}_projector'}")
+        call("evaluate", f"--model={made / name}", images, f"--output={output}", "--ks=1,3", "--map_ks=2,1000", *more)
         results[name] = read_json(output)
+        # Files are named below the folder of the data: a report may be passed on.
+        projector = [path.read_text() for path in (tmp_path / f"{name}_projector").glob("*.tsv")]
+        for text in ((tmp_path / f"{name}.html").read_text(), output.read_text(), *projector):
+            assert str(made) not in text
+            assert str(tmp_path) not in text
+        assert 'title="c1/0.png"' in (tmp_path / f"{name}.html").read_text()
     items = s2sd_tf.serving.list_images(made / "images")
     s2sd_tf.serving.embed_images(
         items, s2sd_tf.serving.Encoder(made / "encoder"), str(tmp_path / "emb"), progress=False
@@ -158,6 +165,29 @@ def test_an_image_in_queries_and_gallery_does_not_find_itself(call, made, tmp_pa
     others = f"--gallery_embeddings={tmp_path / 'a.npz'}"
     assert call("evaluate", *given, others, "--same_ids").stdout == call("evaluate", *given).stdout
     assert call("evaluate", *given, others).stdout.splitlines()[2].split()[1] == "100.0"
+
+
+def test_absolute_ids_are_shown_below_the_folder_of_the_images(made):
+    rows = np.random.default_rng(0).normal(size=(8, 3))
+    root = made / "images"
+    ids = [str(root / f"c{i % 4}" / f"{i % 5}.png") for i in range(8)]
+    np.savez(made / "absolute.npz", embeddings=rows, labels=np.arange(8) % 4, ids=ids)
+    given = str(made / "absolute.npz")
+    shown = [name[len(str(root)) + 1 :] for name in ids]
+    for folder in (str(root), None):
+        queries, gallery, same = evaluated.embeddings((given, None, folder), None)
+        assert (queries.ids, gallery, same) == (shown, None, {})
+    # Whether they are the same image depends on the whole path.
+    np.savez(made / "other.npz", embeddings=rows, labels=np.arange(8) % 4, ids=["/elsewhere" + name for name in ids])
+    for name, count in (("absolute", 8), ("other", 16)):
+        _, gallery, same = evaluated.embeddings(
+            (given, None, None), (str(made / f"{name}.npz"), None, None), same_ids=True
+        )
+        assert gallery.ids == shown
+        assert len(np.unique([*same["query_ids"], *same["gallery_ids"]])) == count
+    assert queries.image is None
+    queries, _, _ = evaluated.embeddings((given, None, str(root)), None)
+    assert queries.image(3).shape == (9, 9, 3)
 
 
 def test_label_files_and_rows_without_a_label(tmp_path, caplog):
