@@ -25,8 +25,8 @@ _POINTS, _OF_CLASS, _NEAR = 3000, 20, 8
 _PICTURES, _SIDE = 6000, 48
 # The size of the file with all pictures, and the quality it is written with: the first that makes it small enough.
 _BYTES, _QUALITIES = 5_000_000, (80, 60, 40, 20, 8)
-# The longest text of an id or a name.
-_TEXT = 200
+# The longest text of an id, and of the name of a class.
+_ID, _NAME = 120, 200
 
 
 class EmbeddingMap(NamedTuple):
@@ -81,10 +81,10 @@ def embedding_map(
         "similarities": similarities,
         "quality": [_percent(value) for value in result.values["map@r"][points].tolist()],
         "classes": classes,
-        "ids": [_text(images.id(position)) for images, position in items],
+        "ids": [_text(images.id(position), _ID) for images, position in items],
         "cells": cells,
         "side": _SIDE,
-        "names": [_text(names[code]) for code in range(len(codes))],
+        "names": [_text(names[code], _NAME) for code in range(len(codes))],
         "colors": [to_hex(color) for color in hues(shown)],
     }
     return EmbeddingMap(
@@ -177,6 +177,6 @@ def _percent(value):
     return None if math.isnan(value) else round(100 * value, 1)
 
 
-def _text(text):
+def _text(text, length):
     # Names of files may have bytes that are not UTF-8.
-    return shortened(text, _TEXT).encode(errors="backslashreplace").decode()
+    return shortened(text, length).encode(errors="backslashreplace").decode()

@@ -22,7 +22,7 @@ from s2sd_tf.reporting.pictures import QUERY, RIGHT, WRONG, of_different_classes
 # Metrics that are not percentages.
 _NOT_PERCENT = ("intra", "inter", "ratio", "rho", "threshold")
 # The most queries in a section, classes, and characters of the name of a class, where it is shown and as a tooltip.
-_QUERIES, _CLASSES, _NAME, _TEXT = 5, 20_000, 48, 200
+_QUERIES, _CLASSES, _NAME, _TEXT = 5, 15_000, 48, 200
 
 
 def save_report(
@@ -48,8 +48,9 @@ def save_report(
     The map shows up to 3,000 queries in two dimensions (t-SNE): to zoom into, to filter by class, to search by class
     and id, with a picture of what the reader points at, and the neighbours of what they click on. It is drawn by Bokeh,
     whose 1.4 MB of JavaScript are in the page. Of more queries it shows a sample, and says so: up to 20 of a class, or
-    more of few classes; if these are still too many, of some of the classes. The page stays below 20 MB, of any number
-    of queries and classes; above 20,000 classes, the table has the best and the worst of them.
+    more of few classes; if these are still too many, of some of the classes. The page stays below 20 MB for any number
+    of queries and classes, if most names are in Latin letters; of more than 15,000 classes, the table has the best and
+    the worst.
 
     Args:
         path: file to write, atomically.
