@@ -115,7 +115,7 @@ def test_evaluating_models_and_embeddings_gives_the_same(call, made, tmp_path):
             more += (f"--report={tmp_path / 'report.html'}", f"--projector={tmp_path / 'projector'}")
         call("evaluate", f"--embeddings={tmp_path / name}", *more, f"--output={output}", "--ks=1,3", "--map_ks=2,1000")
         results[name] = read_json(output)
-    assert "data:image" not in (tmp_path / "report.html").read_text()
+    assert '<img src="data:image' not in (tmp_path / "report.html").read_text()
     assert (tmp_path / "projector" / "vectors.tsv").exists()
     expected = evaluation.retrieval_metrics(rows[:], np.repeat(np.arange(4), 5), ks=(1, 3), map_ks=(2, 1000))
     for result in results.values():
