@@ -315,7 +315,7 @@ def _facts(queries, gallery):
     now = datetime.datetime.now(datetime.timezone.utc)
     facts, config, data = {}, {}, _base(_IMAGES.value or _EMBEDDINGS.value or "")
     if _WORKDIR.value:
-        config = _without_folders(stored_config(os.path.join(_WORKDIR.value, "config.json")))
+        config = _without_folders(_used(stored_config(os.path.join(_WORKDIR.value, "config.json"))))
         facts["model"] = f"{config['model']['backbone']}, {queries.rows.shape[1]} dimensions"
         facts["run"] = _base(_WORKDIR.value)
         record = os.path.join(_WORKDIR.value, "run.json")
@@ -334,10 +334,26 @@ def _counts(images):
     return f"{len(images.labels):,} images of {len(np.unique(images.labels)):,} classes"
 
 
+def _used(config):
+    """A config without the settings of the data sets, samplers, objectives and miners that it does not name."""
+
+    def kept(section, names):
+        return {key: value for key, value in section.items() if not isinstance(value, dict) or key in names}
+
+    def texts(sections):
+        return {str(text) for section in sections if isinstance(section, dict) for text in section.values()}
+
+    names = texts(config.values())
+    used = {**config, **{part: kept(config[part], names) for part in ("data", "sampler", "objective")}}
+    return {**used, "miner": kept(config["miner"], texts(used["objective"].values()))}
+
+
 def _without_folders(value):
     """Replaces absolute paths, which are nobody else's business, by the names of the files."""
     if isinstance(value, dict):
         return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(item) for item in value]
     return _base(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
