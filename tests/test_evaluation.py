@@ -791,6 +791,8 @@ def test_pictures(tmp_path):
     labels, found = np.array([0, 0, 1, 1, 2, 2]), np.array([[1, 2], [0, -1], [3, 0], [2, 1], [5, 0], [4, 0]])
     queries = choose_queries(labels, found, 4)
     assert len(set(queries)) == 4
+    assert set(labels[queries]) == {0, 1, 2}
+    assert set(labels[choose_queries(labels, found, 3, seed=1)]) == {0, 1, 2}
     names = [["zero", "one", "a long name of a class"][label] for label in labels]
     rows = np.concatenate([queries[:, None], found[queries]], axis=1)
     save_gallery(tmp_path / "gallery.png", images, rows, names, "title")

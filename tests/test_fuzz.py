@@ -816,7 +816,7 @@ class TestPaths:
                 "summary.json", lambda path: serving.embed_images(items, encoder, path, progress=False),
             ),
             ("save_curves", "path"): ("", lambda path: reporting.save_curves(path, {"x": {"y": ([1, 2], [1, 2])}})),
-            ("save_matches", "path"): ("", lambda path: reporting.save_matches(path, [[(np.ones((4, 4)), "x")]])),
+            ("save_matches", "path"): ("", lambda path: reporting.save_matches(path, [[(np.ones((4, 4)), "x", None)]])),
             ("write_json", "path"): ("", lambda path: write_json(path, 1)),
         }  # fmt: skip
 

@@ -92,8 +92,15 @@ def test_evaluating_models_and_embeddings_gives_the_same(call, made, tmp_path):
     results = {}
     for name in ("encoder", "model.keras"):
         output = tmp_path / f"{name}.json"
-        call("evaluate", f"--model={made / name}", images, f"--output={output}", "--ks=1,3", "--map_ks=2,1000")
+        more = (f"--report={tmp_path / f'{name}.html'}", f"--projector={tmp_path / f'{name}_projector'}")
+        call("evaluate", f"--model={made / name}", images, f"--output={output}", "--ks=1,3", "--map_ks=2,1000", *more)
         results[name] = read_json(output)
+        # Files are named below the folder of the data: a report may be passed on.
+        projector = [path.read_text() for path in (tmp_path / f"{name}_projector").glob("*.tsv")]
+        for text in ((tmp_path / f"{name}.html").read_text(), output.read_text(), *projector):
+            assert str(made) not in text
+            assert str(tmp_path) not in text
+        assert 'title="c1/0.png"' in (tmp_path / f"{name}.html").read_text()
     items = s2sd_tf.serving.list_images(made / "images")
     s2sd_tf.serving.embed_images(
         items, s2sd_tf.serving.Encoder(made / "encoder"), str(tmp_path / "emb"), progress=False
@@ -108,7 +115,7 @@ def test_evaluating_models_and_embeddings_gives_the_same(call, made, tmp_path):
             more += (f"--report={tmp_path / 'report.html'}", f"--projector={tmp_path / 'projector'}")
         call("evaluate", f"--embeddings={tmp_path / name}", *more, f"--output={output}", "--ks=1,3", "--map_ks=2,1000")
         results[name] = read_json(output)
-    assert "data:image" not in (tmp_path / "report.html").read_text()
+    assert '<img src="data:image' not in (tmp_path / "report.html").read_text()
     assert (tmp_path / "projector" / "vectors.tsv").exists()
     expected = evaluation.retrieval_metrics(rows[:], np.repeat(np.arange(4), 5), ks=(1, 3), map_ks=(2, 1000))
     for result in results.values():
@@ -166,6 +173,29 @@ def test_an_image_in_queries_and_gallery_does_not_find_itself(call, made, tmp_pa
     assert call("evaluate", *given, others).stdout.splitlines()[2].split()[1] == "100.0"
 
 
+def test_absolute_ids_are_shown_below_the_folder_of_the_images(made):
+    rows = np.random.default_rng(0).normal(size=(8, 3))
+    root = made / "images"
+    ids = [str(root / f"c{i % 4}" / f"{i % 5}.png") for i in range(8)]
+    np.savez(made / "absolute.npz", embeddings=rows, labels=np.arange(8) % 4, ids=ids)
+    given = str(made / "absolute.npz")
+    shown = [name[len(str(root)) + 1 :] for name in ids]
+    for folder in (str(root), None):
+        queries, gallery, same = evaluated.embeddings((given, None, folder), None)
+        assert (queries.ids, gallery, same) == (shown, None, {})
+    # Whether they are the same image depends on the whole path.
+    np.savez(made / "other.npz", embeddings=rows, labels=np.arange(8) % 4, ids=["/elsewhere" + name for name in ids])
+    for name, count in (("absolute", 8), ("other", 16)):
+        _, gallery, same = evaluated.embeddings(
+            (given, None, None), (str(made / f"{name}.npz"), None, None), same_ids=True
+        )
+        assert gallery.ids == shown
+        assert len(np.unique([*same["query_ids"], *same["gallery_ids"]])) == count
+    assert queries.image is None
+    queries, _, _ = evaluated.embeddings((given, None, str(root)), None)
+    assert queries.image(3).shape == (9, 9, 3)
+
+
 def test_label_files_and_rows_without_a_label(tmp_path, caplog):
     generator = np.random.default_rng(0)
     labels = np.repeat(["a", "b", "c"], 4)
@@ -176,10 +206,10 @@ def test_label_files_and_rows_without_a_label(tmp_path, caplog):
     loose = np.insert(rows, [0, 7], generator.normal(size=(2, 5)), axis=0)
     np.savez(tmp_path / "loose.npz", embeddings=loose, labels=np.insert(labels, [0, 7], "").astype(bytes),
              ids=np.insert(np.arange(12).astype("U9"), [0, 7], ["one.png", "two.png"]))  # fmt: skip
-    clean, _ = evaluated.embeddings((str(tmp_path / "clean.npz"), None, None), None)
+    clean, *_ = evaluated.embeddings((str(tmp_path / "clean.npz"), None, None), None)
     for path, file in (("rows.npy", str(tmp_path / "labels.txt")), ("loose.npz", None)):
         with caplog.at_level("WARNING"):
-            found, _ = evaluated.embeddings((str(tmp_path / path), file, None), None)
+            found, *_ = evaluated.embeddings((str(tmp_path / path), file, None), None)
         np.testing.assert_array_equal(found.rows, clean.rows)
         np.testing.assert_array_equal(found.labels, clean.labels)
         assert found.names == clean.names == {0: "a", 1: "b", 2: "c"}
@@ -189,7 +219,8 @@ def test_label_files_and_rows_without_a_label(tmp_path, caplog):
     # Whole numbers are the same label in every type.
     np.savez(tmp_path / "ints.npz", embeddings=rows, labels=np.arange(12) // 4)
     np.savez(tmp_path / "floats.npz", embeddings=rows, labels=np.arange(12) // 4 * 1.0)
-    one, other = evaluated.embeddings(*((str(tmp_path / f"{name}.npz"), None, None) for name in ("ints", "floats")))
+    one, other, same = evaluated.embeddings(*((str(tmp_path / f"{n}.npz"), None, None) for n in ("ints", "floats")))
+    assert same == {}
     np.testing.assert_array_equal(one.labels, other.labels)
     np.savez(tmp_path / "none.npz", embeddings=rows, labels=[""] * 12)
     with pytest.raises(ValueError, match="labels: expected rows with a label"):

@@ -114,7 +114,16 @@ class TestARun:
 
     def test_evaluate_and_export(self, call, finished, tmp_path):
         workdir = finished[0]
-        output = call("evaluate", f"--workdir={workdir}", "--ks=1,3", f"--output={tmp_path / 'metrics.json'}").stdout
+        files = (f"--output={tmp_path / 'metrics.json'}", f"--report={tmp_path / 'report.html'}")
+        output = call("evaluate", f"--workdir={workdir}", "--ks=1,3", *files).stdout
+        page = (tmp_path / "report.html").read_text()
+        config = read_json(workdir / "config.json")
+        assert f"<dt>model</dt><dd>conv_blocks, {config['model']['embedding_dim']} dimensions</dd>" in page
+        assert "<dt>data.name</dt><dd>digits</dd>" in page
+        # Only what the run used, and no paths.
+        assert "data.folder" not in page
+        assert str(workdir.parent) not in page
+        assert "rho: how unevenly" in output
         found = read_json(tmp_path / "metrics.json")
         exact = read_json(workdir / "results.json")["test"]["exact"]
         assert found["exact"]["recall@1"] == pytest.approx(exact["recall@1"])

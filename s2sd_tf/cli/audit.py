@@ -73,7 +73,7 @@ def _main(_):
     check_replaceable("--output", _OUTPUT.value, SUMMARY)
     gallery_files = (_GALLERY_EMBEDDINGS.value, _GALLERY_LABELS.value, _GALLERY_IMAGES.value)
     with only_writer("--output", _OUTPUT.value):
-        images, gallery = evaluated.embeddings(
+        images, gallery, _ = evaluated.embeddings(
             (_EMBEDDINGS.value, _LABELS.value, _IMAGES.value),
             gallery_files if _GALLERY_EMBEDDINGS.value else None,
             labeled_gallery=False,

@@ -13,14 +13,20 @@ Examples:
   s2sd-evaluate --workdir=runs/nested --dims=8,16,32,64 --dims_plot=dims.png
 """
 
+import datetime
 import os
+import textwrap
 from typing import Any
 
 import numpy as np
 from absl import flags
 
+import s2sd_tf
 from s2sd_tf.cli import app, configs
 from s2sd_tf.cli.tables import dims_table, metrics_table, thresholds_table
+
+# The metrics that are explained where they are printed.
+_EXPLAINED = ("ratio", "rho", "f1")
 
 _WORKDIR = app.define_path("workdir", None, "Folder of a finished run, whose model is evaluated on its test classes.")
 _MODEL = app.define_path("model", None, "SavedModel of s2sd-export, or a .keras file next to its preprocessing.json.")
@@ -110,6 +116,7 @@ def _main(_):
     from s2sd_tf.progress import stage
     from s2sd_tf.reporting import save_figure, save_projector
     from s2sd_tf.reporting.charts import dimension_figure
+    from s2sd_tf.reporting.meanings import meanings
 
     chosen = [flag.name for flag in (_WORKDIR, _MODEL, _EMBEDDINGS) if flag.value]
     if len(chosen) != 1:
@@ -139,14 +146,13 @@ def _main(_):
         # Before the embedding, which takes long.
         import_scann()
     configs.register(_REGISTER)
-    queries, gallery = _inputs(chosen[0], dims)
+    queries, gallery, ids = _inputs(chosen[0], dims)
     has_levels = None not in [part.super_classes for part in (queries, gallery or queries)]
     if _LEVELS.value and not has_levels:
         raise ValueError("--levels: expected classes that have super-classes. Received: classes without")
     postprocessed.check(_POSTPROCESS.value, gallery is not None, bool(_TRAINING_EMBEDDINGS.value))
     whitening = postprocessed.fitted(_TRAINING_EMBEDDINGS.value, queries.rows.shape[1])
     metrics = _METRICS.value or ["cosine", *([] if _is_unit(queries.rows) else ["euclidean"])]
-    ids = {} if gallery is None else _shared_ids(queries, gallery)
     others = {} if gallery is None else {"gallery": gallery.rows, "gallery_labels": gallery.labels}
     settings: dict[str, Any] = {"ks": ks, "precision_ks": precision_ks, "map_ks": map_ks, "memory_mib": _MEMORY.value}
     results: dict[str, dict[str, float]] = {}
@@ -202,6 +208,7 @@ def _main(_):
         f"{metric}: " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()) for metric, row in space.items()
     )
     print("\n" + "\n".join(lines))
+    print("\n".join(textwrap.fill(text, 118, subsequent_indent="  ") for text in meanings(_EXPLAINED)))
     if levels:
         print(f"\nLevels, {metrics[0]}: ndcg {100 * levels['ndcg']:.1f}, h_ap {100 * levels['h_ap']:.1f}")
         print(metrics_table({name: _of_level(levels, number) for number, name in ((1, "super-class"), (2, "class"))}))
@@ -237,7 +244,8 @@ def _inputs(chosen, dims):
     if chosen == "model":
         return evaluated.model(_MODEL.value, _IMAGES.value, _GALLERY_IMAGES.value, dims)
     gallery = _GALLERY_EMBEDDINGS.value and (_GALLERY_EMBEDDINGS.value, _GALLERY_LABELS.value, _GALLERY_IMAGES.value)
-    return evaluated.embeddings((_EMBEDDINGS.value, _LABELS.value, _IMAGES.value), gallery, dims)
+    queries = (_EMBEDDINGS.value, _LABELS.value, _IMAGES.value)
+    return evaluated.embeddings(queries, gallery, dims, same_ids=_SAME_IDS.value)
 
 
 def _levels(queries, gallery, ids, ks, metric):
@@ -305,14 +313,6 @@ def _details(result, queries, pairs):
     return {"verification": verification, "intervals": intervals, "per_class": per_class}
 
 
-def _shared_ids(queries, gallery):
-    """Returns arguments by which an image in both sets (same file or id) does not find itself."""
-    if queries.ids is None or gallery.ids is None or (_EMBEDDINGS.value and not _SAME_IDS.value):
-        return {}
-    codes = np.unique([*queries.ids, *gallery.ids], return_inverse=True)[1]
-    return {"query_ids": codes[: len(queries.ids)], "gallery_ids": codes[len(queries.ids) :]}
-
-
 def _report(queries, gallery, ids, result, results, more, metric, by_dim, pairs):
     from s2sd_tf import evaluation
     from s2sd_tf.reporting import save_report
@@ -326,7 +326,7 @@ def _report(queries, gallery, ids, result, results, more, metric, by_dim, pairs)
         rows.setdefault("exact" if kind == metric else f"exact, {kind}", {}).update(values)
     for kind, values in pairs.items():
         rows["exact" if kind == metric else f"exact, {kind}"].update(values.values)
-    about = _WORKDIR.value or _MODEL.value or _EMBEDDINGS.value
+    facts, config = _facts(queries, gallery)
     save_report(
         _REPORT.value,
         result,
@@ -334,12 +334,68 @@ def _report(queries, gallery, ids, result, results, more, metric, by_dim, pairs)
         queries,
         gallery,
         title="Retrieval evaluation",
-        about=f"{os.path.basename(os.path.normpath(about))}, {queries.rows.shape[1]} dimensions",
+        about=f"{_base(_WORKDIR.value or _MODEL.value or _EMBEDDINGS.value)}, {queries.rows.shape[1]} dimensions",
         table=rows,
         dims=by_dim,
         verification=pairs.get(metric),
+        facts=facts,
+        config=config,
         seed=_SEED.value,
     )
+
+
+def _facts(queries, gallery):
+    """What the report says of the model, the date and the data, and the config of a run. Paths lose their folders."""
+    from s2sd_tf.training.workdir import stored_config
+    from s2sd_tf.untrusted import read_json_object
+
+    now = datetime.datetime.now(datetime.timezone.utc)
+    facts, config, data = {}, {}, _base(_IMAGES.value or _EMBEDDINGS.value or "")
+    if _WORKDIR.value:
+        config = _without_folders(_used(stored_config(os.path.join(_WORKDIR.value, "config.json"))))
+        facts["model"] = f"{config['model']['backbone']}, {queries.rows.shape[1]} dimensions"
+        facts["run"] = _base(_WORKDIR.value)
+        record = os.path.join(_WORKDIR.value, "run.json")
+        if os.path.exists(record):
+            started = str(read_json_object(record).get("sessions", [{}])[0].get("time", ""))
+            facts["trained"] = f"{started[:10]}, {config['train']['epochs']} epochs"
+        data = f"{config['data']['name']}{config['data']['root'] and ', ' + config['data']['root']}"
+    elif _MODEL.value:
+        facts["model"] = f"{_base(_MODEL.value)}, {queries.rows.shape[1]} dimensions"
+    facts["data"] = f"{data}: {_counts(queries)}" + (f"; gallery: {_counts(gallery)}" if gallery else "")
+    facts["evaluated"] = f"{now:%Y-%m-%d %H:%M} UTC, by s2sd_tf {s2sd_tf.__version__}"
+    return facts, config
+
+
+def _counts(images):
+    return f"{len(images.labels):,} images of {len(np.unique(images.labels)):,} classes"
+
+
+def _used(config):
+    """A config without the settings of the data sets, samplers, objectives and miners that it does not name."""
+
+    def kept(section, names):
+        return {key: value for key, value in section.items() if not isinstance(value, dict) or key in names}
+
+    def texts(sections):
+        return {str(text) for section in sections if isinstance(section, dict) for text in section.values()}
+
+    names = texts(config.values())
+    used = {**config, **{part: kept(config[part], names) for part in ("data", "sampler", "objective")}}
+    return {**used, "miner": kept(config["miner"], texts(used["objective"].values()))}
+
+
+def _without_folders(value):
+    """Replaces absolute paths, which are nobody else's business, by the names of the files."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_folders(item) for item in value]
+    return _base(value) if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def _base(path):
+    return os.path.basename(os.path.normpath(path))
 
 
 def _finite(value):

@@ -1,7 +1,9 @@
 """What `s2sd-evaluate` and `s2sd-audit` work on: embeddings of a run, of images, or from files."""
 
 import os
+import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -22,7 +24,24 @@ from s2sd_tf.training.embedding import embed
 from s2sd_tf.training.record import check_data
 
 
-def run(workdir: str, dims: Sequence[int] = ()) -> tuple[EmbeddedImages, EmbeddedImages | None]:
+class Evaluated(NamedTuple):
+    """Queries, and the gallery that they search in.
+
+    Ids are made to be shown: no absolute paths, but paths below the folder of the data.
+
+    Attributes:
+        queries: the queries.
+        gallery: the gallery; None: the queries search among themselves.
+        same: the arguments `query_ids` and `gallery_ids` of a search, by which an image that is in both does not find
+            itself; empty if there is nothing to exclude.
+    """
+
+    queries: EmbeddedImages
+    gallery: EmbeddedImages | None
+    same: dict[str, np.ndarray]
+
+
+def run(workdir: str, dims: Sequence[int] = ()) -> Evaluated:
     """Embeds the test images of a finished run, and its gallery if it has one.
 
     Raises:
@@ -37,13 +56,13 @@ def run(workdir: str, dims: Sequence[int] = ()) -> tuple[EmbeddedImages, Embedde
         except ValueError as error:
             logging.warning("%s. Evaluating the data as they are now.", error)
     sets = [images for images in (run_data.test, run_data.gallery) if images is not None]
-    parts = [_part(embed(model, images, preprocessing), images) for images in sets]
-    return parts[0], parts[1] if len(parts) > 1 else None
+    return _evaluated(
+        [_part(embed(model, images, preprocessing), images, config.data.root) for images in sets],
+        [_files(images) for images in sets],
+    )
 
 
-def model(
-    path: str, images: str | None, gallery_images: str | None, dims: Sequence[int] = ()
-) -> tuple[EmbeddedImages, EmbeddedImages | None]:
+def model(path: str, images: str | None, gallery_images: str | None, dims: Sequence[int] = ()) -> Evaluated:
     """Embeds class folders with a SavedModel or a `.keras` file.
 
     Raises:
@@ -52,13 +71,14 @@ def model(
     """
     if not images:
         raise ValueError("--images: expected a folder of class folders, with --model. Received: none")
-    folders = [load_image_folder(root) for root in (images, gallery_images) if root]
+    roots = [root for root in (images, gallery_images) if root]
+    folders = [load_image_folder(root) for root in roots]
     names = sorted({name for folder in folders for name in folder.class_names})
     if not path.endswith(".keras"):
         with progress.stage("Loading the model"):
             encoder = Encoder(path)
         _check_dims(dims, encoder.dims)
-        parts = [_part(_embed_files(encoder, folder), folder, names) for folder in folders]
+        rows = [_embed_files(encoder, folder) for folder in folders]
     else:
         settings = os.path.join(os.path.dirname(path), "preprocessing.json")
         for name in (path, settings):
@@ -68,8 +88,10 @@ def model(
                 )
         loaded, preprocessing = load_model(path), Preprocessing.load(settings)
         _check_dims(dims, _trained_dims(loaded))
-        parts = [_part(embed(loaded, folder, preprocessing), folder, names) for folder in folders]
-    return parts[0], parts[1] if len(parts) > 1 else None
+        rows = [embed(loaded, folder, preprocessing) for folder in folders]
+    return _evaluated(
+        [_part(*part, names) for part in zip(rows, folders, roots)], [_files(folder) for folder in folders]
+    )
 
 
 def _trained_dims(model):
@@ -93,15 +115,40 @@ def _embed_files(encoder, images, batch=64):
     return np.concatenate(rows)
 
 
-def _part(rows, images, names=None):
+def _part(rows, images, root, names=None):
     """Makes `EmbeddedImages` of an `ImageSet`; the labels are positions in `names`."""
     names = list(names or images.class_names)
     position = np.array([names.index(name) for name in images.class_names])
     shown = {"pixels": lambda i: images.images[i], "paths": lambda i: read_image(str(images.images[i]))}
     image = shown.get(images.kind, lambda i: decode_image(images.encoded(i)))
-    ids = [os.path.realpath(path) for path in images.images] if images.kind == "paths" else None
+    ids = _below(images.images.tolist(), root) if images.kind == "paths" else None
     above = dict(zip(position.tolist(), images.super_classes)) or None
     return EmbeddedImages(rows, position[images.labels], dict(enumerate(names)), ids, image, above)
+
+
+def _evaluated(parts, ids):
+    """`Evaluated` of one or two `EmbeddedImages`. `ids` has what identifies the images of each, or None."""
+    if len(parts) < 2:
+        return Evaluated(parts[0], None, {})
+    if None in ids:
+        return Evaluated(parts[0], parts[1], {})
+    codes = np.unique([*ids[0], *ids[1]], return_inverse=True)[1]
+    same = {"query_ids": codes[: len(ids[0])], "gallery_ids": codes[len(ids[0]) :]}
+    return Evaluated(parts[0], parts[1], same)
+
+
+def _files(images):
+    """The files of an `ImageSet`, None if it has none. Those of a link are those that it leads to."""
+    return [os.path.realpath(path) for path in images.images.tolist()] if images.kind == "paths" else None
+
+
+def _below(paths, root):
+    """Paths relative to `root` if all are in it, else to the folder that they have in common."""
+    paths = [pathlib.Path(os.path.abspath(path)) for path in paths]
+    folder = pathlib.Path(os.path.abspath(root or os.sep))
+    if not root or not all(path.is_relative_to(folder) for path in paths):
+        folder = pathlib.Path(os.path.commonpath([path.parent for path in paths] or [os.sep]))
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def embeddings(
@@ -109,7 +156,8 @@ def embeddings(
     gallery: tuple[str, str | None, str | None] | None,
     dims: Sequence[int] = (),
     labeled_gallery: bool = True,
-) -> tuple[EmbeddedImages, EmbeddedImages | None]:
+    same_ids: bool = False,
+) -> Evaluated:
     """Reads embeddings of queries and gallery. Leaves out rows without a label, with a warning.
 
     Args:
@@ -117,6 +165,7 @@ def embeddings(
         gallery: the same for the gallery, or None.
         dims: dimensions that the embeddings must have as prefixes.
         labeled_gallery: whether the gallery needs labels; if not, none of its rows is left out.
+        same_ids: whether equal ids in queries and gallery mean the same image.
 
     Raises:
         ValueError: no labels, a wrong number of them, or fewer dimensions.
@@ -148,10 +197,17 @@ def embeddings(
     parts, start = [], 0
     by_label, above = dict(enumerate(names.tolist())), dict(enumerate(super_classes_in(names.tolist()))) or None
     for rows, row_labels, ids, root in read:
-        image = _under(root, ids) if root and ids else None
-        parts.append(EmbeddedImages(rows, codes[start : start + len(row_labels)], by_label, ids, image, above))
+        shown = _without_absolute(ids, root)
+        image = _under(root, shown) if root and ids else None
+        parts.append(EmbeddedImages(rows, codes[start : start + len(row_labels)], by_label, shown, image, above))
         start += len(row_labels)
-    return parts[0], parts[1] if len(parts) > 1 else None
+    return _evaluated(parts, [ids if same_ids else None for _, _, ids, _ in read])
+
+
+def _without_absolute(ids, root):
+    """Ids, in which absolute paths are replaced by those below the folder of the images."""
+    absolute = [name for name in ids or () if os.path.isabs(name)]
+    return [*map(dict(zip(absolute, _below(absolute, root))).get, ids, ids)] if absolute else ids
 
 
 def _under(root, ids):

@@ -72,12 +72,9 @@ def _main(_):
         answers.append({"query": path, "matches": matches})
     if _PICTURE.value:
         pictures = [
-            [(read_image(answer["query"]), "query")]
+            [(read_image(answer["query"]), "query", None)]
             + [
-                (
-                    read_image_under(_IMAGES.value, match["id"]),
-                    f"{match['similarity']:.3f} {match.get('label', '')}",
-                )
+                (read_image_under(_IMAGES.value, match["id"]), match.get("label") or match["id"], match["similarity"])
                 for match in answer["matches"]
             ]
             for answer in answers

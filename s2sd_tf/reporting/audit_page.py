@@ -7,10 +7,11 @@ from typing import Any
 from s2sd_tf.evaluation.dataset_audit import Audit
 from s2sd_tf.reporting.embedded_images import EmbeddedImages
 from s2sd_tf.reporting.page import figure, joined, part, section, write_page
-from s2sd_tf.reporting.pictures import QUERY, RIGHT, WRONG
+from s2sd_tf.reporting.pictures import QUERY, RIGHT, WRONG, shortened
 
-# The most entries in a section, neighbours of an image, and images of a group.
-_SHOWN, _NEIGHBORS, _OF_GROUP = 20, 8, 6
+# The most entries in a section, neighbours of an image, images of a group, and characters of the name of one of two
+# classes.
+_SHOWN, _NEIGHBORS, _OF_GROUP, _OF_TWO = 20, 8, 6, 34
 _GROUPS = ("#1f5fa8", "#d1701f")
 
 
@@ -54,7 +55,7 @@ def _counts(summary):
         part("line", metric=name.replace("_", " "), cells=part("cell", value=f"{count:,}"), interval="")
         for name, count in rows.items()
     )
-    return part("dims", columns=part("column", name="count"), lines=lines)
+    return part("table", heading="what", columns=part("column", name="count"), lines=lines)
 
 
 def _listed(heading, text, entries, show, around=joined):
@@ -79,7 +80,7 @@ def _pair(pairs, i, images, others):
     one, other = images.name(images.labels[first]), others.name(others.labels[second])
     kind = "exact" if pairs.equal[i] else f"{pairs.similarities[i]:.4f}"
     color = RIGHT if one == other else WRONG
-    return _in_row([figure(images, first, QUERY, one), figure(others, second, color, f"{kind} {other}")])
+    return _in_row([figure(images, first, QUERY, one), figure(others, second, color, other, kind)])
 
 
 def _label_errors(found, images, label_score):
@@ -88,8 +89,10 @@ def _label_errors(found, images, label_score):
     def show(i):
         item, label = chosen[i], images.labels[chosen[i]]
         suggested = images.name(found.suggested_labels[item])
-        caption = f"{images.name(label)}: {suggested}? {found.label_scores[item]:.2f}"
-        figures = [figure(images, item, QUERY, caption)]
+        name, short = (
+            f"{cut(images.name(label))}: {cut(suggested)}?" for cut in (str, lambda name: shortened(name, _OF_TWO))
+        )
+        figures = [figure(images, item, QUERY, name, f"{found.label_scores[item]:.2f}", short)]
         for other in found.neighbors.indices[item, :_NEIGHBORS].tolist():
             if other >= 0:
                 its_label = images.labels[other]
@@ -107,8 +110,9 @@ def _confusions(found, images):
     pairs = found.confusions
 
     def show(i):
-        name = f"{images.name(pairs.first[i])} / {images.name(pairs.second[i])}"
-        return part("bar", name=name, percent=f"{100 * pairs.shares[i]:.1f}")
+        both = images.name(pairs.first[i]), images.name(pairs.second[i])
+        short = " / ".join(shortened(name, _OF_TWO) for name in both)
+        return part("bar", name=" / ".join(both), short=short, percent=f"{100 * pairs.shares[i]:.1f}")
 
     text = "Percentage of the neighbours of one class that are of the other, mean of both directions."
     return _listed("Confused classes", text, pairs.shares, show, _in_bars)
@@ -118,7 +122,7 @@ def _split_classes(found, images):
     def show(i):
         split = found.split_classes[i]
         figures = [
-            figure(images, int(position), color, f"{images.name(split.label)}, group {number} ({len(group):,})")
+            figure(images, int(position), color, images.name(split.label), f"group {number} ({len(group):,})")
             for number, (color, group) in enumerate(zip(_GROUPS, split.groups), 1)
             for position in group[:_OF_GROUP]
         ]
@@ -132,8 +136,8 @@ def _outliers(found, images, outlier_score):
     chosen = found.outliers(outlier_score).tolist()
 
     def show(i):
-        caption = f"{found.outlier_scores[chosen[i]]:.1f} {images.name(images.labels[chosen[i]])}"
-        return figure(images, chosen[i], QUERY, caption)
+        name, score = images.name(images.labels[chosen[i]]), f"{found.outlier_scores[chosen[i]]:.1f}"
+        return figure(images, chosen[i], QUERY, name, score)
 
     text = f"Images far from all others, by at least {outlier_score:g} robust standard deviations."
     return _listed("Outliers", text, chosen, show, _in_row)

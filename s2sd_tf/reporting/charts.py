@@ -3,7 +3,7 @@
 import io
 import math
 import xml.etree.ElementTree
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -12,7 +12,6 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
-from threadpoolctl import threadpool_limits
 
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.metrics import RetrievalResult
@@ -21,10 +20,8 @@ from s2sd_tf.evaluation.verification import VerificationResult
 
 _COLORS = ("#1f5fa8", "#d1701f")
 _FAINT, _LINE = "#666677", "#dde2e9"
-# Number of random pairs in the histogram, and the largest number of points in a map.
-_PAIRS, _POINTS = 200_000, 2000
-# Name of the SVG group with the points of a map.
-_MARKS = "marks"
+# Number of random pairs in the histogram.
+_PAIRS = 200_000
 _SPEED = "queries_per_second"
 _KINDS = ("same class", "different classes")
 
@@ -59,7 +56,7 @@ def dimension_figure(found: Mapping[int, Mapping[str, Any]]) -> Figure:
     figure = Figure(figsize=(9.2, 3.4), layout="constrained")
     for axes, columns in zip(figure.subplots(1, 2), (names, [_SPEED])):
         _style(axes)
-        for color, name in zip(_hues(len(columns)), columns):
+        for color, name in zip(hues(len(columns)), columns):
             axes.plot(dims, [found[dim][name] for dim in dims], color=color, marker="o", markersize=4, label=name)
         axes.set_xscale("log", base=2)
         axes.set_xticks(dims, [f"{dim}\n{found[dim]['bytes']:,} B" for dim in dims])
@@ -118,34 +115,6 @@ def roc_curve(result: VerificationResult) -> str:
     return _svg(figure, "receiver operating characteristic")
 
 
-def embedding_map(
-    rows: Rows, labels: np.ndarray, describe: Callable[[int], str], generator: np.random.Generator
-) -> tuple[str, str]:
-    """Draws embeddings in two dimensions.
-
-    Args:
-        rows: float rows `(n, dim)`.
-        labels: int64 `(n,)`.
-        describe: function from a position to the text shown when the reader points at that point.
-        generator: chooses the points if there are more than 2,000.
-
-    Returns:
-        `(svg, text)`: the picture and its description.
-    """
-    chosen = np.sort(generator.choice(len(labels), min(len(labels), _POINTS), replace=False))
-    flat, kind = _flat(normalized(take(rows, chosen)))
-    codes = np.unique(labels[chosen], return_inverse=True)[1]
-    # Hues a golden angle apart, so that they differ for any number of classes.
-    colors = hsv_to_rgb(np.stack([codes * 0.381966 % 1.0, np.full(len(codes), 0.7), 0.85 - codes % 3 * 0.15], axis=1))
-    figure = Figure(figsize=(8, 6))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.axis("off")
-    axes.scatter(flat[:, 0], flat[:, 1], s=14, c=colors, alpha=0.75, linewidths=0, gid=_MARKS)
-    shown = f"{len(chosen):,} of {len(labels):,} embeddings by {kind}"
-    text = f"{shown}; the color is the class. Point at one to see what it is."
-    return _svg(figure, "map of embeddings", [describe(position) for position in chosen]), text
-
-
 def _histograms(found, edges):
     """`(figure, axes)` with a histogram for each name of `found`, of counts `(bins,)` as shares."""
     figure, axes = _figure()
@@ -187,22 +156,6 @@ def _similarities(rows, one, other, block=4096):
     return np.concatenate(found)
 
 
-def _flat(rows):
-    """Projects unit rows to two dimensions: `(points, kind)`, an array `(n, 2)` and the name of the method."""
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    # t-SNE is undefined if all rows are equal.
-    if len(rows) >= 10 and rows.shape[1] > 2 and rows.std(axis=0).max() > 1e-6:
-        perplexity = min(30.0, (len(rows) - 1) / 3)
-        # Threads wait for each other a thousand times. On a busy machine they wait many times longer than they work.
-        with threadpool_limits(1):
-            flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine").fit_transform(rows)
-        return np.nan_to_num(flat), "t-SNE"
-    flat = PCA(min(2, *rows.shape)).fit_transform(rows)
-    return np.nan_to_num(np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))), "principal components"
-
-
 def _figure():
     figure = Figure(figsize=(4.6, 2.5), layout="constrained")
     axes = figure.add_subplot()
@@ -220,18 +173,19 @@ def _style(axes):
         axis.label.set(color=_FAINT, fontsize=8)
 
 
-def _hues(count):
-    """Colors that differ, `(count, 3)`."""
-    return hsv_to_rgb(np.stack([np.arange(count) * 0.381966 % 1.0, np.full(count, 0.7), np.full(count, 0.7)], axis=1))
+def hues(count: int) -> np.ndarray:
+    """Colors that differ, RGB in [0, 1], float64 `(count, 3)`."""
+    codes = np.arange(count)
+    # Hues a golden angle apart, so that they differ for any number of colors.
+    return hsv_to_rgb(np.stack([codes * 0.381966 % 1.0, np.full(count, 0.7), 0.85 - codes % 3 * 0.15], axis=1))
 
 
-def _svg(figure, name, titles=()):
+def _svg(figure, name):
     """Converts a figure to an SVG element that does not affect the page around it; equal figures give equal text.
 
     Args:
         figure: matplotlib `Figure`.
         name: what it shows, for screen readers.
-        titles: tooltip of every point in the group `_MARKS`.
     """
     figure.patch.set_visible(False)
     for artist in figure.findobj():
@@ -249,13 +203,6 @@ def _svg(figure, name, titles=()):
         # It would apply to the whole page.
         for style in element.findall("style")[:1]:
             element.remove(style)
-    marks = root.find(f".//*[@id='{_MARKS}']")
-    if titles:
-        assert marks is not None
-        points = [element for element in marks.iter() if "style" in element.attrib and element.tag in ("path", "use")]
-        points = [point for point in points if point.tag == points[-1].tag]
-        for point, title in zip(points, titles, strict=True):
-            xml.etree.ElementTree.SubElement(point, "title").text = title
     # Remove ids that nothing refers to, as they would be the same in every figure. The others are digests.
     used = {value for element in root.iter() for key, value in element.attrib.items() if key == "href"}
     for element in root.iter():

@@ -33,6 +33,10 @@ class EmbeddedImages(NamedTuple):
         """The name of a class."""
         return str(int(label) if self.names is None else self.names[int(label)])
 
+    def id(self, position: int) -> str:
+        """The id of an image, or its position if there are no ids."""
+        return f"position {position}" if self.ids is None else str(self.ids[position])
+
 
 def checked_images(name: str, images: EmbeddedImages) -> EmbeddedImages:
     """Returns `EmbeddedImages` with checked rows, labels, names and ids.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from s2sd_tf.checks import check_file_to_write
@@ -37,6 +38,7 @@ def save_curves(path: str | os.PathLike, panels: Mapping[str, Mapping[str, Seque
                 axes.fill_between(x, y - band, y + band, color=color, alpha=0.15, linewidth=0)
         axes.set_title(title)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
@@ -72,31 +74,29 @@ def save_gallery(
             right = names[item] == names[items[0]]
             color = "black" if column == 0 else RIGHT if right else WRONG
             mark = "query: " if column == 0 else "" if right else "\u2717 "
-            caption = mark + _short(names[item], 12 if column == 0 else 16)
+            caption = mark + shortened(names[item], 12 if column == 0 else 16)
             pixels = (images[item] - low) / max(high - low, 1e-12)
             line.append((pixels, caption, color, 1 if column == 0 else 3))
         cells.append(line)
     _save_grid(path, cells, title)
 
 
-def save_matches(path: str | os.PathLike, rows: Sequence[Sequence[tuple[np.ndarray | None, str]]]) -> None:
-    """Writes a PNG with one query per row and its matches.
+def save_matches(
+    path: str | os.PathLike, rows: Sequence[Sequence[tuple[np.ndarray | None, str, float | None]]]
+) -> None:
+    """Writes a PNG with one query per row and its matches. Long names are shortened, similarities are not.
 
     Args:
         path: file to write.
-        rows: rows of `(image, caption)`, the query first. An image is a float array `(h, w)` or `(h, w, c)` in [0, 1],
-            or None for a blank.
+        rows: rows of `(image, name, similarity)`, the query first. An image is a float array `(h, w)` or `(h, w, c)` in
+            [0, 1], or None for a blank; the similarity of the query is None.
     """
-    _save_grid(
-        path,
-        [
-            [
-                (np.ones((8, 8)) if image is None else image, _short(caption, 22), "black", 2 if column == 0 else 0.5)
-                for column, (image, caption) in enumerate(row)
-            ]
-            for row in rows
-        ],
-    )
+
+    def cell(column, image, name, similarity):
+        caption = shortened(name, 20) if similarity is None else f"{similarity:.3f}\n{shortened(name, 20)}"
+        return np.ones((8, 8)) if image is None else image, caption, "black", 2 if column == 0 else 0.5
+
+    _save_grid(path, [[cell(column, *match) for column, match in enumerate(row)] for row in rows])
 
 
 def _save_grid(path, cells, title=""):
@@ -122,7 +122,7 @@ def _save_grid(path, cells, title=""):
 
 
 def choose_queries(labels: np.ndarray, neighbors: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Chooses queries to show, half of them with wrong neighbours if there are enough such queries.
+    """Chooses queries to show, of different classes if there are enough, half of them with wrong neighbours.
 
     Args:
         labels: integer array: the labels of the queries, followed by those of other positions in `neighbors`.
@@ -135,11 +135,27 @@ def choose_queries(labels: np.ndarray, neighbors: np.ndarray, count: int, seed: 
     """
     wrong = np.sum((labels[np.maximum(neighbors, 0)] != labels[: len(neighbors), None]) & (neighbors >= 0), axis=1)
     order = np.random.default_rng(seed).permutation(len(neighbors))
-    faulty = order[wrong[order] > 0][: count // 2]
+    faulty = of_different_classes(order[wrong[order] > 0], labels, count // 2)
     others = np.setdiff1d(order, faulty, assume_unique=True)
-    clean = np.concatenate([others[wrong[others] == 0], others[wrong[others] > 0]])[: count - len(faulty)]
-    chosen = np.concatenate([clean, faulty])
+    clean = np.concatenate([others[wrong[others] == 0], others[wrong[others] > 0]])
+    chosen = np.concatenate([of_different_classes(clean, labels, count - len(faulty), labels[faulty]), faulty])
     return chosen[np.argsort(wrong[chosen], kind="stable")]
+
+
+def of_different_classes(
+    positions: np.ndarray, labels: np.ndarray, count: int, shown: Sequence[int] | np.ndarray = ()
+) -> np.ndarray:
+    """The first `count` of `positions` that are of different classes; then others, if there are too few classes.
+
+    Args:
+        positions: integer array of positions in `labels`, the best first.
+        labels: integer array `(n,)`.
+        count: number of positions to choose; fewer if there are fewer.
+        shown: labels of classes that are taken last.
+    """
+    new = positions[~np.isin(labels[positions], shown)]
+    new = new[np.sort(np.unique(labels[new], return_index=True)[1])]
+    return np.concatenate([new, positions[~np.isin(positions, new)]])[:count]
 
 
 def as_picture(pixels: Any) -> Image.Image:
@@ -157,12 +173,21 @@ def thumbnail(pixels: Any, side: int) -> Image.Image:
     return picture
 
 
-def data_uri(pixels: Any, side: int = 112) -> str:
-    """Converts an image, as in `as_picture`, to a `data:` URI. Its longer side is resized to `side` pixels."""
+def fitted(pixels: Any, side: int) -> tuple[Image.Image, bool]:
+    """Converts an image, as in `as_picture`, and resizes its longer side to `side` pixels.
+
+    Returns:
+        `(picture, small)`: whether the image was smaller than that, in which case its pixels become squares.
+    """
     picture = as_picture(pixels)
     small = max(picture.size) < side
     size = [max(1, round(length * side / max(picture.size))) for length in picture.size]
-    picture = picture.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+    return picture.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS), small
+
+
+def data_uri(pixels: Any, side: int = 112) -> str:
+    """Converts an image, as in `as_picture`, to a `data:` URI. Its longer side is resized to `side` pixels."""
+    picture, small = fitted(pixels, side)
     buffer = io.BytesIO()
     kind = "PNG" if small else "JPEG"
     (picture if small else picture.convert("RGB")).save(buffer, kind)
@@ -193,5 +218,9 @@ def _printable(text):
     return text.encode(errors="backslashreplace").decode()
 
 
-def _short(name, length=16):
-    return name if len(name) <= length else "\u2026" + name[-(length - 1) :]
+def shortened(name: str, length: int) -> str:
+    """A name of at most `length` characters: a longer one loses its middle, as names differ at either end."""
+    if len(name) <= length:
+        return name
+    end = length // 2
+    return f"{name[: length - 1 - end]}\u2026{name[-end:]}"

@@ -1,4 +1,4 @@
-"""Writes an evaluation as a single HTML page that needs no server, no network, no script and no other file."""
+"""Writes an evaluation as a single HTML page that needs no server, no network and no other file."""
 
 import math
 import os
@@ -12,22 +12,17 @@ from s2sd_tf.evaluation.metrics import RetrievalResult
 from s2sd_tf.evaluation.neighbors import Neighbors
 from s2sd_tf.evaluation.verification import VerificationResult
 from s2sd_tf.files import local_path
-from s2sd_tf.reporting.charts import (
-    dimension_curves,
-    embedding_map,
-    pair_histogram,
-    recall_curve,
-    roc_curve,
-    similarity_histogram,
-)
+from s2sd_tf.reporting.charts import dimension_curves, pair_histogram, recall_curve, roc_curve, similarity_histogram
 from s2sd_tf.reporting.embedded_images import EmbeddedImages, checked_images
-from s2sd_tf.reporting.page import Markup, figure, joined, part, section, write_page
-from s2sd_tf.reporting.pictures import QUERY, RIGHT, WRONG
+from s2sd_tf.reporting.embedding_map import embedding_map
+from s2sd_tf.reporting.meanings import meanings
+from s2sd_tf.reporting.page import Markup, figure, joined, own_script, part, section, write_page
+from s2sd_tf.reporting.pictures import QUERY, RIGHT, WRONG, of_different_classes, shortened
 
 # Metrics that are not percentages.
 _NOT_PERCENT = ("intra", "inter", "ratio", "rho", "threshold")
-# The largest number of queries in a section, and of classes.
-_QUERIES, _CLASSES = 5, 40
+# The most queries in a section, classes, and characters of the name of a class, where it is shown and as a tooltip.
+_QUERIES, _CLASSES, _NAME, _TEXT = 5, 15_000, 48, 200
 
 
 def save_report(
@@ -42,10 +37,20 @@ def save_report(
     table: Mapping[str, Mapping[str, Any]] | None = None,
     dims: Mapping[int, Mapping[str, Any]] | None = None,
     verification: VerificationResult | None = None,
+    facts: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> None:
-    """Writes the page: metrics with their intervals, recall over k, similarities of positives and negatives, the best,
-    typical and worst queries with their neighbours, the first metric of every class, and a 2-D projection.
+    """Writes the page: metrics with their intervals and what they mean, recall over k, similarities of positives and
+    negatives, a map of the embeddings, the best, typical and worst queries of different classes with their neighbours,
+    and a table of all classes.
+
+    The map shows up to 3,000 queries in two dimensions (t-SNE): to zoom into, to filter by class, to search by class
+    and id, with a picture of what the reader points at, and the neighbours of what they click on. It is drawn by Bokeh,
+    whose 1.4 MB of JavaScript are in the page. Of more queries it shows a sample, and says so: up to 20 of a class, or
+    more of few classes; if these are still too many, of some of the classes. The page stays below 20 MB for any number
+    of queries and classes, if most names are in Latin letters; of more than 15,000 classes, the table has the best and
+    the worst.
 
     Args:
         path: file to write, atomically.
@@ -58,6 +63,8 @@ def save_report(
         dims: what `evaluation.metrics_by_dim` returns, for a section about the dimensions; None: no section.
         verification: what `evaluation.verification_metrics` returns, for the similarities of all pairs and the ROC;
             None: similarities of a sample.
+        facts: what to show above everything, by name: the model, the date, the data.
+        config: settings to show when the reader asks for them, by name; may be nested.
         seed: seed of the samples that charts show.
 
     Raises:
@@ -74,8 +81,8 @@ def save_report(
         raise ValueError(
             f"neighbors: expected positions of {len(gallery.labels)} gallery items. Received: {neighbors.indices.max()}"
         )
-    generator = np.random.default_rng(seed)
     intervals = result.confidence_intervals()
+    generator = np.random.default_rng(seed)
     text = "Cosine similarity of pairs of one class and of different classes."
     pairs = [section("Similarities", text, similarity_histogram(queries.rows, queries.labels, generator))]
     if verification is not None:
@@ -86,7 +93,9 @@ def save_report(
             section("ROC", "Accepted pairs of one class, over those of different classes.", roc_curve(verification)),
         ]
     text = "In percent, with the 95% interval over classes (bootstrap)."
+    places = embedding_map(result, neighbors, queries, gallery, generator)
     sections = [
+        *([_facts(facts or {}, config or {})] if facts or config else []),
         section("Metrics", text, _metrics(result, table, intervals)),
         part(
             "pair",
@@ -103,12 +112,35 @@ def save_report(
     if dims:
         text = "Prefixes of the embeddings, each l2-normalised. Metrics in percent; exact search, on this machine."
         sections.append(section("Dimensions", text, joined([_by_dim(dims), Markup(dimension_curves(dims))])))
+    text = f"{places.text} The color is the class. Point at an image to see it; click on it to see its neighbours."
+    sections.append(section("Map", text, places.content))
     for heading, text, chosen in _choose(result):
-        sections.append(section(heading, text, joined(_query(i, neighbors, queries, gallery) for i in chosen)))
-    sections.append(section("Classes", *_classes(result, queries)))
-    chart, text = embedding_map(queries.rows, queries.labels, lambda i: _described(queries, i), generator)
-    sections.append(section("Map", text, chart))
-    write_page(path, title, about, sections)
+        shown = joined(_query(i, result, neighbors, queries, gallery) for i in chosen)
+        sections.append(section(heading, text, shown))
+    sections.append(section("Classes", *_classes(result, queries, places.codes)))
+    write_page(path, title, about, sections, [*_bokeh(), own_script()])
+
+
+def _bokeh():
+    """The scripts that the map needs."""
+    from bokeh.resources import Resources
+
+    return Resources(mode="inline", components=["bokeh", "bokeh-api"], log_level="warn").js_raw
+
+
+def _facts(facts, config):
+    listed = joined(part("fact", name=name, value=value) for name, value in facts.items())
+    settings = joined(part("fact", name=name, value=value) for name, value in _leaves(config))
+    return part("facts", facts=listed, config=part("config", facts=settings) if settings else Markup(""))
+
+
+def _leaves(config, prefix=""):
+    """`(name, value)` of all settings; the names of nested ones are joined by dots."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _metrics(result, table, intervals):
@@ -121,7 +153,8 @@ def _metrics(result, table, intervals):
         lines.append(part("line", metric=name, cells=cells, interval=interval))
     columns = joined(part("column", name=name) for name in table)
     count = f"{len(result.labels):,} queries, {int(np.sum(~result.answerable)):,} of them without a positive."
-    return part("metrics", columns=columns, lines=joined(lines), count=count)
+    explained = part("meanings", meanings=joined(part("meaning", text=text) for text in meanings(names)))
+    return part("metrics", columns=columns, lines=joined(lines), count=count, meanings=explained)
 
 
 def _by_dim(dims):
@@ -132,7 +165,7 @@ def _by_dim(dims):
             cells = joined(part("cell", value=form(name, row[name])) for row in dims.values())
             lines.append(part("line", metric=name.replace("_", " "), cells=cells, interval=""))
     columns = joined(part("column", name=dim) for dim in dims)
-    return part("dims", columns=columns, lines=joined(lines))
+    return part("table", heading="dimension", columns=columns, lines=joined(lines))
 
 
 def _whole(_, value):
@@ -149,44 +182,50 @@ def _choose(result):
     """`(heading, text, positions)` of the queries to show."""
     there = np.flatnonzero(result.answerable)
     quality, positives = result.values["map@r"][there], result.positives[there]
-    # Among equally good queries, those with more positives say more, so they come first.
-    best, worst = (there[np.lexsort((there, -positives, key))] for key in (-quality, quality))
-    middle = worst[np.searchsorted(np.sort(quality), np.median(quality)) :]
     return [
-        ("Best queries", "Highest MAP@R. Green: same class; red: another.", best[:_QUERIES]),
-        ("Typical queries", "MAP@R at the median.", middle[:_QUERIES]),
-        ("Worst queries", "Lowest MAP@R.", worst[:_QUERIES]),
+        (heading, f"{text} Of different classes, if there are enough. Green: same class; red: another.", chosen)
+        for heading, text, key in (
+            ("Best queries", "Highest MAP@R.", -quality),
+            ("Typical queries", "MAP@R nearest to the median.", np.abs(quality - np.median(quality))),
+            ("Worst queries", "Lowest MAP@R.", quality),
+        )
+        # Among equally good queries, those with more positives say more, so they come first.
+        for chosen in [of_different_classes(there[np.lexsort((there, -positives, key))], result.labels, _QUERIES)]
     ]
 
 
-def _query(query, neighbors, queries, gallery):
+def _query(query, result, neighbors, queries, gallery):
     label = queries.labels[query]
-    figures = [figure(queries, query, QUERY, f"query: {queries.name(label)}")]
+    score = f"MAP@R {100 * result.values['map@r'][query]:.1f}"
+    figures = [figure(queries, query, QUERY, f"query: {queries.name(label)}", score)]
     for item, similarity in zip(neighbors.indices[query], neighbors.similarities[query]):
         if item >= 0:
             color = RIGHT if gallery.labels[item] == label else WRONG
-            caption = f"{similarity:.3f} {gallery.name(gallery.labels[item])}"
-            figures.append(figure(gallery, int(item), color, caption))
+            figures.append(figure(gallery, int(item), color, gallery.name(gallery.labels[item]), f"{similarity:.3f}"))
     return part("query", figures=joined(figures))
 
 
-def _classes(result, queries):
-    """`(text, bars)` of all classes. The bars are HTML, not a chart, because names can have any length and script."""
+def _classes(result, queries, codes):
+    """`(text, table)` of all classes. `codes` are the numbers of those that are on the map."""
     classes, counts, means = result.per_class()
-    metric = next(iter(means))
-    values = means[metric]
-    order = np.lexsort((classes, values))
-    text = f"{metric} of every class, the worst first, with the number of queries."
+    names = list(means)
+    first, *more = dict.fromkeys([names[0], *(name for name in ("r_precision", "map@r", "mrr") if name in means)])
+    order = np.lexsort((classes, means[first]))
+    text = f"{len(order):,} classes, by {first} in percent; the worst first. Click on a heading to sort by it"
     if len(order) > _CLASSES:
         half = _CLASSES // 2
         order = np.concatenate([order[:half], order[-half:]])
-        text = f"{metric} of the {half} worst and the {half} best of {len(classes):,} classes."
-    bars = [
-        part("bar", name=f"{queries.name(classes[i])} ({counts[i]})", percent=f"{100 * values[i]:.1f}") for i in order
-    ]
-    return text, part("bars", bars=joined(bars))
-
-
-def _described(images, position):
-    name = images.name(images.labels[position])
-    return name if images.ids is None else f"{name} · {images.ids[position]}"
+        text = f"The {half:,} worst and the {half:,} best of {len(classes):,} classes. Click on a heading to sort by it"
+    columns = [("class", "text", "none"), ("queries", "number", "none"), (first, "number", "ascending")]
+    columns += [(name, "number", "none") for name in more]
+    lines = []
+    for i in order:
+        cells = [f"{counts[i]:,}", *(f"{100 * means[name][i]:.1f}" for name in (first, *more))]
+        name, code = queries.name(classes[i]), codes.get(int(classes[i]))
+        short = shortened(name, _NAME)
+        shown = short if code is None else part("class_link", code=code, name=short)
+        lines.append(
+            part("class", name=shortened(name, _TEXT), shown=shown, cells=joined(part("cell", value=c) for c in cells))
+        )
+    headings = joined(part("sorter", name=name, kind=kind, sort=sort) for name, kind, sort in columns)
+    return f"{text}, on a class to see it on the map.", part("classes", columns=headings, lines=joined(lines))
