@@ -44,15 +44,15 @@ function drawMap() {
   });
   const marks = new Bokeh.ColumnDataSource({ data: { x: [], y: [], color: [] } });
   const filter = new Bokeh.IndexFilter({ indices: points });
-  const wheel = new Bokeh.WheelZoomTool();
   const hover = new Bokeh.HoverTool({ tooltips: (_, { index }) => tooltip(index), limit: 1, show_arrow: false });
   const tap = new Bokeh.TapTool();
   const figure = Bokeh.Plotting.figure({
     tools: [
-      new Bokeh.PanTool(), wheel, new Bokeh.BoxZoomTool(), new Bokeh.ZoomInTool(), new Bokeh.ZoomOutTool(),
-      new Bokeh.ResetTool(), hover, tap,
+      new Bokeh.PanTool(), new Bokeh.BoxZoomTool(), new Bokeh.WheelZoomTool(), new Bokeh.ZoomInTool(),
+      new Bokeh.ZoomOutTool(), new Bokeh.ResetTool(), hover, tap,
     ],
-    active_scroll: wheel,
+    // Until a click on its icon, the wheel scrolls the page.
+    active_scroll: null,
     toolbar_location: "above",
     sizing_mode: "stretch_width",
     height: window.innerWidth <= 700 ? 340 : 520,
