@@ -10,11 +10,15 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import small_config
 
 import s2sd_tf
 from s2sd_tf import data, export
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models import backbones
+from s2sd_tf.training import resolve
+from s2sd_tf.training.build import build_model
+from s2sd_tf.training.datasets import load_data
 
 keras_hub = pytest.importorskip("keras_hub", reason="needs .[hub], which the classic stack cannot have")
 
@@ -206,6 +210,18 @@ np.save("loaded.npy", export.load_model("model.keras")(np.load("images.npy")))
         }
         assert changed
         assert not [path for path in changed if "embeddings" in path]
+
+    def test_the_keys_of_a_config(self, presets):
+        keys = {"backbone": presets["siglip"], "weights": "preset", "tokens": "class", "target_pooling": "avg"}
+        config = small_config(**{f"model.{key}": value for key, value in keys.items()})
+        config.data.channels, config.data.image_size = 3, SHAPE[0]
+        config = resolve(config)
+        run_data = load_data(config)
+        model = build_model(config, run_data)
+        assert model.backbone.output_shape == (None, MODELS["siglip"][2])
+        expected = data.Preprocessing(*SHAPE, **backbones.normalization(presets["siglip"], "preset"))
+        image = tf.fill((1, *SHAPE), 0.3)
+        np.testing.assert_allclose(run_data.preprocessing(image), expected(image))
 
     @pytest.mark.parametrize("name", ["siglip", "resnet"])
     def test_mixed_precision(self, name, presets, images):
