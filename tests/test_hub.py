@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import small_config
+from dataset_layouts import write_image
 
 import s2sd_tf
 from s2sd_tf import data, export
@@ -211,10 +212,12 @@ np.save("loaded.npy", export.load_model("model.keras")(np.load("images.npy")))
         assert changed
         assert not [path for path in changed if "embeddings" in path]
 
-    def test_the_keys_of_a_config(self, presets):
+    def test_the_keys_of_a_config(self, presets, tmp_path):
+        for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png", "c/1.png", "d/1.png"):
+            write_image(tmp_path / name)
         keys = {"backbone": presets["siglip"], "weights": "preset", "tokens": "class", "target_pooling": "avg"}
         config = small_config(**{f"model.{key}": value for key, value in keys.items()})
-        config.data.channels, config.data.image_size = 3, SHAPE[0]
+        config.data.update(name="folder", root=str(tmp_path), image_size=SHAPE[0], channels=3)
         config = resolve(config)
         run_data = load_data(config)
         model = build_model(config, run_data)
