@@ -213,7 +213,7 @@ np.save("loaded.npy", export.load_model("model.keras")(np.load("images.npy")))
         assert not [path for path in changed if "embeddings" in path]
 
     def test_the_keys_of_a_config(self, presets, tmp_path):
-        for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png", "c/1.png", "d/1.png"):
+        for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png", "c/1.png", "c/2.png", "d/1.png", "d/2.png"):
             write_image(tmp_path / name)
         keys = {"backbone": presets["siglip"], "weights": "preset", "tokens": "class", "target_pooling": "avg"}
         config = small_config(**{f"model.{key}": value for key, value in keys.items()})
