@@ -1,6 +1,8 @@
 """Safe reading of files from others: broken or oversized ones are refused with an error that names the file."""
 
+import builtins
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -12,11 +14,24 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from s2sd_tf.keras_compat import keras
+
 # 256 MiB as RGB; also Pillow's default limit.
 MAX_PIXELS = 2**30 // 12
 MAX_IMAGE_BYTES = 2**26
 # An archive may inflate to this many bytes, or to this many times its size if that is more.
 _INFLATED_BYTES, _INFLATED_RATIO = 2**26, 100
+# Layers that hold code, read other files, or wrap whole programs.
+_REFUSED = (
+    "Lambda", "__lambda__", "__tensor__", "ClassMethod", "InstanceMethod", "InstanceProperty",
+    "StringLookup", "IntegerLookup", "TextVectorization",
+    "TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer",
+)  # fmt: skip
+_PACKAGES = ("keras", "s2sd_tf", "keras_cv", "keras_hub", "tensorflow_addons")
+# The Keras modules with functions that a layer may refer to.
+_FUNCTIONS = ("activations", "losses", "metrics", "initializers", "regularizers", "constraints")
+# The TensorFlow functions that a Keras 2 layer may refer to.
+_TENSORFLOW = ("math.", "nn.", "__operators__.", "cast", "reshape", "concat", "split", "transpose")
 
 
 def image_excess(image: str | os.PathLike | bytes) -> str | None:
@@ -125,6 +140,52 @@ def reading(path: str | os.PathLike, wanted: str) -> Iterator[None]:
         raise FileNotFoundError(f"{path}: expected {wanted}. Received: {_short(error)}") from error
     except Exception as error:  # broken content makes libraries raise anything, even NameError
         raise ValueError(f"{path}: expected {wanted}. Received: {_short(error)}") from error
+
+
+def check_layers(value: Any) -> None:
+    """Raises ValueError if the config of a Keras object, from JSON, refers to a class or function that must not be
+    looked up.
+    """
+    if isinstance(value, list):
+        for item in value:
+            check_layers(item)
+    if not isinstance(value, dict):
+        return
+    name = value.get("class_name")
+    if name is not None:
+        _check_name(name, value)
+    for item in value.values():
+        check_layers(item)
+
+
+def _check_name(name, value):
+    module, config = value.get("module"), value.get("config")
+    looked_up = config if name == "function" else name
+    # Keras looks up functions by their own name, and classes by their registered name.
+    registered = looked_up if name == "function" else value.get("registered_name")
+    if name in _REFUSED or looked_up in _REFUSED:
+        raise ValueError(f"a {looked_up}, which can run any code")
+    if "Tokenizer" in f"{looked_up} {registered}":
+        raise ValueError(f"a {looked_up}, which can read other files")
+    if name in ("TFOpLambda", "SlicingOpLambda"):
+        function = config.get("function")
+        if not isinstance(function, str) or not function.startswith(_TENSORFLOW):
+            raise ValueError(f"the TensorFlow function {function!r}")
+        return
+    if module is None or (isinstance(registered, str) and keras.utils.get_registered_object(registered) is not None):
+        return
+    parts = str(module).split(".")
+    if parts[0] == "keras_hub" and importlib.util.find_spec("keras_hub") is None:
+        raise ValueError("layers of keras-hub, which is not installed: pip install 's2sd_tf[hub]' on the default stack")
+    if name == "function":
+        # Functions known by name only, such as "relu", have the module "builtins".
+        known = parts == ["builtins"] or (parts[0] == "keras" and parts[-1] in _FUNCTIONS)
+        known = known and not hasattr(builtins, str(looked_up))
+    else:
+        known = parts[0] in _PACKAGES
+    # With a dot in the name, Keras would look inside other objects, such as modules that are imported there.
+    if not known or "." in str(looked_up):
+        raise ValueError(f"{module}.{looked_up}; register your own classes and functions before loading")
 
 
 def _short(error):

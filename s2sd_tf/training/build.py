@@ -18,6 +18,7 @@ from s2sd_tf.evaluation.scann_searcher import usable_methods
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models import S2SDModel, backbones
+from s2sd_tf.models.backbones.hub import is_hub
 from s2sd_tf.training import optimizers
 from s2sd_tf.training.datasets import RunData, has_levels, hold_out
 
@@ -58,6 +59,8 @@ def build_model(config: config_dict.ConfigDict, run_data: RunData) -> S2SDModel:
     settings: dict[str, Any] = {}
     if config.model.backbone == "conv_blocks":
         settings = {"filters": tuple(config.model.filters), "pools": config.model.pools}
+    elif is_hub(config.model.backbone):
+        settings = {"tokens": config.model.tokens}
     backbone = backbones.get(
         config.model.backbone,
         run_data.preprocessing.output_shape,

@@ -14,6 +14,7 @@ from s2sd_tf.data import augmentation, datasets, samplers
 from s2sd_tf.files import local_path
 from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models import S2SDModel, preset, updates
+from s2sd_tf.models.backbones.hub import TOKENS
 from s2sd_tf.registry import constructor_arguments
 from s2sd_tf.training import optimizers
 
@@ -103,8 +104,8 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.backbone": ("conv_blocks", "Name of the backbone; `s2sd-train --list=backbones` lists them."),
     "model.weights": (
         "",
-        'Initial weights of the backbone: "" random; "imagenet" from Keras; or a file with Keras weights or a PyTorch '
-        "state dict.",
+        'Initial weights of the backbone: "" random; "imagenet" from Keras; "preset" for "hub:<preset>"; or a file '
+        "with Keras weights or a PyTorch state dict.",
     ),
     "model.frozen_bn": (
         "",
@@ -112,6 +113,11 @@ KEYS: dict[str, tuple[Any, str]] = {
     ),
     "model.filters": ((64, 64, 64, 64), 'Only for "conv_blocks": channels of each block.'),
     "model.pools": (4, 'Only for "conv_blocks": number of blocks that halve the resolution.'),
+    "model.tokens": (
+        "grid",
+        'Only for "hub:<preset>": what a transformer outputs. "grid": the tokens of its patches, which are pooled; '
+        '"class": its class token, or what it pools itself.',
+    ),
     "model.embedding_dim": (128, ">= 1, dimension of the base embedding."),
     "objective.name": ("multi_similarity", "Name of the objective; `s2sd-train --list=objectives` lists them."),
     "s2sd.target_objective": ("multi_similarity", 'Objective of the targets; "": the same as for the base embedding.'),
@@ -251,6 +257,7 @@ def resolve(config: config_dict.ConfigDict) -> config_dict.FrozenConfigDict:
         ("optimizer.schedule.name", optimizers.SCHEDULES),
         ("data.name", datasets.names()),
         ("data.augmentation", ["", *sorted(augmentation.PRESETS)]),
+        ("model.tokens", TOKENS),
         ("model.frozen_bn", ["", "statistics", "all"]),
         ("train.precision", ["float32", "mixed_float16", "mixed_bfloat16"]),
     ]:

@@ -13,6 +13,7 @@ from ml_collections import config_dict
 
 from s2sd_tf.data import RetrievalSplit
 from s2sd_tf.models import S2SDModel, backbones
+from s2sd_tf.models.backbones.hub import is_hub
 from s2sd_tf.training.build import steps_per_epoch
 from s2sd_tf.training.config import AUTO, is_auto, resolve
 from s2sd_tf.training.datasets import RunData
@@ -160,11 +161,12 @@ def _plan_model(choose):
             PRETRAINED,
         )
     backbone = choose("model.backbone", PRETRAINED if installed else "conv_blocks")
-    weights = choose("model.weights", "imagenet" if backbones.is_installed(backbone) else "")
+    own = "imagenet" if backbones.is_installed(backbone) else ""
+    weights = choose("model.weights", "preset" if is_hub(backbone) else own)
     # As published: a batch of a few classes has other statistics than all images.
-    normalizes = not backbone.startswith(("vit", "convnext"))
+    normalizes = not backbone.startswith(("vit", "convnext", "hub:"))
     choose("model.frozen_bn", "statistics" if weights and normalizes else "")
-    size = choose("data.image_size", (224 if _has_gpu() else 128) if weights else 64)
+    size = choose("data.image_size", (224 if _has_gpu() or is_hub(backbone) else 128) if weights else 64)
     choose("data.resize_size", round(size * 8 / 7))
     choose("data.augmentation", "mild")
     kind = _FINE_TUNED if weights else _FROM_SCRATCH

