@@ -8,6 +8,9 @@ import random
 import subprocess
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# What XLA makes of a graph is the same. Only LLVM, after it, takes half the time: the tests compile a lot and compute
+# very little.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
 
 import numpy as np
 import processes

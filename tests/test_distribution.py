@@ -14,14 +14,16 @@ keras = tf.keras
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
 )
-devices = int(sys.argv[1])
 images = np.random.default_rng(0).normal(size=(10, 16, 8, 8, 1)).astype(np.float32)
 labels = np.tile(np.arange(16) // 4, (10, 1)).astype(np.int32)
-strategy = tf.distribute.get_strategy()
-if devices > 1:
-    strategy = tf.distribute.MirroredStrategy([f"CPU:{k}" for k in range(devices)])
 
-def train(case):
+def strategy_of(devices):
+    if devices == 1:
+        return tf.distribute.get_strategy()
+    return tf.distribute.MirroredStrategy([f"CPU:{k}" for k in range(devices)])
+
+def train(case, strategy):
+    devices = strategy.num_replicas_in_sync
     x, y = images, labels
     if case.get("tile"):
         x, y = np.tile(x[:, :8], (1, devices, 1, 1, 1)), np.tile(y[:, :8], (1, devices))
@@ -69,7 +71,47 @@ def train(case):
         result["evaluated"] = model.evaluate(dataset, verbose=0, return_dict=True)
     return result
 
-print(json.dumps({name: train(case) for name, case in json.loads(sys.argv[2]).items()}))
+def memory_per_replica(strategy):
+    with strategy.scope():
+        backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4, 6), pools=1)
+        objective = s2sd_tf.objectives.get("contrastive", memory_size=10, memory_start=0)
+        model = s2sd_tf.S2SDModel(backbone, 4, objective=objective, target_dims=(8,), gather_replicas=False)
+        model.compile(optimizer=keras.optimizers.SGD(0.01))
+    model.fit(tf.data.Dataset.from_tensors((images[0], np.arange(16) // 2)), epochs=3, verbose=0)
+    values = (objective.memory, objective.memory_labels, objective.draws)
+    return [tf.convert_to_tensor(value).numpy().tolist() for value in values]
+
+def mean_over_replicas(strategy):
+    labels = np.arange(16) % 8 // 3
+    with strategy.scope():
+        inputs = keras.Input((8, 8, 1))
+        backbone = keras.Model(inputs, keras.layers.Conv2D(6, 3, activation="relu")(inputs))
+        model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(8,), feature_distill_delay=0, gather_replicas=False)
+        model.compile(optimizer=keras.optimizers.SGD(1.0))
+    before = [tf.convert_to_tensor(v).numpy() for v in model.trainable_variables]
+    # By hand: the mean over the parts of what each has for itself.
+    single = s2sd_tf.S2SDModel.from_config(model.get_config())
+    single.set_weights(model.get_weights())
+    losses, gradients = [], []
+    for part in (slice(0, 8), slice(8, 16)):
+        with tf.GradientTape() as tape:
+            losses.append(single.compute_losses(images[0, part], labels[part], training=True)["loss"])
+        gradients.append([np.asarray(g) for g in tape.gradient(losses[-1], single.trainable_variables)])
+    history = model.fit(tf.data.Dataset.from_tensors((images[0], labels)), verbose=0).history
+    return {
+        "loss": history["loss"], "mean_loss": float(np.mean(losses)),
+        "weights": [tf.convert_to_tensor(variable).numpy().tolist() for variable in model.trainable_variables],
+        "by_hand": [(old - np.mean(parts, axis=0)).tolist() for old, *parts in zip(before, *gradients)],
+        "difference": max(float(np.abs(one - other).max()) for one, other in zip(*gradients)),
+    }
+
+found = {}
+for devices, cases in json.loads(sys.argv[1]).items():
+    strategy = strategy_of(int(devices))
+    found[devices] = {name: train(case, strategy) for name, case in cases.items()}
+    if devices == "2":
+        found["memory"], found["mean"] = memory_per_replica(strategy), mean_over_replicas(strategy)
+print(json.dumps(found))
 """
 
 SGD = {"settings": {"learning_rate": 0.004, "momentum": 0.9}}
@@ -79,9 +121,10 @@ OBJECTIVES = {
     "proxy_anchor": {"identifier": "proxy_anchor", "num_classes": 4},
 }
 GLOBAL = {
-    "margin": {
+    "margin, a batch that does not divide": {
         "objective": OBJECTIVES["margin"],
-        "model": {"similarity_kl_implementation": "fused", "external_teachers": 2}, **SGD,
+        "model": {"similarity_kl_implementation": "fused", "external_teachers": 2},
+        "missing": 2, "evaluate": True, **SGD,
     },
     "adam, each gradient clipped, multipliers, l2, gem": {
         "objective": OBJECTIVES["proxy_anchor"],
@@ -112,9 +155,6 @@ GLOBAL = {
             "identifier": "supcon", "relevance": (0.3, 1.0), "memory_size": 20, "memory_start": 2,
         }, "model": {}, **SGD,
     },
-    "a batch that does not divide": {
-        "objective": OBJECTIVES["margin"], "model": {"external_teachers": 2}, "missing": 2, "evaluate": True, **SGD,
-    },
 }  # fmt: skip
 
 
@@ -124,25 +164,24 @@ TILED = {
 
 
 # Four devices take twice as long as two. These two cases suffice to test the order of gathering, and the means.
-ON_FOUR = ["margin", "tiled"]
+ON_FOUR = ["margin, a batch that does not divide", "tiled"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, run_python):
-    """The results of every case, by the number of devices."""
+    """The results of every case, by the number of devices, and those of two more functions on two devices."""
     folder = tmp_path_factory.mktemp("distribution")
     (folder / "script.py").write_text(SCRIPT)
     cases = {**GLOBAL, "tiled": TILED}
     found = {}
-    for devices, names in ((1, cases), (2, cases), (4, ON_FOUR)):
-        chosen = json.dumps({name: cases[name] for name in names})
-        output = run_python("script.py", devices, chosen, cwd=folder, timeout=900).stdout
-        found[devices] = json.loads(output.splitlines()[-1])
+    for jobs in ({1: cases, 2: cases}, {4: {name: cases[name] for name in ON_FOUR}}):
+        output = run_python("script.py", json.dumps(jobs), cwd=folder, timeout=900).stdout
+        found |= json.loads(output.splitlines()[-1])
     return found
 
 
 def assert_same_training(trained, name, devices, state_within=1e-5):
-    one, other = trained[1][name], trained[devices][name]
+    one, other = trained["1"][name], trained[str(devices)][name]
     for key in {"history", "evaluated"} & one.keys():
         assert one[key].keys() == other[key].keys()
         for metric, expected in one[key].items():
@@ -163,7 +202,7 @@ def test_training_on_several_devices_equals_one_device(trained, name, devices):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_an_overflow_on_one_device_is_skipped_by_all(trained, devices):
-    result = trained[devices]["an overflow, the loss scaled"]
+    result = trained[str(devices)]["an overflow, the loss scaled"]
     assert all(np.isfinite(weight).all() for weight in result["weights"])
     assert result["scale"] == 2**14  # half of what it was
 
@@ -173,68 +212,17 @@ def test_replicas_with_the_same_images_train_like_one(trained, devices):
     assert_same_training(trained, "tiled", devices)
 
 
-MEMORY_SCRIPT = """
-import json
-import numpy as np, tensorflow as tf
-import s2sd_tf
-keras = tf.keras
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-)
-images = np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype(np.float32)
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(4, 6), pools=1)
-    objective = s2sd_tf.objectives.get("contrastive", memory_size=10, memory_start=0)
-    model = s2sd_tf.S2SDModel(backbone, 4, objective=objective, target_dims=(8,), gather_replicas=False)
-    model.compile(optimizer=keras.optimizers.SGD(0.01))
-dataset = tf.data.Dataset.from_tensors((images, np.arange(16) // 2))
-model.fit(dataset, epochs=3, verbose=0)
-values = (objective.memory, objective.memory_labels, objective.draws)
-print(json.dumps([tf.convert_to_tensor(value).numpy().tolist() for value in values]))
-"""
-
-
-def test_a_cross_batch_memory_per_replica_holds_embeddings_of_one_replica(tmp_path, run_python):
-    (tmp_path / "script.py").write_text(MEMORY_SCRIPT)
-    memory, labels, draws = json.loads(run_python("script.py", cwd=tmp_path).stdout.splitlines()[-1])
+def test_a_cross_batch_memory_per_replica_holds_embeddings_of_one_replica(trained):
+    memory, labels, draws = trained["memory"]
     np.testing.assert_allclose(np.linalg.norm(memory, axis=1), 1.0, atol=1e-5)
     # Newest first: eight images of this replica, then two of the previous step.
     assert labels == [0, 0, 1, 1, 2, 2, 3, 3, 0, 0]
     assert draws == 3
 
 
-PARTS_SCRIPT = """
-import numpy as np, tensorflow as tf
-import s2sd_tf
-keras = tf.keras
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-)
-images = np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype(np.float32)
-labels = np.arange(16) % 8 // 3
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    inputs = keras.Input((8, 8, 1))
-    backbone = keras.Model(inputs, keras.layers.Conv2D(6, 3, activation="relu")(inputs))
-    model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(8,), feature_distill_delay=0, gather_replicas=False)
-    model.compile(optimizer=keras.optimizers.SGD(1.0))
-before = [tf.convert_to_tensor(v).numpy() for v in model.trainable_variables]
-# By hand: the mean over the parts of what each has for itself.
-single = s2sd_tf.S2SDModel.from_config(model.get_config())
-single.set_weights(model.get_weights())
-losses, gradients = [], []
-for part in (slice(0, 8), slice(8, 16)):
-    with tf.GradientTape() as tape:
-        losses.append(single.compute_losses(images[part], labels[part], training=True)["loss"])
-    gradients.append([np.asarray(g) for g in tape.gradient(losses[-1], single.trainable_variables)])
-history = model.fit(tf.data.Dataset.from_tensors((images, labels)), verbose=0).history
-np.testing.assert_allclose(history["loss"], [np.mean(losses)], rtol=1e-5)
-for old, variable, *parts in zip(before, model.trainable_variables, *gradients):
-    np.testing.assert_allclose(tf.convert_to_tensor(variable), old - np.mean(parts, axis=0), rtol=1e-5, atol=1e-5)
-assert max(np.abs(one - other).max() for one, other in zip(*gradients)) > 1e-2
-print("equal")
-"""
-
-
-def test_without_gathering_the_loss_is_the_mean_over_replicas(tmp_path, run_python):
-    (tmp_path / "script.py").write_text(PARTS_SCRIPT)
-    assert "equal" in run_python("script.py", cwd=tmp_path).stdout
+def test_without_gathering_the_loss_is_the_mean_over_replicas(trained):
+    found = trained["mean"]
+    np.testing.assert_allclose(found["loss"], [found["mean_loss"]], rtol=1e-5)
+    for value, expected in zip(found["weights"], found["by_hand"]):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
+    assert found["difference"] > 1e-2

@@ -45,6 +45,14 @@ def small_config(**changes):
     return config
 
 
+def plain_config(**changes):
+    """A config with less state, whose step is traced in half the time: for tests that need no kind of it."""
+    plain = {
+        "s2sd.target_dims": (), "s2sd.nested_dims": (), "objective.name": "multi_similarity", "data.augmentation": "",
+    }  # fmt: skip
+    return small_config(**{**plain, **changes})
+
+
 @pytest.fixture(autouse=True)
 def _without_finishing(request, monkeypatch):
     """Skips evaluation, export and pictures at the end of runs, except in tests that request `whole_runs`."""
@@ -74,17 +82,17 @@ def assert_the_same(one, other):
     assert one[2] == other[2]
 
 
-def left_alone(tmp_path_factory, **changes):
+def left_alone(tmp_path_factory, config):
     workdir = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "finish", lambda *_: {})
-        train(small_config(**changes), str(workdir))
+        train(config, str(workdir))
     return left(workdir)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return left_alone(tmp_path_factory)
+def plain_whole(tmp_path_factory):
+    return left_alone(tmp_path_factory, plain_config())
 
 
 class At:
@@ -115,7 +123,7 @@ def term():
 
 
 class TestInterruption:
-    def test_a_run_interrupted_repeatedly_ends_with_the_same_weights(self, tmp_path, monkeypatch, whole):
+    def test_a_run_interrupted_repeatedly_ends_with_the_same_weights(self, tmp_path, monkeypatch, tmp_path_factory):
         workdir = tmp_path / "run"
         before = [signal.getsignal(known) for known in (signal.SIGTERM, signal.SIGINT)]
         # Within an epoch, twice within another, after the last step of one, and after the last step of all.
@@ -139,25 +147,25 @@ class TestInterruption:
         # A leftover of a killed process.
         (workdir / f"{LEFTOVER}something").mkdir()
         train(small_config(), str(workdir))
-        assert_the_same(left(workdir), whole)
+        assert_the_same(left(workdir), left_alone(tmp_path_factory, small_config()))
         assert not list(workdir.rglob(f"{LEFTOVER}*"))
         sessions = read_json(workdir / "run.json")["sessions"]
         places = [(session["epoch"], session["step_in_epoch"]) for session in sessions]
         assert places == [(0, 0), (0, 1), (0, STEPS), (1, 2), (1, 3), (2, 0)]
 
-    def test_in_an_evaluation_no_step_is_lost(self, tmp_path, monkeypatch, whole):
+    def test_in_an_evaluation_no_step_is_lost(self, tmp_path, monkeypatch, plain_whole):
         workdir = tmp_path / "run"
         with pytest.MonkeyPatch.context() as patch:
             # During the evaluation, to check that the averages are not saved instead.
             patch.setattr("s2sd_tf.evaluation.callback.retrieval_metrics", lambda *_, **__: term())
             with pytest.raises(Interrupted):
-                train(small_config(), str(workdir))
+                train(plain_config(), str(workdir))
         assert (workdir / "checkpoints" / f"epoch_000001_step_{STEPS:06d}").exists()
         steps = []
         At(monkeypatch, RunState, "end_step", lambda *_: steps.append(1), None)
-        train(small_config(), str(workdir))
+        train(plain_config(), str(workdir))
         assert len(steps) == STEPS * (EPOCHS - 2)
-        assert_the_same(left(workdir), whole)
+        assert_the_same(left(workdir), plain_whole)
 
     def test_trained_on_for_more_epochs(self, tmp_path, tmp_path_factory, monkeypatch):
         """A finished run gets more epochs: the same weights and logs as if it had had them from the start."""
@@ -169,20 +177,20 @@ class TestInterruption:
 
         monkeypatch.setattr(run_module, "finish", finish)
         changes = {"optimizer.schedule.name": "constant", "eval.every": 1}
-        whole = left_alone(tmp_path_factory, **changes)
+        whole = left_alone(tmp_path_factory, plain_config(**changes))
         workdir = str(tmp_path / "run")
-        assert train(small_config(**changes, **{"train.epochs": EPOCHS - 1}), workdir) == {"epochs": EPOCHS - 1}
+        assert train(plain_config(**changes, **{"train.epochs": EPOCHS - 1}), workdir) == {"epochs": EPOCHS - 1}
         # A run that was stopped on the way to its new end does not take the old results for the new ones.
         after_steps(monkeypatch, (EPOCHS - 1) * STEPS + 1, term)
         with pytest.raises(Interrupted):
-            train(small_config(**changes), workdir)
-        assert train(small_config(**changes), workdir) == {"epochs": EPOCHS}
+            train(plain_config(**changes), workdir)
+        assert train(plain_config(**changes), workdir) == {"epochs": EPOCHS}
         assert read_json(tmp_path / "run" / "results.json") == {"epochs": EPOCHS}
         assert_the_same(left(tmp_path / "run"), whole)
         assert read_json(tmp_path / "run" / "config.json")["train"]["epochs"] == EPOCHS
         assert [s.get("epochs") for s in read_json(tmp_path / "run" / "run.json")["sessions"]] == [None, EPOCHS, None]
         with pytest.raises(ValueError, match=rf"differs in train.epochs \({EPOCHS} there, {EPOCHS - 1} here\)$"):
-            train(small_config(**changes, **{"train.epochs": EPOCHS - 1}), workdir)
+            train(plain_config(**changes, **{"train.epochs": EPOCHS - 1}), workdir)
 
     def test_a_cosine_schedule_needs_its_number_of_epochs(self, tmp_path):
         (tmp_path / "config.json").write_text(resolve(small_config()).to_json())
@@ -191,15 +199,15 @@ class TestInterruption:
         ):
             train(small_config(**{"train.epochs": EPOCHS + 1}), tmp_path)
 
-    def test_a_failed_evaluation_costs_no_step(self, tmp_path, monkeypatch, whole):
+    def test_a_failed_evaluation_costs_no_step(self, tmp_path, monkeypatch, plain_whole):
         workdir = tmp_path / "run"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("s2sd_tf.evaluation.callback.retrieval_metrics", lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                train(small_config(), str(workdir))
+                train(plain_config(), str(workdir))
         assert (workdir / "checkpoints" / f"epoch_000001_step_{STEPS:06d}").exists()
-        train(small_config(), str(workdir))
-        assert_the_same(left(workdir), whole)
+        train(plain_config(), str(workdir))
+        assert_the_same(left(workdir), plain_whole)
 
     def test_at_the_start(self, tmp_path, monkeypatch):
         monkeypatch.setattr(run_module, "load_split", lambda *_: term())
@@ -212,9 +220,9 @@ class TestInterruption:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("s2sd_tf.training.finishing.export_encoder", lambda *_: term())
             with pytest.raises(Interrupted, match=f"stopped at epoch {EPOCHS};"):
-                train(small_config(), str(workdir))
+                train(plain_config(), str(workdir))
         assert not (workdir / "results.json").exists()
-        results = train(small_config(), str(workdir))
+        results = train(plain_config(), str(workdir))
         assert results["steps"] == EPOCHS * STEPS
         assert read_json(workdir / "results.json") == results
 
@@ -222,7 +230,7 @@ class TestInterruption:
         workdir = tmp_path / "run"
         At(monkeypatch, Checkpoints, "save", lambda _, model, state: state.epoch == 2, term)
         with pytest.raises(Interrupted, match="epoch 2;"):
-            train(small_config(), str(workdir))
+            train(plain_config(), str(workdir))
         assert (workdir / "checkpoints" / "epoch_000002" / "sha256.json").exists()
 
     def test_a_second_ctrl_c_is_immediate(self, tmp_path, monkeypatch):
@@ -232,7 +240,7 @@ class TestInterruption:
 
         after_steps(monkeypatch, 2, twice)
         with pytest.raises(KeyboardInterrupt):
-            train(small_config(), str(tmp_path / "run"))
+            train(plain_config(), str(tmp_path / "run"))
         assert not (tmp_path / "run" / "checkpoints").exists()
 
     def test_ignored_signals_stay_ignored(self):
@@ -296,15 +304,12 @@ class TestInterruption:
 
 
 def test_with_stored_embeddings_an_epoch_restarts(tmp_path, monkeypatch, tmp_path_factory):
-    changes = {
-        "sampler.name": "greedy_coreset", "data.augmentation": "", "data.validation_classes": 0,
-        "train.checkpoint_every": 1,
-    }  # fmt: skip
+    changes = {"sampler.name": "greedy_coreset", "data.validation_classes": 0, "train.checkpoint_every": 1}
     workdir = tmp_path / "run"
 
     def interrupted():
         with pytest.raises(Interrupted):
-            train(small_config(**changes), str(workdir))
+            train(plain_config(**changes), str(workdir))
         return max(os.listdir(workdir / "checkpoints"))
 
     # The draws depend on the model at the start of the epoch.
@@ -315,8 +320,8 @@ def test_with_stored_embeddings_an_epoch_restarts(tmp_path, monkeypatch, tmp_pat
     assert interrupted() == f"epoch_000001_step_{STEPS:06d}"
     At(monkeypatch, data.RefreshStorage, "refresh", lambda _, model, epoch: epoch == 2, term)
     assert interrupted() == "epoch_000002"
-    train(small_config(**changes), str(workdir))
-    assert_the_same(left(workdir), left_alone(tmp_path_factory, **changes))
+    train(plain_config(**changes), str(workdir))
+    assert_the_same(left(workdir), left_alone(tmp_path_factory, plain_config(**changes)))
 
 
 class TestBatches:
@@ -535,7 +540,7 @@ class TestNoRoom:
             raise OSError(errno.EACCES, "other")
         assert not isinstance(caught.value, OutOfSpace)
 
-    def test_a_run_resumes_once_there_is_room(self, tmp_path, whole, whole_runs):
+    def test_a_run_resumes_once_there_is_room(self, tmp_path, plain_whole, whole_runs):
         workdir = tmp_path / "run"
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -545,7 +550,7 @@ class TestNoRoom:
 
         def run():
             try:
-                train(small_config(), str(workdir))
+                train(plain_config(), str(workdir))
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -572,8 +577,8 @@ class TestNoRoom:
         message = full(finishing, "export_encoder", lambda *_: True, 30_000)
         assert f"{workdir}/saved_model: expected room" in message
         assert f"{again} epoch {EPOCHS}" in message
-        assert train(small_config(), str(workdir))["steps"] == EPOCHS * STEPS
-        assert_the_same(left(workdir), whole)
+        assert train(plain_config(), str(workdir))["steps"] == EPOCHS * STEPS
+        assert_the_same(left(workdir), plain_whole)
 
 
 class TestReplacing:

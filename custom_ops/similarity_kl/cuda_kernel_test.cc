@@ -511,14 +511,16 @@ int main(int argc, char** argv) {
   using s2sd::CudaPath;
   using s2sd::TestPath;
   const std::vector<int64_t> small = {1, 2, 3, 41, 112, 130};
-  const std::vector<int64_t> large = {1, 2, 3, 41, 112, 257};
+  // At most one more than two tiles: a tile in the middle, and a remainder.
+  const std::vector<int64_t> large64 = {1, 2, 3, 41, 112, 129};
+  const std::vector<int64_t> large128 = {1, 2, 3, 41, 112, 257};
   const std::vector<std::function<void()>> groups = {
       [] { s2sd::TestTiles(); },
       [] { s2sd::TestPlan(); },
       [&] { TestPath("small path, tiles of 16", CudaPath::kSmall16, small); },
       [&] { TestPath("small path, tiles of 32", CudaPath::kSmall32, small); },
-      [&] { TestPath("large path, tiles of 64", CudaPath::kLarge64, large); },
-      [&] { TestPath("large path, tiles of 128", CudaPath::kLarge128, large); },
+      [&] { TestPath("large path, tiles of 64", CudaPath::kLarge64, large64); },
+      [&] { TestPath("large path, tiles of 128", CudaPath::kLarge128, large128); },
       [] { s2sd::TestChosen(); },
       [] { s2sd::TestAnyLength(); },
       [] { s2sd::TestDepth(); },
