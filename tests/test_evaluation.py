@@ -129,7 +129,7 @@ def test_one_class_and_perfect_retrieval():
 
 def test_a_positive_that_scann_misses_counts_as_wrong():
     ranks = [np.array([], int), np.array([2, 5])]
-    values = metrics_module._per_query(ranks, np.array([3, 2]), np.array([9, 9]), (1, 2), (2,), (5,), None)
+    values = metrics_module.metrics_of_ranks(ranks, np.array([3, 2]), np.array([9, 9]), (1, 2), (2,), (5,), None)
     assert {name: value[0] for name, value in values.items()} == dict.fromkeys(values, 0)
     assert values["map@5"][1] == pytest.approx((1 / 2 + 2 / 5) / 2)
 
