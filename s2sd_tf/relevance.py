@@ -49,7 +49,7 @@ def relevance_matrix(
     Args:
         labels: int64 `(batch, n)`. Of a hierarchy with n levels, column 0 has the coarsest classes and column n - 1 the
             finest; two images share a level if they are equal up to and including its column, so a class may be
-            numbered anew in every class above it. For "jaccard", column c is 1 for images with label c, else 0.
+            numbered from 0 in every class above it. For "jaccard", column c is 1 for images with label c, else 0.
         references: the same, `(m, n)`.
         relevance: n numbers, the relevance of two images whose finest common level is that of the column; without a
             common level it is 0. Or "jaccard", the share of the labels of either image that both have (Jaccard 1901;

@@ -19,7 +19,7 @@ from s2sd_tf.training.datasets import load_data
 
 GRADED = {"multi_similarity": {}, "supcon": {}, "contrastive": {"miner": "all"}}
 GRADES = (0.3, 1.0)
-# A hierarchy whose classes are numbered anew in every super-class, and multi-hot labels, one row of them empty.
+# A hierarchy whose classes are numbered from 0 in every super-class, and multi-hot labels, one row of them empty.
 LEVELS = np.array([[0, 0], [0, 0], [0, 1], [0, 1], [1, 0], [1, 0], [1, 1], [2, 0], [2, 0]])
 HOT = np.array([[1, 0, 0, 1], [1, 0, 0, 1], [1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 1], [0, 0, 0, 0]])
 
@@ -316,7 +316,7 @@ class TestEvaluation:
     @pytest.mark.parametrize("alone", [True, False])
     def test_by_definition(self, unit_rows, grades, alone):
         generator = np.random.default_rng(3)
-        # Some queries have no relevant item, and classes are numbered anew in each super-class.
+        # Some queries have no relevant item, and classes are numbered from 0 in each super-class.
         labels = np.stack([generator.integers(0, 5, 24), generator.integers(0, 3, 24)], axis=1)
         labels[0] = (9, 9)
         rows = unit_rows(24, 4)
