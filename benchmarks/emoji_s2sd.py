@@ -77,6 +77,10 @@ SEARCH = {
     "S2SD, heads x 3, w = w_f = 20": ("msdfa", f"{_HEADS}=3.0 {_WEIGHTS.format(20)}"),
     "S2SD, heads x 3, w = w_f = 10": ("msdfa", f"{_HEADS}=3.0 {_WEIGHTS.format(10)}"),
     "S2SD, heads x 1, w = w_f = 20": ("msdfa", f"{_HEADS}=1.0 {_WEIGHTS.format(20)}"),
+    "S2SD, heads x 1, w = w_f = 20, learning rate 3e-4": (
+        "msdfa",
+        f"{_HEADS}=1.0 {_WEIGHTS.format(20)} --config.optimizer.learning_rate=3e-4",
+    ),
     "S2SD, heads x 3, w = w_f = 20, longer ramps": ("msdfa", f"{_HEADS}=3.0 {_WEIGHTS.format(20)} {_RAMPS}"),
 }
 _SEARCH_EPOCHS = 2
