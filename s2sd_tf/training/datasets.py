@@ -98,16 +98,15 @@ def load_split(config: config_dict.ConfigDict) -> data.RetrievalSplit:
 
 def _with_teachers(images, paths):
     """The images with the embeddings of teachers from outside, read from files."""
-    teachers = []
     for path in paths:
         try:
-            teachers.append(np.load(path, mmap_mode="r", allow_pickle=False))
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError:
             raise FileNotFoundError(f"config.data.teachers: expected .npy files. Received: {path!r}") from None
         except (OSError, ValueError) as error:
             raise ValueError(f"config.data.teachers: expected .npy files. Received: {path!r}: {error}") from error
         try:
-            images = dataclasses.replace(images, teachers=teachers)
+            images = dataclasses.replace(images, teachers=(*images.teachers, rows))
         except ValueError as error:
             raise ValueError(f"config.data.teachers, {path!r}: {error}") from error
     return images

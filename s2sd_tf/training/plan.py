@@ -164,7 +164,7 @@ def _plan_model(choose):
     own = "imagenet" if backbones.is_installed(backbone) else ""
     weights = choose("model.weights", "preset" if is_hub(backbone) else own)
     # As published: a batch of a few classes has other statistics than all images.
-    normalizes = not backbone.startswith(("vit", "convnext", "hub:"))
+    normalizes = not (is_hub(backbone) or backbone.startswith(("vit", "convnext")))
     choose("model.frozen_bn", "statistics" if weights and normalizes else "")
     size = choose("data.image_size", (224 if _has_gpu() or is_hub(backbone) else 128) if weights else 64)
     choose("data.resize_size", round(size * 8 / 7))
