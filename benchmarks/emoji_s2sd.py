@@ -57,31 +57,24 @@ _OBJECTIVES = {
 _HELD_OUT = 202
 _HEADS = "--config.model.learning_rate_multipliers.heads"
 _WEIGHTS = "--config.s2sd.distill_weight={0} --config.s2sd.feature_distill_weight={0}"
-_RAMPS = (
-    "--config.s2sd.distill_warmup_steps=300 --config.s2sd.feature_distill_delay=200 "
-    "--config.s2sd.feature_distill_warmup_steps=200"
-)
+_RATE = "--config.optimizer.learning_rate"
 # Flags for the base config, in the order in which they were tried.
 SEARCH = {
     "plain, heads x 10": ("plain", f"{_HEADS}=10.0"),
     "plain, heads x 3": ("plain", f"{_HEADS}=3.0"),
     "plain, heads x 1": ("plain", f"{_HEADS}=1.0"),
-    "plain, heads x 1, learning rate 3e-4": ("plain", f"{_HEADS}=1.0 --config.optimizer.learning_rate=3e-4"),
-    "S2SD, heads x 10": ("msdfa", f"{_HEADS}=10.0 {_WEIGHTS.format(50)}"),
-    "S2SD, heads x 3": ("msdfa", f"{_HEADS}=3.0 {_WEIGHTS.format(50)}"),
-    "S2SD, heads x 1": ("msdfa", f"{_HEADS}=1.0 {_WEIGHTS.format(50)}"),
-    "S2SD, heads x 3, L2 on the targets": (
+    "plain, heads x 1, learning rate 3e-4": ("plain", f"{_HEADS}=1.0 {_RATE}=3e-4"),
+    "plain, heads x 1, learning rate 1e-3": ("plain", f"{_HEADS}=1.0 {_RATE}=1e-3"),
+    "S2SD, heads x 1, learning rate 3e-4, w = 20": ("msdfa", f"{_HEADS}=1.0 {_RATE}=3e-4 {_WEIGHTS.format(20)}"),
+    "S2SD, heads x 1, learning rate 3e-4, w = 50": ("msdfa", f"{_HEADS}=1.0 {_RATE}=3e-4 {_WEIGHTS.format(50)}"),
+    "S2SD, heads x 3, learning rate 3e-4, w = 20": ("msdfa", f"{_HEADS}=3.0 {_RATE}=3e-4 {_WEIGHTS.format(20)}"),
+    "S2SD, heads x 1, learning rate 3e-4, w = 10": ("msdfa", f"{_HEADS}=1.0 {_RATE}=3e-4 {_WEIGHTS.format(10)}"),
+    "S2SD, heads x 1, learning rate 3e-4, w = 5": ("msdfa", f"{_HEADS}=1.0 {_RATE}=3e-4 {_WEIGHTS.format(5)}"),
+    "S2SD, heads x 3, w = 20": ("msdfa", f"{_HEADS}=3.0 {_WEIGHTS.format(20)}"),
+    "S2SD, heads x 3, w = 50, L2 on the targets": (
         "msdfa",
         f"{_HEADS}=3.0 {_WEIGHTS.format(50)} --config.model.l2_on_targets=True",
     ),
-    "S2SD, heads x 3, w = w_f = 20": ("msdfa", f"{_HEADS}=3.0 {_WEIGHTS.format(20)}"),
-    "S2SD, heads x 3, w = w_f = 10": ("msdfa", f"{_HEADS}=3.0 {_WEIGHTS.format(10)}"),
-    "S2SD, heads x 1, w = w_f = 20": ("msdfa", f"{_HEADS}=1.0 {_WEIGHTS.format(20)}"),
-    "S2SD, heads x 1, w = w_f = 20, learning rate 3e-4": (
-        "msdfa",
-        f"{_HEADS}=1.0 {_WEIGHTS.format(20)} --config.optimizer.learning_rate=3e-4",
-    ),
-    "S2SD, heads x 3, w = w_f = 20, longer ramps": ("msdfa", f"{_HEADS}=3.0 {_WEIGHTS.format(20)} {_RAMPS}"),
 }
 _SEARCH_EPOCHS = 2
 

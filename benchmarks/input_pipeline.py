@@ -3,7 +3,8 @@ r"""Images per second of the training input, against PyTorch's DataLoader with t
     pip install torch==2.13.0 torchvision==0.28.0
     python benchmarks/input_pipeline.py --output=benchmarks/results/input_pipeline.json
 
-Generates JPEGs of ImageNet's size (500 x 375, about 110 KiB), or reads your own with `--images=<folder>`. Both sides do
+Generates JPEGs of ImageNet's size (500 x 375, about 110 KiB) and photographs of 12 megapixels (4000 x 3000), or reads
+your own with `--images=<folder>`. Both sides do
 the same work: read, random resized crop to 224, flip, (colours,) normalise, batches of 112; with two threads here and
 two worker processes there. They take turns, each in its own process. Without torchvision, its crop and flip are done
 with Pillow in the same way. The distributions of the crops' areas, aspect ratios and positions are compared. Writes the
@@ -29,7 +30,9 @@ from tqdm import tqdm
 FLAGS = flags.FLAGS
 flags.DEFINE_string("images", "", "Folder of JPEG files; empty: generate them.")
 flags.DEFINE_list("presets", ["base", "adv", "red", "rand", "evaluation"], "Augmentations to measure.")
+flags.DEFINE_list("photo_presets", ["base", "red", "evaluation"], "Augmentations to measure on the photographs.")
 flags.DEFINE_integer("count", 3000, "Images per pass.")
+flags.DEFINE_integer("photo_count", 160, "Photographs per pass.")
 flags.DEFINE_integer("turns", 5, "Passes of each side.")
 flags.DEFINE_integer("threads", 2, "Threads here; worker processes for PyTorch.")
 flags.DEFINE_string("output", None, "JSON file to write; the table gets the same name.")
@@ -41,11 +44,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BOTH = ("base", "adv", "red", "evaluation")
 
 
-def generate(folder, count=64, seed=0):
-    """Writes JPEGs of 500 x 375 and 375 x 500 pixels, about 110 KiB each: clouds of seven octaves plus grain."""
+def generate(folder, count=64, size=(500, 375), seed=0):
+    """Writes JPEGs, a third of them upright: clouds of seven octaves plus grain."""
     rng = np.random.default_rng(seed)
     for number in range(count):
-        width, height = (500, 375) if number % 3 else (375, 500)
+        width, height = size if number % 3 else size[::-1]
         pixels = np.zeros((height, width, 3))
         for octave in range(1, 8):
             points = rng.normal(size=(2**octave + 1, 2**octave + 1, 3)).astype(np.float32)
@@ -224,31 +227,39 @@ def main(_):
     from s2sd_tf.files import write_json
 
     with tempfile.TemporaryDirectory() as folder:
-        images = FLAGS.images or folder
-        if not FLAGS.images:
-            generate(folder)
-        sizes = [path.stat().st_size for path in pathlib.Path(images).rglob("*.jpg")]
-        results = {
-            "machine": describe(FLAGS.threads),
-            "images": {"files": len(sizes), "mean_kib": round(np.mean(sizes) / 1024, 1), "generated": not FLAGS.images},
-            "crops": crops(),
-            "rates": _take_turns(images),
-        }
-    for preset, rates in results["rates"].items():
-        print(preset, {side: round(float(np.median(values))) for side, values in rates.items()})
+        results = {"machine": describe(FLAGS.threads), "crops": crops(), "sets": {}}
+        if FLAGS.images:
+            results["sets"]["given images"] = _measured(FLAGS.images, FLAGS.presets, FLAGS.count)
+        else:
+            small, photos = os.path.join(folder, "small"), os.path.join(folder, "photos")
+            os.mkdir(small)
+            os.mkdir(photos)
+            generate(small)
+            generate(photos, 6, (4000, 3000))
+            results["sets"]["500 x 375, generated"] = _measured(small, FLAGS.presets, FLAGS.count)
+            results["sets"]["4000 x 3000, generated"] = _measured(photos, FLAGS.photo_presets, FLAGS.photo_count)
+    for name, measured in results["sets"].items():
+        for preset, rates in measured["rates"].items():
+            print(name, preset, {side: round(float(np.median(values))) for side, values in rates.items()})
     print(results["crops"])
     if FLAGS.output:
         write_json(FLAGS.output, results)
         pathlib.Path(FLAGS.output).with_suffix(".md").write_text(_table(results))
 
 
-def _take_turns(images):
-    command = [sys.executable, __file__, f"--images={images}", f"--count={FLAGS.count}", f"--threads={FLAGS.threads}"]
+def _measured(images, presets, count):
+    sizes = [path.stat().st_size for path in pathlib.Path(images).rglob("*.jpg")]
+    rates = _take_turns(images, presets, count)
+    return {"files": len(sizes), "mean_kib": round(np.mean(sizes) / 1024, 1), "images": count, "rates": rates}
+
+
+def _take_turns(images, presets, count):
+    command = [sys.executable, __file__, f"--images={images}", f"--count={count}", f"--threads={FLAGS.threads}"]
     sides = {
         side: subprocess.Popen([*command, f"--side={side}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for side in ("s2sd_tf", "torch")
     }
-    rates = {name: {side: [] for side in sides if side == "s2sd_tf" or name in BOTH} for name in FLAGS.presets}
+    rates = {name: {side: [] for side in sides if side == "s2sd_tf" or name in BOTH} for name in presets}
     for _ in tqdm(range(FLAGS.turns), desc="Turns"):
         for name, by_side in rates.items():
             for side, values in by_side.items():
@@ -265,19 +276,21 @@ def _take_turns(images):
 def _table(results):
     lines = ["# Input pipeline: images per second", ""]
     lines += [f"- {key}: {value}" for key, value in results["machine"].items()]
-    images = results["images"]
-    lines += [
-        f"- {images['files']} JPEGs, {'generated, ' if images['generated'] else ''}{images['mean_kib']} KiB on average",
-        "",
-        f"Median (minimum to maximum) of {FLAGS.turns} passes over {FLAGS.count} images.",
-        "",
-        "| augmentation | s2sd_tf | DataLoader, torchvision | ratio |",
-        "|---|---|---|---|",
-    ]
-    for name, rates in results["rates"].items():
-        cells = [f"{np.median(v):.0f} ({min(v):.0f} to {max(v):.0f})" for v in rates.values()]
-        ratio = f"{np.median(rates['s2sd_tf']) / np.median(rates['torch']):.2f}" if "torch" in rates else ""
-        lines.append(f"| {name} | {' | '.join(cells + [''] * (2 - len(cells)))} | {ratio} |")
+    for name, measured in results["sets"].items():
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            f"{measured['files']} JPEGs, {measured['mean_kib']:,} KiB on average. Median (minimum to maximum) of "
+            f"{FLAGS.turns} passes over {measured['images']:,} images.",
+            "",
+            "| augmentation | s2sd_tf | DataLoader, torchvision | ratio |",
+            "|---|---|---|---|",
+        ]
+        for preset, rates in measured["rates"].items():
+            cells = [f"{np.median(v):.0f} ({min(v):.0f} to {max(v):.0f})" for v in rates.values()]
+            ratio = f"{np.median(rates['s2sd_tf']) / np.median(rates['torch']):.2f}" if "torch" in rates else ""
+            lines.append(f"| {preset} | {' | '.join(cells + [''] * (2 - len(cells)))} | {ratio} |")
     crops_of = results["crops"]
     lines += [
         "",

@@ -193,6 +193,53 @@ class TestSizes:
         np.testing.assert_allclose(found, whole[top : top + 64, left : left + 60], atol=2e-4)
 
 
+class TestReducedJpegs:
+    """A JPEG of at least four times the size of the result is decoded smaller, to almost the same result."""
+
+    # Fine lines and a slope, so that a shift of a fraction of a pixel shows.
+    rows, columns = np.mgrid[:517, :803]
+    pixels = np.stack(
+        [rows * 255 / 516, columns * 255 / 802, 128 + 90 * np.sin(rows / 9) * np.cos(columns / 7)], axis=-1
+    ).astype(np.uint8)
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize(
+        "preprocessing",
+        [
+            data.Preprocessing(56, 48, resize_size=64),  # decoded at a quarter
+            data.Preprocessing(130, 100),  # at a half, or not reduced
+            data.Preprocessing(24, 24, channels=1, resize_size=32, mean=0.5, std=0.5),  # at an eighth
+        ],
+    )
+    def test_like_the_whole_image(self, orientation, preprocessing):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        content = encoded(Image.fromarray(self.pixels), "JPEG", exif=exif.tobytes(), quality=95)
+        whole = decode_pixels(content)
+        augments = [data.Augmentation(crop=crop, scale=(0.5, 1.0)) for crop in ("resized", "random", "center")]
+        pairs = [(preprocessing.from_bytes(content), preprocessing.from_pixels(whole))]
+        for augment in augments:
+            for number in range(4):
+                seed = tf.constant([5, number])
+                pairs.append(
+                    [
+                        f(i, preprocessing, seed)
+                        for f, i in ((augment.from_bytes, content), (augment.from_pixels, whole))
+                    ]
+                )
+        for found, expected in pairs:
+            differences = 255 * preprocessing.std * np.abs(np.subtract(found, expected))
+            assert differences.mean() < 1.5
+            assert np.quantile(differences, 0.99) < 6
+
+    def test_smaller_jpegs_are_decoded_whole(self):
+        content = encoded(Image.fromarray(self.pixels), "JPEG", quality=95)
+        for height, width, same in ((130, 201, True), (130, 200, True), (129, 200, False)):
+            preprocessing = data.Preprocessing(height, width)
+            found, expected = preprocessing.from_bytes(content), preprocessing.from_pixels(decode_pixels(content))
+            assert (found.numpy() == expected.numpy()).all() == same
+
+
 def test_data_after_the_end_of_an_image_are_allowed(tmp_path):
     thumbnail = encoded(Image.fromarray(COLORS), "JPEG")
     whole = encoded(Image.fromarray(COLORS), "JPEG", exif=b"Exif\0\0" + thumbnail)

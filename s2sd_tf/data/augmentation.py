@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
-from s2sd_tf.data.decoding import decode_jpeg_window, decode_pixels, jpeg_shape
+from s2sd_tf.data.decoding import decode_jpeg_window, decode_pixels, jpeg_reduction, jpeg_shape
 from s2sd_tf.data.preprocessing import Preprocessing, resize_antialiased, to_grayscale, with_channels
 
 # Random crops to try before falling back to the centre crop, as in torchvision.
@@ -101,7 +101,10 @@ class Augmentation:
         return bool(self._jitter or self.grayscale or self._operations)
 
     def from_bytes(self, encoded: tf.Tensor, preprocessing: Preprocessing, seed: tf.Tensor) -> tf.Tensor:
-        """Decodes and augments an image. Only the crop of a JPEG is decoded.
+        """Decodes and augments an image.
+
+        Only the crop of a JPEG is decoded, smaller if it is much larger than the result; see
+        `Preprocessing.resize_bytes`.
 
         Args:
             encoded: string scalar, an image that `decode_pixels` decodes.
@@ -112,7 +115,7 @@ class Augmentation:
             float32 `(height, width, channels)`, the model's input.
         """
         if self.crop == "center":
-            return self.from_pixels(decode_pixels(encoded), preprocessing, seed)
+            return self._finish(preprocessing.resize_bytes(encoded), preprocessing, seed)
         crop = tf.cond(
             tf.io.is_jpeg(encoded),
             lambda: self._cropped_jpeg(encoded, preprocessing, seed),
@@ -162,13 +165,14 @@ class Augmentation:
     def _cropped_jpeg(self, encoded, preprocessing, seed):
         height, width, orientation = jpeg_shape(encoded)
         window = self.crop_window(height, width, preprocessing, seed)
-        return _resized(decode_jpeg_window(encoded, window, height, width, orientation), preprocessing)
+        reduction = jpeg_reduction(tf.unstack(window[2:]), preprocessing.output_shape[:2])
+        return _resized(preprocessing, *decode_jpeg_window(encoded, window, height, width, orientation, reduction))
 
     def _cropped(self, image, preprocessing, seed):
         shape = tf.shape(image)
         window = self.crop_window(shape[0], shape[1], preprocessing, seed)
         end = window[:2] + window[2:]
-        return _resized(image[window[0] : end[0], window[1] : end[1]], preprocessing)
+        return _resized(preprocessing, image[window[0] : end[0], window[1] : end[1]])
 
     def _finish(self, image, preprocessing, seed):
         """Flips, colours and normalises a crop, float `(height, width, c)` in [0, 1]."""
@@ -264,8 +268,8 @@ def _placed(height, width, window_height, window_width, draws):
     return tf.concat([tf.maximum(corner, 0), [window_height, window_width]], axis=0)
 
 
-def _resized(image, preprocessing):
-    image = resize_antialiased(image, preprocessing.height, preprocessing.width) / 255.0
+def _resized(preprocessing, image, box=None):
+    image = resize_antialiased(image, preprocessing.height, preprocessing.width, box) / 255.0
     image.set_shape([preprocessing.height, preprocessing.width, image.shape[-1]])
     return image
 

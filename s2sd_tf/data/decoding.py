@@ -6,6 +6,7 @@ images upright by their EXIF orientation; and it reads the palettes of BMPs.
 
 import functools
 import re
+from collections.abc import Sequence
 
 import tensorflow as tf
 
@@ -16,6 +17,8 @@ _MAX_SEGMENTS, _MAX_BLOCKS = 4096, 2**18
 # Orientations whose rows are stored as columns, and those to mirror afterwards (see the EXIF standard, tag 274).
 _TRANSPOSED, _MIRRORED, _FLIPPED = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 _ENCODED = [tf.TensorSpec([], tf.string)]
+# The factors by which TensorFlow decodes a JPEG smaller.
+_REDUCTIONS = (1, 2, 4, 8)
 # A WebP of one pixel.
 _WEBP = b"RIFF\x1a\x00\x00\x00WEBPVP8L\x0e\x00\x00\x00/\x00\x00\x00\x00\x07\x10\x11\xfd\x0fDD\xff\x03"
 
@@ -90,28 +93,65 @@ def jpeg_shape(encoded: tf.Tensor | bytes) -> tuple[tf.Tensor, tf.Tensor, tf.Ten
 
 
 @tf.function(
-    input_signature=[*_ENCODED, tf.TensorSpec([4], tf.int32), *[tf.TensorSpec([], tf.int32)] * 3], autograph=False
+    input_signature=[*_ENCODED, tf.TensorSpec([4], tf.int32), *[tf.TensorSpec([], tf.int32)] * 4], autograph=False
 )
 def decode_jpeg_window(
-    encoded: tf.Tensor, window: tf.Tensor, height: tf.Tensor, width: tf.Tensor, orientation: tf.Tensor
-) -> tf.Tensor:
+    encoded: tf.Tensor,
+    window: tf.Tensor,
+    height: tf.Tensor,
+    width: tf.Tensor,
+    orientation: tf.Tensor,
+    reduction: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Decodes a part of a JPEG, upright. The rest of the JPEG is not decoded.
 
     Args:
         encoded: string scalar.
         window: int32 `[top, left, height, width]` in the upright image.
         height, width, orientation: see `jpeg_shape`.
+        reduction: int32 scalar, 1, 2, 4 or 8: how many times smaller each side is decoded, see `jpeg_reduction`.
 
     Returns:
-        uint8 `(window height, window width, 3)`.
+        `(pixels, box)`: uint8 `(h, w, 3)`, and float64 `[top, left, height, width]`, the window in these pixels. If
+        `reduction` is 1, they are the window. Otherwise they are the smaller image's pixels that the window touches.
     """
     top, left, rows, columns = tf.unstack(window)
     left = tf.where(_is_one_of(orientation, _MIRRORED), width - left - columns, left)
     top = tf.where(_is_one_of(orientation, _FLIPPED), height - top - rows, top)
-    stored = tf.where(
-        _is_one_of(orientation, _TRANSPOSED), [left, top, columns, rows], tf.stack([top, left, rows, columns])
-    )
-    return _upright(tf.image.decode_and_crop_jpeg(encoded, stored, channels=3), orientation)
+    turned = _is_one_of(orientation, _TRANSPOSED)
+    corner = tf.where(turned, [left, top], [top, left])
+    size = tf.where(turned, [columns, rows], [rows, columns])
+    first, end = corner // reduction, -(-(corner + size) // reduction)
+    stored = tf.concat([first, end - first], axis=0)
+    branches = [
+        lambda ratio=ratio: tf.image.decode_and_crop_jpeg(encoded, stored, channels=3, ratio=ratio)
+        for ratio in _REDUCTIONS
+    ]
+    image = tf.switch_case(tf.reduce_sum(tf.cast(reduction >= _REDUCTIONS[1:], tf.int32)), branches)
+    # Where the window begins and ends in these pixels, as stored; then as they are turned.
+    exact = tf.cast(tf.stack([corner, size]), tf.float64) / tf.cast(reduction, tf.float64)
+    before = exact[0] - tf.cast(first, tf.float64)
+    after = tf.cast(end - first, tf.float64) - before - exact[1]
+    before, after, extent = (tf.where(turned, side[::-1], side) for side in (before, after, exact[1]))
+    backwards = tf.stack([_is_one_of(orientation, _FLIPPED), _is_one_of(orientation, _MIRRORED)])
+    return _upright(image, orientation), tf.concat([tf.where(backwards, after, before), extent], axis=0)
+
+
+def jpeg_reduction(size: Sequence[tf.Tensor], scaled: Sequence[tf.Tensor]) -> tf.Tensor:
+    """How many times smaller each side of a JPEG may be decoded that is to be scaled down.
+
+    At least twice the pixels are left that the result has on each side, so the antialiasing filter still decides what
+    the result looks like.
+
+    Args:
+        size: height and width of the part that is scaled, int scalars.
+        scaled: height and width of the result, int scalars.
+
+    Returns:
+        int32 scalar, 1, 2, 4 or 8.
+    """
+    times = tf.minimum(*(tf.cast(a, tf.float64) / tf.cast(b, tf.float64) for a, b in zip(size, scaled)))
+    return tf.reduce_max(tf.where(times >= [2.0 * ratio for ratio in _REDUCTIONS], _REDUCTIONS, 1))
 
 
 def _decode_jpeg(encoded):
