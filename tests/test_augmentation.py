@@ -194,6 +194,37 @@ class TestFlipsAndColors:
         turns = (out[:, 0] - pixel[0] + 0.5) % 1.0 - 0.5
         assert scipy.stats.kstest(turns, scipy.stats.uniform(-0.2, 0.4).cdf).pvalue > 1e-3
 
+    @pytest.mark.parametrize("kind", ["noise", "smooth", "few colors", "gray"])
+    def test_colors_match_keras_cv(self, kind):
+        """The layers one after another, with the strengths that are drawn here."""
+        from keras_cv import layers
+
+        rng = np.random.default_rng(0)
+        pixels = {
+            "noise": rng.integers(0, 256, (24, 24, 3), dtype=np.uint8),
+            "smooth": smooth(24, 24),
+            "few colors": (rng.integers(0, 3, (24, 24, 3)) * 127).astype(np.uint8),
+            "gray": np.repeat(rng.integers(0, 256, (24, 24, 1), dtype=np.uint8), 3, axis=2),
+        }[kind]
+        most = {"brightness": 0.4, "contrast": 0.6, "saturation": 0.9, "hue": 0.5}
+        augment = data.Augmentation(crop="center", flip=0.0, **most)
+        for seed in seeds(12):
+            draws = tf.random.stateless_uniform([6], tf.random.experimental.stateless_fold_in(seed, 1))[1:5]
+            brightness, contrast, saturation, hue = (
+                strength * (2.0 * draw - 1.0) for strength, draw in zip(most.values(), draws)
+            )
+            images = tf.constant(pixels[None] / np.float32(255))
+            for layer, strength, shape in (
+                (layers.RandomBrightness(0.0, value_range=(0, 1)), brightness, [1, 1, 1, 1]),
+                (layers.RandomContrast((0, 1), 0.5), 1.0 + contrast, [1, 1, 1, 1]),
+                # The layer multiplies by t / (1 - t).
+                (layers.RandomSaturation(0.5), (1.0 + saturation) / (2.0 + saturation), [1]),
+                (layers.RandomHue(0.5, value_range=(0, 1)), hue, [1]),
+            ):
+                images = layer.augment_images(images, transformations=tf.reshape(strength, shape))
+            found = augment.from_pixels(pixels, data.Preprocessing(24, 24), seed)
+            np.testing.assert_allclose(found, images[0], atol=1e-3)
+
     def test_rand_augment_uses_every_operation_and_none(self):
         augment = data.Augmentation(crop="center", flip=0.0, rand_augment=1)
         pixels = smooth(24, 24)

@@ -1,10 +1,10 @@
 """Random crops, flips and colour changes of training images.
 
 The operations are the same with Keras 2 and Keras 3. TensorFlow crops, because only its decode-and-crop skips decoding
-the rest of the image. keras-cv's layers change colours and apply RandAugment: Keras 2 has no layers for hue,
-saturation, grayscale or RandAugment, and those of Keras 3 differ. The random numbers are drawn here, not in the layers.
-The layers use a generator with a state, so an image's augmentation would depend on the order of threads, and a resumed
-run would differ from an uninterrupted one.
+the rest of the image. Colours change as by keras-cv's layers, in a third of their time. Its layers apply RandAugment:
+Keras 2 has none, and those of Keras 3 differ. The random numbers are drawn here, not in the layers. The layers use a
+generator with a state, so an image's augmentation would depend on the order of threads, and a resumed run would differ
+from an uninterrupted one.
 """
 
 import copy
@@ -91,14 +91,14 @@ class Augmentation:
         self.grayscale = grayscale
         self.rand_augment = checked_int("rand_augment", rand_augment, 0)
         self.magnitude = magnitude
+        self._jitters = bool(brightness or contrast or saturation or hue)
         # Made once, not at every tracing, because keras-cv's layers are Keras layers.
-        self._jitter = _color_layers() if brightness or contrast or saturation or hue else None
         self._operations = _rand_augment_operations(magnitude) if rand_augment else []
 
     @property
     def changes_colors(self) -> bool:
         """Whether the augmentation does more than crop and flip. Grayscale images then become RGB in between."""
-        return bool(self._jitter or self.grayscale or self._operations)
+        return bool(self._jitters or self.grayscale or self._operations)
 
     def from_bytes(self, encoded: tf.Tensor, preprocessing: Preprocessing, seed: tf.Tensor) -> tf.Tensor:
         """Decodes and augments an image.
@@ -185,35 +185,32 @@ class Augmentation:
         return preprocessing.normalize(with_channels(image, preprocessing.channels))
 
     def _colored(self, image, draws, seed):
-        images = image[None]
-        if self._jitter:
-            brightness, contrast, saturation, hue = (2.0 * draw - 1.0 for draw in draws[1:5])
-            layers = self._jitter
-            if self.brightness:
-                images = layers["brightness"].augment_images(
-                    images, transformations=tf.reshape(self.brightness * brightness, [1, 1, 1, 1])
-                )
-            if self.contrast:
-                images = layers["contrast"].augment_images(
-                    images, transformations=tf.reshape(1.0 + self.contrast * contrast, [1, 1, 1, 1])
-                )
-            if self.saturation:
-                factor = 1.0 + self.saturation * saturation
-                # The layer multiplies by t / (1 - t).
-                images = layers["saturation"].augment_images(
-                    images, transformations=tf.reshape(factor / (1.0 + factor), [1])
-                )
-            if self.hue:
-                images = layers["hue"].augment_images(images, transformations=tf.reshape(self.hue * hue, [1]))
+        if self._jitters:
+            image = self._jittered(image, [2.0 * draw - 1.0 for draw in draws[1:5]])
         if self.grayscale:
-            images = tf.cond(
+            image = tf.cond(
                 draws[5] < self.grayscale,
-                lambda images=images: tf.image.grayscale_to_rgb(to_grayscale(images)),
-                lambda images=images: images,
+                lambda image=image: tf.image.grayscale_to_rgb(to_grayscale(image)),
+                lambda image=image: image,
             )
         if self._operations:
-            images = _rand_augmented(255.0 * images, self._operations, self.rand_augment, _sub_seed(seed, 2)) / 255.0
-        return images[0]
+            images = _rand_augmented(255.0 * image[None], self._operations, self.rand_augment, _sub_seed(seed, 2))
+            image = images[0] / 255.0
+        return image
+
+    def _jittered(self, image, strengths):
+        brightness, contrast, saturation, hue = strengths
+        # One plane a channel: TensorFlow is several times slower on triples.
+        planes = tf.transpose(tf.reshape(image, [-1, 3]))
+        if self.brightness:
+            planes = tf.clip_by_value(planes + self.brightness * brightness, 0.0, 1.0)
+        if self.contrast:
+            factor = 1.0 + self.contrast * contrast
+            means = tf.reduce_mean(planes, axis=1, keepdims=True)
+            planes = tf.clip_by_value(factor * planes + (1.0 - factor) * means, 0.0, 1.0)
+        if self.saturation or self.hue:
+            planes = _turned(planes, 1.0 + self.saturation * saturation, self.hue * hue)
+        return tf.reshape(tf.transpose(planes), tf.shape(image))
 
 
 # The augmentations of the published code, and "mild", "rand" and "flip".
@@ -274,27 +271,31 @@ def _resized(preprocessing, image, box=None):
     return image
 
 
-def _keras_cv_layers():
-    # Imported late, because it takes seconds.
-    import keras_cv
+def _turned(planes, factor, turn):
+    """Multiplies the saturation of RGB planes `(3, pixels)` by `factor` and turns the hue by `turn` of the circle.
 
-    # The layers request the global generator, although nothing is drawn from it here. In deterministic runs it does not
-    # exist until it is set.
-    try:
-        tf.random.get_global_generator()
-    except RuntimeError:
-        tf.random.set_global_generator(tf.random.Generator.from_seed(0))
-    return keras_cv.layers
-
-
-def _color_layers():
-    layers = _keras_cv_layers()
-    return {
-        "brightness": layers.RandomBrightness(0.0, value_range=(0, 1)),
-        "contrast": layers.RandomContrast((0, 1), 0.5),
-        "saturation": layers.RandomSaturation(0.5),
-        "hue": layers.RandomHue(0.5, value_range=(0, 1)),
-    }
+    As through HSV, where the saturation is at most 1: the largest channel stays, and the chroma, the difference to the
+    smallest, is multiplied. A channel's distance from the largest is the chroma times a ramp of the angle between the
+    hue and the channel's own colour, from 0 at 60 degrees to 1 at 120.
+    """
+    red, green, blue = tf.unstack(planes)
+    most, least = tf.reduce_max(planes, axis=0), tf.reduce_min(planes, axis=0)
+    chroma = most - least
+    scale = 1.0 / tf.maximum(chroma, 1e-20)
+    # In sixths of the circle, from red.
+    hue = tf.where(
+        red == most,
+        (green - blue) * scale,
+        tf.where(green == most, (blue - red) * scale + 2.0, (red - green) * scale + 4.0),
+    )
+    hue += 6.0 * turn
+    chroma = tf.minimum(factor * chroma, most)
+    turned = []
+    for own in (0.0, 2.0, 4.0):
+        angle = hue - own
+        angle = tf.abs(angle - 6.0 * tf.round(angle / 6.0))
+        turned.append(most - chroma * tf.clip_by_value(angle - 1.0, 0.0, 1.0))
+    return tf.stack(turned)
 
 
 def _rand_augment_operations(magnitude, deviation=0.15):
@@ -304,7 +305,16 @@ def _rand_augment_operations(magnitude, deviation=0.15):
         Functions of `(images, draws)`: images `(1, h, w, 3)` in [0, 255], and draws `(normal, uniform)`, one number
         each.
     """
-    layers = _keras_cv_layers()
+    # Imported late, because it takes seconds.
+    import keras_cv
+
+    # The layers request the global generator, although nothing is drawn from it here. In deterministic runs it does not
+    # exist until it is set.
+    try:
+        tf.random.get_global_generator()
+    except RuntimeError:
+        tf.random.set_global_generator(tf.random.Generator.from_seed(0))
+    layers = keras_cv.layers
     pixels = (0, 255)
     auto_contrast = layers.AutoContrast(pixels)
     equalization = layers.Equalization(pixels)
