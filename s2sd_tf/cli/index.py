@@ -32,7 +32,7 @@ _FUNNEL_DIM = flags.DEFINE_integer(
 _CODES = flags.DEFINE_enum(
     "codes",
     "float32",
-    ["float32", "int8", "bits", "clusters", "scann"],
+    ["float32", "int8", "bits", "scann"],
     "With --method=funnel: how the shortlist stores prefixes.",
 )
 _METRIC = flags.DEFINE_enum(

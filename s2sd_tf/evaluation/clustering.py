@@ -1,7 +1,6 @@
 """Clustering metrics: how well k-means clusters of the embeddings match the classes."""
 
 import logging
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -80,49 +79,24 @@ def cluster_agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, flo
 
 
 def _clusters(rows, num_clusters, metric, iterations, restarts, seed):
-    """The cluster of every row, int64 `(n,)`, by k-means; see `clustering_metrics`."""
-    rows = normalized(rows) if metric == "cosine" else np.ascontiguousarray(scaled(rows, scale_of(rows)), np.float32)
-    search = _trained(rows, num_clusters, iterations, restarts, seed, metric == "cosine")
-    return search.index.search(rows, 1)[1][:, 0].astype(np.int64)
-
-
-def kmeans(rows: np.ndarray, count: int, *, iterations: int, seed: int, spherical: bool) -> np.ndarray:
-    """The centres of clusters by faiss's k-means, float32 `(count, dim)`.
-
-    Args:
-        rows: float32 `(n, dim)`, n >= count.
-        count, iterations, seed: ints.
-        spherical: whether rows and centres are of unit length.
-    """
-    return _trained(rows, count, iterations, 1, seed, spherical).centroids.copy()
-
-
-def import_faiss() -> Any:
-    """Imports faiss.
-
-    Raises:
-        ImportError: it is missing; the message says what to install.
-    """
+    """The cluster of every row, int64 `(n,)`, by faiss's k-means; see `clustering_metrics`."""
     # Otherwise faiss logs which of its libraries it loads.
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     try:
         import faiss
     except ImportError as error:
         raise ImportError("clustering needs faiss: `pip install faiss-cpu`") from error
-    return faiss
-
-
-def _trained(rows, count, iterations, restarts, seed, spherical):
-    search = import_faiss().Kmeans(
+    rows = normalized(rows) if metric == "cosine" else np.ascontiguousarray(scaled(rows, scale_of(rows)), np.float32)
+    search = faiss.Kmeans(
         rows.shape[1],
-        count,
+        num_clusters,
         niter=iterations,
         nredo=restarts,
         seed=seed,
-        spherical=spherical,
+        spherical=metric == "cosine",
         # Train on all rows, however few there are for each cluster.
         min_points_per_centroid=1,
         max_points_per_centroid=len(rows),
     )
     search.train(rows)
-    return search
+    return search.index.search(rows, 1)[1][:, 0].astype(np.int64)

@@ -11,15 +11,14 @@ from absl import logging
 from threadpoolctl import threadpool_limits
 
 from s2sd_tf.checks import check_choice, checked_int
-from s2sd_tf.evaluation.embeddings import Rows, read_items, read_rows, write_array
+from s2sd_tf.evaluation.embeddings import Rows, read_items, read_rows
 from s2sd_tf.evaluation.exact import exact_neighbors
 from s2sd_tf.evaluation.index import RowsIndex, checked_items
 from s2sd_tf.evaluation.neighbors import check_search
 from s2sd_tf.evaluation.rows import checked_rows, normalized
 from s2sd_tf.evaluation.scann_index import ScannIndex
-from s2sd_tf.evaluation.shortlist import CODES, ClustersShortlist, ScannShortlist, make_shortlist
-from s2sd_tf.truncation import truncate
-from s2sd_tf.untrusted import read_array, read_json_object, reading
+from s2sd_tf.evaluation.shortlist import CODES, ScannShortlist, make_shortlist
+from s2sd_tf.untrusted import read_json_object, reading
 
 # Number of queries to tune the shortlist on. Its recall is measured on as many others.
 _TUNING_QUERIES = 1000
@@ -27,8 +26,6 @@ _TUNING_QUERIES = 1000
 _RANKED = 32
 # Subfolder of an index with the ScaNN index of the prefixes.
 _SHORTLIST = "shortlist"
-# File of an index with the centres of clusters.
-_CENTRES = "centres.npy"
 
 
 class FunnelIndex(RowsIndex):
@@ -80,8 +77,7 @@ class FunnelIndex(RowsIndex):
             labels: n labels, or None.
             dim: from 1 to embedding_dim, dimension of the prefixes: one of the model's `nested_dims`.
             codes: how the prefixes are stored for the shortlist: "float32"; "int8", a byte per dimension; "bits", the
-                sign of each dimension after a random rotation; "clusters" or "scann", approximate searches of float32
-                prefixes by faiss (k-means clusters, of which the nearest are searched) and by ScaNN.
+                sign of each dimension after a random rotation; "scann", an approximate search of float32 prefixes.
             recall: the share of the k nearest to find, in (0, 1].
             k: int >= 1.
             seed: int >= 0, for the sample to tune on.
@@ -184,12 +180,9 @@ class FunnelIndex(RowsIndex):
         super()._save(folder)
         if self.settings["codes"] == "scann":
             self.shortlist.index.save(os.path.join(folder, _SHORTLIST))
-        elif self.settings["codes"] == "clusters":
-            write_array(os.path.join(folder, _CENTRES), self.shortlist.centres)
 
     def _about(self, folder):
-        more = {"clusters_to_search": self.shortlist.searched} if self.settings["codes"] == "clusters" else {}
-        return {"settings": {**self.settings, **more}, "tuned": self.tuned}
+        return {"settings": self.settings, "tuned": self.tuned}
 
     @classmethod
     def load(
@@ -203,26 +196,12 @@ class FunnelIndex(RowsIndex):
             check_search("exact", about["metric"], tuned["recall"])
             if settings["shortlist"] is not None:
                 checked_int("shortlist", settings["shortlist"], 1)
-            searched = None
-            if settings["codes"] == "clusters":
-                searched = checked_int("clusters_to_search", settings.pop("clusters_to_search"), 1)
             if not checked_int("dim", settings["dim"], 1) <= rows.shape[1] == about["dim"]:
                 raise ValueError(f"dimensions up to {rows.shape[1]}, not {settings['dim']} of {about['dim']}")
         index = cls(normalized(np.asarray(rows[:])), ids, labels, settings, tuned)
         if settings["codes"] == "scann":
             index._shortlist = ScannShortlist(_load_scann(os.path.join(folder, _SHORTLIST), settings["dim"], len(ids)))
-        elif searched is not None:
-            centres = _read_centres(os.path.join(folder, _CENTRES), settings["dim"])
-            index._shortlist = ClustersShortlist(truncate(index.rows(), settings["dim"]), centres, searched)
         return index
-
-
-def _read_centres(path, dim):
-    with reading(path, "the centres of clusters"):
-        centres = checked_rows("centres", read_array(path))
-        if centres.shape[1] != dim or not len(centres):
-            raise ValueError(f"centres {centres.shape} for {dim} dimensions")
-    return np.ascontiguousarray(centres, np.float32)
 
 
 def _load_scann(folder, dim, size):

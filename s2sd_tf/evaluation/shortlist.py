@@ -8,18 +8,14 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from s2sd_tf.evaluation.clustering import import_faiss, kmeans
 from s2sd_tf.evaluation.scann_index import ScannIndex
-from s2sd_tf.evaluation.scann_tuning import RecallSample, smallest_leaves
 from s2sd_tf.truncation import truncate
 
-CODES = ("float32", "int8", "bits", "clusters", "scann")
+CODES = ("float32", "int8", "bits", "scann")
 # The product of so many queries with so many items stays in the cache.
 _QUERIES, _ITEMS = 1024, 512
 # Number of tiles that serve as a sample.
 _SAMPLED = 16
-# So many items of each cluster, on average, are enough to find it.
-_PER_CLUSTER = 256
 # About the largest number of candidates to look at together.
 _CANDIDATES = 2**24
 
@@ -31,13 +27,11 @@ def make_shortlist(rows: np.ndarray, dim: int, codes: str, recall: float, k: int
         rows: unit rows, float32 `(n, embedding_dim)`.
         dim: dimension of the prefixes.
         codes: one of `CODES`, how the prefixes are stored.
-        recall, k, seed: for "clusters" and "scann", of the prefixes; see `ScannIndex.build`.
+        recall, k, seed: for "scann", of the prefixes; see `ScannIndex.build`.
     """
     prefixes = truncate(rows, dim)
     if codes == "scann":
         return ScannShortlist(ScannIndex.build(prefixes, recall=recall, k=k, seed=seed))
-    if codes == "clusters":
-        return ClustersShortlist.build(prefixes, recall, k, seed)
     return {"float32": Shortlist, "int8": Int8Shortlist, "bits": BitsShortlist}[codes](prefixes)
 
 
@@ -55,57 +49,6 @@ class ScannShortlist:
     def find(self, queries: np.ndarray, count: int) -> np.ndarray:
         """See `Shortlist.find`."""
         return self.index.nearest(truncate(queries, self.dim), count).indices
-
-
-class ClustersShortlist:
-    """A shortlist of the clusters nearest to a query, by faiss (`IndexIVFFlat`).
-
-    Args:
-        prefixes: unit rows, float32 `(n, dim)`.
-        centres: of the clusters, float32 `(clusters, dim)`.
-        searched: number of clusters to search.
-    """
-
-    def __init__(self, prefixes: np.ndarray, centres: np.ndarray, searched: int) -> None:
-        faiss = import_faiss()
-        self.dim = prefixes.shape[1]
-        self.centres = centres
-        self.searched = searched
-        self.bytes_per_item = 4 * self.dim + 8
-        # Kept, because the index only refers to it.
-        self._quantizer = faiss.IndexFlatIP(self.dim)
-        self._quantizer.add(centres)
-        self._index = faiss.IndexIVFFlat(self._quantizer, self.dim, len(centres), faiss.METRIC_INNER_PRODUCT)
-        self._index.is_trained = True
-        self._index.add(prefixes)
-
-    @classmethod
-    def build(cls, prefixes: np.ndarray, recall: float, k: int, seed: int) -> "ClustersShortlist":
-        """Finds clusters by k-means, as many as twice the square root of n, and tunes how many to search."""
-        count = max(1, min(int(2 * np.sqrt(len(prefixes))), len(prefixes)))
-        sample = prefixes
-        if len(prefixes) > _PER_CLUSTER * count:
-            sample = prefixes[np.random.default_rng(seed).choice(len(prefixes), _PER_CLUSTER * count, replace=False)]
-        shortlist = cls(prefixes, kmeans(sample, count, iterations=10, seed=seed, spherical=True), count)
-        if len(prefixes) > 1:
-
-            def find(rows, k, pre_reorder_num_neighbors, leaves_to_search):
-                similarities, indices = shortlist._nearest(rows, k, leaves_to_search)
-                return indices, similarities
-
-            asked = RecallSample(find, prefixes, "cosine", k, recall, np.random.default_rng(seed))
-            shortlist.searched = smallest_leaves(count, lambda some: asked.enough(reorder=0, leaves_to_search=some))
-        return shortlist
-
-    def find(self, queries: np.ndarray, count: int) -> np.ndarray:
-        """See `Shortlist.find`; -1 where the searched clusters have fewer items."""
-        rows = np.ascontiguousarray(truncate(queries, self.dim))
-        return self._nearest(rows, count, self.searched)[1].astype(np.int64)
-
-    def _nearest(self, rows, k, searched):
-        parameters = import_faiss().SearchParametersIVF(nprobe=searched)
-        similarities, indices = self._index.search(rows, k, params=parameters)
-        return np.where(indices < 0, -np.inf, similarities), indices
 
 
 class Shortlist:
