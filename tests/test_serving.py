@@ -184,6 +184,14 @@ def test_beam_embeds_files_like_this_process(encoder_path, images, tmp_path):
         beam.run(items, encoder_path, folder)
 
 
+def test_a_runner_that_loses_images_fails(encoder_path, images, tmp_path, monkeypatch):
+    items = list_images(images)
+    monkeypatch.setattr(beam.beam, "Reshuffle", lambda: beam.beam.Filter(lambda batch: batch[0].id != items[0].id))
+    with pytest.raises(ValueError, match=rf"all of {len(items)} images. Received: {len(items) - 4}"):
+        beam.run(items, encoder_path, tmp_path / "out", batch_size=4, index={"method": "exact"})
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_beam_embeds_tfrecords(encoder_path, images, tmp_path):
     items = list_images(images)
 

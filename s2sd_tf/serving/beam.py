@@ -17,7 +17,7 @@ import tensorflow as tf
 from apache_beam.utils.shared import Shared
 from google.protobuf.message import DecodeError
 
-from s2sd_tf.checks import check_folder_to_write
+from s2sd_tf.checks import check_folder_to_write, checked_int
 from s2sd_tf.evaluation.embeddings import shard_name
 from s2sd_tf.files import has_content, local_path, only_writer, read_json, reporting_out_of_space, write_json
 from s2sd_tf.serving.embed import Item, check_index, local_items, read_item, write_items_as_shard
@@ -40,7 +40,7 @@ class EmbedImages(beam.PTransform):
         encoder: SavedModel folder that `export_encoder` wrote; the workers must be able to read it.
         folder: folder to write.
         shards: >= 1, the maximum number of shards; shards without images are not written.
-        batch_size: >= 1, images embedded at a time.
+        batch_size: >= 1, images embedded at a time; None: the input is a collection of lists of images, a batch each.
         index: arguments of `build_index`, or None for shards without an index.
         dim: dimension of the embeddings; see `Encoder`.
     """
@@ -50,7 +50,7 @@ class EmbedImages(beam.PTransform):
         encoder: str | os.PathLike,
         folder: str | os.PathLike,
         shards: int = 16,
-        batch_size: int = 64,
+        batch_size: int | None = 64,
         index: dict[str, Any] | None = None,
         dim: int | None = None,
     ) -> None:
@@ -62,14 +62,12 @@ class EmbedImages(beam.PTransform):
         check_index(index, self.dim)
 
     def expand(self, images: beam.PCollection) -> beam.PCollection:
-        embedded = (
-            images
-            | "Batch" >> beam.BatchElements(min_batch_size=self.batch_size, max_batch_size=self.batch_size)
-            | "Embed" >> beam.ParDo(_Embed(self.encoder, self.dim, self.shards)).with_outputs("failed", main="rows")
-        )
+        if self.batch_size is not None:
+            images |= "Batch" >> beam.BatchElements(min_batch_size=self.batch_size, max_batch_size=self.batch_size)
         return (
-            {"rows": embedded.rows, "failed": embedded.failed}
-            | "Group" >> beam.CoGroupByKey()
+            images
+            | "Embed" >> beam.ParDo(_Embed(self.encoder, self.dim, self.shards))
+            | "Group" >> beam.GroupByKey()
             | "Write" >> beam.Map(_write, folder=self.folder, index=self.index, dim=self.dim)
         )
 
@@ -100,18 +98,27 @@ def run(
         The content of `summary.json`: "images", "embedded", "failed" (a list of `{"id", "error"}`), "dim", "shards".
 
     Raises:
-        ValueError: `folder` is not empty, another process is writing it, or `encoder` is invalid.
+        ValueError: `folder` is not empty, another process is writing it, `encoder` is invalid, or the runner lost
+            images.
     """
     folder = local_path("folder", folder)
     # A pattern may be a URL, because Beam reads it.
     source = os.path.expanduser(source) if isinstance(source, str) else local_items(source)
     check_folder_to_write("folder", folder)
-    embed = EmbedImages(encoder, folder, shards, batch_size, index, dim)
+    batch_size = checked_int("batch_size", batch_size, 1)
+    # Lists of files come in batches, because DaskRunner loses what `BatchElements` has left at the end.
+    embed = EmbedImages(encoder, folder, shards, batch_size if isinstance(source, str) else None, index, dim)
     with only_writer("folder", folder, inside=True):
         if has_content(folder):
             raise ValueError(f"folder: expected a new or empty one. Received: {folder!r}")
         try:
-            _run(source, embed, options)
+            _run(source, embed, options, batch_size)
+            summary = read_json(os.path.join(folder, _SUMMARY))
+            if not isinstance(source, str) and summary["images"] != len(source):
+                raise ValueError(
+                    f"options: expected a runner that passes on all of {len(source):,} images. Received: "
+                    f"{summary['images']:,}"
+                )
         except Exception:
             # It was empty, and it cannot be resumed.
             for name in os.listdir(folder):
@@ -119,10 +126,10 @@ def run(
                     path = os.path.join(folder, name)
                     shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
             raise
-        return read_json(os.path.join(folder, _SUMMARY))
+        return summary
 
 
-def _run(source, embed, options):
+def _run(source, embed, options, batch_size):
     """Runs the pipeline, which writes the shards and the summary into the folder of `embed`."""
     folder = embed.folder
     # A folder with a plan and without a summary counts as unfinished.
@@ -134,7 +141,8 @@ def _run(source, embed, options):
             records = pipeline | "Read" >> beam.io.ReadFromTFRecord(source)
             images = examples_to_images(records)
         else:
-            images = pipeline | "List" >> beam.Create(source) | "Spread" >> beam.Reshuffle()
+            batches = [source[start : start + batch_size] for start in range(0, len(source), batch_size)]
+            images = pipeline | "List" >> beam.Create(batches) | "Spread" >> beam.Reshuffle()
         done = images | embed
         # The workers may be on other machines, so the summary comes back as a file.
         (
@@ -155,23 +163,21 @@ class _Embed(beam.DoFn):
         self._encoder = self._shared.acquire(lambda: Encoder(self._path, self._dim))
 
     def process(self, batch):
+        """Yields for every image its shard and `(item, row, error)`; row or error is None."""
         there, contents = [], []
         for image in batch:
             item, content = image if not isinstance(image, Item) else (image, None)
             item = Item(*item)
             content, error = read_item(item) if content is None else (content, None)
             if error is not None:
-                yield beam.pvalue.TaggedOutput("failed", (self._shard(item), {"id": item.id, "error": error}))
+                yield self._shard(item), (tuple(item), None, error)
                 continue
             there.append(item)
             contents.append(content)
         rows, errors = self._encoder.embed(contents)
         for position, item in enumerate(there):
-            if position in errors:
-                failed = {"id": item.id, "error": errors[position]}
-                yield beam.pvalue.TaggedOutput("failed", (self._shard(item), failed))
-            else:
-                yield self._shard(item), (tuple(item), rows[position])
+            error = errors.get(position)
+            yield self._shard(item), (tuple(item), None if error else rows[position], error)
 
     def _shard(self, item):
         return (
@@ -181,14 +187,15 @@ class _Embed(beam.DoFn):
 
 def _write(group, folder, index, dim):
     shard, found = group
-    rows = sorted(found["rows"], key=lambda pair: pair[0])
-    items = [Item(*item) for item, _ in rows]
-    failed = sorted(found["failed"], key=lambda row: row["id"])
+    found = sorted(found, key=lambda one: one[0])
+    failed = [{"id": Item(*item).id, "error": error} for item, _, error in found if error is not None]
+    items = [Item(*item) for item, _, error in found if error is None]
+    rows = [row for _, row, error in found if error is None]
     repeated = sorted({a.id for a, b in itertools.pairwise(items) if a.id == b.id})
     if repeated:
         raise ValueError(f"images: expected unique ids. Received more than once: {repeated[:5]}")
     path = os.path.join(folder, shard_name(shard))
-    vectors = np.stack([row for _, row in rows]) if rows else np.empty((0, dim), np.float32)
+    vectors = np.stack(rows) if rows else np.empty((0, dim), np.float32)
     write_items_as_shard(path, vectors, items, failed, index)
     return {"shard": shard, "embedded": len(items), "failed": failed}
 
