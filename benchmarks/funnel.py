@@ -28,9 +28,7 @@ flags.DEFINE_integer("threads", 2, "Threads of TensorFlow.")
 flags.DEFINE_integer("turns", 3, "Turns that are counted.", lower_bound=1)
 flags.DEFINE_integer("size", 1_000_000, "Rows of the gallery.", lower_bound=1)
 flags.DEFINE_integer("queries", 2048, "Queries.", lower_bound=1)
-flags.DEFINE_list(
-    "funnels", ["16:float32", "32:float32", "32:int8", "128:bits", "32:scann"], "dim:codes."
-)
+flags.DEFINE_list("funnels", ["16:float32", "32:float32", "32:int8", "128:bits", "32:scann"], "dim:codes.")
 flags.DEFINE_integer("k", 10, "Neighbours to find, and to tune the recall for.", lower_bound=1)
 flags.DEFINE_bool("scann", True, "Whether to time a ScaNN index of the whole embeddings.")
 flags.DEFINE_string("output", None, "JSON file to write; the table gets the same name.")
