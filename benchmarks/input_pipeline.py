@@ -44,23 +44,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BOTH = ("base", "adv", "red", "evaluation")
 
 
-def generate(folder, count=64, size=(500, 375), seed=0):
-    """Writes JPEGs, a third of them upright: clouds of seven octaves plus grain."""
-    rng = np.random.default_rng(seed)
-    for number in range(count):
-        width, height = size if number % 3 else size[::-1]
-        pixels = np.zeros((height, width, 3))
-        for octave in range(1, 8):
-            points = rng.normal(size=(2**octave + 1, 2**octave + 1, 3)).astype(np.float32)
-            layers = [
-                np.asarray(Image.fromarray(points[..., c]).resize((width, height), Image.BICUBIC)) for c in range(3)
-            ]
-            pixels += 0.55**octave * np.stack(layers, -1)
-        pixels = 255 * (pixels - pixels.min()) / np.ptp(pixels) + rng.normal(scale=7, size=(height, width, 1))
-        image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-        image.save(os.path.join(folder, f"{number:03d}.jpg"), quality=95)
-
-
 def ours(paths, name):
     """Returns a function that makes one pass and returns the number of images."""
     import tensorflow as tf
@@ -223,6 +206,7 @@ def main(_):
         measure([str(path) for path in sorted(pathlib.Path(FLAGS.images).rglob("*.jpg"))])
         return
     from machine import describe
+    from photos import generate
 
     from s2sd_tf.files import write_json
 

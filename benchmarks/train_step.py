@@ -21,8 +21,6 @@ import ctypes
 import functools
 import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 import time
 from collections import OrderedDict
@@ -34,6 +32,7 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 from machine import describe, set_threads, torch
+from photos import generate
 from tqdm import tqdm
 
 from s2sd_tf import S2SDModel, data, preset, similarity_kl
@@ -505,9 +504,7 @@ def input_pipeline(network):
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
-        # A separate process, because both programs define flags of the same names.
-        command = "import sys, input_pipeline; input_pipeline.generate(sys.argv[1])"
-        subprocess.run([sys.executable, "-c", command, folder], cwd=pathlib.Path(__file__).parent, check=True)
+        generate(folder)
         paths = sorted(str(path) for path in pathlib.Path(folder).glob("*.jpg"))
         paths = np.array(paths * (network.batch * network.input_batches // len(paths) + 1))
         labels = np.arange(len(paths), dtype=np.int32) % network.classes
