@@ -757,6 +757,20 @@ def naive_agreement(labels, clusters):
     return mutual / (entropy["a"] + entropy["b"]) * 2, 2 * precision * recall / (precision + recall)
 
 
+def test_agreement_like_scikit_learn():
+    from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+
+    generator = np.random.default_rng(0)
+    for case in range(60):
+        size = generator.integers(1, 80)
+        labels, clusters = (generator.integers(0, generator.integers(1, 30), size) for _ in range(2))
+        if case % 3 == 0:
+            clusters = np.where(generator.random(size) < 0.7, labels, clusters)
+        found = cluster_agreement(labels, clusters)
+        assert found["nmi"] == pytest.approx(normalized_mutual_info_score(labels, clusters), abs=1e-9)
+        assert found["ami"] == pytest.approx(adjusted_mutual_info_score(labels, clusters), abs=1e-9)
+
+
 def test_clustering():
     generator = np.random.default_rng(0)
     labels = np.repeat(np.arange(5), 12)
