@@ -17,7 +17,7 @@ import time
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import app, flags
-from machine import describe
+from machine import describe, peak
 from tqdm import tqdm
 
 from s2sd_tf.files import replacing, write_json
@@ -78,9 +78,7 @@ def _measure(batch, micro):
     begin = time.monotonic()
     step()
     seconds = time.monotonic() - begin
-    status = pathlib.Path("/proc/self/status").read_text()
-    peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    return {"peak_mib": peak / 1024, "seconds": seconds}
+    return {"peak_mib": peak(), "seconds": seconds}
 
 
 if __name__ == "__main__":

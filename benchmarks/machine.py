@@ -1,4 +1,4 @@
-"""Helpers shared by the benchmarks: a description of the machine, PyTorch if it is installed, and thread counts."""
+"""Helpers shared by the benchmarks: the machine, PyTorch if it is installed, thread counts, and peak memory."""
 
 import datetime
 import functools
@@ -41,3 +41,9 @@ def set_threads(threads):
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     if torch():
         torch().set_num_threads(threads)
+
+
+def peak():
+    """This process's peak memory so far in MiB. `getrusage` would start with the parent process's peak."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024

@@ -22,7 +22,7 @@ os.environ.setdefault("TF_CPP_MIN_VLOG_LEVEL", "0")
 import faiss
 import numpy as np
 from absl import app, flags
-from machine import describe, set_threads
+from machine import describe, peak, set_threads
 from tqdm import tqdm
 
 from s2sd_tf import evaluation
@@ -159,12 +159,6 @@ def print_memory():
     before = peak()
     run()
     print(json.dumps(peak() - before))
-
-
-def peak():
-    """This process's peak memory so far in MiB. `getrusage` would start with the parent process's peak."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def metrics_part():

@@ -11,7 +11,6 @@ a table (.md) of the same name.
 import json
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -164,14 +163,14 @@ def table(results):
 
 
 def main(_):
-    from machine import describe, set_threads
+    from machine import describe, peak, set_threads
 
     from s2sd_tf.files import write_json
 
     if FLAGS.part:
         set_threads(FLAGS.threads)
         result = PARTS[FLAGS.part]()
-        print(json.dumps({**result, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        print(json.dumps({**result, "mib": peak()}))
         return
     results = {"machine": describe(FLAGS.threads)}
     for name, divisor in (("quarter", 4), ("whole", 1)):

@@ -122,18 +122,17 @@ def beam():
     import importlib.util
 
     import tensorflow as tf
-    from PIL import Image
 
     from s2sd_tf import data, evaluation, export
 
     keras = tf.keras
     layers = [keras.layers.Input((28, 28, 1)), keras.layers.Flatten(), keras.layers.Dense(16)]
     export.export_encoder(keras.Sequential(layers), data.Preprocessing(28, 28, 1), path("encoder"))
-    images = data.load_omniglot().test
+    _, images, _ = data.load_omniglot()
     for position, label in enumerate(images.labels.tolist()):
         folder = os.path.join(path("images"), f"{label:04d}")
         os.makedirs(folder, exist_ok=True)
-        Image.fromarray(images.images[position][..., 0]).save(os.path.join(folder, f"{position}.png"))
+        pathlib.Path(folder, f"{position}.png").write_bytes(images.images[position])
     results, first = {}, None
     for number, (name, options) in enumerate(RUNNERS.items()):
         if name == "DaskRunner" and not importlib.util.find_spec("distributed"):

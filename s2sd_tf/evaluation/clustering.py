@@ -70,10 +70,11 @@ def cluster_agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, flo
     # Without any pair in a class or a cluster there was nothing to find, so F1 is 1.
     f1 = 2.0 * together / (of_class + of_cluster) if of_class + of_cluster else 1.0
     information = mutual_info_score(None, None, contingency=table)
+    by_chance = _expected_information(*sizes)
     most = np.mean([_entropy(counts) for counts in sizes])
     return {
         "nmi": _share(information, most),
-        "ami": _share(information - (by_chance := _expected_information(*sizes)), most - by_chance),
+        "ami": _share(information - by_chance, most - by_chance),
         "f1": float(f1),
     }
 
@@ -93,7 +94,7 @@ def _expected_information(of_class, of_cluster):
 
     Vinh, Epps and Bailey, "Information Theoretic Measures for Clusterings Comparison", JMLR 2010, eq. 24a. How many
     items of a class are in a cluster has a hypergeometric distribution. scikit-learn computes it for every class and
-    cluster, which takes minutes for ten thousand; here once for equal sizes.
+    cluster, which takes 20 s for ten thousand; here once for equal sizes.
     """
     from scipy.special import gammaln
 
