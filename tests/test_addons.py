@@ -124,6 +124,9 @@ class TestOnBothStacks:
         assert optimizer.get_config()["nesterov"] is True
         assert float(tf.convert_to_tensor(optimizers.get("adamw", 0.1).learning_rate)) == pytest.approx(0.1)
         assert optimizers.get("adam", 0.1, {"weight_decay": None}).get_config()["weight_decay"] is None
+        if hasattr(keras.optimizers, "Muon"):
+            muon = optimizers.get("muon", 0.1, {"exclude_embeddings": False, "exclude_layers": ["head"]})
+            assert muon.get_config()["exclude_embeddings"] is False
 
     @pytest.mark.parametrize(
         ("name", "settings", "words"),

@@ -3,6 +3,7 @@
 import csv
 import logging
 
+import conftest
 import numpy as np
 import pytest
 from PIL import Image
@@ -282,6 +283,28 @@ def test_exclude_images(tmp_path):
     path.write_text("0\n")
     with pytest.raises(ValueError, match="exclude: expected a data set of image files"):
         data.exclude_images(data.datasets.load("digits"), path)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_teachers_of_all_images_or_of_those_that_are_left(left, tmp_path):
+    for name in "abcdef":
+        for number in range(3):
+            (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "photos" / name / f"{number}.png")
+    (tmp_path / "list.txt").write_text("a/1.png\nb/0.png\nb/1.png\nb/2.png")
+    of_images, of_classes = np.arange(9.0)[:, None], np.arange(3.0)[:, None]
+    kept, kept_classes = [0, 2, 6, 7, 8], [0, 2]
+    if left:
+        of_images, of_classes = of_images[kept], of_classes[kept_classes]
+    np.save(tmp_path / "images.npy", of_images)
+    np.save(tmp_path / "classes.npy", of_classes)
+    config = conftest.small_config(**{
+        "data.name": "folder", "data.root": str(tmp_path / "photos"), "data.exclude": str(tmp_path / "list.txt"),
+        "data.teachers": tuple(str(tmp_path / f"{name}.npy") for name in ("images", "classes")),
+    })  # fmt: skip
+    images, classes = load_split(resolve(config)).train.teachers
+    np.testing.assert_array_equal(images[:, 0], kept)
+    np.testing.assert_array_equal(classes[:, 0], np.repeat(kept_classes, [2, 3]))
 
 
 def test_an_audit_replaces_an_earlier_one(tmp_path):

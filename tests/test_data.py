@@ -239,6 +239,10 @@ class TestBatches:
 
     def test_every_pass_of_fit_is_an_epoch(self):
         train, _, preprocessing = data.load_digits()
+        with pytest.raises(ValueError, match="short_classes='repeat' or 'skip'"):
+            data.class_balanced_batches(train, preprocessing, 3, 400)
+        repeated = data.class_balanced_batches(train, preprocessing, 3, 400, steps_per_epoch=1, short_classes="repeat")
+        assert next(iter(repeated))[1].shape == [1200]
         batches = data.class_balanced_batches(train, preprocessing, 3, 4, steps_per_epoch=5)
         assert batches.cardinality() == 5
         assert data.class_balanced_batches(train, preprocessing, 3, 4).cardinality() == 901 // 12
@@ -267,6 +271,13 @@ class TestPreprocessing:
             tf.function(preprocessing)(tf.constant(images))
         with pytest.raises(ValueError, match=r"use from_pixels .* Received: uint8$"):
             preprocessing(np.zeros((6, 5, 1), np.uint8))
+
+    def test_floats_are_no_pixels(self):
+        pixels = np.ones((6, 5, 1), np.float32)
+        with pytest.raises(ValueError, match=r"^pixels: expected integers in \[0, 255\].* Received: float32$"):
+            data.Preprocessing(4, 4, 1).from_pixels(pixels)
+        with pytest.raises(ValueError, match=r"^pixels: expected integers in \[0, 255\]"):
+            data.Augmentation().from_pixels(pixels, data.Preprocessing(4, 4, 1), [0, 1])
 
     def test_bytes_paths_and_pixels_agree(self, folder):
         preprocessing = data.Preprocessing(6, 5, 3, mean=(0.5, 0.4, 0.3), std=0.2)

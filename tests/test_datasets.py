@@ -737,6 +737,8 @@ class TestRegistry:
         assert data.load_folder(str(tmp_path / "shards")).test.class_names == ("a", "b")
         with pytest.raises(ValueError, match=r"test_classes: expected none for shards, .* Received: '', 'c'"):
             data.load_folder(str(tmp_path / "shards"), test_classes="c")
+        with pytest.raises(ValueError, match=r"test_fraction: expected none for shards, .* Received: '', '', 0.2"):
+            data.load_folder(str(tmp_path / "shards"), test_fraction=0.2)
 
     def test_the_program(self, tmp_path, run_python):
         layouts.write_cub200(tmp_path / "birds")
@@ -752,3 +754,5 @@ class TestRegistry:
         (images / "001.Auk_0" / "empty.jpg").write_bytes(b"")
         run_python(*program, "--name=folder", f"--root={images}", f"--output={tmp_path / 'more'}", "--on_corrupt=skip")
         assert data.read_shards(str(tmp_path / "more")).counts() == {"train": (12, 4), "test": (12, 4)}
+        refused = run_python(*program, "--name=digits", "--root=.", f"--output={tmp_path / 'no'}", check=False)
+        assert "--name: expected one of ['cars196', 'cub200', " in refused.stderr

@@ -1,10 +1,12 @@
 """Funnel search: shortlists by prefixes, tuned to a recall; saved, loaded, changed, and in the retrieval SavedModel."""
 
+import concurrent.futures
 import json
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from threadpoolctl import threadpool_info
 
 import s2sd_tf
 from s2sd_tf import data, evaluation, export
@@ -123,6 +125,29 @@ def test_an_index_that_grows_beyond_its_shortlist(rows):
     assert (index.search(rows[:2], 10).indices >= 0).all()
 
 
+def test_a_gallery_that_grows_keeps_its_recall(rows):
+    truth = evaluation.find_neighbors(rows[:200], rows, 10).indices
+    index = evaluation.build_index(rows[:150], method="funnel", dim=6, recall=0.9)
+    before, tuned = index.settings["shortlist"], dict(index.tuned)
+    assert tuned["size"] == 150
+    index.add(rows[150:210], range(150, 210))
+    assert (index.settings["shortlist"], index.tuned) == (before, tuned)
+    assert index.length(10) == pytest.approx(before * 210 / 150, abs=1)
+    index.add(rows[210:], range(210, SIZE))
+    assert index.tuned["size"] == SIZE
+    assert recall(index.search(rows[:200], 10).indices, truth) >= 0.88
+
+
+def test_threads_search_at_the_same_time(rows, queries):
+    index = evaluation.build_index(rows, method="funnel", dim=6, recall=0.9)
+    expected, before = index.search(queries, 3), threadpool_info()
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: index.search(queries, 3), range(24)):
+            np.testing.assert_array_equal(found.indices, expected.indices)
+    # The number of threads is that of before.
+    assert threadpool_info() == before
+
+
 def test_what_is_refused(rows, tmp_path):
     for settings, words in (
         ({"dim": None}, "dim: expected the dimension of the prefixes"),
@@ -132,6 +157,7 @@ def test_what_is_refused(rows, tmp_path):
         ({"dim": 6, "metric": "euclidean"}, "metric: expected one of"),
         ({"dim": 6, "recall": 0}, "recall: expected a number"),
         ({"dim": 6, "method": "exact"}, "dim: expected None unless method='funnel'. Received: 6"),
+        ({"method": "exact", "codes": "bits"}, "codes: expected 'float32' unless method='funnel'. Received: 'bits'"),
     ):
         with pytest.raises(ValueError, match=words):
             evaluation.build_index(rows, **{"method": "funnel", **settings})

@@ -394,6 +394,7 @@ class TestMultiLabelEvaluation:
             ((labels, rows, np.ones((4, 3), int)), {}, r"gallery_labels: expected 0 or 1, \(n, 4\)"),
             ((labels[0],), {}, r"query_labels: expected integers \(batch, labels\)"),
             ((labels,), {"ks": ()}, "ks: expected at least one"),
+            ((labels, rows[:0], labels[:0]), {}, "gallery: expected at least one item"),
         ):
             with pytest.raises(ValueError, match=message):
                 evaluation.multi_label_metrics(rows, *arguments, **settings)

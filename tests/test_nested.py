@@ -279,3 +279,5 @@ def test_metrics_by_dim(metric):
     for dims, words in (((2, 6), "dims: expected at most 5.*6"), ((0,), "dims"), (3, "dims: expected a sequence")):
         with pytest.raises(ValueError, match=words):
             evaluation.metrics_by_dim(rows, labels, dims=dims)
+    with pytest.raises(ValueError, match="neighbors: expected none"):
+        evaluation.metrics_by_dim(rows, labels, dims=(2,), neighbors=evaluation.find_neighbors(rows, rows, 3))

@@ -136,6 +136,23 @@ class TestPlan:
             divide(many, split)
         scratch = plan(resolve(folder_config(**{"model.backbone": "conv_blocks"})), split)
         assert (scratch.model.weights, scratch.model.frozen_bn, scratch.data.image_size) == ("", "", 64)
+        large = plan(resolve(folder_config(**{"data.samples_per_class": 20})), split).data
+        assert large.classes_per_batch == 2
+        assert plan(resolve(folder_config()), split, replicas=3).data.classes_per_batch == 6
+        threes = resolve(folder_config(**{"data.samples_per_class": 3}))
+        assert plan(threes, split, replicas=4).data.classes_per_batch == 8
+        alone = resolve(folder_config(**{"data.classes_per_batch": 1, "data.samples_per_class": 4}))
+        with pytest.raises(ValueError, match="at least 2 for the objective 'multi_similarity', which compares classes"):
+            build_sampler(alone, split.train)
+        big = plan(resolve(folder_config(**{"data.augmentation": "big"})), split)
+        assert divide(big, split).preprocessing.output_shape == (256, 256, 3)
+
+    @pytest.mark.parametrize("changes", [{"data.channels": 1}, {"data.name": "omniglot"}])
+    def test_gray_images_are_not_for_a_backbone_of_colours(self, changes, installed):
+        split = split_of([20] * 60)
+        config = plan(resolve(folder_config(**changes)), split)
+        assert (config.model.backbone, config.model.weights) == ("conv_blocks", "")
+        assert divide(config, split).preprocessing.channels == 1
 
     @pytest.mark.parametrize(
         ("counts", "message"),

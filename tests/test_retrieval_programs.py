@@ -27,6 +27,7 @@ def made(tmp_path_factory):
         for i in range(5):
             pixels = (pattern + generator.integers(0, 56, (9, 9, 3))).astype(np.uint8)
             Image.fromarray(pixels).save(root / "images" / f"c{label}" / f"{i}.png")
+    (root / "images" / "c0" / "notes.txt").write_text("every program leaves out what is no image")
     keras.utils.set_random_seed(0)
     backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(6, 8), pools=1)
     model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(8,))
@@ -46,7 +47,7 @@ def test_from_images_to_a_search(call, made, tmp_path):
     assert "20 images, 4 dimensions, 4 shards" in output
     output = call(
         "index", f"--embeddings={tmp_path / 'emb'}", f"--output={tmp_path / 'index'}",
-        f"--encoder={encoder}", f"--saved_model={tmp_path / 'retrieval'}", "--k=3", "--min_score=1.5",
+        f"--encoder={encoder}", f"--saved_model={tmp_path / 'retrieval'}", "--k=3", "--min_score=1",
     ).stdout  # fmt: skip
     assert "20 items, 4 dimensions, scann" in output
     assert (tmp_path / "retrieval" / "saved_model.pb").exists()
@@ -66,11 +67,18 @@ def test_from_images_to_a_search(call, made, tmp_path):
     assert first[0]["similarity"] == pytest.approx(1.0, abs=1e-5)
     assert np.array(Image.open(tmp_path / "found.png")).std() > 1
     # No similarity reaches the threshold that the index stores.
-    rows = evaluation.read_embeddings(tmp_path / "emb").rows[:1]
+    own = evaluation.read_embeddings(tmp_path / "emb").rows[:1]
+    rows = (own + np.float32([0.1, -0.1, 0.2, 0.3])).astype(np.float32)
     assert evaluation.load_index(tmp_path / "index").search(rows, 2).indices.tolist() == [[-1, -1]]
-    found = export.load_retrieval(tmp_path / "retrieval").signatures["embeddings"](embeddings=tf.constant(rows))
+    search_graph = export.load_retrieval(tmp_path / "retrieval").signatures["embeddings"]
+    found = search_graph(embeddings=tf.constant(rows))
     assert found["ids"].numpy().tolist() == [[b"", b"", b""]]
     assert np.isneginf(found["scores"]).all()
+    # An image reaches its own, however short the row.
+    assert search_graph(embeddings=tf.constant(1e-13 * own))["ids"].numpy()[0, 0] == b"c0/0.png"
+    error = call("index", f"--embeddings={tmp_path / 'emb'}", f"--output={tmp_path / 'other'}", "--metric=euclidean",
+                 "--min_score=0.5", status=2).stderr  # fmt: skip
+    assert "min_score: expected at most 0, the largest euclidean similarity (a negative distance)" in error
     (tmp_path / "broken.png").write_text("no image")
     query = f"--image={tmp_path / 'broken.png'}"
     error = call("search", f"--index={tmp_path / 'index'}", f"--encoder={encoder}", query,
@@ -80,7 +88,18 @@ def test_from_images_to_a_search(call, made, tmp_path):
 
 def test_beam(call, made, tmp_path):
     arguments = (f"--encoder={made / 'encoder'}", f"--images={made / 'images'}", f"--output={tmp_path / 'out'}")
-    assert "20 images, 4 dimensions" in call("beam", *arguments, "--shards=3", "--beam=--runner=DirectRunner").stdout
+    assert (
+        "20 images, 4 dimensions"
+        in call(
+            "beam",
+            *arguments,
+            "--shards=3",
+            "--method=funnel",
+            "--funnel_dim=2",
+            "--codes=int8",
+            "--beam=--runner=DirectRunner",
+        ).stdout
+    )
     found = call("search", f"--index={tmp_path / 'out'}", f"--encoder={made / 'encoder'}",
                  f"--image={made / 'images' / 'c0' / '1.png'}", "--k=1").stdout  # fmt: skip
     assert json.loads(found)[0]["matches"][0]["id"] == "c0/1.png"
@@ -191,6 +210,9 @@ def test_absolute_ids_are_shown_below_the_folder_of_the_images(made):
         )
         assert gallery.ids == shown
         assert len(np.unique([*same["query_ids"], *same["gallery_ids"]])) == count
+    np.savez(made / "rows.npz", embeddings=rows, labels=np.arange(8) % 4)
+    with pytest.raises(ValueError, match=r"--same_ids: expected embeddings with ids.*rows\.npz', which has none"):
+        evaluated.embeddings((given, None, None), (str(made / "rows.npz"), None, None), same_ids=True)
     assert queries.image is None
     queries, _, _ = evaluated.embeddings((given, None, str(root)), None)
     assert queries.image(3).shape == (9, 9, 3)
@@ -256,6 +278,10 @@ ERRORS = [
     (("--embeddings=rows.npy", "--ks=0"), "--ks: expected integers >= 1"),
     (("--embeddings=rows.npy", "--methods="), "--methods: expected at least one"),
     (("--embeddings=rows.npy", "--gallery_labels=labels.npy"), "--gallery_labels: expected --gallery_embeddings"),
+    (("--embeddings=rows.npy", "--gallery_images=images"), "--gallery_images: expected --model or --gallery_embed"),
+    (("--workdir=none", "--images=images"), "--images: expected --model or --embeddings too"),
+    (("--model=none", "--images=images", "--labels=labels.npy"), "--labels: expected --embeddings too"),
+    (("--embeddings=rows.npy", "--same_ids"), "--same_ids: expected --gallery_embeddings too"),
     (("--embeddings=rows.npy", "--labels=some.txt"), "1 have none, first line 3"),
     (("--embeddings=rows.npy", "--labels=flat.txt", "--levels"), "--levels: expected classes that have super-classes"),
     (("--embeddings=rows.npy", "--metrics=cosine,guess"), "--metrics: expected one of"),

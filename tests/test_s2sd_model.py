@@ -218,6 +218,19 @@ def test_learning_rate_multipliers_scale_the_updates(small_model, optimizer):
             np.testing.assert_allclose(other, factor * one, atol=2e-6, err_msg=group)
 
 
+@pytest.mark.parametrize(
+    "make", [keras.optimizers.Ftrl, lambda: keras.optimizers.Adam(use_ema=True, ema_overwrite_frequency=20)]
+)
+def test_factors_are_refused_where_no_step_can_be_scaled(small_model, make):
+    small_model(learning_rate_multipliers={"backbone": 0.0}).compile(make())
+    for settings in (
+        {"learning_rate_multipliers": {"heads": 10.0}},
+        {"objective": s2sd_tf.objectives.ProxyAnchor(num_classes=3, learning_rate_multiplier=100.0)},
+    ):
+        with pytest.raises(ValueError, match=r"learning_rate_multipliers: expected factors of 0 or 1 with (Ftrl|Adam)"):
+            small_model(**settings).compile(make())
+
+
 def test_backbone_layers_can_have_their_own_multipliers(small_model):
     images, labels = images_and_labels()
 

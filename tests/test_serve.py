@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+import tracemalloc
 from concurrent.futures import CancelledError
 
 import httpx
@@ -23,6 +24,7 @@ import s2sd_tf
 from s2sd_tf import data, evaluation, export
 from s2sd_tf.serving import Encoder
 from s2sd_tf.serving.batching import Batcher, QueueFull
+from s2sd_tf.serving.rest import read_predict
 from s2sd_tf.serving.servable import Servable, Signature
 from s2sd_tf.serving.server import Limits, create_app
 
@@ -174,6 +176,24 @@ class TestProtocol:
         np.testing.assert_allclose(found, integers.json()["outputs"], atol=1e-5)
         expected = encoder.signatures["pixels"].run(pixels.astype(np.uint8))["embedding"]
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+    def test_batches_of_rows(self, encoder):
+        pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 7, 1))
+        expected = encoder.signatures["pixels"].run(pixels.astype(np.uint8))["embedding"]
+        with serving(encoder, max_batch=3) as ask:
+            (answer,) = ask(("/v1/models/m:predict", {"signature_name": "pixels", "instances": pixels.tolist()}))
+            (metrics,) = ask("/metrics")
+        np.testing.assert_allclose(answer.json()["predictions"], expected, atol=1e-5)
+        assert "s2sd_batch_size_sum 7" in metrics.text
+        assert "s2sd_batch_size_count 3" in metrics.text
+
+    def test_a_text_among_numbers_takes_no_memory(self, encoder):
+        body = json.dumps({"instances": [["a" * 2000, *[1] * 100_000]]}).encode()
+        tracemalloc.start()
+        with pytest.raises(ValueError, match="images: expected nested lists of float32 numbers"):
+            read_predict(body, encoder.signatures, 64)
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(body)
+        tracemalloc.stop()
 
     def test_retrieval(self, retrieval, saved):
         rows = Encoder(saved / "encoder")(IMAGES[:2])

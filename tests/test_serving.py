@@ -158,18 +158,20 @@ def test_after_a_kill_it_resumes_without_losing_or_repeating_a_shard(call, encod
 
 
 def test_beam_embeds_files_like_this_process(encoder_path, images, tmp_path):
-    items, folder = list_images(images), str(tmp_path / "out")
-    gone = Item("gone.png", str(tmp_path / "gone.png"), "")
+    odd, gone = tmp_path / "photos" / os.fsdecode(b"\xff.png"), os.fsdecode(b"gone\xff.png")
+    odd.parent.mkdir()
+    shutil.copy(list_images(images)[0].path, odd)
+    items, folder = [*list_images(images), Item(odd.name, str(odd), "")], str(tmp_path / "out")
     summary = beam.run(
-        [*items, gone],
+        [*items, Item(gone, str(tmp_path / gone), "")],
         encoder_path,
         folder,
         shards=4,
         batch_size=7,
         index={"method": "funnel", "dim": 2, "recall": 0.9},
     )
-    assert "No such file" in next(row["error"] for row in summary["failed"] if row["id"] == "gone.png")
-    summary["failed"] = [row for row in summary["failed"] if row["id"] != "gone.png"]
+    assert "No such file" in next(row["error"] for row in summary["failed"] if row["id"] == gone)
+    summary["failed"] = [row for row in summary["failed"] if row["id"] != gone]
     summary["images"] -= 1
     (tmp_path / "out" / "summary.json").write_text(json.dumps(summary))
     check(folder, summary, Encoder(encoder_path), items)

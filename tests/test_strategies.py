@@ -33,6 +33,7 @@ RUN = (
     "--config.train.epochs=4",
     "--config.train.steps_per_epoch=6",
     "--config.train.checkpoint_every=1",
+    "--config.train.threads=2",
     "--config.eval.every=2",
 )
 
@@ -85,6 +86,10 @@ def on_one_device(tmp_path_factory, call):
 
 def test_two_devices_train_the_same_as_one(on_one_device, tmp_path, call):
     devices = ("--strategy=mirrored", "--devices=CPU:0,CPU:1")
+    uneven = call("train", *RUN, *devices, "--config.data.classes_per_batch=3", "--config.data.samples_per_class=3",
+                  f"--workdir={tmp_path / 'two'}", status=2).stderr  # fmt: skip
+    assert "expected a batch that the 2 replicas share equally. Received: 3 x 3 = 9 images" in uneven
+    assert not list(tmp_path.glob("two/*.json"))
     with start(tmp_path / "two", *devices) as process:
         while not (tmp_path / "two" / "checkpoints" / "epoch_000001").exists() and process.is_alive():
             time.sleep(0.01)

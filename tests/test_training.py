@@ -143,6 +143,8 @@ def test_compare_prints_a_table_and_writes_pictures(call, tmp_path):
         "--config.train.epochs=2",
         "--config.train.steps_per_epoch=3",
         "--config.eval.every=1",
+        "--noconfig.s2sd.feature_distill",
+        "--config.model.log_per_target",
         f"--workdir={tmp_path / 'both'}",
         "--seeds=1",
     )
@@ -164,6 +166,9 @@ def test_compare_prints_a_table_and_writes_pictures(call, tmp_path):
     plain = read_json(tmp_path / "both" / "runs" / "plain_seed1" / "config.json")
     assert (plain["s2sd"]["target_dims"], plain["s2sd"]["feature_distill"]) == ([], False)
     assert read_json(tmp_path / "both" / "runs" / "plain_seed1" / "results.json")["steps"] == 6
+    # However a flag is written, the runs get it.
+    options = read_json(tmp_path / "both" / "runs" / "s2sd_seed1" / "config.json")
+    assert (options["s2sd"]["feature_distill"], options["model"]["log_per_target"]) == (False, True)
     # Finished runs of another config are not accepted.
     other = call("compare", *arguments, "--config.model.embedding_dim", "5", status=2)
     assert "model.embedding_dim (8 there, 5 here)" in other.stderr
@@ -356,6 +361,12 @@ def test_folders_of_images_with_two_roots(tmp_path):
     parts = load_data(resolve(config))
     assert (parts.train.class_names, len(parts.train)) == (("x", "y", "z"), 12)
     assert (parts.test.class_names, len(parts.test)) == (("p/q", "p/r"), 8)
+    # The class names differ, the images are the same.
+    config.data.folder.update(test_root=str(tmp_path / "a" / "x"), test_classes="")
+    (tmp_path / "a" / "x" / "deeper").mkdir()
+    shutil.copy(tmp_path / "a" / "x" / "0.jpg", tmp_path / "a" / "x" / "deeper")
+    with pytest.raises(ValueError, match=r"test_root: expected images that are not in root.* 5 images .*0\.jpg"):
+        load_data(resolve(config))
 
 
 def test_variants_of_a_config():

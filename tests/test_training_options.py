@@ -373,6 +373,14 @@ class TestDryRun:
         assert [line for line in log() if "reaches only 50% of its weight" in line]
         assert "2 steps, 2 epochs of 1" in dict(sections["steps"])["in all"]
 
+    @pytest.mark.parametrize(("classes", "samples"), [(3, 400), (40, 1)])
+    def test_a_sampler_with_a_storage_may_repeat_images_or_ignore_classes(self, classes, samples):
+        sections = dry_run(small_config(**{
+            "sampler.name": "greedy_coreset", "sampler.greedy_coreset.short_classes": "repeat",
+            "data.classes_per_batch": classes, "data.samples_per_class": samples,
+        }))  # fmt: skip
+        assert dict(sections["data"])["batch"].startswith(f"{classes * samples} = {classes} classes x {samples}")
+
     def test_reports_everything_and_writes_nothing(self, tmp_path, monkeypatch):
         write_inshop(tmp_path / "data", classes=8, images_per_class=4)
         before = sorted(tmp_path.rglob("*"))

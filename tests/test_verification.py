@@ -325,9 +325,13 @@ def test_an_index_answers_no_match_below_its_threshold(method, tmp_path):
         np.testing.assert_array_equal(found.indices, np.where(reached, every.indices, -1))
         np.testing.assert_array_equal(found.similarities, np.where(reached, every.similarities, -np.inf))
     np.testing.assert_array_equal(loaded.search(rows, 10, min_score=-2).indices, every.indices)
-    assert (loaded.search(rows, 10, min_score=1.1).indices == -1).all()
-    with pytest.raises(ValueError, match="min_score"):
-        loaded.search(rows, 10, min_score=float("nan"))
+    for never in (float("nan"), 1.1):
+        with pytest.raises(ValueError, match="min_score"):
+            loaded.search(rows, 10, min_score=never)
+    distances = evaluation.build_index(rows, method=method, metric="euclidean")
+    with pytest.raises(ValueError, match=r"min_score: expected at most 0, .*a negative distance.* Received: 0.6"):
+        distances.search(rows, 10, min_score=0.6)
+    assert (distances.search(rows, 10, min_score=-1e-6).indices[:, 0] >= 0).all()
     other = evaluation.build_index(rows, labels=labels, method=method)
     with pytest.raises(ValueError, match="min_score"):
         ShardedIndex([loaded, other])

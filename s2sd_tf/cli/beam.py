@@ -29,11 +29,17 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Images embedded at a time.
 _METHOD = flags.DEFINE_enum(
     "method",
     None,
-    ["scann", "exact", "none"],
+    ["scann", "exact", "funnel", "none"],
     "Search method of each shard's index; by default scann where it is installed, else exact.",
 )
+_FUNNEL_DIM = flags.DEFINE_integer(
+    "funnel_dim", None, "With --method=funnel: dimension of the shortlist, see s2sd-index.", lower_bound=1
+)
+_CODES = flags.DEFINE_enum(
+    "codes", "float32", ["float32", "int8", "bits", "scann"], "With --method=funnel: how the shortlist stores prefixes."
+)
 _METRIC = flags.DEFINE_enum("metric", "cosine", ["cosine", "euclidean"], "Metric of the index.")
-_RECALL = flags.DEFINE_float("recall", 0.99, "Recall against exact search that ScaNN is tuned to.")
+_RECALL = flags.DEFINE_float("recall", 0.99, "Recall against exact search that ScaNN or funnel is tuned to.")
 _OPTIONS = flags.DEFINE_multi_string(
     "beam", [], "Option of the Beam pipeline, such as --runner=FlinkRunner. Repeat the flag for several."
 )
@@ -60,6 +66,7 @@ def _main(_):
     index: dict[str, Any] | None = None
     if _METHOD.value != "none":
         index = {"method": _METHOD.value, "metric": _METRIC.value, "recall": _RECALL.value}
+        index |= {"dim": _FUNNEL_DIM.value, "codes": _CODES.value}
     source = _TFRECORDS.value or list_images(_IMAGES.value)
     summary = beam.run(
         source, _ENCODER.value, _OUTPUT.value, _SHARDS.value, _BATCH_SIZE.value, index, _OPTIONS.value, _DIM.value

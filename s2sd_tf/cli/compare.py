@@ -10,7 +10,6 @@ Examples:
 
 import os
 import shutil
-import sys
 
 from absl import flags
 
@@ -55,7 +54,7 @@ def _compare():
         raise ValueError(f"--seeds: expected different seeds. Received: {','.join(_SEEDS.value)}")
     if not (config.s2sd.target_dims or config.s2sd.feature_distill or config.data.teachers):
         raise ValueError("--config: expected one with S2SD, to compare with. Received: the plain objective")
-    passed_on = _config_flags(sys.argv[1:])
+    passed_on = configs.as_arguments(_CONFIG)
     if not config.train.threads:
         passed_on.append("--config.train.threads=1")
     runs: dict[str, list[str]] = {}
@@ -126,16 +125,6 @@ def _draw(groups):
             panels[f"{metric} on unseen classes, %"] = curves
     if panels:
         save_curves(os.path.join(_WORKDIR.value, "curves.png"), panels)
-
-
-def _config_flags(arguments):
-    """Returns the arguments of the config as `--flag=value`, however they were written."""
-    found = []
-    for position, argument in enumerate(arguments):
-        name = argument.lstrip("-")
-        if argument.startswith("-") and (name == "config" or name.startswith(("config=", "config."))):
-            found.append(argument if "=" in argument else f"{argument}={arguments[position + 1]}")
-    return found
 
 
 def _without_teachers(given):

@@ -3,6 +3,7 @@
 import runpy
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from s2sd_tf.cli import app
@@ -18,6 +19,14 @@ def define() -> Any:
         lock_config=False,
         accept_new_attributes=True,
     )
+
+
+def as_arguments(flag: Any) -> list[str]:
+    """Returns command-line arguments for another process that give the config of the flag, with all changed keys."""
+    parsed = flags.FLAGS[flag.name]
+    changed = config_flags.get_override_values(parsed)
+    file = config_flags.get_config_filename(parsed)
+    return [f"--config={file}", *(f"--config.{key}={value}" for key, value in changed.items())]
 
 
 def define_register() -> Any:

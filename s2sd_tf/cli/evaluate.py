@@ -128,9 +128,18 @@ def _main(_):
     for name, values, choices in (("--methods", methods, METHODS), ("--metrics", _METRICS.value, METRICS)):
         for value in values:
             check_choice(name, value, choices)
-    for more, needed in ((_GALLERY_LABELS, _GALLERY_EMBEDDINGS), (_GALLERY_EMBEDDINGS, _EMBEDDINGS)):
-        if more.value and not needed.value:
-            raise ValueError(f"--{more.name}: expected --{needed.name} too. Received: none")
+    for more, needed in (
+        (_LABELS, [_EMBEDDINGS]),
+        (_IMAGES, [_MODEL, _EMBEDDINGS]),
+        (_GALLERY_EMBEDDINGS, [_EMBEDDINGS]),
+        (_GALLERY_LABELS, [_GALLERY_EMBEDDINGS]),
+        (_GALLERY_IMAGES, [_MODEL, _GALLERY_EMBEDDINGS]),
+        (_SAME_IDS, [_GALLERY_EMBEDDINGS]),
+    ):
+        if more.value and not any(flag.value for flag in needed):
+            raise ValueError(
+                f"--{more.name}: expected {' or '.join(f'--{f.name}' for f in needed)} too. Received: none"
+            )
     # Only the data of a run say whether it has a gallery.
     may_have_gallery = bool(_WORKDIR.value or _GALLERY_EMBEDDINGS.value or _GALLERY_IMAGES.value)
     postprocessed.check(_POSTPROCESS.value, may_have_gallery, bool(_TRAINING_EMBEDDINGS.value))

@@ -72,7 +72,7 @@ def model(path: str, images: str | None, gallery_images: str | None, dims: Seque
     if not images:
         raise ValueError("--images: expected a folder of class folders, with --model. Received: none")
     roots = [root for root in (images, gallery_images) if root]
-    folders = [load_image_folder(root) for root in roots]
+    folders = [load_image_folder(root, on_corrupt="skip") for root in roots]
     names = sorted({name for folder in folders for name in folder.class_names})
     if not path.endswith(".keras"):
         with progress.stage("Loading the model"):
@@ -168,12 +168,14 @@ def embeddings(
         same_ids: whether equal ids in queries and gallery mean the same image.
 
     Raises:
-        ValueError: no labels, a wrong number of them, or fewer dimensions.
+        ValueError: no labels, a wrong number of them, fewer dimensions, or, with `same_ids`, no ids.
         FileNotFoundError: a file does not exist.
     """
     read = []
     for flag, (path, labels, root) in zip(("labels", "gallery_labels"), (queries, gallery) if gallery else (queries,)):
         rows, ids, its_labels = evaluation.read_embeddings(path)
+        if same_ids and ids is None:
+            raise ValueError(f"--same_ids: expected embeddings with ids. Received: {path!r}, which has none")
         if max(dims, default=0) > rows.shape[1]:
             wanted = f"at most {rows.shape[1]}, the dimension of {path!r}"
             raise ValueError(f"--dims: expected {wanted}. Received: {max(dims)}")

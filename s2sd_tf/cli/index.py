@@ -45,7 +45,8 @@ _K = flags.DEFINE_integer(
 _MIN_SCORE = flags.DEFINE_float(
     "min_score",
     None,
-    "Least similarity of a match, stored for s2sd-search and the SavedModel. s2sd-evaluate prints thresholds.",
+    "Least similarity of a match, stored for s2sd-search and the SavedModel; with --metric=euclidean a negative "
+    "distance. s2sd-evaluate prints thresholds.",
 )
 _ENCODER = app.define_path("encoder", None, "SavedModel of s2sd-export; needed for --saved_model.")
 _SAVED_MODEL = app.define_path("saved_model", None, "Folder to write a SavedModel that maps images to ids and scores.")
@@ -68,6 +69,7 @@ def _main(_):
 
 def _build():
     from s2sd_tf.evaluation import FunnelIndex, ScannIndex, build_index, read_embeddings
+    from s2sd_tf.evaluation.index import check_min_score
     from s2sd_tf.evaluation.scann_searcher import SCANN_OPS, import_scann
     from s2sd_tf.export import export_retrieval
     from s2sd_tf.files import check_replaceable
@@ -75,6 +77,7 @@ def _build():
 
     if (_ENCODER.value is None) != (_SAVED_MODEL.value is None):
         raise ValueError("--encoder and --saved_model: expected both or neither")
+    check_min_score(_MIN_SCORE.value, _METRIC.value)
     check_replaceable("--output", _OUTPUT.value, "index.json")
     if _SAVED_MODEL.value:
         check_replaceable("--saved_model", _SAVED_MODEL.value, "saved_model.pb")

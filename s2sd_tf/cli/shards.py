@@ -12,7 +12,7 @@ from s2sd_tf.cli import app
 _NAME = flags.DEFINE_string(
     "name",
     None,
-    "Data set; see s2sd-train --list=datasets. Of folder, the first half of the classes trains.",
+    "Data set of image files: folder, of which the first half of the classes trains, cub200, cars196, ...",
     required=True,
 )
 _ROOT = app.define_path("root", None, "Folder of the data set.", required=True)
@@ -34,6 +34,9 @@ def _main(_):
     from s2sd_tf.data import datasets, write_shards
     from s2sd_tf.files import only_writer
 
+    names = [name for name in datasets.names() if "source" in datasets.settings(name)]
+    if _NAME.value not in names:
+        raise ValueError(f"--name: expected one of {names}. Received: {_NAME.value!r}")
     chosen = {"on_corrupt": _ON_CORRUPT.value, "check": _CHECK.value, "source": _SOURCE.value}
     with only_writer("--output", _OUTPUT.value):
         split = datasets.load(_NAME.value, _ROOT.value, **chosen)

@@ -44,6 +44,7 @@ def main() -> None:
 
 def _main(_):
     from s2sd_tf.training import resolve, strategies, train
+    from s2sd_tf.training.build import set_threads
     from s2sd_tf.training.dry_run import dry_run
 
     if _LIST.value:
@@ -59,8 +60,10 @@ def _main(_):
         return
     if not _WORKDIR.value:
         raise ValueError("--workdir: expected a folder for the run, without --dry_run. Received: none")
+    config = configs.value(_CONFIG)
+    set_threads(resolve(config))
     strategy = strategies.get(_STRATEGY.value, _DEVICES.value)
-    results = train(configs.value(_CONFIG), _WORKDIR.value, strategy)
+    results = train(config, _WORKDIR.value, strategy)
     print(metrics_table({f"test, {method}": metrics for method, metrics in results["test"].items()}))
     print(f"Epoch {results['best_epoch']} of {results['epochs']} ({results['selected_by']}). All in {_WORKDIR.value}")
 

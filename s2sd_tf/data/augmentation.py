@@ -17,7 +17,13 @@ import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
 from s2sd_tf.data.decoding import decode_jpeg_window, decode_pixels, jpeg_reduction, jpeg_shape
-from s2sd_tf.data.preprocessing import Preprocessing, resize_antialiased, to_grayscale, with_channels
+from s2sd_tf.data.preprocessing import (
+    Preprocessing,
+    checked_pixels,
+    resize_antialiased,
+    to_grayscale,
+    with_channels,
+)
 
 # Random crops to try before falling back to the centre crop, as in torchvision.
 _ATTEMPTS = 10
@@ -124,7 +130,12 @@ class Augmentation:
         return self._finish(crop, preprocessing, seed)
 
     def from_pixels(self, pixels: tf.Tensor | np.ndarray, preprocessing: Preprocessing, seed: tf.Tensor) -> tf.Tensor:
-        """Augments a uint8 image `(h, w, channels)`, see `from_bytes`."""
+        """Augments a uint8 image `(h, w, channels)`, see `from_bytes`.
+
+        Raises:
+            ValueError: floating-point numbers.
+        """
+        pixels = checked_pixels(pixels)
         if self.crop == "center":
             return self._finish(preprocessing.resize_pixels(pixels), preprocessing, seed)
         return self._finish(self._cropped(pixels, preprocessing, seed), preprocessing, seed)

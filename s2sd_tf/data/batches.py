@@ -201,17 +201,19 @@ def class_balanced_batches(
     cache: bool | None = None,
     augmentation: Augmentation | None = None,
     labels: np.ndarray | None = None,
+    short_classes: str = "raise",
 ) -> tf.data.Dataset:
     """Makes `training_batches` with the sampler "class_balanced": P classes x M images per batch.
 
     Args:
         classes_per_batch, samples_per_class: P and M, int >= 1.
+        short_classes: what to do with classes of fewer than M images, see `ClassSampler`.
         Others: see `training_batches`.
 
     Raises:
-        ValueError: fewer than P classes, or a class with fewer than M images.
+        ValueError: fewer than P classes; or, with "raise", a class with fewer than M images.
     """
-    sampler = ClassBalanced(classes_per_batch, samples_per_class)
+    sampler = ClassBalanced(classes_per_batch, samples_per_class, short_classes)
     settings = steps_per_epoch, seed, start_epoch, cache, augmentation
     return training_batches(images, preprocessing, sampler, *settings, labels=labels)
 

@@ -1,5 +1,6 @@
 """Your own images, one folder per class, divided into classes to train on and classes to test on."""
 
+import functools
 import os
 
 from s2sd_tf.data.datasets import register
@@ -10,13 +11,15 @@ from s2sd_tf.data.retrieval_split import RetrievalSplit
 from s2sd_tf.data.sources import load_source
 from s2sd_tf.files import local_path
 
+_TEST_FRACTION = 0.5
+
 
 @register("folder")
 def load_folder(
     root: str | os.PathLike,
     test_root: str | os.PathLike = "",
     test_classes: str = "",
-    test_fraction: float = 0.5,
+    test_fraction: float = _TEST_FRACTION,
     on_corrupt: str = "raise",
     check: str = "decode",
     source: str = "auto",
@@ -35,7 +38,8 @@ def load_folder(
 
     Raises:
         FileNotFoundError: a root is not a folder.
-        ValueError: a bad argument; a class that is in both roots; see `load_image_folder` and `split_classes`.
+        ValueError: a bad argument; a class or a file that is in both roots; see `load_image_folder` and
+            `split_classes`.
     """
     root, test_root = local_path("root", root), local_path("test_root", test_root, empty=True)
     check_options(on_corrupt, check)
@@ -44,10 +48,10 @@ def load_folder(
         return load_image_folder(folder, on_corrupt, check)
 
     split = load_source("folder", root, source, lambda: _split(read, root, test_root, test_classes, test_fraction))
-    if split.train.kind == "slices" and (test_root or test_classes):
+    if split.train.kind == "slices" and (test_root or test_classes or test_fraction != _TEST_FRACTION):
         raise ValueError(
-            "test_root, test_classes: expected none for shards, which are divided already. "
-            f"Received: {test_root!r}, {test_classes!r}"
+            "test_root, test_classes, test_fraction: expected none for shards, which are divided already. "
+            f"Received: {test_root!r}, {test_classes!r}, {test_fraction!r}"
         )
     return split
 
@@ -72,4 +76,17 @@ def _split(read, root, test_root, test_classes, test_fraction):
             "test_root: expected classes that are not in root; choose others with test_classes. "
             f"Received: {len(both)} classes that are in both, {both[:5]}"
         )
+    train_files = set(_real_paths(images))
+    shared = [path for path in _real_paths(test) if path in train_files]
+    if shared:
+        raise ValueError(
+            "test_root: expected images that are not in root. "
+            f"Received: {test_root!r} and {root!r}, with {len(shared)} images that are in both, such as {shared[0]!r}"
+        )
     return RetrievalSplit(images, test)
+
+
+def _real_paths(images):
+    """The paths of the images' files, without links to folders and `..`."""
+    real_folder = functools.cache(os.path.realpath)
+    return [os.path.join(real_folder(os.path.dirname(path)), os.path.basename(path)) for path in images.images.tolist()]

@@ -28,6 +28,21 @@ def decode_rgb(encoded: tf.Tensor | bytes) -> tf.Tensor:
     return tf.cast(decode_pixels(encoded), tf.float32) / 255.0
 
 
+def checked_pixels(pixels: tf.Tensor | np.ndarray) -> tf.Tensor:
+    """Returns `pixels` as a tensor.
+
+    Raises:
+        ValueError: floating-point numbers, which would be black if they are in [0, 1].
+    """
+    pixels = tf.convert_to_tensor(pixels)
+    if pixels.dtype.is_floating:
+        raise ValueError(
+            "pixels: expected integers in [0, 255] (for numbers in [0, 1], call the Preprocessing). "
+            f"Received: {pixels.dtype.name}"
+        )
+    return pixels
+
+
 def to_grayscale(images: tf.Tensor) -> tf.Tensor:
     """Converts RGB `(..., 3)` to luma `(..., 1)` (ITU-R 601)."""
     # TensorFlow's own weights add up to 0.9999, which would darken gray images.
@@ -293,7 +308,11 @@ class Preprocessing:
         return with_channels(decode_rgb(encoded), self.channels)
 
     def from_pixels(self, pixels: tf.Tensor | np.ndarray) -> tf.Tensor:
-        """Preprocesses uint8 images `(..., h, w, c)`, converted to `channels` if needed."""
+        """Preprocesses uint8 images `(..., h, w, c)`, converted to `channels` if needed.
+
+        Raises:
+            ValueError: floating-point numbers, which `__call__` takes.
+        """
         return self.normalize(self.resize_pixels(pixels))
 
     def from_bytes(self, encoded: tf.Tensor | bytes) -> tf.Tensor:
@@ -321,9 +340,13 @@ class Preprocessing:
         return self.resize_pixels(*decode_jpeg_window(encoded, whole, height, width, orientation, reduction))
 
     def resize_pixels(self, pixels: tf.Tensor | np.ndarray, box: tf.Tensor | None = None) -> tf.Tensor:
-        """Resizes and crops uint8 images `(..., h, w, c)` to `(..., height, width, channels)` in [0, 1]."""
+        """Resizes and crops uint8 images `(..., h, w, c)` to `(..., height, width, channels)` in [0, 1].
+
+        Raises:
+            ValueError: floating-point numbers, which `__call__` takes.
+        """
         # As bytes until they are small, because large images take four times the memory as floats.
-        resized = tf.cast(self.resize(tf.convert_to_tensor(pixels), box), tf.float32)
+        resized = tf.cast(self.resize(checked_pixels(pixels), box), tf.float32)
         return with_channels(resized / 255.0, self.channels)
 
     def resize(self, images: tf.Tensor, box: tf.Tensor | None = None) -> tf.Tensor:

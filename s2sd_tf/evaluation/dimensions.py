@@ -31,7 +31,7 @@ def metrics_by_dim(
     Args:
         queries, query_labels, gallery, gallery_labels: see `evaluate_retrieval`.
         dims: dimensions of the prefixes, each from 1 to the dimension of the embeddings.
-        **settings: further arguments of `evaluate_retrieval`.
+        **settings: further arguments of `evaluate_retrieval`, but not `neighbors`.
 
     Returns:
         For each dimension, the means of the metrics, and "bytes", the size of an item in float32, and
@@ -40,6 +40,8 @@ def metrics_by_dim(
     Raises:
         ValueError: a dimension is out of range, or what `evaluate_retrieval` refuses.
     """
+    if "neighbors" in settings:
+        raise ValueError("neighbors: expected none, as each dimension has its own. Received: neighbors")
     alone = gallery is None
     queries, gallery = checked_sets(queries, queries if alone else gallery)
     dims = checked_ks("dims", dims)

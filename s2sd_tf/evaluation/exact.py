@@ -18,6 +18,7 @@ from tqdm import tqdm
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.neighbors import Neighbors, lengths, padded
 from s2sd_tf.evaluation.rows import mean_row, normalized, parts, row_scales, scale_of, scaled
+from s2sd_tf.process_settings import full_float32
 
 # Extra candidates beyond the k nearest, whose similarities are recomputed in float64.
 _MARGIN = 8
@@ -507,15 +508,5 @@ def _workers():
     return concurrent.futures.ThreadPoolExecutor(_threads())
 
 
-@contextlib.contextmanager
 def _full_precision(on_gpu):
-    """Computes products in full float32 on a GPU too, where TensorFlow uses TensorFloat-32 by default."""
-    if not on_gpu:
-        yield
-        return
-    before = tf.config.experimental.tensor_float_32_execution_enabled()
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    try:
-        yield
-    finally:
-        tf.config.experimental.enable_tensor_float_32_execution(before)
+    return full_float32() if on_gpu else contextlib.nullcontext()

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from absl import logging
-from threadpoolctl import threadpool_limits
 
 from s2sd_tf.checks import check_choice, checked_int
 from s2sd_tf.evaluation.embeddings import Rows, read_items, read_rows
@@ -18,12 +17,15 @@ from s2sd_tf.evaluation.neighbors import check_search
 from s2sd_tf.evaluation.rows import checked_rows, normalized
 from s2sd_tf.evaluation.scann_index import ScannIndex
 from s2sd_tf.evaluation.shortlist import CODES, ScannShortlist, make_shortlist
+from s2sd_tf.process_settings import one_thread
 from s2sd_tf.untrusted import read_json_object, reading
 
 # Number of queries to tune the shortlist on. Its recall is measured on as many others.
 _TUNING_QUERIES = 1000
 # Queries whose shortlists are ranked at a time.
 _RANKED = 32
+# A gallery that has grown by more than this factor since its shortlist was tuned is tuned again.
+_GROWN = 1.5
 # Subfolder of an index with the ScaNN index of the prefixes.
 _SHORTLIST = "shortlist"
 
@@ -34,11 +36,12 @@ class FunnelIndex(RowsIndex):
     A query's nearest items by the first `dim` dimensions are its shortlist; these are ranked by the whole embedding.
     The length of the shortlist is tuned: the smallest with which a sample of the gallery's own items reaches the recall
     against exact search in the whole dimension. If a quarter of the gallery does not (of large ones 1/64), search is
-    exact.
+    exact. The shortlist grows with the gallery. When that has half as many items again, the shortlist is tuned again.
 
     Attributes:
         settings: dict with "dim", "codes" and "shortlist", the tuned length; None: exact search.
-        tuned: dict with the requested "recall", "k", and "measured", the recall on items that were not tuned on.
+        tuned: dict with the requested "recall", "k", "size", the number of items then, and "measured", the recall on
+            items that were not tuned on.
     """
 
     method = "funnel"
@@ -93,7 +96,7 @@ class FunnelIndex(RowsIndex):
         if dim > rows.shape[1]:
             raise ValueError(f"dim: expected at most {rows.shape[1]}, that of the embeddings. Received: {dim}")
         settings = {"dim": dim, "codes": codes, "shortlist": None}
-        tuned = {"recall": recall, "k": k, "measured": 1.0}
+        tuned = {"recall": recall, "k": k, "size": rows.shape[0], "measured": 1.0}
         index = cls(normalized(np.asarray(rows[:])), ids, labels, settings, tuned)
         index._tune(seed)
         return index
@@ -113,10 +116,14 @@ class FunnelIndex(RowsIndex):
         return self._shortlist
 
     def length(self, k: int) -> int | None:
-        """The length of the shortlist for k neighbours: longer if k exceeds the tuned k. None: exact search."""
+        """The length of the shortlist for k neighbours. None: exact search.
+
+        It is longer than the tuned one if k exceeds the tuned k, or if the gallery has grown.
+        """
         if self.settings["shortlist"] is None:
             return None
-        return min(len(self), max(k, int(np.ceil(self.settings["shortlist"] * max(1.0, k / self.tuned["k"])))))
+        longer = max(1.0, k / self.tuned["k"]) * max(1.0, len(self) / self.tuned["size"])
+        return min(len(self), max(k, int(np.ceil(self.settings["shortlist"] * longer))))
 
     def _search(self, queries, k):
         length = self.length(k)
@@ -141,7 +148,7 @@ class FunnelIndex(RowsIndex):
             indices[part] = np.take_along_axis(chosen, order, axis=1)
             similarities[part] = np.take_along_axis(found, order, axis=1)
 
-        with threadpool_limits(1, user_api="blas"), concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        with one_thread(), concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(rank, range(0, len(queries), _RANKED)))
         return indices, similarities
 
@@ -170,7 +177,12 @@ class FunnelIndex(RowsIndex):
 
     def _add(self, rows, ids):
         self._shortlist = None
-        return super()._add(normalized(np.asarray(rows[:])), ids)
+        self.ids = super()._add(normalized(np.asarray(rows[:])), ids)
+        if len(self) > _GROWN * self.tuned["size"]:
+            self.settings["shortlist"] = None
+            self.tuned.update(size=len(self), measured=1.0)
+            self._tune(seed=0)
+        return self.ids
 
     def _remove(self, ids):
         self._shortlist = None
@@ -193,6 +205,9 @@ class FunnelIndex(RowsIndex):
             settings, tuned = about["settings"], about["tuned"]
             check_choice("codes", settings["codes"], CODES)
             checked_int("k", tuned["k"], 1)
+            # Indexes of earlier versions have none.
+            tuned = {"size": len(ids), **tuned}
+            checked_int("size", tuned["size"], 1)
             check_search("exact", about["metric"], tuned["recall"])
             if settings["shortlist"] is not None:
                 checked_int("shortlist", settings["shortlist"], 1)

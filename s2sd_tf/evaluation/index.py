@@ -53,14 +53,13 @@ class Index:
 
         Raises:
             ValueError: queries of another dimension or with values that are not finite, k < 1, or a `min_score` that is
-                not finite.
+                not finite or that no similarity reaches.
         """
         queries = np.asarray(checked_rows("queries", queries))
         if queries.shape[1] != self.dim:
             raise ValueError(f"queries: expected dimension {self.dim}. Received: {queries.shape[1]}")
         k, min_score = checked_int("k", k, 1), self.min_score if min_score is None else min_score
-        if min_score is not None:
-            check_number("min_score", min_score)
+        check_min_score(min_score, self.metric)
         found = self.nearest(queries, k)
         if min_score is None:
             return found
@@ -124,8 +123,7 @@ class Index:
             ValueError: `folder` exists and is neither empty nor an index.
         """
         check_replaceable("folder", folder, "index.json")
-        if self.min_score is not None:
-            check_number("min_score", self.min_score)
+        check_min_score(self.min_score, self.metric)
         with replacing(folder) as temporary:
             os.makedirs(temporary)
             self._save(temporary)
@@ -230,6 +228,23 @@ class ExactIndex(RowsIndex):
 
     def _search(self, queries, k):
         return exact_neighbors(queries, self._rows, k, self.metric)
+
+
+def check_min_score(min_score: float | None, metric: str) -> None:
+    """Checks the least similarity of a match; None is no limit.
+
+    Raises:
+        ValueError: a number that is not finite, or that no similarity of the metric reaches.
+    """
+    if min_score is None:
+        return
+    check_number("min_score", min_score)
+    most = 1.0 if metric == "cosine" else 0.0
+    if min_score > most:
+        raise ValueError(
+            f"min_score: expected at most {most:g}, the largest {metric} similarity"
+            f"{'' if metric == 'cosine' else ' (a negative distance)'}. Received: {min_score!r}"
+        )
 
 
 def least_similarity(min_score: float) -> np.float32:

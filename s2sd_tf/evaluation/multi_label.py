@@ -60,6 +60,8 @@ def multi_label_metrics(
             received = f"{labels.min()} to {labels.max()} of shape {labels.shape}" if labels.size else str(labels.shape)
             raise ValueError(f"{name}: expected 0 or 1, (n, {sets.query_labels.shape[1]}). Received: {received}")
     size, count = len(sets.gallery_labels), len(sets.query_labels)
+    if not size:
+        raise ValueError("gallery: expected at least one item. Received: none")
     depth = min(size, max(ks))
     found = exact_neighbors(sets.queries, sets.gallery, depth, metric, sets.keys, memory_mib, progress).indices
     discounts = 1.0 / np.log2(2.0 + np.arange(depth))

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from s2sd_tf.evaluation.rows import LabeledSets, mean_row, parts, scale_of, scaled, unit
+from s2sd_tf.process_settings import one_thread
 
 # Up to this number of pairs all similarities are kept and sorted.
 _SORTED = 2**22
@@ -167,7 +167,7 @@ class Pairs:
         bar = tqdm(total=self.positives + self.negatives, desc="Comparing", unit="pair", unit_scale=True,
                    disable=not self._progress)  # fmt: skip
         # Threads of the matrix product itself would wait for each other at every block.
-        with bar, threadpool_limits(1), concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
+        with bar, one_thread(), concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
             for start in range(0, sets.queries.shape[0], side):
                 for first in range(start if sets.alone else 0, sets.gallery.shape[0], side):
                     waiting.append(pool.submit(self._block, start, first, convert))

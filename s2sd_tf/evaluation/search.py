@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from s2sd_tf.checks import check_choice, check_number, checked_int
+from s2sd_tf.checks import check_choice, checked_int
 from s2sd_tf.evaluation.embeddings import Rows, check_finished, read_items, shard_folders
 from s2sd_tf.evaluation.exact import exact_neighbors
 from s2sd_tf.evaluation.funnel_index import FunnelIndex
-from s2sd_tf.evaluation.index import FORMAT, ExactIndex, Index
+from s2sd_tf.evaluation.index import FORMAT, ExactIndex, Index, check_min_score
 from s2sd_tf.evaluation.neighbors import METHODS, METRICS, Neighbors, check_search, no_neighbors
 from s2sd_tf.evaluation.rows import checked_keys, checked_sets
 from s2sd_tf.evaluation.scann_index import ScannIndex, scann_neighbors
@@ -139,6 +139,8 @@ def check_index_settings(
         checked_int("dim", dim, 1)
     elif dim is not None:
         raise ValueError(f"dim: expected None unless method='funnel'. Received: {dim!r}")
+    elif codes != "float32":
+        raise ValueError(f"codes: expected 'float32' unless method='funnel'. Received: {codes!r}")
     if "scann" in (method, codes):
         import_scann()
 
@@ -164,7 +166,7 @@ def load_index(folder: str | os.PathLike) -> Index:
         checked_int("dim", about["dim"], 1)
         # Indexes of earlier versions have none.
         if about.get("min_score") is not None:
-            check_number("min_score", about["min_score"])
+            check_min_score(about["min_score"], about["metric"])
     ids, labels = read_items(folder)
     if about.get("size") != len(ids):
         raise ValueError(f"{path}: expected size {len(ids)}, the number of its items. Received: {about.get('size')!r}")

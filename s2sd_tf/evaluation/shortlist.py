@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from s2sd_tf.evaluation.scann_index import ScannIndex
+from s2sd_tf.process_settings import one_thread
 from s2sd_tf.truncation import truncate
 
 CODES = ("float32", "int8", "bits", "scann")
@@ -85,7 +85,7 @@ class Shortlist:
         found = np.empty((len(queries), count), np.int64)
         # Every thread multiplies on its own; products of this size are too small to share.
         workers = min(os.cpu_count() or 1, len(self._tiles))
-        with threadpool_limits(1, user_api="blas"), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        with one_thread(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
             for start in range(0, len(queries), _QUERIES):
                 factors = self._factors(truncate(queries[start : start + _QUERIES], self.dim))
                 found[start : start + _QUERIES] = self._order[self._nearest(factors, count, pool, workers)]

@@ -104,8 +104,13 @@ class _Retrieval(tf.Module):
         searcher, self._metric, self._numbers = index_for_graphs(index, self._found, self._prefix)
         self._state = searcher.serialize_to_module()
         # Variables, because the constants of a graph are limited to 2 GiB.
-        self._ids = tf.Variable(index.ids, trainable=False, dtype=tf.string)
-        self._labels = tf.Variable(index.labels or [""] * len(index), trainable=False, dtype=tf.string)
+        # Names of files may have bytes that are not UTF-8.
+        ids, labels = (
+            [text.encode(errors="surrogateescape") for text in texts]
+            for texts in (index.ids, index.labels or [""] * len(index))
+        )
+        self._ids = tf.Variable(ids, trainable=False, dtype=tf.string)
+        self._labels = tf.Variable(labels, trainable=False, dtype=tf.string)
 
     def signatures(self) -> dict[str, Any]:
         """Returns the functions to export, by signature name."""
@@ -133,7 +138,7 @@ class _Retrieval(tf.Module):
     def _nearest(self, embeddings):
         if self._metric == "cosine":
             # In float64, as the index's own rows: the squares of float32 numbers can be too large or small for float32.
-            embeddings = tf.math.l2_normalize(tf.cast(embeddings, tf.float64), axis=1, epsilon=1e-24)
+            embeddings = tf.math.l2_normalize(tf.cast(embeddings, tf.float64), axis=1, epsilon=1e-200)
             embeddings = tf.cast(embeddings, tf.float32)
         searcher = self._ops.searcher_from_module(self._state)
         queries = embeddings if self._prefix is None else truncate(embeddings, self._prefix)

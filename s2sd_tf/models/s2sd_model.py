@@ -69,8 +69,10 @@ class S2SDModel(keras.Model):
             name; the first pattern that matches counts. Each objective's own multiplier is applied on top of the factor
             of "objectives", the factor of "embedding_head" on top of that of "heads", and the factor of a pattern on
             top of that of "backbone". The factors scale the updates that the optimizer makes, so they mean the same
-            with every Keras optimizer. An update below the float32 spacing of the weight (1e-7 of it) is lost before it
-            is scaled. Default: 1 each.
+            with every Keras optimizer that makes steps (not Ftrl, ScheduleFreeAdamW, Lookahead, COCOB and
+            `ema_overwrite_frequency`). An update below the float32 spacing of the weight (1e-7 of it) is lost before it
+            is scaled. The averages of `use_ema` are of weights before they are scaled; `fit` ends by writing these
+            averages into the weights, also into those with a factor of 0. Default: 1 each.
         micro_batch_size: >= 0, how many images of a replica the backbone processes at a time in training; 0: all.
             Only one part needs memory at a time, but the loss is that of the whole batch and its gradients are exact.
             The exception is BatchNorm that is not frozen: it uses the statistics of each part. The backbone computes
@@ -233,8 +235,9 @@ class S2SDModel(keras.Model):
         function with `jit_compile=True`, compile the model with `jit_compile=True` too: the loss depends on it.
 
         Raises:
-            ValueError: a loss or metrics, which the model would not use; `jit_compile=True` on several replicas: XLA
-                does not support the collectives of TensorFlow's strategies.
+            ValueError: a loss or metrics, which the model would not use; an optimizer that no factor of
+                `learning_rate_multipliers` suits; `jit_compile=True` on several replicas: XLA does not support the
+                collectives of TensorFlow's strategies.
         """
         given = {"loss": loss, **dict(zip(("metrics or loss_weights",) * 2 + ("weighted_metrics",), args))}
         given.update((name, kwargs.get(name)) for name in ("loss_weights", "metrics", "weighted_metrics"))
@@ -252,6 +255,7 @@ class S2SDModel(keras.Model):
             )
         jit_compile = False if several else resolve_jit_compile(jit_compile)
         super().compile(optimizer, None, *args, jit_compile=jit_compile, **kwargs)
+        self.weight_updates.check_optimizer(self.optimizer)
         self.s2sd_loss.jit_compile = bool(self.jit_compile)
 
     def compile_from_config(self, config: dict[str, Any]) -> None:

@@ -56,7 +56,13 @@ class StepMetrics:
                 values[f"{prefix}_kl"] = tf.reduce_mean(terms["nested_kls"][d])
         logged = [metric for metric in self.metrics if metric.name in values]
         for metric in logged:
-            metric.update_state(values[metric.name])
+            value = values[metric.name]
+            if metric.name == "gradient_norm":
+                # Where the loss is scaled, a step whose gradients overflow is skipped.
+                counts = tf.math.is_finite(value)
+                metric.update_state(tf.where(counts, value, 0.0), sample_weight=tf.cast(counts, tf.float32))
+            else:
+                metric.update_state(value)
         return {metric.name: metric.result() for metric in logged}
 
 

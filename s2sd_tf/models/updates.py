@@ -14,6 +14,8 @@ from s2sd_tf.objectives.base import Objective
 GROUPS = ("backbone", "heads", "embedding_head", "objectives")
 # The prefix of keys that end in a pattern of layer names.
 _LAYERS = "backbone/"
+# Optimizers that compute the weights themselves and not a step: a factor on the difference could make it grow forever.
+_WITHOUT_STEPS = {"COCOB", "Ftrl", "Lookahead", "ScheduleFreeAdamW"}
 
 
 class Updates:
@@ -58,6 +60,26 @@ class Updates:
         self._heads = tuple(heads)
         self._decayed = tuple(decayed)
         self._objectives = tuple(objectives)
+
+    def check_optimizer(self, optimizer: keras.optimizers.Optimizer) -> None:
+        """Checks that the optimizer's updates can be scaled by the factors of the groups.
+
+        Raises:
+            ValueError: there are factors other than 0 and 1, and the optimizer sets weights otherwise than by steps.
+        """
+        factors = dict(self.multipliers)
+        for objective in self._objectives:
+            factors[objective.name] = objective.learning_rate_multiplier
+        factors = {key: factor for key, factor in factors.items() if factor not in (0.0, 1.0)}
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        names = {cls.__name__ for cls in type(optimizer).__mro__}
+        overwrites = getattr(optimizer, "use_ema", False) and getattr(optimizer, "ema_overwrite_frequency", None)
+        if factors and (names & _WITHOUT_STEPS or overwrites):
+            kind = f"{type(optimizer).__name__}{' with ema_overwrite_frequency' if overwrites else ''}"
+            raise ValueError(
+                f"learning_rate_multipliers: expected factors of 0 or 1 with {kind}, whose new weights are not the old "
+                f"ones and a step. Received: {factors}"
+            )
 
     def groups(self) -> list[tuple[str, list[tf.Variable], float]]:
         """Returns `(key, trainable variables, factor)` of every group of weights.

@@ -6,6 +6,7 @@ merges the results. The output is a folder on a file system that all workers sha
 
 import hashlib
 import itertools
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -147,6 +148,7 @@ def _run(source, embed, options, batch_size):
         # The workers may be on other machines, so the summary comes back as a file.
         (
             done
+            | "Pack" >> beam.Map(json.dumps)  # in ASCII, whatever the ids
             | "One" >> beam.combiners.ToList()
             | "Summary" >> beam.Map(_summarize, path=os.path.join(folder, _SUMMARY), dim=embed.dim)
         )
@@ -170,26 +172,34 @@ class _Embed(beam.DoFn):
             item = Item(*item)
             content, error = read_item(item) if content is None else (content, None)
             if error is not None:
-                yield self._shard(item), (tuple(item), None, error)
+                yield self._shard(item), (_packed(item), None, error)
                 continue
             there.append(item)
             contents.append(content)
         rows, errors = self._encoder.embed(contents)
         for position, item in enumerate(there):
             error = errors.get(position)
-            yield self._shard(item), (tuple(item), None if error else rows[position], error)
+            yield self._shard(item), (_packed(item), None if error else rows[position], error)
 
     def _shard(self, item):
-        return (
-            int.from_bytes(hashlib.sha256(item.id.encode(errors="surrogateescape")).digest()[:8], "big") % self._shards
-        )
+        digest = hashlib.sha256(item.id.encode(errors="surrogateescape")).digest()
+        return int.from_bytes(digest[:8], "big") % self._shards
+
+
+def _packed(item):
+    """An item as bytes: Beam passes on no texts that are not UTF-8, such as some names of files."""
+    return tuple(text.encode(errors="surrogateescape") for text in item)
+
+
+def _unpacked(packed):
+    return Item(*(text.decode(errors="surrogateescape") for text in packed))
 
 
 def _write(group, folder, index, dim):
     shard, found = group
-    found = sorted(found, key=lambda one: one[0])
-    failed = [{"id": Item(*item).id, "error": error} for item, _, error in found if error is not None]
-    items = [Item(*item) for item, _, error in found if error is None]
+    found = sorted(((_unpacked(packed), row, error) for packed, row, error in found), key=lambda one: one[0])
+    failed = [{"id": item.id, "error": error} for item, _, error in found if error is not None]
+    items = [item for item, _, error in found if error is None]
     rows = [row for _, row, error in found if error is None]
     repeated = sorted({a.id for a, b in itertools.pairwise(items) if a.id == b.id})
     if repeated:
@@ -215,6 +225,7 @@ def _parse(record):
 
 
 def _summarize(done, path, dim):
+    done = [json.loads(shard) for shard in done]
     failed = sorted((row for shard in done for row in shard["failed"]), key=lambda row: row["id"])
     embedded = sum(shard["embedded"] for shard in done)
     summary = {

@@ -5,6 +5,7 @@ answered with `{"predictions": [...]}`, or columns, `{"inputs": ...}`, which are
 """
 
 import base64
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -132,10 +133,10 @@ def _bytes(value, name):
 def _array(values, signature):
     dtype = signature.dtype.as_numpy_dtype
     wanted = f"{signature.input}: expected nested lists of {signature.dtype.name} numbers of one shape"
-    try:
-        array = np.array(values)
-    except ValueError:
-        raise ValueError(f"{wanted}. Received: lists of several shapes") from None
+    numbers, shape = _flat(values)
+    if numbers is None:
+        raise ValueError(f"{wanted}. Received: other values, or lists of several shapes")
+    array = np.array(numbers).reshape(shape)
     if array.dtype.kind not in ("iuf" if signature.dtype.is_floating else "iu") and array.size:
         raise ValueError(f"{wanted}. Received: other values, or lists of several shapes")
     if not signature.dtype.is_floating and array.size:
@@ -144,3 +145,16 @@ def _array(values, signature):
             raise ValueError(f"{wanted}. Received: {array.min()} to {array.max()}")
     with np.errstate(over="ignore"):  # infinity, which the model refuses
         return array.astype(dtype)
+
+
+def _flat(values):
+    """The numbers in nested lists, a list, and the shape; None and None if there is something else or no one shape."""
+    # Not by NumPy, which would make every number as long as the longest text among them.
+    shape = [len(values)]
+    while set(map(type, values)) == {list}:
+        lengths = set(map(len, values))
+        if len(lengths) > 1:
+            return None, None
+        shape += lengths
+        values = list(itertools.chain.from_iterable(values))
+    return (values, shape) if set(map(type, values)) <= {int, float} else (None, None)

@@ -145,15 +145,16 @@ class _Server:
 
     async def _predict(self, request, body):
         try:
-            asked = rest.read_predict(body, self._servable.signatures, self._max_items)
+            # In a thread, because a body of many numbers takes seconds.
+            asked = await asyncio.to_thread(rest.read_predict, body, self._servable.signatures, self._max_items)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
         if asked.signature.run_each:
             found = await self._each(asked.signature, asked.values)
-            outputs = {key: np.stack([rows[key] for rows in found]) for key in found[0]}
         else:
-            # A function of its own, so that it is joined with nothing.
-            (outputs,) = await self._computed(lambda values: [asked.signature.run(values[0])], [asked.values])
+            # A function of its own, as the rows of another request may have another shape.
+            found = await self._computed(lambda rows: _each_row(asked.signature.run(np.stack(rows))), asked.values)
+        outputs = {key: np.stack([rows[key] for rows in found]) for key in found[0]}
         return Response(rest.predict_answer(outputs, asked.in_rows), media_type="application/json")
 
     async def _upload(self, request, body):
@@ -268,6 +269,11 @@ class _Counting:
             verb = scope["path"].rpartition(":")[2]
             kind = verb if verb in ("predict", "embed", "search") else "other"
             self._metrics.count_request(kind, status, time.monotonic() - since)
+
+
+def _each_row(outputs):
+    """The outputs of every row by name, given those of all rows."""
+    return [dict(zip(outputs, row)) for row in zip(*outputs.values())]
 
 
 def _busy(reason):

@@ -13,21 +13,45 @@ from s2sd_tf import mining, objectives, registry
 from s2sd_tf.data import EpochBatches, ImageSet, RetrievalSplit, evaluation_batches, samplers
 from s2sd_tf.data.samplers import Sampler
 from s2sd_tf.data.samplers.base import ClassSampler
+from s2sd_tf.data.samplers.coreset import CoresetSampler
 from s2sd_tf.evaluation import RetrievalEvaluation
 from s2sd_tf.evaluation.scann_searcher import usable_methods
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.losses import S2SDLoss
 from s2sd_tf.models import S2SDModel, backbones
 from s2sd_tf.models.backbones.hub import is_hub
+from s2sd_tf.objectives.base import MinedObjective
 from s2sd_tf.training import optimizers
 from s2sd_tf.training.datasets import RunData, has_levels, hold_out
 
 
+def set_threads(config: config_dict.ConfigDict) -> None:
+    """Sets the threads of a resolved config. Call it before TensorFlow runs anything, or makes a strategy.
+
+    Raises:
+        ValueError: TensorFlow runs with another number of threads already.
+    """
+    count, threading = config.train.threads, tf.config.threading
+    there = threading.get_intra_op_parallelism_threads(), threading.get_inter_op_parallelism_threads()
+    if not count or there == (count, count):
+        return
+    try:
+        threading.set_intra_op_parallelism_threads(count)
+        threading.set_inter_op_parallelism_threads(count)
+    except RuntimeError as error:
+        raise ValueError(
+            "config.train.threads: expected 0 where TensorFlow has begun to run, as in a process with a strategy; set "
+            f"the threads before. Received: {count}"
+        ) from error
+
+
 def set_up(config: config_dict.ConfigDict) -> None:
-    """Sets threads, determinism and seeds from a resolved config. Call it before TensorFlow runs anything."""
-    if config.train.threads:
-        tf.config.threading.set_intra_op_parallelism_threads(config.train.threads)
-        tf.config.threading.set_inter_op_parallelism_threads(config.train.threads)
+    """Sets threads, determinism and seeds from a resolved config. Call it before TensorFlow runs anything.
+
+    Raises:
+        ValueError: as `set_threads`.
+    """
+    set_threads(config)
     if config.train.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.utils.set_random_seed(config.seed)
@@ -160,8 +184,14 @@ def build_sampler(config: config_dict.ConfigDict, images: ImageSet | None = None
 
 def _check_classes(config, sampler, images):
     """As `ClassSampler.check`, with the keys of the config and the names of the classes."""
-    if not isinstance(sampler, ClassSampler):
+    ignored = isinstance(sampler, CoresetSampler) and sampler.samples_per_class == 1
+    if not isinstance(sampler, ClassSampler) or ignored:
         return
+    if sampler.classes_per_batch == 1 and issubclass(objectives.lookup(config.objective.name), MinedObjective):
+        raise ValueError(
+            f"config.data.classes_per_batch: expected at least 2 for the objective {config.objective.name!r}, which "
+            "compares classes. Received: 1"
+        )
     counts, usable = images.class_counts(), sampler.usable_classes(images.labels)
     present, key = np.flatnonzero(counts), f"config.sampler.{config.sampler.name}.short_classes"
     short = np.setdiff1d(present, usable)

@@ -88,16 +88,20 @@ def load_split(config: config_dict.ConfigDict) -> data.RetrievalSplit:
     if root is not None and root.default is root.empty and not section.root:
         raise ValueError(f"config.data.root: expected the folder with the data of {section.name!r}. Received: ''")
     split = datasets.load(section.name, section.root, **section[section.name])
-    split = split._replace(train=_with_teachers(split.train, section.teachers))
+    every = split.train
     if section.exclude:
         split = data.exclude_images(split, section.exclude, section.root)
+    split = split._replace(train=_with_teachers(split.train, section.teachers, every))
     gallery = None if split.gallery is None else split.gallery.labels
     check_answerable("config.data, the test classes", split.test.labels, gallery)
     return split
 
 
-def _with_teachers(images, paths):
-    """The images with the embeddings of teachers from outside, read from files."""
+def _with_teachers(images, paths, every):
+    """The images with the embeddings of teachers from outside, read from files.
+
+    These have rows for the images, or for `every` image before some were excluded.
+    """
     for path in paths:
         try:
             rows = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -105,6 +109,10 @@ def _with_teachers(images, paths):
             raise FileNotFoundError(f"config.data.teachers: expected .npy files. Received: {path!r}") from None
         except (OSError, ValueError) as error:
             raise ValueError(f"config.data.teachers: expected .npy files. Received: {path!r}: {error}") from error
+        if len(rows) == len(every) != len(images):
+            rows = rows[np.isin(every.images, images.images)]
+        elif len(rows) == every.num_classes != images.num_classes:
+            rows = rows[np.isin(every.class_names, images.class_names)]
         try:
             images = dataclasses.replace(images, teachers=(*images.teachers, rows))
         except ValueError as error:

@@ -60,8 +60,13 @@ def _dry_run(config):
     built = time.monotonic()
     if sampler.storage is not None:
         # The real sampler would first embed all training images.
-        sampler = samplers.ClassBalanced(config.data.classes_per_batch, config.data.samples_per_class)
-        drawn_by += " (class_balanced for these steps)"
+        if config.data.samples_per_class == 1:
+            sampler = samplers.FullyRandom(sampler.batch_size)
+            drawn_by += " (random for these steps)"
+        else:
+            drawn = config.data.classes_per_batch, config.data.samples_per_class
+            sampler = samplers.ClassBalanced(*drawn, short_classes=sampler.short_classes)
+            drawn_by += " (class_balanced for these steps)"
     batches = build_batches(config, run_data, sampler)
     steps_per_epoch = batches.steps
     batch = sampler.batch_size  # type: ignore[attr-defined]

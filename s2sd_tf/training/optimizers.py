@@ -265,10 +265,10 @@ def _settings(cls):
 
 def _check_type(key, value, default):
     """Raises ValueError if a setting has the wrong type. The libraries do not check it: the first step would fail."""
-    if key.startswith("exclude_"):
-        expected, fits = "a list of patterns", isinstance(value, list) and all(isinstance(one, str) for one in value)
-    elif isinstance(default, (bool, str)):
+    if isinstance(default, (bool, str)):
         expected, fits = f"a {type(default).__name__}", isinstance(value, type(default))
+    elif key.startswith("exclude_"):
+        expected, fits = "a list of patterns", isinstance(value, list) and all(isinstance(one, str) for one in value)
     else:
         expected, fits = "a number", isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not fits and (value is not None or default is not None):

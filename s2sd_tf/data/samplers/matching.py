@@ -1,18 +1,15 @@
 """Batches that resemble the training images: the best of several by a statistic of the stored embeddings."""
 
-import threading
 from collections.abc import Callable
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from s2sd_tf.checks import checked_int
 from s2sd_tf.data.samplers.base import register
 from s2sd_tf.data.samplers.class_balanced import ClassBalanced
 from s2sd_tf.data.samplers.storage import StorageSampler
+from s2sd_tf.process_settings import one_thread
 
-# A limit of BLAS threads is for the whole process, and its end restores the previous one: no two may overlap.
-_blas_lock = threading.Lock()
 # The number of image pairs whose distances are computed at a time.
 _BLOCK_PAIRS = 2**20
 
@@ -51,7 +48,7 @@ class MatchingSampler(StorageSampler):
         )
         drawn = drawn.reshape(steps, self.candidates, self.batch_size)
         # The matrices of a batch are small: on a busy machine, threads make eigenvalues ten times slower.
-        with _blas_lock, threadpool_limits(1, "blas"):
+        with one_thread():
             distance = self.distance(embeddings, generator)
             return positions[np.stack([batches[np.argmin(distance(embeddings[batches]))] for batches in drawn])]
 

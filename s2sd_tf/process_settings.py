@@ -1,0 +1,57 @@
+"""Settings of the whole process, for computations that may run in several threads at a time."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+from threadpoolctl import threadpool_limits
+
+
+class _Held:
+    """A setting that holds from where the first thread begins a block until where the last one ends its own.
+
+    If each thread restored what it had found, the first to end would change the setting under the others, and the last
+    would leave that of the others behind.
+
+    Args:
+        change: makes the context manager that changes the setting and restores it.
+    """
+
+    def __init__(self, change: Callable[[], contextlib.AbstractContextManager]) -> None:
+        self._change = change
+        self._lock = threading.Lock()
+        self._blocks = 0
+        self._changed: Any = None
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._blocks:
+                self._changed = self._change()
+                self._changed.__enter__()
+            self._blocks += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._blocks -= 1
+                if not self._blocks:
+                    self._changed.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        yield
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(before)
+
+
+# NumPy, SciPy and scikit-learn compute with one thread.
+one_thread = _Held(lambda: threadpool_limits(1))
+# TensorFlow computes products in full float32 on a GPU too, where TensorFloat-32 is its default.
+full_float32 = _Held(_without_tf32)
