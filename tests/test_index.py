@@ -120,6 +120,25 @@ def test_save_load_move_add_remove(kind, metric, tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.search(queries, 5).indices, index.search(queries, 5).indices)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gallery_that_grows_is_tuned_again(kind, monkeypatch):
+    of_kind(kind, monkeypatch)
+    rows = clustered(4000)
+    index = evaluation.build_index(rows[:300], method="scann", recall=0.9, k=10)
+    assert index.tuned["size"] == 300
+    index.add(rows[300:400], range(300, 400))
+    assert (len(index), index.tuned["size"]) == (400, 300)
+    index.add(rows[400:], range(400, 4000))
+    assert (len(index), index.tuned["size"]) == (4000, 4000)
+    exact = evaluation.find_neighbors(rows[:300], rows, 10).indices
+    found = np.array(index.ids, int)[index.search(rows[:300], 10).indices]
+    assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(exact, found)]) > 0.87
+    index.remove(["5"])
+    np.testing.assert_allclose(
+        index.rows()[index.ids.index("3999")], rows[3999] / np.linalg.norm(rows[3999]), atol=1e-6
+    )
+
+
 def test_parts_are_searched_together(tmp_path):
     rows, queries = clustered(900), clustered(30, seed=3)
     for number, part in enumerate(np.split(np.arange(900), [300, 310])):

@@ -12,7 +12,7 @@ from absl import logging
 from s2sd_tf.checks import check_choice, checked_int
 from s2sd_tf.evaluation.embeddings import Rows, read_items, read_rows
 from s2sd_tf.evaluation.exact import exact_neighbors
-from s2sd_tf.evaluation.index import RowsIndex, checked_items
+from s2sd_tf.evaluation.index import GROWN, RowsIndex, checked_items
 from s2sd_tf.evaluation.neighbors import check_search
 from s2sd_tf.evaluation.rows import checked_rows, normalized
 from s2sd_tf.evaluation.scann_index import ScannIndex
@@ -24,8 +24,6 @@ from s2sd_tf.untrusted import read_json_object, reading
 _TUNING_QUERIES = 1000
 # Queries whose shortlists are ranked at a time.
 _RANKED = 32
-# A gallery that has grown by more than this factor since its shortlist was tuned is tuned again.
-_GROWN = 1.5
 # Subfolder of an index with the ScaNN index of the prefixes.
 _SHORTLIST = "shortlist"
 
@@ -178,7 +176,7 @@ class FunnelIndex(RowsIndex):
     def _add(self, rows, ids):
         self._shortlist = None
         self.ids = super()._add(normalized(np.asarray(rows[:])), ids)
-        if len(self) > _GROWN * self.tuned["size"]:
+        if len(self) > GROWN * self.tuned["size"]:
             self.settings["shortlist"] = None
             self.tuned.update(size=len(self), measured=1.0)
             self._tune(seed=0)

@@ -16,6 +16,8 @@ from s2sd_tf.files import check_replaceable, replacing, write_json
 
 # Version of the saved format: `index.json` and the files beside it.
 FORMAT = 1
+# An index that has this many times the items that it was tuned for is tuned again.
+GROWN = 1.5
 
 
 class Index:

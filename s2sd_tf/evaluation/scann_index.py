@@ -11,7 +11,7 @@ from absl import logging
 
 from s2sd_tf.checks import check_choice, checked_int
 from s2sd_tf.evaluation.embeddings import Rows
-from s2sd_tf.evaluation.index import Index, checked_items
+from s2sd_tf.evaluation.index import GROWN, Index, checked_items
 from s2sd_tf.evaluation.neighbors import Neighbors, check_search, lengths, padded, without_own
 from s2sd_tf.evaluation.rows import normalized, scale_of, scaled
 from s2sd_tf.evaluation.scann_files import digests, load_searcher, save_searcher
@@ -38,8 +38,9 @@ class ScannIndex(Index):
     Attributes:
         settings: dict with "kind" ("brute_force", "hashing" or "tree") and the numbers of that kind: "reorder" (hashing
             and tree), "leaves", "leaves_to_search" and "spilling" (tree). A tree with spilling is rebuilt at its first
-            addition or removal.
-        tuned: dict with the requested "recall", "k", and "measured", the recall on items that were not tuned on.
+            addition or removal. Any index is built and tuned again when it has half as many items again.
+        tuned: dict with the requested "recall", "k", "size", the number of items then, and "measured", the recall on
+            items that were not tuned on.
     """
 
     method = "scann"
@@ -109,7 +110,7 @@ class ScannIndex(Index):
     ) -> "ScannIndex":
         """Builds and tunes an index of prepared rows. `ops` is ScaNN's Python module or its TensorFlow operations."""
         searcher = build_searcher(ops, rows, metric, settings, k)
-        tuned = {"recall": recall, "k": k, "measured": 1.0}
+        tuned = {"recall": recall, "k": k, "size": len(rows), "measured": 1.0}
         index = cls(searcher, metric, rows.shape[1], ids, labels, settings, tuned)
         if settings["kind"] != "brute_force":
             index._tune(ops, rows, seed)
@@ -162,7 +163,10 @@ class ScannIndex(Index):
     def _add(self, rows, ids):
         updater = self._for_updates()
         updater.upsert(ids, _prepared("embeddings", rows, self.metric), batch_size=256)
-        return list(updater.docids)
+        ids = list(updater.docids)
+        if len(ids) > GROWN * self.tuned["size"]:
+            self._rebuild(ids)
+        return ids
 
     def _remove(self, ids):
         updater = self._for_updates()
@@ -173,14 +177,19 @@ class ScannIndex(Index):
         if self.settings.get("spilling"):
             # ScaNN breaks if an item that is in two leaves is replaced or removed.
             logging.info("First change of the index: rebuilding it without spilling.")
-            ops, settings = import_scann().scann_ops_pybind, settings_for(len(self), spilling=False)
-            asked = {"recall": self.tuned["recall"], "k": self.tuned["k"]}
-            rebuilt = self._tuned(ops, self.rows(), self.metric, self.ids, self.labels, settings=settings, **asked)
-            self._searcher, self.settings, self.tuned = rebuilt._searcher, rebuilt.settings, rebuilt.tuned
+            self._rebuild(self.ids)
         if self._updater is None:
             # ScaNN maps every result to its id if it has ids, so the searcher itself gets none.
             self._updater = type(self._searcher)(self._searcher.searcher, docids=list(self.ids))
         return self._updater
+
+    def _rebuild(self, ids):
+        """Builds and tunes the index for the rows that it has now, without spilling."""
+        ops, settings = import_scann().scann_ops_pybind, settings_for(len(ids), spilling=False)
+        asked = {"recall": self.tuned["recall"], "k": self.tuned["k"]}
+        rebuilt = self._tuned(ops, self.rows(), self.metric, ids, None, settings=settings, **asked)
+        self._searcher, self.settings, self.tuned = rebuilt._searcher, rebuilt.settings, rebuilt.tuned
+        self._updater = None
 
     def _save(self, folder):
         save_searcher(self._searcher, os.path.join(folder, _ASSETS))
@@ -256,7 +265,9 @@ def _checked_settings(path, about):
     with reading(path, "what a ScaNN index writes"):
         settings, tuned = about["settings"], about["tuned"]
         check_choice("kind", settings["kind"], ("brute_force", "hashing", "tree"))
-        for values, names in ((settings, _NUMBERS[settings["kind"]]), (tuned, ("k",))):
+        # Indexes of earlier versions have none.
+        tuned = {"size": about["size"], **tuned}
+        for values, names in ((settings, _NUMBERS[settings["kind"]]), (tuned, ("k", "size"))):
             for name in names:
                 checked_int(name, values[name], 1)
     return settings, tuned

@@ -30,7 +30,7 @@ _PLAN, _SUMMARY = "plan.json", "summary.json"
 
 
 class EmbedImages(beam.PTransform):
-    """Embeds images into shards in a folder; outputs a dict for every shard: "shard", "embedded" and "failed".
+    """Embeds images into shards in a folder; outputs JSON for every shard, with "shard", "embedded" and "failed".
 
     The input is a collection of `Item`s, whose files the workers read, or of `(Item, bytes)`. The hash of its id
     determines the shard of an image, whichever worker embeds it; within a shard, images are sorted by id. A shard is
@@ -148,7 +148,6 @@ def _run(source, embed, options, batch_size):
         # The workers may be on other machines, so the summary comes back as a file.
         (
             done
-            | "Pack" >> beam.Map(json.dumps)  # in ASCII, whatever the ids
             | "One" >> beam.combiners.ToList()
             | "Summary" >> beam.Map(_summarize, path=os.path.join(folder, _SUMMARY), dim=embed.dim)
         )
@@ -165,49 +164,52 @@ class _Embed(beam.DoFn):
         self._encoder = self._shared.acquire(lambda: Encoder(self._path, self._dim))
 
     def process(self, batch):
-        """Yields for every image its shard and `(item, row, error)`; row or error is None."""
+        """Yields for every image its shard and `(packed item and error, row)`; the error is empty or the row None."""
         there, contents = [], []
         for image in batch:
             item, content = image if not isinstance(image, Item) else (image, None)
             item = Item(*item)
             content, error = read_item(item) if content is None else (content, None)
             if error is not None:
-                yield self._shard(item), (_packed(item), None, error)
+                yield self._shard(item), (_packed(*item, error), None)
                 continue
             there.append(item)
             contents.append(content)
         rows, errors = self._encoder.embed(contents)
         for position, item in enumerate(there):
             error = errors.get(position)
-            yield self._shard(item), (_packed(item), None if error else rows[position], error)
+            yield self._shard(item), (_packed(*item, error or ""), None if error else rows[position])
 
     def _shard(self, item):
         digest = hashlib.sha256(item.id.encode(errors="surrogateescape")).digest()
         return int.from_bytes(digest[:8], "big") % self._shards
 
 
-def _packed(item):
-    """An item as bytes: Beam passes on no texts that are not UTF-8, such as some names of files."""
-    return tuple(text.encode(errors="surrogateescape") for text in item)
+def _packed(*texts):
+    """Texts as bytes: Beam passes on no texts that are not UTF-8, such as some names of files."""
+    return tuple(text.encode(errors="surrogateescape") for text in texts)
 
 
 def _unpacked(packed):
-    return Item(*(text.decode(errors="surrogateescape") for text in packed))
+    """The item and the error that were packed."""
+    *item, error = (text.decode(errors="surrogateescape") for text in packed)
+    return Item(*item), error
 
 
 def _write(group, folder, index, dim):
     shard, found = group
-    found = sorted(((_unpacked(packed), row, error) for packed, row, error in found), key=lambda one: one[0])
-    failed = [{"id": item.id, "error": error} for item, _, error in found if error is not None]
-    items = [item for item, _, error in found if error is None]
-    rows = [row for _, row, error in found if error is None]
+    found = sorted(((_unpacked(packed), row) for packed, row in found), key=lambda one: one[0])
+    failed = [{"id": item.id, "error": error} for (item, error), _ in found if error]
+    items = [item for (item, error), _ in found if not error]
+    rows = [row for (_, error), row in found if not error]
     repeated = sorted({a.id for a, b in itertools.pairwise(items) if a.id == b.id})
     if repeated:
         raise ValueError(f"images: expected unique ids. Received more than once: {repeated[:5]}")
     path = os.path.join(folder, shard_name(shard))
     vectors = np.stack(rows) if rows else np.empty((0, dim), np.float32)
     write_items_as_shard(path, vectors, items, failed, index)
-    return {"shard": shard, "embedded": len(items), "failed": failed}
+    # In ASCII, whatever the ids.
+    return json.dumps({"shard": shard, "embedded": len(items), "failed": failed})
 
 
 def _parse(record):
@@ -236,4 +238,3 @@ def _summarize(done, path, dim):
         "shards": len(done),
     }
     write_json(path, summary)
-    return summary
