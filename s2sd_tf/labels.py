@@ -84,13 +84,13 @@ def exact_labels(
         return tf.cast(labels, tf.int64), exact
 
 
-def label_array(argument: str, labels: Any, columns: int = 0) -> np.ndarray:
+def label_array(argument: str, labels: Any, columns: int = 0, rows: int | None = None) -> np.ndarray:
     """Returns class labels as an int64 array `(n,)` or `(n, columns)`; see `checked_labels`.
 
     Raises:
         ValueError: what `checked_labels` refuses, or integers that int64 does not hold.
     """
-    found = checked_labels(argument, labels, columns=columns).numpy()
+    found = checked_labels(argument, labels, rows, columns).numpy()
     # Integers of 64 bits without a sign keep their bits.
     if found.size and found.min() < 0 and np.asarray(labels).dtype == np.uint64:
         raise ValueError(

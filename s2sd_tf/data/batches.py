@@ -14,6 +14,7 @@ from s2sd_tf.data.image_set import ImageSet, read_slice
 from s2sd_tf.data.preprocessing import Preprocessing
 from s2sd_tf.data.samplers import ClassBalanced, Sampler
 from s2sd_tf.data.samplers.base import checked_labels
+from s2sd_tf.labels import label_array
 
 CACHE_BYTES = 512 * 2**20
 
@@ -80,7 +81,10 @@ class EpochBatches:
         classes = checked_labels(images.labels)
         # Here, so that unsuitable labels are refused at once and not by the first training step.
         sampler.check(classes)
-        labels = images.labels if labels is None else _checked_labels(labels, len(images))
+        if labels is None:
+            labels = images.labels
+        else:
+            labels = label_array("labels", labels, columns=-1 if np.ndim(labels) == 2 else 0, rows=len(images))
         self._batch_size = sampler.batch_size
         self._draw = _drawing(sampler, classes, self.steps, seed)
         self._is_cached = augmentation is None and _is_cached(cache, images, preprocessing)
@@ -253,16 +257,6 @@ def batches_at(
 
     dataset = _map(tf.data.Dataset.range(1).flat_map(one_pass), _loader(images, preprocessing))
     return dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
-
-
-def _checked_labels(labels, count):
-    labels = np.asarray(labels)
-    if labels.ndim not in (1, 2) or len(labels) != count or labels.dtype.kind not in "uib":
-        raise ValueError(
-            f"labels: expected integers ({count},) or ({count}, k), for each image. Received: {labels.dtype} "
-            f"{labels.shape}"
-        )
-    return labels
 
 
 def _own_part(input_context, batch):
