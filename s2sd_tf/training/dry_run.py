@@ -64,8 +64,8 @@ def _dry_run(config):
             sampler = samplers.FullyRandom(sampler.batch_size)
             drawn_by += " (random for these steps)"
         else:
-            drawn = config.data.classes_per_batch, config.data.samples_per_class
-            sampler = samplers.ClassBalanced(*drawn, short_classes=sampler.short_classes)
+            short = sampler.short_classes  # type: ignore[attr-defined]
+            sampler = samplers.ClassBalanced(config.data.classes_per_batch, config.data.samples_per_class, short)
             drawn_by += " (class_balanced for these steps)"
     batches = build_batches(config, run_data, sampler)
     steps_per_epoch = batches.steps
