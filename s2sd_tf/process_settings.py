@@ -51,7 +51,7 @@ def _without_tf32() -> Iterator[None]:
         tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
-# NumPy, SciPy and scikit-learn compute with one thread.
-one_thread = _Held(lambda: threadpool_limits(1))
+# NumPy and SciPy multiply matrices with one thread. (OpenMP's number of threads is each thread's own.)
+one_thread = _Held(lambda: threadpool_limits(1, user_api="blas"))
 # TensorFlow computes products in full float32 on a GPU too, where TensorFloat-32 is its default.
 full_float32 = _Held(_without_tf32)

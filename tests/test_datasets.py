@@ -735,7 +735,7 @@ class TestRegistry:
         assert split.test.class_names == ("a", "b")
         data.write_shards(split, str(tmp_path / "shards"), name="folder")
         assert data.load_folder(str(tmp_path / "shards")).test.class_names == ("a", "b")
-        with pytest.raises(ValueError, match=r"test_classes: expected none for shards, .* Received: '', 'c'"):
+        with pytest.raises(ValueError, match=r"test_classes, .* expected none for shards, .* Received: '', 'c', 0.5"):
             data.load_folder(str(tmp_path / "shards"), test_classes="c")
         with pytest.raises(ValueError, match=r"test_fraction: expected none for shards, .* Received: '', '', 0.2"):
             data.load_folder(str(tmp_path / "shards"), test_fraction=0.2)

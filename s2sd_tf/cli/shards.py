@@ -34,11 +34,11 @@ def _main(_):
     from s2sd_tf.data import datasets, write_shards
     from s2sd_tf.files import only_writer
 
-    names = [name for name in datasets.names() if "source" in datasets.settings(name)]
-    if _NAME.value not in names:
-        raise ValueError(f"--name: expected one of {names}. Received: {_NAME.value!r}")
     chosen = {"on_corrupt": _ON_CORRUPT.value, "check": _CHECK.value, "source": _SOURCE.value}
     with only_writer("--output", _OUTPUT.value):
+        names = [name for name in datasets.names() if "source" in datasets.settings(name)]
+        if _NAME.value not in names:
+            raise ValueError(f"--name: expected one of {names}. Received: {_NAME.value!r}")
         split = datasets.load(_NAME.value, _ROOT.value, **chosen)
         shards = write_shards(split, _OUTPUT.value, _SHARD_MIB.value, _NAME.value)
     lines = [("part", "images", "classes", "shards")]

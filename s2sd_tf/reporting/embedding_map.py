@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.colors import to_hex
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from s2sd_tf.evaluation.metrics import RetrievalResult
 from s2sd_tf.evaluation.neighbors import Neighbors
@@ -166,7 +167,7 @@ def _flat(rows):
     if len(rows) >= 10 and rows.shape[1] > 2 and rows.std(axis=0).max() > 1e-6:
         perplexity = min(30.0, (len(rows) - 1) / 3)
         # Threads wait for each other a thousand times. On a busy machine they wait many times longer than they work.
-        with one_thread():
+        with one_thread(), threadpool_limits(1, user_api="openmp"):
             flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0, metric="cosine").fit_transform(rows)
         return np.nan_to_num(flat), "t-SNE"
     flat = PCA(min(2, *rows.shape)).fit_transform(rows)
