@@ -88,7 +88,8 @@ def test_the_memory_keeps_labels_apart():
     alone = objectives.get("contrastive", miner="all")(ROWS, CLASSES)
     negatives = 1.0 - np.linalg.norm(objective.memory[:, None] - objective.memory[None], axis=-1)
     # No row of the memory is of a class of the second batch: all pairs with it are negative.
-    assert first == pytest.approx(float(alone) + np.maximum(negatives, 0).mean(), rel=1e-5)
+    # In float32, the distance of a row from itself is up to 3e-4.
+    assert first == pytest.approx(float(alone) + np.maximum(negatives, 0).mean(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", mining.names())

@@ -59,7 +59,9 @@ def test_fit_in_a_script_trains_like_the_program(tmp_path, changes):
     assert {name for name in rows[0] if name not in TIMES} == {"epoch", *history}
     for epoch, row in enumerate(rows):
         for name, values in history.items():
-            assert row[name] == pytest.approx(values[epoch], rel=1e-6), name
+            # The batches of the evaluation differ, and with them the last bits and the order of near neighbours.
+            rel = 1e-3 if name.startswith(("val_", "test_")) else 1e-6
+            assert row[name] == pytest.approx(values[epoch], rel=rel), name
     assert ("refresh_seconds" in rows[0]) == (sampler.storage is not None)
 
 
