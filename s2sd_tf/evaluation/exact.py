@@ -18,7 +18,7 @@ from tqdm import tqdm
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.neighbors import Neighbors, lengths, padded
 from s2sd_tf.evaluation.rows import mean_row, normalized, parts, row_scales, scale_of, scaled
-from s2sd_tf.process_settings import full_float32
+from s2sd_tf.process_settings import full_float32, one_thread
 
 # Extra candidates beyond the k nearest, whose similarities are recomputed in float64.
 _MARGIN = 8
@@ -65,12 +65,13 @@ def exact_neighbors(
         # Where the last item found is as near as the k-th up to rounding, those not found may be so too.
         lowest = rough[:, k - 1] - bands
         crowded = np.flatnonzero((rough[:, -1] >= lowest) & np.isfinite(rough[:, -1]))
-        for chosen, scores in _products(left, right, crowded, memory_mib):
-            for query, row in zip(chosen, scores):
-                close = _others(np.flatnonzero(row >= lowest[query]), query, keys)
-                values = _similarities(left, right, query, close)
-                nearest = np.argsort(-values, kind="stable")[:k]
-                indices[query], similarities[query] = close[nearest], values[nearest]
+        with _workers() as pool:
+            for chosen, scores in _products(pool, left, right, crowded, memory_mib):
+                for query, row in zip(chosen, scores):
+                    close = _others(np.flatnonzero(row >= lowest[query]), query, keys)
+                    values = _similarities(left, right, query, close)
+                    nearest = np.argsort(-values, kind="stable")[:k]
+                    indices[query], similarities[query] = close[nearest], values[nearest]
     if metric == "euclidean":
         similarities = lengths(indices, similarities, left.scale)
     return padded(indices, similarities, k)
@@ -134,7 +135,7 @@ def positive_ranks(
 
     bar = tqdm(total=len(wanted), desc="Ranking", unit="query", disable=not progress)
     with bar, _workers() as pool:
-        for chosen, scores in _products(left, right, wanted, memory_mib):
+        for chosen, scores in _products(pool, left, right, wanted, memory_mib):
             sizes = left.sizes(left.wide(chosen))
             yield chosen, list(pool.map(one, chosen, scores, sizes, chunksize=16))
             bar.update(len(chosen))
@@ -145,10 +146,12 @@ def _others(positions, query, keys):
     return positions if keys is None else positions[keys[1][positions] != keys[0][query]]
 
 
-def _products(left, right, wanted, memory_mib):
-    """Yields `(queries, scores)`: the positions of a block of the queries `wanted`, and float32 `(n, gallery)`."""
+def _products(pool, left, right, wanted, memory_mib):
+    """Yields `(queries, scores)`: the positions of a block of the queries `wanted`, and float32 `(n, gallery)`, which
+    the next block overwrites.
+    """
     size = len(right)
-    # Room for a product as wide as the gallery, twice, as it may be assembled from parts.
+    # As much room again as the scores take is left to those who look at them.
     height = max(1, min(1024, memory_mib * 2**20 // (8 * max(size, 1))))
     width = _block_width(memory_mib, right.width)
     whole = None
@@ -156,6 +159,7 @@ def _products(left, right, wanted, memory_mib):
         whole = np.empty((right.width, size), np.float32)
         for first in range(0, size, width):
             whole[:, first : first + width] = right.right(slice(first, min(first + width, size)))
+    buffer = np.empty((min(height, len(wanted)), size), np.float32)
     on_gpu = bool(tf.config.get_visible_devices("GPU"))
     for start in range(0, len(wanted), height):
         chosen = wanted[start : start + height]
@@ -163,15 +167,27 @@ def _products(left, right, wanted, memory_mib):
         begin_row, end_row = int(chosen[0]), int(chosen[-1]) + 1
         near = end_row - begin_row <= 2 * height
         rows = left.left(slice(begin_row, end_row))[chosen - begin_row] if near else left.left(chosen)
+        scores = buffer[: len(rows)]
         with _full_precision(on_gpu):
             if whole is not None:
-                scores = np.asarray(tf.matmul(rows, whole))
+                _multiply(pool, rows, whole, scores, on_gpu)
             else:
-                scores = np.empty((len(rows), size), np.float32)
                 for first in range(0, size, width):
                     columns = right.right(slice(first, min(first + width, size)))
-                    scores[:, first : first + width] = np.asarray(tf.matmul(rows, columns))
+                    _multiply(pool, rows, columns, scores[:, first : first + width], on_gpu)
         yield chosen, scores
+
+
+def _multiply(pool, rows, columns, out, on_gpu):
+    """Writes the product of two float32 matrices into `out`."""
+    if on_gpu:
+        out[...] = tf.matmul(rows, columns).numpy()
+        return
+    # A new result for every block would let the memory of the process grow: the C library puts small things into the
+    # gap of the last one, so that the next does not fit there.
+    parts = np.array_split(np.arange(len(rows)), min(_threads(), len(rows)))
+    multiply = lambda part: np.matmul(rows[part[0] : part[-1] + 1], columns, out=out[part[0] : part[-1] + 1])  # noqa: E731
+    list(pool.map(multiply, parts))
 
 
 def _similarities(left, right, query, items):
@@ -325,6 +341,7 @@ def _search(left, right, k, keys=None, memory_mib=512, progress=False):
     height = width // _FLATTER
     on_gpu = bool(tf.config.get_visible_devices("GPU"))
     symmetric = left is right and not on_gpu
+    buffer = np.empty(0 if on_gpu else min(height, len(left)) * min(width, len(right)), np.float32)
     bar = tqdm(total=len(left) * len(right), desc="Searching", unit="pair", unit_scale=True, disable=not progress)
     # The gallery is read once, and the queries once for each block of it. If both are the same set, every product is
     # used in both directions. The columns before a block of queries were then merged earlier, from transposed products,
@@ -341,7 +358,8 @@ def _search(left, right, k, keys=None, memory_mib=512, progress=False):
                     continue
                 inside = symmetric and begin < last
                 offset = begin if inside else first
-                scores = np.asarray(tf.matmul(rows, columns[:, offset - first :]))
+                scores = buffer[: len(rows) * (last - offset)].reshape(len(rows), last - offset)
+                _multiply(pool, rows, columns[:, offset - first :], scores, on_gpu)
                 best.update(pool, begin, scores, offset, keys)
                 bar.update(scores.size)
                 if symmetric:
@@ -504,8 +522,10 @@ def _threads():
     return os.cpu_count() or 1
 
 
-def _workers():
-    return concurrent.futures.ThreadPoolExecutor(_threads())
+@contextlib.contextmanager
+def _workers() -> Iterator[concurrent.futures.Executor]:
+    with one_thread(), concurrent.futures.ThreadPoolExecutor(_threads()) as pool:
+        yield pool
 
 
 def _full_precision(on_gpu):
