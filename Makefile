@@ -33,7 +33,7 @@ lint: $(VENV)/installed
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-# Runs the notebooks and keeps their output; two minutes.
+# Runs the notebooks and keeps their output; four minutes.
 notebooks: $(VENV)/notebooks_installed
 	$(RUN)/jupyter nbconvert --to=notebook --execute --inplace --ExecutePreprocessor.record_timing=False examples/*.ipynb
 

@@ -387,7 +387,7 @@ def test_variants_of_a_config():
         preset_config(default_config(), "xyz")
 
 
-PROGRAMS = ("train", "compare", "evaluate", "export", "convert", "embed", "index", "search", "beam", "shards", "serve")
+PROGRAMS = "train compare evaluate export convert embed index search beam shards serve audit".split()
 
 
 class TestHelp:
@@ -403,7 +403,9 @@ class TestHelp:
         assert done.stderr == ""
         assert done.stdout.startswith(f"s2sd-{program}: ")
         assert done.stdout.count(f"  s2sd-{program} --") >= 2
-        assert "helpfull" not in done.stdout
+        assert "helpfull" not in done.stdout and "repeat this option" not in done.stdout
+        assert ("  --config\n" in done.stdout) == (program in ("train", "compare"))
+        assert ("  --register\n" in done.stdout) == (program in ("evaluate", "export"))
         assert max(map(len, done.stdout.splitlines())) <= 120
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
         assert done.stdout.startswith(f"s2sd_tf {s2sd_tf.__version__} (tensorflow {tf.__version__}")

@@ -37,6 +37,8 @@ def run(main: Callable[[list[str]], Any]) -> None:
     try:
         app.run(_reporting_errors(main, program), flags_parser=_parse)
     except (flags.Error, _BadConfig) as error:
+        if os.environ.get("S2SD_TF_TRACEBACK"):
+            raise
         _fail(program, error)
 
 

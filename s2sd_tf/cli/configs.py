@@ -8,6 +8,9 @@ from ml_collections import ConfigDict, config_flags
 
 from s2sd_tf.cli import app
 
+# Each flag belongs to the program that defines it by a function of this file.
+flags.disclaim_key_flags()
+
 
 def define() -> Any:
     """Defines `--config`; pass the result to `value`."""

@@ -31,11 +31,8 @@ def text(module: ModuleType, arguments: Sequence[str]) -> str:
     if any(argument in _VERSION for argument in arguments):
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("tensorflow", "keras"))
         return f"s2sd_tf {importlib.metadata.version('s2sd_tf')} ({versions})"
-    found = {flag.name: flag for flag in flags.FLAGS.get_key_flags_for_module(module)}
-    if "config" in flags.FLAGS:
-        found["config"] = flags.FLAGS["config"]
     # Required ones first.
-    listed = sorted(found.values(), key=lambda flag: not _is_required(flag))
+    listed = sorted(flags.FLAGS.get_key_flags_for_module(module), key=lambda flag: not _is_required(flag))
     return "\n".join([(module.__doc__ or "").strip(), "", "Flags:", *(_describe(flag) for flag in listed)])
 
 
@@ -45,7 +42,8 @@ def _is_required(flag):
 
 def _describe(flag):
     values = "|".join(getattr(flag.parser, "enum_values", None) or ())
-    about = flag.help.removeprefix(f"<{values}>: ")
+    # absl says both itself.
+    about = flag.help.removeprefix(f"<{values}>: ").partition(";\n    repeat this option")[0]
     name = f"  --{'[no]' if flag.boolean else ''}{flag.name}{f'={values}' if values else ''}"
     if _is_required(flag):
         note = " Required."

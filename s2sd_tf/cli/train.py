@@ -33,7 +33,7 @@ _DEVICES = flags.DEFINE_list(
     "devices", [], "Devices of the strategy, such as GPU:0,GPU:1. CPU:0,CPU:1 are virtual CPUs."
 )
 _LIST = flags.DEFINE_enum("list", None, REGISTRIES, "List the names that a config can choose from, and end.")
-_PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the config with a comment on every key, and end.")
+_PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the config, with a comment on every key that it uses, and end.")
 _CONFIG = configs.define()
 
 
