@@ -58,6 +58,10 @@ _HELD_OUT = 202
 _HEADS = "--config.model.learning_rate_multipliers.heads"
 _WEIGHTS = "--config.s2sd.distill_weight={0} --config.s2sd.feature_distill_weight={0}"
 _RATE = "--config.optimizer.learning_rate"
+_OBJECTIVE = "--config.objective.name={}"
+# Objectives with new proxies need smaller steps in the pretrained network, or smaller ones at first.
+_SMALL_STEPS = f"{_HEADS}=10.0 {_RATE}=1e-4"
+_WARM_UP = f"{_HEADS}=1.0 {_RATE}=3e-4 --config.optimizer.schedule.warmup_epochs=1.0"
 # A cosine to 0 over 800 steps, with the metrics of every 200.
 _COSINE = "--config.optimizer.schedule.name=cosine --config.train.epochs=4"
 # The settings of the study, the best of the search.
@@ -84,6 +88,14 @@ SEARCH = {
         "msdfa",
         f"{_CHOSEN} {_WEIGHTS.format(20)} --config.eval.every=1",
     ),
+    **{
+        f"plain, {objective}, {about}": ("plain", f"{_OBJECTIVE.format(objective)} {given}")
+        for objective in ("proxy_anchor", "normalized_softmax")
+        for about, given in (
+            ("heads x 10", _SMALL_STEPS),
+            ("heads x 1, learning rate 3e-4, grows for an epoch", _WARM_UP),
+        )
+    },
 }
 _SEARCH_EPOCHS = 2
 

@@ -309,8 +309,8 @@ def report_pairs(pairs, alone, seconds):
     about = "".join(f"- {key}: {value}\n" for key, value in machine.items())
     title = (
         f"# {len(pairs)} pairs of processes in one work directory\n\nOne ran to its end; the other said which process "
-        "has the folder (exit status 2), or found the run finished or killed. All runs have the weights, optimizer state and history of a run that had its "
-        "folder for itself, bit by bit. Nothing was left behind.\n\n"
+        "has the folder (exit status 2), or found the run finished or killed. All runs have the weights, optimizer "
+        "state and history of a run that had its folder for itself, bit by bit. Nothing was left behind.\n\n"
     )
     pathlib.Path(FLAGS.output).with_suffix(".md").write_text(f"{title}{about}\n{table_of_pairs(pairs)}\n")
 

@@ -327,8 +327,8 @@ def _remove_abandoned(folder, without_locks=False):
     """Removes a temporary folder unless its writer lives. `without_locks`: also if there are no locks that tell."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return
+    except (FileNotFoundError, PermissionError):
+        return  # Removed meanwhile, or another user's.
     try:
         locked = _lock(descriptor)
         if locked or (locked is None and without_locks):

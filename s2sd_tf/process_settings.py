@@ -1,12 +1,16 @@
 """Settings of the whole process, for computations that may run in several threads at a time."""
 
+import concurrent.futures
 import contextlib
+import functools
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 
 class _Held:
@@ -51,7 +55,27 @@ def _without_tf32() -> Iterator[None]:
         tf.config.experimental.enable_tensor_float_32_execution(before)
 
 
+@functools.lru_cache(maxsize=1)
+def _libraries(modules: int) -> ThreadpoolController:
+    """What limits the loaded libraries. They are looked for again, in 3 ms, where the number of modules has changed."""
+    del modules
+    return ThreadpoolController()
+
+
 # NumPy and SciPy multiply matrices with one thread. (OpenMP's number of threads is each thread's own.)
-one_thread = _Held(lambda: threadpool_limits(1, user_api="blas"))
+one_thread = _Held(lambda: _libraries(len(sys.modules)).limit(limits=1, user_api="blas"))
 # TensorFlow computes products in full float32 on a GPU too, where TensorFloat-32 is its default.
 full_float32 = _Held(_without_tf32)
+
+
+def threads() -> int:
+    """How many threads NumPy's computations are shared among: as many as TensorFlow's operations may take."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return tf.config.threading.get_intra_op_parallelism_threads() or cores
+
+
+@contextlib.contextmanager
+def workers(most: int | None = None) -> Iterator[concurrent.futures.Executor]:
+    """Threads, `most` at most, each of which multiplies matrices on its own."""
+    with one_thread(), concurrent.futures.ThreadPoolExecutor(min(most or threads(), threads())) as pool:
+        yield pool

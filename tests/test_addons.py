@@ -430,7 +430,7 @@ class TestOptimizers:
         # Only the batch normalisation statistics of the backbone still change.
         assert sorted(trainable)[: len(trainable) // 3] == [0.0] * (len(trainable) // 3)
 
-    def test_mixed_precision(self, small_model, tmp_path):
+    def test_mixed_precision(self, tmp_path):
         keras.utils.set_random_seed(1)
         backbone = s2sd_tf.models.backbones.conv_blocks((8, 8, 1), filters=(6, 8), pools=1)
         model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(8,), dtype="mixed_float16")

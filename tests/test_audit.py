@@ -273,6 +273,7 @@ def test_exclude_images(tmp_path):
     assert data.exclude_images(split, path, tmp_path).train.class_names == ("a",)
     for text, message in [
         ("a/1.png\nz/1.png\nz/2.png", "2 of 3 match no images: 'z/1.png', 'z/2.png'"),
+        ("/a/1.png", "1 of 1 match no images: '/a/1.png'"),
         ("1.png", "1 of 1 match several images: '1.png'"),
         ("a/1.png\na/2.png\nb/1.png", "expected to leave images in the part 'train'"),
     ]:

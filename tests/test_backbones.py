@@ -425,7 +425,7 @@ class TestFrozenBatchNorm:
             assert len(model.trainable_weights) == expected
             assert len(model.weights) == 10
 
-    def test_resnet50_of_keras(self, tmp_path):
+    def test_resnet50_of_keras(self):
         model = self.model("all", "resnet50", 32)
         assert self.changed(model, 32) == (
             dict.fromkeys(("gamma", "beta", "moving_mean", "moving_variance"), False), True

@@ -40,7 +40,7 @@ class TestImageFolder:
         assert images.kind == "paths"
         assert images.labels.dtype == np.int32
 
-    def test_bad_files_are_named_and_skipped_or_refused(self, folder, caplog):
+    def test_bad_files_are_named_and_skipped_or_refused(self, folder):
         (folder / "cat" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and nothing more")
         whole = (folder / "cat" / "image 1.JPG").read_bytes()
         (folder / "cat" / "cut.jpg").write_bytes(whole[: len(whole) // 2])

@@ -1,5 +1,6 @@
 """Image retrieval data sets: published layouts, malformed files, image lists, tensorflow-datasets, shards."""
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -556,6 +557,9 @@ class TestShards:
             data.write_shards(split, str(tmp_path / "other"))
         with pytest.raises(ValueError, match="shard_mib"):
             data.write_shards(split, str(tmp_path / "new"), shard_mib=0)
+        taught = dataclasses.replace(split.train, teachers=(np.zeros((len(split.train), 2), np.float32),))
+        with pytest.raises(ValueError, match="split: expected images without teachers"):
+            data.write_shards(split._replace(train=taught), str(tmp_path / "new"))
         empty = np.empty(1, object)
         empty[0] = b""
         images = data.ImageSet(empty, np.array([0], np.int32), ("a",))

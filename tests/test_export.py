@@ -60,7 +60,7 @@ def test_float_images_and_bytes_give_the_models_embeddings(small_model, tmp_path
     png = [encode(image, "PNG") for image in pixels]
     jpeg = [encode(image, "JPEG") for image in pixels]
     other_size = encode(generator.integers(0, 256, (31, 12, 3), dtype=np.uint8), "PNG")
-    grays = np.stack([preprocessing.decode(image) for image in png])
+    grays = data.preprocessing.with_channels(tf.constant(pixels / 255.0, tf.float32), 1).numpy()
     inputs = {"images": grays, "png": png, "jpeg": jpeg, "mixed": [png[0], other_size, jpeg[1]]}
     np.save(tmp_path / "inputs.npy", inputs, allow_pickle=True)
     (tmp_path / "loader.py").write_text(LOADER)

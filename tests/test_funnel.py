@@ -79,6 +79,21 @@ def test_equal_items_do_not_take_more_memory(monkeypatch):
     np.testing.assert_array_equal(found % 2, np.tile(np.arange(5) % 2, (300, 1)).T)
 
 
+def test_one_query_with_many_equal_items_does_not_widen_the_others(monkeypatch):
+    generator = np.random.default_rng(0)
+    units = generator.normal(size=(4000, 4)).astype(np.float32)
+    units[::2] = units[0]
+    units /= np.linalg.norm(units, axis=1, keepdims=True)
+    shapes = []
+    full = np.full
+    monkeypatch.setattr(shortlist_module.np, "full", lambda shape, *rest: (shapes.append(shape), full(shape, *rest))[1])
+    found = make_shortlist(units, 4, "float32", 0.99, 10, 0).find(np.r_[units[:1], units[1:200:2]], 5)
+    assert (found[0] % 2 == 0).all()
+    assert found[1:, 0].tolist() == list(range(1, 200, 2))
+    sizes = [np.prod(shape) for shape in shapes if isinstance(shape, tuple)]
+    assert max(sizes) < 101 * 200 < 101 * 2000
+
+
 def test_the_whole_recall_and_more_neighbours_than_tuned_for(rows, queries):
     index = evaluation.build_index(rows, method="funnel", dim=DIM, recall=1.0, k=3)
     assert index.settings["shortlist"] <= 5

@@ -219,7 +219,7 @@ def test_a_missing_compiler(monkeypatch):
         libraries.compiler()
 
 
-def test_the_build_command(run_python, built, tmp_path):
+def test_the_build_command(run_python, built):
     done = run_python("-m", "s2sd_tf.distillation.build")
     assert done.stdout.count("already built") == 2
     assert "tested with jit_compile=True: within" in done.stdout

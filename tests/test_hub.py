@@ -272,7 +272,7 @@ class TestErrors:
             backbones.get(presets.get(name, name), **{"input_shape": SHAPE, **arguments})
         assert "\n" not in str(caught.value)
 
-    def test_folders(self, presets, tmp_path):
+    def test_folders(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"backbone 'hub:.*': expected a preset.*config\.json"):
             backbones.get(f"hub:{tmp_path}", SHAPE)
         keras_hub.models.ViTBackbone(image_shape=SHAPE, patch_size=16, mlp_dim=8, **SMALL).save_to_preset(str(tmp_path))

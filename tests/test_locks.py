@@ -75,6 +75,19 @@ class TestLocks:
             pass
         assert not leftovers(folder)
 
+    def test_another_users_unfinished_file_is_left_alone(self, tmp_path, monkeypatch):
+        (tmp_path / f"{LEFTOVER}of_another").mkdir()
+        opened = os.open
+
+        def refusing(path, *arguments, **options):
+            if str(path).endswith("of_another"):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return opened(path, *arguments, **options)
+
+        monkeypatch.setattr(os, "open", refusing)
+        files.write_json(tmp_path / "mine.json", {})
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f"{LEFTOVER}of_another", "mine.json"]
+
     def test_in_one_process_too(self, tmp_path):
         with only_writer("a", tmp_path, inside=True):
             with only_writer("b", tmp_path), only_writer("c", tmp_path / "other", inside=True):
@@ -183,7 +196,7 @@ class TestPaths:
         )
         assert "target_dims" in run_python("-c", code).stdout
 
-    def test_flags(self, tmp_path, call):
+    def test_flags(self, call):
         for program, flags in (
             ("shards", ["--name=digits", "--root=.", "--output=gs://bucket/x"]),
             ("search", ["--index=i", "--encoder=e", "--image=a", "--image=gs://bucket/x"]),

@@ -557,7 +557,7 @@ def test_shapes_are_static_if_the_batch_size_is(name, settings):
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
-def test_config_round_trip(unit_rows, name, settings):
+def test_config_round_trip(name, settings):
     miner = mining.get(name, **settings)
     config = miner.get_config()
     json.dumps(config)

@@ -112,7 +112,7 @@ class TestRecord:
         assert (session["epoch"], session["step_in_epoch"]) == (0, 0)
         assert session["time"].endswith("+00:00")
 
-    def test_gets_a_session_for_every_start(self, unfinished, monkeypatch, caplog):
+    def test_gets_a_session_for_every_start(self, unfinished, monkeypatch):
         versions = record._versions()
         monkeypatch.setattr(record, "_versions", lambda: {**versions, "numpy": "9.9"})
         before = read_json(unfinished / "run.json")
@@ -121,7 +121,7 @@ class TestRecord:
         assert {**after, "sessions": after["sessions"][:1]} == before
         assert after["sessions"][1]["epoch"] == 1
         assert after["sessions"][1]["versions"] == {"numpy": "9.9"}
-        # A change is logged once.
+        # A change is recorded once.
         train(small_config(), str(unfinished))
         assert "versions" not in read_json(unfinished / "run.json")["sessions"][2]
 

@@ -147,7 +147,23 @@ def test_evaluating_models_and_embeddings_gives_the_same(call, made, tmp_path):
         assert result["space"]["cosine"]["rho"] == pytest.approx(results["encoder"]["space"]["cosine"]["rho"], rel=1e-3)
 
 
-def test_separate_queries_and_gallery_with_both_metrics(call, made, tmp_path):
+@pytest.mark.parametrize(
+    ("program", "given", "words"),
+    [
+        ("search", ("--index=i", "--encoder=e", "--image=q.png", "--images=."), "--picture: expected the file"),
+        ("beam", ("--encoder=e", "--output=o", "--images=.", "--method=none", "--recall=0.9"),
+         "--recall: expected an index. Received: --method=none"),
+        ("shards", ("--name=folder", "--root=.", "--output=o", "--source=shards", "--check=none"),
+         "--check: expected image files. Received: --source=shards"),
+        ("evaluate", ("--workdir=w", "--postprocess=whiten", "--training_embeddings=typo.npz"), "'typo.npz'"),
+    ],
+)  # fmt: skip
+def test_flags_without_effect_are_refused(call, program, given, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in call(program, *given, status=2).stderr
+
+
+def test_separate_queries_and_gallery_with_both_metrics(call, tmp_path):
     generator = np.random.default_rng(0)
     rows, labels = generator.normal(size=(40, 3)), generator.integers(0, 4, 40)
     names = [f"group{label // 2}/n{label}" for label in labels]

@@ -199,7 +199,7 @@ class TestInterruption:
         ):
             train(small_config(**{"train.epochs": EPOCHS + 1}), tmp_path)
 
-    def test_a_failed_evaluation_costs_no_step(self, tmp_path, monkeypatch, plain_whole):
+    def test_a_failed_evaluation_costs_no_step(self, tmp_path, plain_whole):
         workdir = tmp_path / "run"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("s2sd_tf.evaluation.callback.retrieval_metrics", lambda *_, **__: 1 / 0)
@@ -215,7 +215,7 @@ class TestInterruption:
             train(small_config(), str(tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
-    def test_at_the_end(self, tmp_path, monkeypatch, whole_runs):
+    def test_at_the_end(self, tmp_path, whole_runs):
         workdir = tmp_path / "run"
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("s2sd_tf.training.finishing.export_encoder", lambda *_: term())

@@ -211,6 +211,33 @@ def test_beam_embeds_tfrecords(encoder_path, images, tmp_path):
     check(folder, summary, Encoder(encoder_path), items)
 
 
+@pytest.mark.parametrize("labels", [{"int64_list": [1, 2]}, {"bytes_list": [b"a", b"b"]}])
+def test_beam_refuses_several_labels_of_an_image(encoder_path, tmp_path, labels):
+    features = tf.train.Features()
+    for name, content in (("image", b"-"), ("id", b"a")):
+        features.feature[name].bytes_list.value.append(content)
+    for kind, values in labels.items():
+        getattr(features.feature["label"], kind).value.extend(values)
+    with tf.io.TFRecordWriter(str(tmp_path / "images.tfrecord")) as writer:
+        writer.write(tf.train.Example(features=features).SerializeToString())
+    with pytest.raises(Exception, match="expected at most one value of the feature 'label'"):
+        beam.run(str(tmp_path / "images.tfrecord"), encoder_path, tmp_path / "out")
+    for name in ("shards", "batch_size"):
+        with pytest.raises(ValueError, match=f"{name}: expected an int >= 1. Received: 0"):
+            beam.run(str(tmp_path / "images.tfrecord"), encoder_path, tmp_path / "out", **{name: 0})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_cannot_be_opened_fails_alone(encoder_path, images, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "good.png").write_bytes((images / "c1" / "001 ü.png").read_bytes())
+    (tmp_path / "photos" / "loop.png").symlink_to("loop.png")
+    items = [*list_images(tmp_path / "photos"), Item("loop.png", str(tmp_path / "photos" / "loop.png"), "")]
+    items = list({item.id: item for item in items}.values())
+    summary = embed_images(items, Encoder(encoder_path), str(tmp_path / "out"), progress=False)
+    assert (summary["embedded"], [row["id"] for row in summary["failed"]]) == (1, ["loop.png"])
+
+
 def test_errors_not_caused_by_an_image_are_raised(encoder_path, images, tmp_path, monkeypatch):
     encoder = Encoder(encoder_path)
 

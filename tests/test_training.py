@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import ml_collections
 import numpy as np
@@ -174,6 +175,21 @@ def test_compare_prints_a_table_and_writes_pictures(call, tmp_path):
     assert "model.embedding_dim (8 there, 5 here)" in other.stderr
     failed = call("compare", *SMALL, "--config.data.samples_per_class=1000", f"--workdir={tmp_path / 'no'}", status=2)
     assert "samples_per_class" in failed.stderr
+
+
+def test_compare_that_is_terminated_stops_its_runs(tmp_path):
+    arguments = (*SMALL, "--config.train.epochs=1000", "--seeds=0", "--jobs=1", f"--workdir={tmp_path / 'both'}")
+    command = [sys.executable, "-m", "s2sd_tf.cli.compare", *arguments]
+    # The signal goes to this process alone.
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        history = tmp_path / "both" / "runs" / "plain_seed0" / "history.csv"
+        while not history.exists() and process.poll() is None:
+            time.sleep(0.1)
+        process.terminate()
+        assert "SIGTERM; the runs stop too, and the same command resumes them" in process.stderr.read()
+        assert process.wait() == 75
+    # The run has ended, and saved what it resumes from.
+    assert "SIGTERM: stopped at epoch" in (tmp_path / "both" / "runs" / "plain_seed0.log.txt").read_text()
 
 
 def test_summarize():
@@ -387,7 +403,10 @@ def test_variants_of_a_config():
         preset_config(default_config(), "xyz")
 
 
-PROGRAMS = "train compare evaluate export convert embed index search beam shards serve audit".split()
+PROGRAMS = (
+    *("train", "compare", "evaluate", "export", "convert", "embed"),
+    *("index", "search", "beam", "shards", "serve", "audit"),
+)
 
 
 class TestHelp:
@@ -403,7 +422,8 @@ class TestHelp:
         assert done.stderr == ""
         assert done.stdout.startswith(f"s2sd-{program}: ")
         assert done.stdout.count(f"  s2sd-{program} --") >= 2
-        assert "helpfull" not in done.stdout and "repeat this option" not in done.stdout
+        assert "helpfull" not in done.stdout
+        assert "repeat this option" not in done.stdout
         assert ("  --config\n" in done.stdout) == (program in ("train", "compare"))
         assert ("  --register\n" in done.stdout) == (program in ("evaluate", "export"))
         assert max(map(len, done.stdout.splitlines())) <= 120

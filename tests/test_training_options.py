@@ -373,6 +373,15 @@ class TestDryRun:
         assert [line for line in log() if "reaches only 50% of its weight" in line]
         assert "2 steps, 2 epochs of 1" in dict(sections["steps"])["in all"]
 
+    def test_replicas_have_to_share_the_batch(self, call):
+        config = small_config(**{"data.classes_per_batch": 3, "data.samples_per_class": 3})
+        with pytest.raises(ValueError, match=r"the 2 replicas share equally\. Received: 3 x 3 = 9 images"):
+            dry_run(config, 2)
+        given = (f"--config={REPOSITORY / 'configs' / 'digits.py'}", "--config.data.samples_per_class=9")
+        error = call("train", *given, "--config.data.classes_per_batch=3", "--dry_run", "--strategy=mirrored",
+                     "--devices=CPU:0,CPU:1", status=2).stderr  # fmt: skip
+        assert "expected a batch that the 2 replicas share equally" in error
+
     @pytest.mark.parametrize(("classes", "samples"), [(3, 400), (40, 1)])
     def test_a_sampler_with_a_storage_may_repeat_images_or_ignore_classes(self, classes, samples):
         sections = dry_run(small_config(**{

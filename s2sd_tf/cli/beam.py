@@ -64,7 +64,11 @@ def _main(_):
     # What fails is raised too, and reported once.
     logging.getLogger("apache_beam.runners.common").setLevel(logging.CRITICAL)
     index: dict[str, Any] | None = None
-    if _METHOD.value != "none":
+    if _METHOD.value == "none":
+        for flag in (_METRIC, _RECALL, _FUNNEL_DIM, _CODES):
+            if flag.present:
+                raise ValueError(f"--{flag.name}: expected an index. Received: --method=none")
+    else:
         index = {"method": _METHOD.value, "metric": _METRIC.value, "recall": _RECALL.value}
         index |= {"dim": _FUNNEL_DIM.value, "codes": _CODES.value}
     source = _TFRECORDS.value or list_images(_IMAGES.value)

@@ -155,12 +155,13 @@ def _main(_):
         # Before the embedding, which takes long.
         import_scann()
     configs.register(_REGISTER)
+    training = evaluation.read_embeddings(_TRAINING_EMBEDDINGS.value).rows if _TRAINING_EMBEDDINGS.value else None
     queries, gallery, ids = _inputs(chosen[0], dims)
     has_levels = None not in [part.super_classes for part in (queries, gallery or queries)]
     if _LEVELS.value and not has_levels:
         raise ValueError("--levels: expected classes that have super-classes. Received: classes without")
     postprocessed.check(_POSTPROCESS.value, gallery is not None, bool(_TRAINING_EMBEDDINGS.value))
-    whitening = postprocessed.fitted(_TRAINING_EMBEDDINGS.value, queries.rows.shape[1])
+    whitening = postprocessed.fitted(training, queries.rows.shape[1])
     metrics = _METRICS.value or ["cosine", *([] if _is_unit(queries.rows) else ["euclidean"])]
     others = {} if gallery is None else {"gallery": gallery.rows, "gallery_labels": gallery.labels}
     settings: dict[str, Any] = {"ks": ks, "precision_ks": precision_ks, "map_ks": map_ks, "memory_mib": _MEMORY.value}

@@ -117,8 +117,9 @@ def _embed_files(encoder, images, batch=64):
 
 def _part(rows, images, root, names=None):
     """Makes `EmbeddedImages` of an `ImageSet`; the labels are positions in `names`."""
-    names = list(names or images.class_names)
-    position = np.array([names.index(name) for name in images.class_names])
+    names = names or images.class_names
+    positions = {name: number for number, name in enumerate(names)}
+    position = np.array([positions[name] for name in images.class_names])
     shown = {"pixels": lambda i: images.images[i], "paths": lambda i: read_image(str(images.images[i]))}
     image = shown.get(images.kind, lambda i: decode_image(images.encoded(i)))
     ids = _below(images.images.tolist(), root) if images.kind == "paths" else None

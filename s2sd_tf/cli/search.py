@@ -45,6 +45,8 @@ def _main(_):
 
     if _PICTURE.value and not _IMAGES.value:
         raise ValueError("--images: expected the folder in which the ids are paths, with --picture. Received: none")
+    if _IMAGES.value and not _PICTURE.value:
+        raise ValueError("--picture: expected the file to write, with --images. Received: none")
     if _PICTURE.value:
         check_file_to_write("--picture", _PICTURE.value)
     contents = []

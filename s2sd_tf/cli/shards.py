@@ -34,6 +34,9 @@ def _main(_):
     from s2sd_tf.data import datasets, write_shards
     from s2sd_tf.files import only_writer
 
+    for flag in (_CHECK, _ON_CORRUPT):
+        if flag.present and _SOURCE.value in ("shards", "tfds"):
+            raise ValueError(f"--{flag.name}: expected image files. Received: --source={_SOURCE.value}")
     chosen = {"on_corrupt": _ON_CORRUPT.value, "check": _CHECK.value, "source": _SOURCE.value}
     with only_writer("--output", _OUTPUT.value):
         names = [name for name in datasets.names() if "source" in datasets.settings(name)]

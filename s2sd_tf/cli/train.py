@@ -21,7 +21,9 @@ REGISTRIES = ("objectives", "miners", "samplers", "backbones", "datasets")
 
 _WORKDIR = app.define_path("workdir", None, "Folder of the run. A new one is created; an interrupted run resumes.")
 _DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Build everything, take two steps, evaluate a sample, report what was found, and write nothing."
+    "dry_run",
+    False,
+    "Build everything, take two steps on one device, evaluate a sample, report what was found, and write nothing.",
 )
 _STRATEGY = flags.DEFINE_enum(
     "strategy",
@@ -33,7 +35,9 @@ _DEVICES = flags.DEFINE_list(
     "devices", [], "Devices of the strategy, such as GPU:0,GPU:1. CPU:0,CPU:1 are virtual CPUs."
 )
 _LIST = flags.DEFINE_enum("list", None, REGISTRIES, "List the names that a config can choose from, and end.")
-_PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the config, with a comment on every key that it uses, and end.")
+_PRINT_CONFIG = flags.DEFINE_bool(
+    "print_config", False, "Print the config, with a comment on every key that it uses, and end."
+)
 _CONFIG = configs.define()
 
 
@@ -56,7 +60,8 @@ def _main(_):
         print(explain(resolve(configs.value(_CONFIG))), end="")
         return
     if _DRY_RUN.value:
-        print(sections_table(dry_run(configs.value(_CONFIG))))
+        replicas = strategies.get(_STRATEGY.value, _DEVICES.value).num_replicas_in_sync
+        print(sections_table(dry_run(configs.value(_CONFIG), replicas)))
         return
     if not _WORKDIR.value:
         raise ValueError("--workdir: expected a folder for the run, without --dry_run. Received: none")

@@ -72,6 +72,8 @@ def _found(entries, paths, root, file):
     wrong: dict[str, list[str]] = {"no": [], "several": []}
     for entry, parts in wanted.items():
         positions = matches[parts]
+        if os.path.isabs(entry):
+            positions = [position for position in positions if _parts(os.path.abspath(paths[position])) == parts]
         if len(positions) > 1:
             whole = os.path.abspath(os.path.join(root, entry))
             positions = [position for position in positions if os.path.abspath(paths[position]) == whole] or positions

@@ -303,10 +303,6 @@ class Preprocessing:
         """The same resizing and crop without the other steps, so images are in [0, 1], for people to look at."""
         return Preprocessing(self.height, self.width, self.channels, self.resize_size)
 
-    def decode(self, encoded: tf.Tensor | bytes) -> tf.Tensor:
-        """Decodes an image, a string scalar, to upright float32 `(h, w, channels)` in [0, 1]; see `decode_pixels`."""
-        return with_channels(decode_rgb(encoded), self.channels)
-
     def from_pixels(self, pixels: tf.Tensor | np.ndarray) -> tf.Tensor:
         """Preprocesses uint8 images `(..., h, w, c)`, converted to `channels` if needed.
 

@@ -51,6 +51,8 @@ def write_shards(
     """
     check_above("shard_mib", shard_mib, 0)
     check_replaceable("folder", folder, DESCRIPTION)
+    if any(images.teachers for images in split.parts().values()):
+        raise ValueError("split: expected images without teachers, which shards do not keep. Received: some with them")
     description: dict[str, Any] = {"version": _VERSION, "name": name, "parts": {}}
     index: dict[str, Any] = {}
     total = sum(len(images) for images in split.parts().values())

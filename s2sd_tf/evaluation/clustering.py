@@ -102,15 +102,17 @@ def _expected_information(of_class, of_cluster):
     total, expected = of_class.sum(), 0.0
     logs = gammaln(np.arange(total + 1) + 1.0)  # of factorials
     clusters, times = np.unique(of_cluster, return_counts=True)
+    block = max(1, 2**20 // len(clusters))
     for size, classes in zip(*np.unique(of_class, return_counts=True)):
-        shared = np.arange(1, size + 1)[:, None]
-        left = total - size - clusters + shared
-        possible = (shared <= clusters) & (left >= 0)
-        likely = logs[size] + logs[total - size] - logs[total] - logs[shared] - logs[size - shared]
-        likely = likely + logs[clusters] + logs[total - clusters]
-        likely -= logs[np.where(possible, clusters - shared, 0)] + logs[np.where(possible, left, 0)]
-        information = shared / total * np.log(total * shared / (size * clusters))
-        expected += classes * np.sum(np.exp(np.where(possible, likely, -np.inf)) * information @ times)
+        for first in range(1, min(size, clusters[-1]) + 1, block):
+            shared = np.arange(first, min(first + block, size + 1))[:, None]
+            left = total - size - clusters + shared
+            possible = (shared <= clusters) & (left >= 0)
+            likely = logs[size] + logs[total - size] - logs[total] - logs[shared] - logs[size - shared]
+            likely = likely + logs[clusters] + logs[total - clusters]
+            likely -= logs[np.where(possible, clusters - shared, 0)] + logs[np.where(possible, left, 0)]
+            information = shared / total * np.log(total * shared / (size * clusters))
+            expected += classes * np.sum(np.exp(np.where(possible, likely, -np.inf)) * information @ times)
     return expected
 
 

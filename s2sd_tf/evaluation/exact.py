@@ -5,10 +5,9 @@ Arguments are not checked here; the callers have done that.
 
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
-import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,18 @@ from tqdm import tqdm
 from s2sd_tf.evaluation.embeddings import Rows
 from s2sd_tf.evaluation.neighbors import Neighbors, lengths, padded
 from s2sd_tf.evaluation.rows import mean_row, normalized, parts, row_scales, scale_of, scaled
-from s2sd_tf.process_settings import full_float32, one_thread
+from s2sd_tf.process_settings import full_float32, threads, workers
 
 # Extra candidates beyond the k nearest, whose similarities are recomputed in float64.
 _MARGIN = 8
 # Above this number of items of one query, similarities are computed once for equal rows; and in parts of this size.
 _FEW, _NUMBERS = 64, 2**18
+# Queries whose similarities are computed in float64 at a time.
+_ROWS = 1024
 # Columns in a group. Single columns are examined only if the maximum of their group is among the best so far.
 _GROUP = 32
-# A block of similarities has at most _WIDTH columns and _FLATTER times fewer rows, so that it stays in the cache.
+# A block of similarities has at most _WIDTH columns and _FLATTER times fewer rows. _FLATTER divides _GROUP, so that
+# blocks of queries do not cross those of the gallery.
 _WIDTH, _FLATTER = 16_384, 8
 
 
@@ -65,7 +67,7 @@ def exact_neighbors(
         # Where the last item found is as near as the k-th up to rounding, those not found may be so too.
         lowest = rough[:, k - 1] - bands
         crowded = np.flatnonzero((rough[:, -1] >= lowest) & np.isfinite(rough[:, -1]))
-        with _workers() as pool:
+        with workers() if len(crowded) else contextlib.nullcontext() as pool:
             for chosen, scores in _products(pool, left, right, crowded, memory_mib):
                 for query, row in zip(chosen, scores):
                     close = _others(np.flatnonzero(row >= lowest[query]), query, keys)
@@ -86,7 +88,7 @@ def positive_ranks(
     keys: tuple[np.ndarray, np.ndarray] | None = None,
     memory_mib: int = 512,
     progress: bool = False,
-) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+) -> Generator[tuple[np.ndarray, list[np.ndarray]], None, None]:
     """Ranks the whole gallery for every query, and yields the ranks of its positives.
 
     Args:
@@ -134,7 +136,7 @@ def positive_ranks(
         return np.sort(ranks)
 
     bar = tqdm(total=len(wanted), desc="Ranking", unit="query", disable=not progress)
-    with bar, _workers() as pool:
+    with bar, workers() as pool:
         for chosen, scores in _products(pool, left, right, wanted, memory_mib):
             sizes = left.sizes(left.wide(chosen))
             yield chosen, list(pool.map(one, chosen, scores, sizes, chunksize=16))
@@ -185,7 +187,7 @@ def _multiply(pool, rows, columns, out, on_gpu):
         return
     # A new result for every block would let the memory of the process grow: the C library puts small things into the
     # gap of the last one, so that the next does not fit there.
-    parts = np.array_split(np.arange(len(rows)), min(_threads(), len(rows)))
+    parts = np.array_split(np.arange(len(rows)), min(threads(), len(rows)))
     multiply = lambda part: np.matmul(rows[part[0] : part[-1] + 1], columns, out=out[part[0] : part[-1] + 1])  # noqa: E731
     list(pool.map(multiply, parts))
 
@@ -204,7 +206,7 @@ def _similarities(left, right, query, items):
     return values[inverse]
 
 
-def _similarities_of(left, right, indices, rough, k, block=1024):
+def _similarities_of(left, right, indices, rough, k):
     """`(similarities, bands)` of neighbours, from their products `rough`, descending along a row: float32, of scaled
     rows, -inf for those missing and for those that cannot be among the k nearest; and how far a product may be from
     that of the k-th to be the same up to rounding, float32 `(queries,)`.
@@ -214,7 +216,7 @@ def _similarities_of(left, right, indices, rough, k, block=1024):
     levels = rough[:, min(k, rough.shape[1]) - 1]
 
     def fill(start):
-        part = slice(start, min(start + block, len(indices)))
+        part = slice(start, min(start + _ROWS, len(indices)))
         rows = left.wide(part)
         bands[part] = left.band(left.sizes(rows), levels[part])
         wanted = (indices[part] >= 0) & (rough[part] >= (levels[part] - bands[part])[:, None])
@@ -223,8 +225,8 @@ def _similarities_of(left, right, indices, rough, k, block=1024):
             others = right.wide(indices[start + there, column])
             similarities[start + there, column] = left.similarities(rows[there], others)
 
-    with _workers() as pool:
-        list(pool.map(fill, range(0, len(indices), block)))
+    with workers() as pool:
+        list(pool.map(fill, range(0, len(indices), _ROWS)))
     return similarities, bands
 
 
@@ -247,6 +249,8 @@ class _Factor:
         self.metric = metric
         self.scale = scale
         self.center: Any = center
+        self._originals: np.ndarray | None = None
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -302,9 +306,15 @@ class _Factor:
         terms = 1.0 if self.metric == "cosine" else np.square(2.0 * size + np.sqrt(np.maximum(-score, 0.0)))
         return np.float32(2.0**-23 * (8.0 + 2.0 * np.sqrt(self.width)) * terms + 1e-36)
 
-    @functools.cached_property
+    @property
     def originals(self) -> np.ndarray:
         """For every row the position of the first row that is equal, int64 `(n,)`."""
+        with self._lock:
+            if self._originals is None:
+                self._originals = self._first_equal()
+            return self._originals
+
+    def _first_equal(self):
         digests = np.empty(len(self), np.uint64)
         for start, part in parts(self.rows):
             for position, row in enumerate(part, start):
@@ -346,7 +356,7 @@ def _search(left, right, k, keys=None, memory_mib=512, progress=False):
     # The gallery is read once, and the queries once for each block of it. If both are the same set, every product is
     # used in both directions. The columns before a block of queries were then merged earlier, from transposed products,
     # so that every query still sees the gallery in ascending order.
-    with bar, _workers() as pool, _full_precision(on_gpu):
+    with bar, workers() as pool, _full_precision(on_gpu):
         for first in range(0, len(right), width):
             last = min(first + width, len(right))
             columns = right.right(slice(first, last))
@@ -388,7 +398,7 @@ class _Best:
         """Merges scores `(rows, columns)` of the queries from `first` on with the items from `offset` on."""
         if not scores.size:
             return
-        parts = np.array_split(np.arange(scores.shape[0]), min(_threads(), max(1, scores.shape[0] // 64)))
+        parts = np.array_split(np.arange(scores.shape[0]), min(threads(), max(1, scores.shape[0] // 64)))
         list(pool.map(lambda part: self._update(first, scores, offset, keys, part[0], part[-1] + 1), parts))
 
     def update_on_device(
@@ -516,16 +526,6 @@ def _block_width(memory_mib, dim):
     columns, square = 28.0 * dim, 12.0 / _FLATTER
     width = int((np.sqrt(columns**2 + 4 * square * memory_mib * 2**20) - columns) / (2 * square))
     return int(np.clip(width - width % _GROUP, 2 * _GROUP, _WIDTH))
-
-
-def _threads():
-    return os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def _workers() -> Iterator[concurrent.futures.Executor]:
-    with one_thread(), concurrent.futures.ThreadPoolExecutor(_threads()) as pool:
-        yield pool
 
 
 def _full_precision(on_gpu):

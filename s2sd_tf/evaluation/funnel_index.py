@@ -1,6 +1,5 @@
 """An index that shortlists by the prefix of an embedding and ranks the shortlist by the whole embedding."""
 
-import concurrent.futures
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -17,13 +16,13 @@ from s2sd_tf.evaluation.neighbors import check_search
 from s2sd_tf.evaluation.rows import checked_rows, normalized
 from s2sd_tf.evaluation.scann_index import ScannIndex
 from s2sd_tf.evaluation.shortlist import CODES, ScannShortlist, make_shortlist
-from s2sd_tf.process_settings import one_thread
+from s2sd_tf.process_settings import workers
 from s2sd_tf.untrusted import read_json_object, reading
 
 # Number of queries to tune the shortlist on. Its recall is measured on as many others.
 _TUNING_QUERIES = 1000
-# Queries whose shortlists are ranked at a time.
-_RANKED = 32
+# Queries whose shortlists are ranked at a time, and about the largest number of values in these.
+_RANKED, _VALUES = 32, 2**23
 # Subfolder of an index with the ScaNN index of the prefixes.
 _SHORTLIST = "shortlist"
 
@@ -137,8 +136,10 @@ class FunnelIndex(RowsIndex):
         # Among equally similar items, the lower position comes first.
         shortlists = np.sort(shortlists, axis=1)
 
+        height = max(1, min(_RANKED, _VALUES // (shortlists.shape[1] * self.dim)))
+
         def rank(start):
-            part = slice(start, start + _RANKED)
+            part = slice(start, start + height)
             chosen = shortlists[part]
             found = np.matmul(np.take(self._rows, chosen, axis=0), queries[part, :, None])[:, :, 0]
             found[chosen < 0] = -np.inf
@@ -146,8 +147,8 @@ class FunnelIndex(RowsIndex):
             indices[part] = np.take_along_axis(chosen, order, axis=1)
             similarities[part] = np.take_along_axis(found, order, axis=1)
 
-        with one_thread(), concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            list(pool.map(rank, range(0, len(queries), _RANKED)))
+        with workers() as pool:
+            list(pool.map(rank, range(0, len(queries), height)))
         return indices, similarities
 
     def _tune(self, seed):

@@ -1,5 +1,6 @@
 """Retrieval metrics of classes in a hierarchy: graded ones, and those of every level."""
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -88,17 +89,19 @@ def hierarchical_metrics(
             relevant |= positives > 0
         names = (*(f"recall@{k}" for k in ks), "r_precision", "map@r", "ap")
         values = {name: np.zeros(count) for name in names}
-        for block, ranks in positive_ranks(
+        blocks = positive_ranks(
             sets.queries, sets.gallery, query_labels, gallery_labels, metric, sets.keys, memory_mib, progress
-        ):
-            found = metrics_of_ranks(ranks, positives[block], candidates[block], ks, (), (size,), None)
-            found["ap"] = found.pop(f"map@{size}")
-            for name in names:
-                values[name][block] = found[name]
-            for name, reach in reaches.items():
-                within = [np.sum(discounts[row[row <= reach] - 1]) for row in ranks]
-                gains[name][:, block] += step * np.stack([within, ideal[np.minimum(positives[block], reach)]])
-            gains["h_ap"][:, block] += step * positives[block] * np.stack([found["ap"], np.ones(len(block))])
+        )
+        with contextlib.closing(blocks):
+            for block, ranks in blocks:
+                found = metrics_of_ranks(ranks, positives[block], candidates[block], ks, (), (size,), None)
+                found["ap"] = found.pop(f"map@{size}")
+                for name in names:
+                    values[name][block] = found[name]
+                for name, reach in reaches.items():
+                    within = [np.sum(discounts[row[row <= reach] - 1]) for row in ranks]
+                    gains[name][:, block] += step * np.stack([within, ideal[np.minimum(positives[block], reach)]])
+                gains["h_ap"][:, block] += step * positives[block] * np.stack([found["ap"], np.ones(len(block))])
         shared = positives > 0
         means.update({f"level{level}_{name}": _mean(part[shared]) for name, part in values.items()})
     if not relevant.any():

@@ -1,7 +1,8 @@
 """Retrieval metrics from embeddings and labels."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -222,14 +223,15 @@ def evaluate_retrieval(
 
     values: dict[str, np.ndarray] = {}
     first_ranks = np.zeros(len(query_labels), np.int64)
-    for chosen, ranks in blocks:
-        at = (ks, precision_ks, map_ks, reach)
-        per_query = metrics_of_ranks(ranks, positives[chosen], candidates[chosen], *at)
-        if reach != mrr_depth:
-            per_query["mrr"] = per_query.pop(f"mrr@{reach}")
-        first_ranks[chosen] = per_query.pop("first_rank")
-        for name, part in per_query.items():
-            values.setdefault(name, np.full(len(query_labels), np.nan))[chosen] = part
+    with contextlib.closing(blocks):
+        for chosen, ranks in blocks:
+            at = (ks, precision_ks, map_ks, reach)
+            per_query = metrics_of_ranks(ranks, positives[chosen], candidates[chosen], *at)
+            if reach != mrr_depth:
+                per_query["mrr"] = per_query.pop(f"mrr@{reach}")
+            first_ranks[chosen] = per_query.pop("first_rank")
+            for name, part in per_query.items():
+                values.setdefault(name, np.full(len(query_labels), np.nan))[chosen] = part
     for part in values.values():
         part[positives == 0] = np.nan
     return RetrievalResult(values, query_labels, positives, first_ranks)
@@ -259,11 +261,11 @@ def _checked_neighbors(neighbors, queries, gallery, keys):
 
 
 def _ranks_in(
-    neighbors: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray, block: int = 4096
-) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    neighbors: np.ndarray, query_labels: np.ndarray, gallery_labels: np.ndarray
+) -> Generator[tuple[np.ndarray, list[np.ndarray]], None, None]:
     """Yields what `positive_ranks` yields, from the indices of neighbours that were already found."""
-    for start in range(0, len(neighbors), block):
-        chosen = np.arange(start, min(start + block, len(neighbors)))
+    for start in range(0, len(neighbors), 4096):
+        chosen = np.arange(start, min(start + 4096, len(neighbors)))
         found = neighbors[chosen]
         hits = (gallery_labels[np.maximum(found, 0)] == query_labels[chosen, None]) & (found >= 0)
         yield chosen, [np.flatnonzero(row) + 1 for row in hits]

@@ -5,7 +5,6 @@ Arguments are not checked here; the callers have done that.
 
 import collections
 import concurrent.futures
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from s2sd_tf.evaluation.rows import LabeledSets, mean_row, parts, scale_of, scaled, unit
-from s2sd_tf.process_settings import one_thread
+from s2sd_tf.process_settings import threads, workers
 
 # Up to this number of pairs all similarities are kept and sorted.
 _SORTED = 2**22
@@ -67,7 +66,7 @@ class Pairs:
         # int32, as comparing them is most of the work of finding the positives.
         codes = codes.astype(np.int32)
         self.query_classes, self.gallery_classes = codes[: len(sets.query_labels)], codes[len(sets.query_labels) :]
-        self._threads = min(os.cpu_count() or 1, _THREADS)
+        self._threads = min(threads(), _THREADS)
         self._side = int(np.clip(np.sqrt(memory_mib * 2**20 / (_BYTES * (self._threads + 1))), 64, _SIDE))
         self._progress = progress
         self._sorted = self.positives + self.negatives <= _SORTED
@@ -167,7 +166,7 @@ class Pairs:
         bar = tqdm(total=self.positives + self.negatives, desc="Comparing", unit="pair", unit_scale=True,
                    disable=not self._progress)  # fmt: skip
         # Threads of the matrix product itself would wait for each other at every block.
-        with bar, one_thread(), concurrent.futures.ThreadPoolExecutor(self._threads) as pool:
+        with bar, workers(self._threads) as pool:
             for start in range(0, sets.queries.shape[0], side):
                 for first in range(start if sets.alone else 0, sets.gallery.shape[0], side):
                     waiting.append(pool.submit(self._block, start, first, convert))

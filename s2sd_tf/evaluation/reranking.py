@@ -91,8 +91,9 @@ def _encoded(rows, k1, k2, memory_mib, progress):
     overlap.data = (3.0 * overlap.data >= 2.0 * sizes[overlap.indices]).astype(np.float64)
     sets = ((reciprocal + overlap @ half) > 0).astype(np.float64).tocsr()
     owners = np.repeat(own, np.diff(sets.indptr))
-    for start in range(0, len(owners), 2**18):
-        part = slice(start, start + 2**18)
+    block = max(1, memory_mib * 2**20 // (8 * rows.shape[1]))
+    for start in range(0, len(owners), block):
+        part = slice(start, start + block)
         dots = np.einsum("nd,nd->n", rows[owners[part]], rows[sets.indices[part]])
         sets.data[part] = np.exp(dots - 1.0)
     totals = np.asarray(sets.sum(axis=1)).reshape(-1)

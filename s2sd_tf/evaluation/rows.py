@@ -224,7 +224,11 @@ def unit(rows: tf.Tensor | np.ndarray) -> np.ndarray:
 
 def normalized(rows: tf.Tensor | np.ndarray) -> np.ndarray:
     """`unit` in float32."""
-    return unit(rows).astype(np.float32)
+    rows = np.asarray(rows)
+    scaled_rows = np.empty(rows.shape, np.float32)
+    for start, part in parts(rows):
+        scaled_rows[start : start + len(part)] = unit(part)
+    return scaled_rows
 
 
 def row_scales(rows: np.ndarray) -> np.ndarray:

@@ -53,7 +53,7 @@ def find_neighbors(
         recall: the recall that "scann" is tuned to, in (0, 1].
         memory_mib: MiB, >= 1, that "exact" may take in addition to results and arguments. It reads a gallery on disk
             block by block; "scann" copies it into memory.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar, for "exact".
 
     Returns:
         `Neighbors`. Among items whose similarities are equal as returned, "exact" puts the lower position first. It

@@ -1,14 +1,12 @@
 """Shortlists: the items whose prefixes are nearest to that of a query, by products with all or with some of them."""
 
-import concurrent.futures
 import functools
-import os
 from typing import Any
 
 import numpy as np
 
 from s2sd_tf.evaluation.scann_index import ScannIndex
-from s2sd_tf.process_settings import one_thread
+from s2sd_tf.process_settings import threads, workers
 from s2sd_tf.truncation import truncate
 
 CODES = ("float32", "int8", "bits", "scann")
@@ -84,18 +82,17 @@ class Shortlist:
         count = min(count, self.size)
         found = np.empty((len(queries), count), np.int64)
         # Every thread multiplies on its own; products of this size are too small to share.
-        workers = min(os.cpu_count() or 1, len(self._tiles))
-        with one_thread(), concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        with workers(len(self._tiles)) as pool:
             for start in range(0, len(queries), _QUERIES):
                 factors = self._factors(truncate(queries[start : start + _QUERIES], self.dim))
-                found[start : start + _QUERIES] = self._order[self._nearest(factors, count, pool, workers)]
+                found[start : start + _QUERIES] = self._order[self._nearest(factors, count, pool)]
         return found
 
-    def _nearest(self, factors, count, pool, workers):
+    def _nearest(self, factors, count, pool):
         """Positions in the tiles of the nearest items, nearest first, `(queries, count)`."""
         # Items above a threshold are candidates. A sample gives the threshold: a similarity that a little more than
         # `count` items exceed. The queries for which fewer do get a lower one.
-        parts = np.array_split(np.arange(len(self._tiles)), workers)
+        parts = np.array_split(np.arange(len(self._tiles)), min(threads(), len(self._tiles)))
         sampled = min(_SAMPLED, len(self._tiles))
         sample = np.concatenate([factors @ self._decoded(tile) for tile in self._tiles[:sampled]], axis=1)
         sample = sample[:, : self.size]
@@ -201,10 +198,20 @@ def _best(found, queries, count):
     order = np.argsort(rows.astype(np.int16), kind="stable")
     rows, items, scores = rows[order], items[order], scores[order]
     places = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    width = max(count, int(counts.max()))
-    wide, where = np.full((queries, width), -np.inf, np.float32), np.zeros((queries, width), np.int64)
-    wide[rows, places], where[rows, places] = scores, items
-    if count < width:
-        kept = np.argpartition(-wide, count - 1, axis=1)[:, :count]
-        wide, where = np.take_along_axis(wide, kept, axis=1), np.take_along_axis(where, kept, axis=1)
-    return counts >= count, np.take_along_axis(where, np.argsort(-wide, axis=1), axis=1)
+    nearest = np.zeros((queries, count), np.int64)
+    # Queries with similar numbers of candidates together, as all are padded to the most.
+    levels = np.frexp(np.maximum(counts, count) / count)[1] // 2
+    for level in np.unique(levels):
+        chosen = np.flatnonzero(levels == level)
+        width = max(count, int(counts[chosen].max()))
+        lines = np.full(queries, -1)
+        lines[chosen] = np.arange(len(chosen))
+        here = lines[rows] >= 0
+        place = lines[rows[here]], places[here]
+        wide, where = np.full((len(chosen), width), -np.inf, np.float32), np.zeros((len(chosen), width), np.int64)
+        wide[place], where[place] = scores[here], items[here]
+        if count < width:
+            kept = np.argpartition(-wide, count - 1, axis=1)[:, :count]
+            wide, where = np.take_along_axis(wide, kept, axis=1), np.take_along_axis(where, kept, axis=1)
+        nearest[chosen] = np.take_along_axis(where, np.argsort(-wide, axis=1), axis=1)
+    return counts >= count, nearest

@@ -161,7 +161,12 @@ class _Retrieval(tf.Module):
     def _ranked(self, embeddings, shortlists, scores):
         """`(indices, scores)` of the nearest in shortlists `(batch, length)` by the whole embedding, `(batch, k)`."""
         there = tf.math.is_finite(scores) & (shortlists >= 0) & (shortlists < tf.size(self._ids, tf.int64))
-        rows = tf.gather(self._rows, tf.where(there, shortlists, 0))
-        scores = tf.where(there, tf.linalg.matvec(rows, embeddings), float("-inf"))
+        # A query at a time: the rows of all shortlists together may take gigabytes.
+        scores = tf.map_fn(
+            lambda query: tf.linalg.matvec(tf.gather(self._rows, query[0]), query[1]),
+            (tf.where(there, shortlists, 0), embeddings),
+            fn_output_signature=tf.float32,
+        )
+        scores = tf.where(there, scores, float("-inf"))
         scores, places = tf.math.top_k(scores, self._k)
         return tf.gather(shortlists, places, batch_dims=1), scores

@@ -65,7 +65,7 @@ def save_report(
             None: similarities of a sample.
         facts: what to show above everything, by name: the model, the date, the data.
         config: settings to show when the reader asks for them, by name; may be nested.
-        seed: seed of the samples that charts show.
+        seed: seed of the intervals, and of the samples that charts show.
 
     Raises:
         ValueError: `path` is a folder, or arguments that do not fit.
@@ -81,12 +81,13 @@ def save_report(
         raise ValueError(
             f"neighbors: expected positions of {len(gallery.labels)} gallery items. Received: {neighbors.indices.max()}"
         )
-    intervals = result.confidence_intervals()
+    intervals = result.confidence_intervals(seed=seed)
     generator = np.random.default_rng(seed)
-    text = "Cosine similarity of pairs of one class and of different classes."
-    pairs = [section("Similarities", text, similarity_histogram(queries.rows, queries.labels, generator))]
-    if verification is not None:
-        intervals.update(verification.confidence_intervals())
+    if verification is None:
+        text = "Cosine similarity of pairs of one class and of different classes."
+        pairs = [section("Similarities", text, similarity_histogram(queries.rows, queries.labels, generator))]
+    else:
+        intervals.update(verification.confidence_intervals(seed=seed))
         count = f"{verification.true_accepts[-1]:,} pairs of one class and {verification.false_accepts[-1]:,} of others"
         pairs = [
             section("Similarities", f"All {count}, and the threshold of the best F1.", pair_histogram(verification)),

@@ -57,6 +57,8 @@ class EmbedImages(beam.PTransform):
     ) -> None:
         super().__init__()
         encoder, folder = local_path("encoder", encoder), local_path("folder", folder)
+        shards = checked_int("shards", shards, 1)
+        batch_size = None if batch_size is None else checked_int("batch_size", batch_size, 1)
         self.encoder, self.folder, self.shards, self.batch_size, self.index = encoder, folder, shards, batch_size, index
         # An invalid encoder is reported here, not by a worker.
         self.dim = Encoder(encoder, dim).dim
@@ -222,7 +224,10 @@ def _parse(record):
         raise ValueError(
             f"tfrecords: expected examples with the bytes features {FEATURES[:2]}. Received: {sorted(features)}"
         )
-    label = label.bytes_list.value[0].decode() if label.bytes_list.value else "".join(map(str, label.int64_list.value))
+    labels = [text.decode() for text in label.bytes_list.value] or [str(number) for number in label.int64_list.value]
+    if len(labels) > 1:
+        raise ValueError(f"tfrecords: expected at most one value of the feature 'label'. Received: {labels}")
+    label = "".join(labels)
     return Item(name.bytes_list.value[0].decode(), "", label), image.bytes_list.value[0]
 
 

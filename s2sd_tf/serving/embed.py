@@ -1,6 +1,7 @@
 """Embeds images into shards; after an interruption, it resumes with the missing shards."""
 
 import concurrent.futures
+import errno
 import inspect
 import itertools
 import os
@@ -19,6 +20,12 @@ from s2sd_tf.evaluation.search import build_index, check_index_settings
 from s2sd_tf.files import has_content, local_path, only_writer, read_json, remove_leftovers, replacing, write_json
 from s2sd_tf.serving.encoder import Encoder
 from s2sd_tf.untrusted import image_excess, read_json_object
+
+# Errors of one file, not of the system: it is reported, and the others are embedded.
+_OF_ONE_FILE = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ESTALE),
+    errno.ENAMETOOLONG,
+}
 
 
 class Item(NamedTuple):
@@ -271,7 +278,9 @@ def read_item(item: Item) -> tuple[bytes | None, str | None]:
             return None, reason
         with open(item.path, "rb") as file:
             return file.read(), None
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except OSError as error:
+        if error.errno not in _OF_ONE_FILE:
+            raise
         return None, first_line(error)
 
 

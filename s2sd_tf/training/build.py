@@ -162,11 +162,12 @@ def warn_of_short_run(config: config_dict.ConfigDict, run_data: RunData) -> None
         )
 
 
-def build_sampler(config: config_dict.ConfigDict, images: ImageSet | None = None) -> Sampler:
+def build_sampler(config: config_dict.ConfigDict, images: ImageSet | None = None, replicas: int = 1) -> Sampler:
     """Builds the sampler, which chooses the images of each batch.
 
     Raises:
-        ValueError: no batch can be drawn from the training images `images`; the message names the keys and classes.
+        ValueError: no batch can be drawn from the training images `images`, or `replicas` cannot share it equally; the
+            message names the keys and classes.
     """
     name = config.sampler.name
     given = {
@@ -179,6 +180,12 @@ def build_sampler(config: config_dict.ConfigDict, images: ImageSet | None = None
     if images is not None:
         _check_classes(config, sampler, images)
         sampler.check(images.labels)
+    if given["batch_size"] % replicas:
+        raise ValueError(
+            "config.data.classes_per_batch, config.data.samples_per_class: expected a batch that the "
+            f"{replicas} replicas share equally. Received: {config.data.classes_per_batch} x "
+            f"{config.data.samples_per_class} = {given['batch_size']} images"
+        )
     return sampler
 
 

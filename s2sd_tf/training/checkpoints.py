@@ -10,9 +10,9 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from s2sd_tf.export import load_model
 from s2sd_tf.files import local_path, read_json, remove_leftovers, replacing, sha256, write_json
 from s2sd_tf.models import S2SDModel
-from s2sd_tf.training.embedding import load_model
 
 # Prefix of the names of checkpoints that could not be read and were moved aside.
 UNREADABLE = "unreadable_"

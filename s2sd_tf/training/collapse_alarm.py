@@ -9,6 +9,7 @@ from s2sd_tf.keras_compat import keras
 from s2sd_tf.models import S2SDModel
 
 FIRST_STEPS = 100
+_SIMILARITY, _RANK = 0.9, 2.0
 _ADVICE = {
     "": "a lower config.optimizer.learning_rate, a warm-up (config.optimizer.schedule.warmup_epochs), a smaller "
     "config.s2sd.distill_weight, or another config.objective.name may help",
@@ -24,19 +25,16 @@ class CollapseAlarm(keras.callbacks.Callback):
     `s2sd-train` does not count the warm-up of the learning rate either.
 
     It reads the logs of an `S2SDModel(diagnostics=True)`: for the base embedding and for the targets, the mean cosine
-    between different images and the participation ratio of the covariance, which is 1 for embeddings on a line.
+    between different images (above 0.9 is a collapse), and the participation ratio of the covariance, which is 1 for
+    embeddings on a line (below 2 is a collapse, if the embedding has more dimensions).
 
     Args:
-        similarity: a mean cosine above this is a collapse.
-        rank: a participation ratio below this is a collapse, if the embedding has more dimensions than this.
         after_steps: the alarm is silent until the model has taken this many steps.
     """
 
-    def __init__(self, similarity: float = 0.9, rank: float = 2.0, after_steps: int = FIRST_STEPS) -> None:
+    def __init__(self, after_steps: int = FIRST_STEPS) -> None:
         super().__init__()
         self.after_steps = after_steps
-        self.similarity = similarity
-        self.rank = rank
         self._collapsed: set[str] = set()
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
@@ -51,9 +49,9 @@ class CollapseAlarm(keras.callbacks.Callback):
             similarity, rank = logs.get(f"{prefix}mean_similarity"), logs.get(f"{prefix}embedding_rank")
             present, signs = dims[prefix], []
             if similarity is not None:
-                signs.append(similarity > self.similarity)
+                signs.append(similarity > _SIMILARITY)
             if rank is not None:
-                signs.append(rank < self.rank < min(present))
+                signs.append(rank < _RANK < min(present))
             if not any(signs):
                 self._collapsed.discard(prefix)
             elif prefix not in self._collapsed:

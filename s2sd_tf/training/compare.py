@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from s2sd_tf.files import read_json
+from s2sd_tf.training.interruption import Interrupted, Interruption
 
 # How a run's log begins the line of an epoch, see `console`.
 _EPOCH = re.compile(r"^epoch (\d+)/(\d+)  ", re.MULTILINE)
@@ -38,19 +39,22 @@ def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[
 
     Raises:
         RunFailed: a run failed.
+        Interrupted: this process was asked to stop. The runs were too, and have saved what they resume from.
     """
     jobs = jobs or os.cpu_count() or 1
+    processes: set[subprocess.Popen] = set()
     bar = tqdm(
         total=len(runs),
         desc="Training",
         bar_format="{desc}: {percentage:.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         disable=None,
     )
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(_run, workdir, arguments): workdir for workdir, arguments in runs.items()}
+    with Interruption() as interruption, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(_run, workdir, arguments, processes): workdir for workdir, arguments in runs.items()}
         running = set(futures)
         try:
             while running:
+                interruption.check()
                 finished, running = concurrent.futures.wait(running, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
                 for future in finished:
                     future.result()
@@ -63,8 +67,13 @@ def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[
                 bar.set_postfix_str(f"{len(futures) - len(running)} of {len(futures)} runs", refresh=False)
                 bar.n = len(futures) - len(running) + sum(_fraction(futures[future]) for future in running)
                 bar.refresh()
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, Interrupted):
+                # Not all have received the signal: Ctrl-C goes to all processes of a terminal, SIGTERM to one.
+                for process in list(processes):
+                    process.terminate()
+                raise Interrupted(f"{error}; the runs stop too, and the same command resumes them") from error
             raise
         finally:
             bar.close()
@@ -106,12 +115,14 @@ def _log_path(workdir):
     return f"{os.path.abspath(workdir)}.log.txt"
 
 
-def _run(workdir, arguments):
+def _run(workdir, arguments, processes):
     os.makedirs(os.path.dirname(os.path.abspath(workdir)), exist_ok=True)
     command = [sys.executable, "-m", "s2sd_tf.cli.train", *arguments, f"--workdir={workdir}"]
     log_path = _log_path(workdir)
-    with open(log_path, "w") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    with open(log_path, "w") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
+        processes.add(process)
+        status = process.wait()
+        processes.remove(process)
     if status:
         with open(log_path) as log:
             lines = log.readlines()

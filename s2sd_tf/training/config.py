@@ -121,7 +121,10 @@ KEYS: dict[str, tuple[Any, str]] = {
     "model.embedding_dim": (128, ">= 1, dimension of the base embedding."),
     "objective.name": ("multi_similarity", "Name of the objective; `s2sd-train --list=objectives` lists them."),
     "s2sd.target_objective": ("multi_similarity", 'Objective of the targets; "": the same as for the base embedding.'),
-    "s2sd.diagnostics": (True, "Log how spread out the embeddings are and the norm of the gradients, and warn if embeddings collapse."),
+    "s2sd.diagnostics": (
+        True,
+        "Log how spread out the embeddings are and the norm of the gradients, and warn if embeddings collapse.",
+    ),
     "optimizer.name": (
         "adam",
         'Class name of a Keras optimizer; "TorchAdam", Adam with epsilon where PyTorch has it; on the classic stack '

@@ -30,11 +30,12 @@ STEPS = 2
 SAMPLE = 64
 
 
-def dry_run(config: config_dict.ConfigDict) -> dict[str, list[tuple[str, str]]]:
-    """Builds everything that `train` builds, takes two steps and evaluates a sample. Writes no file.
+def dry_run(config: config_dict.ConfigDict, replicas: int = 1) -> dict[str, list[tuple[str, str]]]:
+    """Builds everything that `train` builds, takes two steps on one device and evaluates a sample. Writes no file.
 
     Args:
         config: has the keys of `default_config`.
+        replicas: >= 1, the number of replicas that would share each batch; checks that they can.
 
     Returns:
         Lists of `(name, value)` by section title: data, model, learning rates, steps, evaluation, memory.
@@ -44,16 +45,16 @@ def dry_run(config: config_dict.ConfigDict) -> dict[str, list[tuple[str, str]]]:
     """
     config = resolve(config)
     with precision(config):
-        return _dry_run(config)
+        return _dry_run(config, replicas)
 
 
-def _dry_run(config):
+def _dry_run(config, replicas):
     set_up(config)
     begin = time.monotonic()
     split = load_split(config)
-    config = plan(config, split)
+    config = plan(config, split, replicas)
     run_data = divide(config, split)
-    sampler, drawn_by = build_sampler(config, run_data.train), config.sampler.name
+    sampler, drawn_by = build_sampler(config, run_data.train, replicas), config.sampler.name
     warn_of_short_run(config, run_data)
     loaded = time.monotonic()
     model = build_model(config, run_data)

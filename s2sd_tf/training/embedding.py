@@ -1,4 +1,4 @@
-"""Loads saved models and computes embeddings."""
+"""Computes embeddings."""
 
 import numpy as np
 import tensorflow as tf
@@ -6,10 +6,7 @@ import tensorflow as tf
 from s2sd_tf import progress
 from s2sd_tf.data import ImageSet, Preprocessing, evaluation_batches
 from s2sd_tf.data.image_files import naming_unreadable
-from s2sd_tf.export import load_model
 from s2sd_tf.keras_compat import keras
-
-__all__ = ["embed", "load_model", "predict"]
 
 
 def embed(model: keras.Model, images: ImageSet, preprocessing: Preprocessing) -> np.ndarray:

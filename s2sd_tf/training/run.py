@@ -132,13 +132,7 @@ def _begin(config, workdir, checkpoints, strategy, interruption):
     config = plan(config, split, strategy.num_replicas_in_sync)
     checkpoints.metric = _selects_by(config)
     run_data = divide(config, split)
-    sampler = build_sampler(config, run_data.train)
-    if sampler.batch_size % strategy.num_replicas_in_sync:
-        raise ValueError(
-            "config.data.classes_per_batch, config.data.samples_per_class: expected a batch that the "
-            f"{strategy.num_replicas_in_sync} replicas share equally. Received: {config.data.classes_per_batch} x "
-            f"{config.data.samples_per_class} = {sampler.batch_size} images"
-        )
+    sampler = build_sampler(config, run_data.train, strategy.num_replicas_in_sync)
     fingerprints = check_data(workdir, run_data)
     if strategies.has_workers(strategy):
         _share_checkpoints(strategy, checkpoints, workdir)

@@ -7,10 +7,10 @@ from typing import Any
 from ml_collections import config_dict
 
 from s2sd_tf.data import Preprocessing
+from s2sd_tf.export import load_model
 from s2sd_tf.files import has_content, local_path
 from s2sd_tf.models import S2SDModel
 from s2sd_tf.training.config import default_config, unknown_keys
-from s2sd_tf.training.embedding import load_model
 from s2sd_tf.untrusted import read_json_object, reading
 
 

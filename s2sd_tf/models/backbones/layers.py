@@ -40,9 +40,9 @@ def convolution(features: Any, filters: int, size: int, name: str, stride: int =
     )(features)
 
 
-def batch_norm(features: Any, name: str, epsilon: float = 1e-5, gamma: str = "ones") -> Any:
+def batch_norm(features: Any, name: str, epsilon: float = 1e-5) -> Any:
     """Applies batch normalisation with momentum 0.9, PyTorch's default (PyTorch calls it 0.1)."""
-    return keras.layers.BatchNormalization(momentum=0.9, epsilon=epsilon, gamma_initializer=gamma, name=name)(features)
+    return keras.layers.BatchNormalization(momentum=0.9, epsilon=epsilon, name=name)(features)
 
 
 def relu(features: Any, name: str) -> Any:

@@ -118,6 +118,6 @@ _KINDS: dict[Any, Callable[[Any, list[_Shape]], _Parameters]] = {
 }
 
 
-def _first(entries, count=3):
-    more = f" and {len(entries) - count} more" if len(entries) > count else ""
-    return ", ".join(entries[:count]) + more
+def _first(entries):
+    more = f" and {len(entries) - 3} more" if len(entries) > 3 else ""
+    return ", ".join(entries[:3]) + more
