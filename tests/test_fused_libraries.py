@@ -219,6 +219,32 @@ def test_a_missing_compiler(monkeypatch):
         libraries.compiler()
 
 
+@pytest.mark.parametrize(
+    ("known", "cuda", "code", "ptx"),
+    [
+        ((75, 80, 86, 89, 90, 100, 120), True, [80, 86, 89, 90, 100, 120], [80, 120]),
+        ((75, 80, 86, 89, 90), True, [80, 86, 89, 90], [80, 90]),
+        ((75, 80, 90), [90], [90], [90]),
+        ((75, 80, 90), [80, 90], [80, 90], [90]),
+        # GPUs that are newer than the compiler compile its newest PTX.
+        ((75, 80, 89, 90), [120], [], [90]),
+        ((75, 80, 90), [80, 120], [80], [90]),
+        ((70, 75), [80], None, None),
+        ((70, 75), True, None, None),
+    ],
+)
+def test_code_for_gpus(tmp_path, known, cuda, code, ptx):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho " + " ".join(f"sm_{number} sm_{number}a" for number in known))
+    nvcc.chmod(0o755)
+    if code is None:
+        with pytest.raises(libraries.BuildError, match="cannot build for the compute capabilities"):
+            libraries._cuda_targets(nvcc, cuda)
+        return
+    found = [target.rpartition("=")[2] for target in libraries._cuda_targets(nvcc, cuda)]
+    assert found == [*(f"sm_{number}" for number in code), *(f"compute_{number}" for number in ptx)]
+
+
 def test_the_build_command(run_python, built):
     done = run_python("-m", "s2sd_tf.distillation.build")
     assert done.stdout.count("already built") == 2

@@ -151,10 +151,11 @@ def version(package):
 
 
 def find_gpu():
-    """The first GPU's name, driver and compute capability, or None."""
+    """The name, driver and compute capability of the first visible GPU, or None."""
     fields = ("name", "driver_version", "compute_cap")
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
     try:
-        done = run_quietly(["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"])
+        done = run_quietly(["nvidia-smi", "-i", first, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"])
     except OSError:
         return None
     rows = [line.split(", ") for line in done.stdout.splitlines()]
@@ -171,29 +172,37 @@ def build(check, folder, architecture, emulate):
     objects = {"cuda_kernel.cu": on_gpu, "gpu_check.cu": on_gpu, "c_interface.cc": on_cpu}
     objects |= {name: [*on_cpu, *flags] for name, flags in libraries.cpu_kernel_sources(platform.machine()).items()}
     headers = run_quietly([sys.executable, "-c", "import jax; print(jax.ffi.include_dir())"])
-    if headers.returncode == 0:  # otherwise only the JAX step fails
+    if headers.returncode == 0:  # otherwise, and if it cannot be compiled, only the JAX step fails
         includes = [f"-I{headers.stdout.split()[-1]}", f"-I{toolkit / 'include'}"]
         objects["jax_handler.cc"] = [*on_cpu, "-w", "-DS2SD_TF_CUDA=1", *includes]
     commands = [[*command, SOURCES / name, "-o", folder / f"{name}.o"] for name, command in objects.items()]
     if emulate:
         source = SOURCES / "gpu_check.cu"
         commands.append([cxx, "-x", "c++", "-std=c++17", "-O2", "-w", source, "-o", folder / "gpu_check_emulated"])
-    in_library = [folder / f"{name}.o" for name in objects if name != "gpu_check.cu"]
+    failed = run_together(check, "build", commands)
+    if not failed <= {SOURCES / "jax_handler.cc"}:
+        sys.exit(1)
+    in_library = [folder / f"{name}.o" for name in objects if name != "gpu_check.cu" and SOURCES / name not in failed]
     links = [
         [nvcc, targets, folder / "gpu_check.cu.o", folder / "cuda_kernel.cu.o", "-o", folder / "gpu_check"],
         [nvcc, targets, "-shared", *in_library, "-o", folder / "libsimilarity_kl.so"],
     ]
-    for these in (commands, links):
-        start = time.monotonic()
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            done = list(pool.map(run_quietly, these))
-        text = "".join(f"$ {' '.join(map(str, c))}\n{d.stdout}{d.stderr}" for c, d in zip(these, done))
-        text += f"{len(these)} files\n"
-        status = next((d.returncode for d in done if d.returncode != 0), 0)
-        check.add("build" if these is commands else "link", these[0], status, time.monotonic() - start, [], text)
-        if status != 0:
-            print(text)
-            sys.exit(1)
+    if run_together(check, "link", links):
+        sys.exit(1)
+
+
+def run_together(check, step, commands):
+    """Runs commands that end in `<source> -o <target>` in parallel; returns the sources of those that failed."""
+    start = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = list(pool.map(run_quietly, commands))
+    text = "".join(f"$ {' '.join(map(str, c))}\n{d.stdout}{d.stderr}" for c, d in zip(commands, done))
+    text += f"{len(commands)} files\n"
+    failed = {command[-3] for command, one in zip(commands, done) if one.returncode != 0}
+    check.add(step, commands[0], int(bool(failed)), time.monotonic() - start, [], text)
+    if failed:
+        print(text)
+    return failed
 
 
 def run_quietly(command):

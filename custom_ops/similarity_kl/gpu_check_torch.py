@@ -138,14 +138,18 @@ def compare_errors(library, batch, dims, precision, temperature, rows=None):
         return float((gradient - truth[1]).norm() / truth[1].norm())
 
     floor = 1e-4 if tf32 else 1e-6
+    losses = abs(float(fused.total) - float(truth[0])), abs(float(composed[0]) - float(truth[0]))
+    # Eight roundings of the terms, which are at most T^2 times a similarity over T.
+    loss_floor = 8 * (2**-11 if tf32 else 2**-24) * max(temperature, temperature**2)
+    close = losses[0] <= 2 * losses[1] + loss_floor
     return {
         "errors": f"{rows[1] if rows else batch} of {batch}, T {temperature}, {precision}",
         "gradient": distance(fused.gradient),
         "pytorch_gradient": distance(composed[1]),
-        "loss": abs(float(fused.total) - float(truth[0])),
-        "pytorch_loss": abs(float(composed[0]) - float(truth[0])),
+        "loss": losses[0],
+        "pytorch_loss": losses[1],
         "same_bits_twice": same,
-        "ok": same and distance(fused.gradient) <= 2 * distance(composed[1]) + floor,
+        "ok": same and close and distance(fused.gradient) <= 2 * distance(composed[1]) + floor,
     }
 
 
@@ -160,7 +164,7 @@ def compare_times(library, batch, precision, compiled):
         try:
             result["ms"][name] = median_ms(function() if name.endswith("_graph") else function, repeats)
         except Exception as error:  # a failure of one leaves the others
-            result["ok"] = False
+            result["ok"] &= not name.startswith("fused")
             result.setdefault("not_measured", {})[name] = f"{type(error).__name__}: {error}"[:300]
 
     fused = Fused(library, student, teachers, 1.0, tf32)

@@ -130,7 +130,11 @@ def _failed_check(library):
     """Returns None, or the GPU on which the op differs from the composed version and how it differs."""
     with _LOADING:
         if library not in _CHECKED:
-            _CHECKED[library] = _check(library)
+            try:
+                _CHECKED[library] = _check(library)
+            except tf.errors.ResourceExhaustedError as error:  # it is checked again at the next use
+                reason = self_check.first_line(error)
+                return _give_up(f"the fused similarity-KL op{_USE[library]} could not be checked: {reason}")
         return _CHECKED[library]
 
 
@@ -187,6 +191,9 @@ def _compute_capabilities(gpus):
         capability = tf.config.experimental.get_device_details(gpu).get("compute_capability")
         if capability is None or 10 * capability[0] + capability[1] < libraries.OLDEST_CUDA:
             least = libraries.OLDEST_CUDA / 10
-            raise libraries.BuildError(f"{gpu.name} is not an NVIDIA GPU of compute capability {least} or later")
+            raise libraries.BuildError(
+                f"{gpu.name} is not an NVIDIA GPU of compute capability {least} or later (CUDA_VISIBLE_DEVICES can "
+                "leave it out)"
+            )
         found.add(10 * capability[0] + capability[1])
     return sorted(found)

@@ -222,14 +222,20 @@ def cuda_toolkit(nvcc: str) -> pathlib.Path:
 
 
 def _cuda_targets(nvcc, cuda):
-    """Returns nvcc's options: code for each architecture, and PTX that newer GPUs compile for themselves."""
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout.split()
+    """Returns nvcc's options: code for the architectures it knows, and PTX that other GPUs compile for themselves."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout
+    known = {number for number in map(int, re.findall(r"\bsm_(\d+)\b", listed)) if number >= OLDEST_CUDA}
     wanted = _CUDA_ARCHITECTURES if cuda is True else sorted(cuda)
-    chosen = [number for number in wanted if f"sm_{number}" in known]
-    if not chosen or (cuda is not True and len(chosen) < len(wanted)):
+    chosen = [number for number in wanted if number in known]
+    # A GPU runs PTX of its architecture or an older one.
+    older = [[number for number in known if number <= limit] for limit in wanted]
+    if not (chosen if cuda is True else all(older)):
         raise BuildError(f"{nvcc} cannot build for the compute capabilities {list(wanted)}")
-    targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen]
-    return [*targets, f"-gencode=arch=compute_{chosen[-1]},code=compute_{chosen[-1]}"]
+    virtual = {chosen[0], chosen[-1]} if cuda is True else set(map(max, older)) - set(chosen[:-1])
+    return [
+        *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen),
+        *(f"-gencode=arch=compute_{number},code=compute_{number}" for number in sorted(virtual)),
+    ]
 
 
 def file_name(library: str, cuda: bool | Sequence[int]) -> str:
