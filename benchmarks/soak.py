@@ -38,9 +38,9 @@ from machine import describe
 from PIL import Image
 from tqdm import tqdm
 
+from s2sd_tf.export import load_model
 from s2sd_tf.files import LEFTOVER, read_json, write_json
 from s2sd_tf.training.checkpoints import UNREADABLE
-from s2sd_tf.training.embedding import load_model
 from s2sd_tf.training.history import TIMES, read_history
 from s2sd_tf.training.interruption import EXIT_STATUS
 

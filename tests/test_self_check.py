@@ -128,22 +128,6 @@ def test_a_wrong_op_logs_one_line_and_is_not_used(checked, lines, change, words,
     assert len(lines()) == 1
 
 
-def test_a_lack_of_memory_is_not_remembered(checked, lines):
-    full = [True]
-
-    def lacks_memory(op, **arguments):
-        if full:
-            raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")
-        return op(**arguments)
-
-    checked(lacks_memory)
-    assert not is_fused(rows())
-    full.clear()
-    assert is_fused(rows())
-    (line,) = lines()
-    assert "op could not be checked: OOM when allocating. The composed version is used." in line
-
-
 def test_an_op_that_is_wrong_under_xla_only(checked, lines):
     checked(only_xla_is_wrong)
     assert not is_fused(rows(), jit_compile=True)

@@ -4,6 +4,7 @@ import csv
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -177,19 +178,21 @@ def test_compare_prints_a_table_and_writes_pictures(call, tmp_path):
     assert "samples_per_class" in failed.stderr
 
 
-def test_compare_that_is_terminated_stops_its_runs(tmp_path):
+@pytest.mark.parametrize("of_all", [False, True])
+def test_compare_that_is_terminated_stops_its_runs(tmp_path, of_all):
     arguments = (*SMALL, "--config.train.epochs=1000", "--seeds=0", "--jobs=1", f"--workdir={tmp_path / 'both'}")
     command = [sys.executable, "-m", "s2sd_tf.cli.compare", *arguments]
-    # The signal goes to this process alone.
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        history = tmp_path / "both" / "runs" / "plain_seed0" / "history.csv"
-        while not history.exists() and process.poll() is None:
+    runs = tmp_path / "both" / "runs"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not (runs / "plain_seed0" / "history.csv").exists() and process.poll() is None:
             time.sleep(0.1)
-        process.terminate()
+        # As a scheduler does it to all processes, or to this one.
+        os.killpg(process.pid, signal.SIGTERM) if of_all else process.terminate()
         assert "SIGTERM; the runs stop too, and the same command resumes them" in process.stderr.read()
         assert process.wait() == 75
-    # The run has ended, and saved what it resumes from.
-    assert "SIGTERM: stopped at epoch" in (tmp_path / "both" / "runs" / "plain_seed0.log.txt").read_text()
+    # The run has ended, and saved what it resumes from. The next one has not begun.
+    assert "SIGTERM: stopped at epoch" in (runs / "plain_seed0.log.txt").read_text()
+    assert not (runs / "s2sd_seed0.log.txt").exists()
 
 
 def test_summarize():

@@ -1,5 +1,6 @@
 """Options of a run: schedules, averages, galleries, dry runs, and the logs."""
 
+import json
 import logging
 import re
 import sys
@@ -18,7 +19,7 @@ from s2sd_tf import data, evaluation, serving
 from s2sd_tf.cli.tables import sections_table
 from s2sd_tf.files import write_json
 from s2sd_tf.keras_compat import IS_KERAS_3, keras
-from s2sd_tf.training import CollapseAlarm, load_run, optimizers, resolve, train
+from s2sd_tf.training import CollapseAlarm, load_run, optimizers, resolve, strategies, train
 from s2sd_tf.training.averages import averaged_weights
 from s2sd_tf.training.build import warn_of_short_run
 from s2sd_tf.training.datasets import load_data
@@ -378,9 +379,21 @@ class TestDryRun:
         with pytest.raises(ValueError, match=r"the 2 replicas share equally\. Received: 3 x 3 = 9 images"):
             dry_run(config, 2)
         given = (f"--config={REPOSITORY / 'configs' / 'digits.py'}", "--config.data.samples_per_class=9")
-        error = call("train", *given, "--config.data.classes_per_batch=3", "--dry_run", "--strategy=mirrored",
-                     "--devices=CPU:0,CPU:1", status=2).stderr  # fmt: skip
+        error = call("train", *given, "--config.data.classes_per_batch=3", "--config.train.threads=1", "--dry_run",
+                     "--strategy=mirrored", "--devices=CPU:0,CPU:1", status=2).stderr  # fmt: skip
         assert "expected a batch that the 2 replicas share equally" in error
+
+    def test_replicas(self, monkeypatch):
+        monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["device"] * (3 if kind == "GPU" else 1))
+        monkeypatch.delenv("TF_CONFIG", raising=False)
+        assert strategies.replicas("none") == 1
+        assert strategies.replicas("mirrored") == 3
+        assert strategies.replicas("mirrored", ["GPU:0", "GPU:2"]) == 2
+        with pytest.raises(ValueError, match="TF_CONFIG"):
+            strategies.replicas("multiworker")
+        # It does not wait for the others.
+        monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": {"chief": ["a:1"], "worker": ["b:1"]}}))
+        assert strategies.replicas("multiworker") == 6
 
     @pytest.mark.parametrize(("classes", "samples"), [(3, 400), (40, 1)])
     def test_a_sampler_with_a_storage_may_repeat_images_or_ignore_classes(self, classes, samples):

@@ -542,8 +542,6 @@ int CheckAll(bool sanitize, bool quick, const std::string& lines) {
         c.temperature = t;
         c.on_device = true;
         check(c);
-        c.kept_tiles = 0;
-        check(c);
       };
       check_on_device({112, 0, 112, 128, paper});
       if (quick) continue;

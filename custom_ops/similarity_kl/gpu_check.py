@@ -172,7 +172,7 @@ def build(check, folder, architecture, emulate):
     objects = {"cuda_kernel.cu": on_gpu, "gpu_check.cu": on_gpu, "c_interface.cc": on_cpu}
     objects |= {name: [*on_cpu, *flags] for name, flags in libraries.cpu_kernel_sources(platform.machine()).items()}
     headers = run_quietly([sys.executable, "-c", "import jax; print(jax.ffi.include_dir())"])
-    if headers.returncode == 0:  # otherwise, and if it cannot be compiled, only the JAX step fails
+    if headers.returncode == 0:  # otherwise only the JAX step fails
         includes = [f"-I{headers.stdout.split()[-1]}", f"-I{toolkit / 'include'}"]
         objects["jax_handler.cc"] = [*on_cpu, "-w", "-DS2SD_TF_CUDA=1", *includes]
     commands = [[*command, SOURCES / name, "-o", folder / f"{name}.o"] for name, command in objects.items()]
@@ -180,6 +180,7 @@ def build(check, folder, architecture, emulate):
         source = SOURCES / "gpu_check.cu"
         commands.append([cxx, "-x", "c++", "-std=c++17", "-O2", "-w", source, "-o", folder / "gpu_check_emulated"])
     failed = run_together(check, "build", commands)
+    # If only the handler for JAX cannot be compiled, all steps but JAX's run.
     if not failed <= {SOURCES / "jax_handler.cc"}:
         sys.exit(1)
     in_library = [folder / f"{name}.o" for name in objects if name != "gpu_check.cu" and SOURCES / name not in failed]

@@ -60,7 +60,7 @@ def _main(_):
         print(explain(resolve(configs.value(_CONFIG))), end="")
         return
     if _DRY_RUN.value:
-        replicas = strategies.get(_STRATEGY.value, _DEVICES.value).num_replicas_in_sync
+        replicas = strategies.replicas(_STRATEGY.value, _DEVICES.value)
         print(sections_table(dry_run(configs.value(_CONFIG), replicas)))
         return
     if not _WORKDIR.value:

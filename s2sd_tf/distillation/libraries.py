@@ -231,8 +231,10 @@ def _cuda_targets(nvcc, cuda):
     older = [[number for number in known if number <= limit] for limit in wanted]
     if not (chosen if cuda is True else all(older)):
         raise BuildError(f"{nvcc} cannot build for the compute capabilities {list(wanted)}")
-    others = {max(numbers) for numbers, limit in zip(older, wanted) if limit not in known}
-    virtual = {chosen[0], chosen[-1]} if cuda is True else others or {chosen[-1]}
+    if cuda is True:
+        virtual = {chosen[0], chosen[-1]}
+    else:
+        virtual = {max(numbers) for numbers, limit in zip(older, wanted) if limit not in known} or {chosen[-1]}
     return [
         *(f"-gencode=arch=compute_{number},code=sm_{number}" for number in chosen),
         *(f"-gencode=arch=compute_{number},code=compute_{number}" for number in sorted(virtual)),

@@ -63,15 +63,10 @@ def complaint(op: Callable[..., Any], device: str, jit_compile: bool = False) ->
         op: the op, as `tf.load_op_library` returns it.
         device: name of a logical device.
         jit_compile: whether to compile the op with XLA.
-
-    Raises:
-        tf.errors.ResourceExhaustedError: the device lacks memory now.
     """
     try:
         with tf.init_scope():
             return _compare(op, device, jit_compile)
-    except tf.errors.ResourceExhaustedError:
-        raise
     except Exception as error:  # from CUDA, the driver or XLA: whatever it is, the composed version still works
         return first_line(error)
 

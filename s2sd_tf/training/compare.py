@@ -49,15 +49,29 @@ def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[
         bar_format="{desc}: {percentage:.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
         disable=None,
     )
+    failed: RunFailed | None = None
     with Interruption() as interruption, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(_run, workdir, arguments, processes): workdir for workdir, arguments in runs.items()}
+
+        def run(workdir):
+            # A run that ended by the signal that this process got makes room for another, which is not wanted any more.
+            if not interruption.requested:
+                _run(workdir, runs[workdir], processes, interruption)
+
+        futures = {pool.submit(run, workdir): workdir for workdir in runs}
         running = set(futures)
         try:
             while running:
-                interruption.check()
                 finished, running = concurrent.futures.wait(running, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
+                interruption.check()
                 for future in finished:
-                    future.result()
+                    try:
+                        future.result()
+                    except RunFailed as error:
+                        # Those that have begun end, the others do not begin.
+                        failed = failed or error
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        running = {other for other in running if not other.cancelled()}
+                        continue
                     found = summarize([_results(futures[future])])
                     line = ", ".join(
                         f"{name} {100 * found[name][0]:.1f}" for name in ("recall@1", "map@r") if name in found
@@ -77,6 +91,8 @@ def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[
             raise
         finally:
             bar.close()
+    if failed:
+        raise failed
     return {workdir: _results(workdir) for workdir in runs}
 
 
@@ -115,12 +131,14 @@ def _log_path(workdir):
     return f"{os.path.abspath(workdir)}.log.txt"
 
 
-def _run(workdir, arguments, processes):
+def _run(workdir, arguments, processes, interruption):
     os.makedirs(os.path.dirname(os.path.abspath(workdir)), exist_ok=True)
     command = [sys.executable, "-m", "s2sd_tf.cli.train", *arguments, f"--workdir={workdir}"]
     log_path = _log_path(workdir)
     with open(log_path, "w") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
         processes.add(process)
+        if interruption.requested:
+            process.terminate()
         status = process.wait()
         processes.remove(process)
     if status:

@@ -1,6 +1,7 @@
 """Creates distribution strategies by name, and passes values between their workers."""
 
 import functools
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -39,18 +40,25 @@ def get(name: str, devices: Sequence[str] = ()) -> tf.distribute.Strategy:
         if count > 1:
             tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
         return tf.distribute.MirroredStrategy(list(devices) or None)
-    if not os.environ.get("TF_CONFIG"):
-        raise ValueError(
-            "strategy: expected the environment variable TF_CONFIG for 'multiworker', such as "
-            '{"cluster": {"worker": ["host0:12345", "host1:12345"]}, "task": {"type": "worker", "index": 0}}. '
-            "Received: none"
-        )
+    _checked_cluster()
     if devices:
         if kinds.get("CPU", [0]) != [0]:
             raise ValueError(f"devices: expected no CPU except 'CPU:0' for a worker. Received: {list(devices)}")
         gpus = tf.config.list_physical_devices("GPU")
         tf.config.set_visible_devices([gpus[index] for index in kinds.get("GPU", ())], "GPU")
     return tf.distribute.MultiWorkerMirroredStrategy()
+
+
+def replicas(name: str, devices: Sequence[str] = ()) -> int:
+    """The number of replicas that a strategy of `get` has. This does not make it, which would wait for all workers."""
+    _checked_devices(devices)
+    if name == "none":
+        return 1
+    own = len(devices) or max(1, len(tf.config.list_physical_devices("GPU")))
+    if name == "mirrored":
+        return own
+    cluster = _checked_cluster()
+    return own * max(1, sum(len(cluster.get(kind, ())) for kind in ("chief", "worker")))
 
 
 def has_workers(strategy: tf.distribute.Strategy) -> bool:
@@ -102,6 +110,17 @@ def _collector(strategy):
         return tf.distribute.get_replica_context().all_gather(tf.identity(values), axis=0)
 
     return tf.function(lambda values: strategy.run(gather, args=(values,)), reduce_retracing=True)
+
+
+def _checked_cluster():
+    """The cluster in `TF_CONFIG`: the addresses of the tasks by their type."""
+    if not os.environ.get("TF_CONFIG"):
+        raise ValueError(
+            "strategy: expected the environment variable TF_CONFIG for 'multiworker', such as "
+            '{"cluster": {"worker": ["host0:12345", "host1:12345"]}, "task": {"type": "worker", "index": 0}}. '
+            "Received: none"
+        )
+    return json.loads(os.environ["TF_CONFIG"]).get("cluster", {})
 
 
 def _checked_devices(devices):
