@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import ml_collections
@@ -21,9 +22,9 @@ from s2sd_tf import data, mining, objectives
 from s2sd_tf.files import read_json, write_json
 from s2sd_tf.keras_compat import keras
 from s2sd_tf.models import backbones
-from s2sd_tf.training import default_config, preset_config, resolve, train
+from s2sd_tf.training import Interrupted, default_config, preset_config, resolve, train
 from s2sd_tf.training.build import build_model
-from s2sd_tf.training.compare import summarize
+from s2sd_tf.training.compare import run_all, summarize
 from s2sd_tf.training.config_help import explain
 from s2sd_tf.training.datasets import load_data
 
@@ -179,20 +180,31 @@ def test_compare_prints_a_table_and_writes_pictures(call, tmp_path):
 
 
 @pytest.mark.parametrize("of_all", [False, True])
-def test_compare_that_is_terminated_stops_its_runs(tmp_path, of_all):
-    arguments = (*SMALL, "--config.train.epochs=1000", "--seeds=0", "--jobs=1", f"--workdir={tmp_path / 'both'}")
-    command = [sys.executable, "-m", "s2sd_tf.cli.compare", *arguments]
-    runs = tmp_path / "both" / "runs"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        while not (runs / "plain_seed0" / "history.csv").exists() and process.poll() is None:
-            time.sleep(0.1)
-        # As a scheduler does it to all processes, or to this one.
-        os.killpg(process.pid, signal.SIGTERM) if of_all else process.terminate()
-        assert "SIGTERM; the runs stop too, and the same command resumes them" in process.stderr.read()
-        assert process.wait() == 75
-    # The run has ended, and saved what it resumes from. The next one has not begun.
-    assert "SIGTERM: stopped at epoch" in (runs / "plain_seed0.log.txt").read_text()
-    assert not (runs / "s2sd_seed0.log.txt").exists()
+def test_compare_that_is_terminated_stops_its_runs(tmp_path, monkeypatch, of_all):
+    """With a program in place of `s2sd-train` that ends as that does."""
+    began = tmp_path / "began"
+    script = ["#!/bin/sh", "sleep 100 &", 'trap "kill $!; exit 75" TERM', f"echo $$ > {began}.part"]
+    (tmp_path / "train").write_text("\n".join([*script, f"mv {began}.part {began}", "wait", ""]))
+    (tmp_path / "train").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "train"))
+
+    def stop():
+        while not began.exists():
+            time.sleep(0.02)
+        # As a scheduler does it to one process or to all.
+        os.kill(os.getpid(), signal.SIGTERM)
+        if of_all:
+            os.kill(int(began.read_text()), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(Interrupted, match="SIGTERM; the runs stop too, and the same command resumes them"):
+        run_all({str(tmp_path / name): [] for name in "ab"}, jobs=1)
+    thread.join()
+    (first,) = began.read_text().split()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(first), 0)
+    assert not (tmp_path / "b.log.txt").exists()
 
 
 def test_summarize():
