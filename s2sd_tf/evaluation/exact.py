@@ -185,11 +185,15 @@ def _multiply(pool, rows, columns, out, on_gpu):
     if on_gpu:
         out[...] = tf.matmul(rows, columns).numpy()
         return
+    height = -(-len(rows) // threads())
+
+    def multiply(start):
+        part = slice(start, start + height)
+        np.matmul(rows[part], columns, out=out[part])
+
     # A new result for every block would let the memory of the process grow: the C library puts small things into the
     # gap of the last one, so that the next does not fit there.
-    parts = np.array_split(np.arange(len(rows)), min(threads(), len(rows)))
-    multiply = lambda part: np.matmul(rows[part[0] : part[-1] + 1], columns, out=out[part[0] : part[-1] + 1])  # noqa: E731
-    list(pool.map(multiply, parts))
+    list(pool.map(multiply, range(0, len(rows), height)))
 
 
 def _similarities(left, right, query, items):
