@@ -232,9 +232,9 @@ def test_a_file_that_cannot_be_opened_fails_alone(encoder_path, images, tmp_path
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "good.png").write_bytes((images / "c1" / "001 ü.png").read_bytes())
     (tmp_path / "photos" / "loop.png").symlink_to("loop.png")
-    items = [*list_images(tmp_path / "photos"), Item("loop.png", str(tmp_path / "photos" / "loop.png"), "")]
-    items = list({item.id: item for item in items}.values())
-    summary = embed_images(items, Encoder(encoder_path), str(tmp_path / "out"), progress=False)
+    summary = embed_images(
+        list_images(tmp_path / "photos"), Encoder(encoder_path), str(tmp_path / "out"), progress=False
+    )
     assert (summary["embedded"], [row["id"] for row in summary["failed"]]) == (1, ["loop.png"])
 
 

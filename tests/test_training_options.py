@@ -387,6 +387,8 @@ class TestDryRun:
         monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["device"] * (3 if kind == "GPU" else 1))
         monkeypatch.delenv("TF_CONFIG", raising=False)
         assert strategies.replicas("none") == 1
+        with pytest.raises(ValueError, match="devices: expected none without a strategy"):
+            strategies.replicas("none", ["GPU:0"])
         assert strategies.replicas("mirrored") == 3
         assert strategies.replicas("mirrored", ["GPU:0", "GPU:2"]) == 2
         with pytest.raises(ValueError, match="TF_CONFIG"):

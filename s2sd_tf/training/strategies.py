@@ -29,11 +29,9 @@ def get(name: str, devices: Sequence[str] = ()) -> tf.distribute.Strategy:
     """
     if name not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {list(STRATEGIES)}. Received: {name!r}")
-    if name == "none" and devices:
-        raise ValueError(f"devices: expected none without a strategy. Received: {list(devices)}")
+    kinds = _checked_devices(name, devices)
     if name == "none":
         return tf.distribute.get_strategy()
-    kinds = _checked_devices(devices)
     if name == "mirrored":
         count = 1 + max(kinds.get("CPU", [0]))
         cpu = tf.config.list_physical_devices("CPU")[0]
@@ -51,7 +49,7 @@ def get(name: str, devices: Sequence[str] = ()) -> tf.distribute.Strategy:
 
 def replicas(name: str, devices: Sequence[str] = ()) -> int:
     """The number of replicas that a strategy of `get` has. This does not make it, which would wait for all workers."""
-    _checked_devices(devices)
+    _checked_devices(name, devices)
     if name == "none":
         return 1
     own = len(devices) or max(1, len(tf.config.list_physical_devices("GPU")))
@@ -123,8 +121,10 @@ def _checked_cluster():
     return json.loads(os.environ["TF_CONFIG"]).get("cluster", {})
 
 
-def _checked_devices(devices):
-    """Checks the names and returns their indices by kind, such as {"GPU": [0, 1]}."""
+def _checked_devices(name, devices):
+    """Checks the devices of a strategy and returns their indices by kind, such as {"GPU": [0, 1]}."""
+    if name == "none" and devices:
+        raise ValueError(f"devices: expected none without a strategy. Received: {list(devices)}")
     kinds: dict[str, list[int]] = {}
     for device in devices:
         kind, _, index = str(device).partition(":")
