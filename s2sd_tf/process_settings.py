@@ -62,8 +62,20 @@ def _libraries(modules: int) -> ThreadpoolController:
     return ThreadpoolController()
 
 
+@contextlib.contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    # A thread of its own, as threadpoolctl lets only the thread that set a limit restore it, silently.
+    with concurrent.futures.ThreadPoolExecutor(1) as holder:
+        limit = holder.submit(lambda: _libraries(len(sys.modules)).limit(limits=1, user_api="blas")).result()
+        holder.submit(limit.__enter__).result()
+        try:
+            yield
+        finally:
+            holder.submit(limit.__exit__, None, None, None).result()
+
+
 # NumPy and SciPy multiply matrices with one thread. (OpenMP's number of threads is each thread's own.)
-one_thread = _Held(lambda: _libraries(len(sys.modules)).limit(limits=1, user_api="blas"))
+one_thread = _Held(_one_blas_thread)
 # TensorFlow computes products in full float32 on a GPU too, where TensorFloat-32 is its default.
 full_float32 = _Held(_without_tf32)
 

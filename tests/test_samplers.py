@@ -473,14 +473,13 @@ class TestMatching:
             for epoch in range(5):
                 filled(make("fid_matching", 4, 3), embeddings).epoch(labels, 5, 0, epoch)
 
-        with threadpoolctl.threadpool_limits(2, "blas"):
-            before = threads()
-            both = [threading.Thread(target=draw) for _ in range(2)]
-            for thread in both:
-                thread.start()
-            for thread in both:
-                thread.join()
-            assert threads() == before
+        before = threads()
+        both = [threading.Thread(target=draw) for _ in range(2)]
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join()
+        assert threads() == before
 
     @pytest.mark.parametrize("name", ["fid_matching", "distance_matching"])
     def test_takes_the_best_of_the_candidates(self, name):
