@@ -22,6 +22,7 @@ from s2sd_tf.data.preprocessing import (
     checked_pixels,
     resize_antialiased,
     to_grayscale,
+    with_box,
     with_channels,
 )
 
@@ -122,12 +123,12 @@ class Augmentation:
         """
         if self.crop == "center":
             return self._finish(preprocessing.resize_bytes(encoded), preprocessing, seed)
-        crop = tf.cond(
+        pixels, box = tf.cond(
             tf.io.is_jpeg(encoded),
-            lambda: self._cropped_jpeg(encoded, preprocessing, seed),
-            lambda: self._cropped(decode_pixels(encoded), preprocessing, seed),
+            lambda: self._jpeg_crop(encoded, preprocessing, seed),
+            lambda: with_box(self._crop(decode_pixels(encoded), preprocessing, seed)),
         )
-        return self._finish(crop, preprocessing, seed)
+        return self._finish(_resized(preprocessing, pixels, box), preprocessing, seed)
 
     def from_pixels(self, pixels: tf.Tensor | np.ndarray, preprocessing: Preprocessing, seed: tf.Tensor) -> tf.Tensor:
         """Augments a uint8 image `(h, w, channels)`, see `from_bytes`.
@@ -138,7 +139,8 @@ class Augmentation:
         pixels = checked_pixels(pixels)
         if self.crop == "center":
             return self._finish(preprocessing.resize_pixels(pixels), preprocessing, seed)
-        return self._finish(self._cropped(pixels, preprocessing, seed), preprocessing, seed)
+        crop = self._crop(pixels, preprocessing, seed)
+        return self._finish(_resized(preprocessing, crop), preprocessing, seed)
 
     def crop_window(
         self, height: tf.Tensor, width: tf.Tensor, preprocessing: Preprocessing, seed: tf.Tensor
@@ -173,17 +175,17 @@ class Augmentation:
         chosen = _placed(height, width, heights[first], widths[first], draws[first, 2:])
         return tf.where(tf.reduce_any(fits), chosen, centre)
 
-    def _cropped_jpeg(self, encoded, preprocessing, seed):
+    def _jpeg_crop(self, encoded, preprocessing, seed):
         height, width, orientation = jpeg_shape(encoded)
         window = self.crop_window(height, width, preprocessing, seed)
         reduction = jpeg_reduction(tf.unstack(window[2:]), preprocessing.output_shape[:2])
-        return _resized(preprocessing, *decode_jpeg_window(encoded, window, height, width, orientation, reduction))
+        return decode_jpeg_window(encoded, window, height, width, orientation, reduction)
 
-    def _cropped(self, image, preprocessing, seed):
+    def _crop(self, image, preprocessing, seed):
         shape = tf.shape(image)
         window = self.crop_window(shape[0], shape[1], preprocessing, seed)
         end = window[:2] + window[2:]
-        return _resized(preprocessing, image[window[0] : end[0], window[1] : end[1]])
+        return image[window[0] : end[0], window[1] : end[1]]
 
     def _finish(self, image, preprocessing, seed):
         """Flips, colours and normalises a crop, float `(height, width, c)` in [0, 1]."""

@@ -15,8 +15,11 @@ from s2sd_tf.data.preprocessing import Preprocessing
 from s2sd_tf.data.samplers import ClassBalanced, Sampler
 from s2sd_tf.data.samplers.base import checked_labels
 from s2sd_tf.labels import label_array
+from s2sd_tf.process_settings import threads
 
 CACHE_BYTES = 512 * 2**20
+# Batches that are made while the model takes one.
+_AHEAD = 2
 
 # The tensors that datasets read images from, by `ImageSet`, as long as a dataset uses them.
 _sources: weakref.WeakValueDictionary[ImageSet, tf.Tensor] = weakref.WeakValueDictionary()
@@ -134,7 +137,7 @@ class EpochBatches:
             dataset = rows.map(self._load)
         else:
             dataset = _map(rows.unbatch(), self._load).batch(size, drop_remainder=True)
-        return dataset.apply(tf.data.experimental.assert_cardinality(count)).prefetch(tf.data.AUTOTUNE)
+        return dataset.apply(tf.data.experimental.assert_cardinality(count)).prefetch(_AHEAD)
 
 
 def training_batches(
@@ -239,7 +242,7 @@ def evaluation_batches(
     dataset = _map(indices, _loader(images, preprocessing)).batch(batch_size)
     if _is_cached(cache, images, preprocessing):
         dataset = dataset.cache()
-    return dataset.prefetch(tf.data.AUTOTUNE)
+    return dataset.prefetch(_AHEAD)
 
 
 def batches_at(
@@ -256,7 +259,7 @@ def batches_at(
         return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(tf.numpy_function(positions, [], tf.int64), [None]))
 
     dataset = _map(tf.data.Dataset.range(1).flat_map(one_pass), _loader(images, preprocessing))
-    return dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE)
+    return dataset.batch(batch_size).prefetch(_AHEAD)
 
 
 def _own_part(input_context, batch):
@@ -346,8 +349,10 @@ def _map(indices, load):
     # decode an image.
     options = tf.data.Options()
     options.experimental_optimization.apply_default_optimizations = False
-    dataset = indices.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return dataset.with_options(options)
+    # Nor is the number of calls tuned: a pass then waited at its end, often half a second, until its tuner was done.
+    options.autotune.enabled = False
+    # Images take different times, and the next ones go on while the first is awaited.
+    return indices.map(load, num_parallel_calls=2 * threads(), deterministic=True).with_options(options)
 
 
 def _read_slice(source, index):

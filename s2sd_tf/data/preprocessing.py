@@ -75,6 +75,11 @@ def resize_antialiased(
     return _resized_window(images, [height, width], [0, 0], [height, width], box)
 
 
+def with_box(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """An image `(h, w, channels)` and its whole area as the `box` of `resize_antialiased`."""
+    return image, tf.cast(tf.stack([0, 0, *_sizes(image)[:2]]), tf.float64)
+
+
 def _resized_window(images, size, corner, window, box=None):
     """The window `(height, width)` at `corner` of the box of images, resized to `size`; all are ints or int scalars.
 
@@ -322,18 +327,16 @@ class Preprocessing:
         eighth of its size, such that at least twice the pixels of the result are left on each side. That takes less
         time and memory than `resize_pixels(decode_pixels(encoded))`, and differs from it by 1/255 on average.
         """
-        pixels = tf.cond(
-            tf.io.is_jpeg(encoded),
-            lambda: self._jpeg_pixels(encoded),
-            lambda: self.resize_pixels(decode_pixels(encoded)),
+        pixels, box = tf.cond(
+            tf.io.is_jpeg(encoded), lambda: self._jpeg_pixels(encoded), lambda: with_box(decode_pixels(encoded))
         )
-        return self._set_size(pixels)
+        return self.resize_pixels(pixels, box)
 
     def _jpeg_pixels(self, encoded):
         height, width, orientation = jpeg_shape(encoded)
         reduction = jpeg_reduction([height, width], self._scaled([height, width]))
         whole = tf.stack([0, 0, height, width])
-        return self.resize_pixels(*decode_jpeg_window(encoded, whole, height, width, orientation, reduction))
+        return decode_jpeg_window(encoded, whole, height, width, orientation, reduction)
 
     def resize_pixels(self, pixels: tf.Tensor | np.ndarray, box: tf.Tensor | None = None) -> tf.Tensor:
         """Resizes and crops uint8 images `(..., h, w, c)` to `(..., height, width, channels)` in [0, 1].
