@@ -17,6 +17,8 @@ import processes
 import pytest
 import tensorflow as tf
 
+from s2sd_tf.evaluation.scann_searcher import usable_methods
+
 
 def pytest_collection_finish():
     """Hides the imported libraries' objects from the garbage collector, which would take a tenth of the tests' time."""
@@ -25,6 +27,9 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 10, 10)
 
 
+# How galleries can be searched here, and the mark of tests that need ScaNN.
+METHODS = usable_methods()
+needs_scann = pytest.mark.skipif("scann" not in METHODS, reason="needs ScaNN, which has wheels for Linux only")
 REPOSITORY = pathlib.Path(__file__).parent.parent
 DATA = pathlib.Path(__file__).parent / "data"
 

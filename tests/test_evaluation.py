@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import METHODS, needs_scann
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -47,7 +48,7 @@ def naive_metrics(queries, query_labels, gallery, gallery_labels, same, ks, prec
     return rows
 
 
-@pytest.mark.parametrize("method", ["exact", "scann"])
+@pytest.mark.parametrize("method", METHODS)
 def test_golden(golden, method):
     values = golden("retrieval_metrics")
     found = evaluation.retrieval_metrics(
@@ -63,7 +64,7 @@ def test_golden(golden, method):
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("method", ["exact", "scann"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["own", "gallery", "camera"])
 def test_naive_rederivation(kind, method, metric):
     generator = np.random.default_rng(0)
@@ -134,7 +135,7 @@ def test_a_positive_that_scann_misses_counts_as_wrong():
     assert values["map@5"][1] == pytest.approx((1 / 2 + 2 / 5) / 2)
 
 
-@pytest.mark.parametrize("method", ["exact", "scann"])
+@pytest.mark.parametrize("method", METHODS)
 def test_self_matches_are_excluded_by_identity(method):
     rows = np.repeat(np.eye(4), 3, axis=0)
     ids = np.arange(12)
@@ -147,7 +148,7 @@ def test_self_matches_are_excluded_by_identity(method):
     assert set(both.indices[0]) == {*range(2, 12), -1}
 
 
-@pytest.mark.parametrize("method", ["exact", "scann"])
+@pytest.mark.parametrize("method", METHODS)
 def test_k_beyond_the_gallery_is_padded(method):
     found = evaluation.find_neighbors(np.eye(3), np.eye(3)[:2], 5, method=method)
     assert found.indices.shape == (3, 5)
@@ -277,7 +278,7 @@ def test_the_lower_position_comes_first_at_equal_distances():
     assert ranks == [3, 1, 2]
 
 
-@pytest.mark.parametrize("method", ["exact", "scann"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_rows_of_any_length(metric, method):
     generator = np.random.default_rng(0)
@@ -387,7 +388,7 @@ def test_galleries_on_disk_are_read_in_parts(tmp_path, metric, monkeypatch):
         shards[[1000]]
 
 
-@pytest.mark.parametrize("method", ["exact", "scann"])
+@pytest.mark.parametrize("method", METHODS)
 def test_rows_are_checked_once(method, monkeypatch):
     read = []
     original = evaluation.EmbeddingShards.__getitem__
@@ -428,8 +429,9 @@ print(peak() - before)
 def test_empty_sets():
     assert evaluation.find_neighbors(np.zeros((0, 3)), np.eye(3), 2).indices.shape == (0, 2)
     assert (evaluation.find_neighbors(np.eye(3), np.zeros((0, 3)), 2).indices == -1).all()
-    nothing = evaluation.find_neighbors(np.eye(3), np.zeros((0, 3)), 2, method="scann")
-    assert np.isneginf(nothing.similarities).all()
+    for method in METHODS:
+        nothing = evaluation.find_neighbors(np.eye(3), np.zeros((0, 3)), 2, method=method)
+        assert np.isneginf(nothing.similarities).all()
 
 
 @pytest.mark.parametrize(
@@ -630,6 +632,7 @@ def test_embeddings_and_label_files_give_the_clean_result_or_an_error(
     assert result.means() == pytest.approx(expected, nan_ok=True)
 
 
+@needs_scann
 def test_mrr_of_scann_does_not_depend_on_the_other_metrics():
     rows, labels = np.random.default_rng(0).normal(size=(600, 6)), np.arange(600) // 2
     exact_mrr = evaluation.retrieval_metrics(rows, labels, mrr_depth=100)["mrr@100"]

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import needs_scann
 from threadpoolctl import threadpool_info
 
 import s2sd_tf
@@ -35,7 +36,7 @@ def recall(found, truth):
     return np.mean([len(set(one) & set(other)) / len(other) for one, other in zip(found.tolist(), truth.tolist())])
 
 
-@pytest.mark.parametrize("codes", CODES)
+@pytest.mark.parametrize("codes", [*CODES[:-1], pytest.param("scann", marks=needs_scann)])
 def test_it_is_tuned_to_the_requested_recall(rows, queries, codes):
     index = evaluation.build_index(rows, method="funnel", dim=6, codes=codes, recall=0.95, k=5)
     assert index.settings["codes"] == codes
@@ -118,7 +119,7 @@ def test_small_galleries(rows, queries, size):
     assert index.search(queries[:0], 4).indices.shape == (0, 4)
 
 
-@pytest.mark.parametrize("codes", ["float32", "bits", "scann"])
+@pytest.mark.parametrize("codes", ["float32", "bits", pytest.param("scann", marks=needs_scann)])
 def test_save_load_add_remove(rows, queries, codes, tmp_path):
     ids, labels = [f"i{n}" for n in range(SIZE)], [str(n % 100) for n in range(SIZE)]
     index = evaluation.build_index(rows, ids, labels, method="funnel", dim=6, codes=codes, recall=0.9)
@@ -185,6 +186,7 @@ def test_what_is_refused(rows, tmp_path):
             evaluation.load_index(tmp_path / "index")
 
 
+@needs_scann
 def test_in_the_retrieval_saved_model(rows, queries, tmp_path):
     layers = [keras.layers.Input((8, 8, 1)), keras.layers.Flatten(), keras.layers.Dense(DIM)]
     export.export_encoder(keras.Sequential(layers), data.Preprocessing(8, 8, 1), tmp_path / "encoder")

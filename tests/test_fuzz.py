@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import METHODS
 from dataset_layouts import LAYOUTS, write, write_image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -522,7 +523,7 @@ class TestSavedSets:
         }
         with tf.io.TFRecordWriter(str(root / "rows.tfrecord")) as writer:
             writer.write(tf.train.Example(features=tf.train.Features(feature=feature)).SerializeToString())
-        for method in ("exact", "scann"):
+        for method in METHODS:
             evaluation.build_index(rows, ids, labels, method).save(root / method)
         images = data.ImageSet(np.zeros((4, 4, 4, 3), np.uint8), np.array([0, 0, 1, 1], np.int32), ("a", "b"))
         data.write_shards(data.RetrievalSplit(images, images), str(root / "shards"))
@@ -544,8 +545,7 @@ class TestSavedSets:
         "rows.npy": evaluation.read_embeddings,
         "rows.npz": evaluation.read_embeddings,
         "rows.tfrecord": evaluation.read_embeddings,
-        "exact": evaluation.load_index,
-        "scann": evaluation.load_index,
+        **dict.fromkeys(METHODS, evaluation.load_index),
         "shards": data.read_shards,
         "preprocessing.json": data.Preprocessing.load,
         "run": training.load_run,

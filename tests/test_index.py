@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import METHODS, needs_scann
 
 from s2sd_tf import evaluation
 from s2sd_tf.evaluation import embeddings as embeddings_module
@@ -28,6 +29,7 @@ def of_kind(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@needs_scann
 @pytest.mark.parametrize("kind", KINDS)
 def test_scann_is_tuned_to_the_requested_recall(kind, metric, monkeypatch):
     of_kind(kind, monkeypatch)
@@ -58,6 +60,7 @@ def test_only_small_galleries_are_searched_by_brute_force():
     assert scann_searcher.settings_for(1_000_000, True)["leaves"] == 2000
 
 
+@needs_scann
 def test_brute_force_if_quantisation_cannot_reach_the_recall(monkeypatch):
     of_kind("hashing", monkeypatch)
     monkeypatch.setattr(scann_index.ScannIndex, "_found", _only_exact(scann_index.ScannIndex._found))
@@ -76,7 +79,7 @@ def _only_exact(found):
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
-@pytest.mark.parametrize("kind", ["exact", *KINDS])
+@pytest.mark.parametrize("kind", ["exact", *(pytest.param(kind, marks=needs_scann) for kind in KINDS)])
 def test_save_load_move_add_remove(kind, metric, tmp_path, monkeypatch):
     if kind != "exact":
         of_kind(kind, monkeypatch)
@@ -120,6 +123,7 @@ def test_save_load_move_add_remove(kind, metric, tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.search(queries, 5).indices, index.search(queries, 5).indices)
 
 
+@needs_scann
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_gallery_that_grows_is_tuned_again(kind, monkeypatch):
     of_kind(kind, monkeypatch)
@@ -139,6 +143,7 @@ def test_a_gallery_that_grows_is_tuned_again(kind, monkeypatch):
     )
 
 
+@needs_scann
 def test_parts_are_searched_together(tmp_path):
     rows, queries = clustered(900), clustered(30, seed=3)
     for number, part in enumerate(np.split(np.arange(900), [300, 310])):
@@ -157,6 +162,7 @@ def test_parts_are_searched_together(tmp_path):
             change()
 
 
+@needs_scann
 def test_k_beyond_the_gallery_and_no_queries():
     index = evaluation.build_index(np.eye(3), method="scann")
     found = index.search(np.eye(3), 5)
@@ -183,7 +189,7 @@ def test_k_beyond_the_gallery_and_no_queries():
         (lambda i: evaluation.build_index(np.full((2, 3), np.inf)), "finite"),
     ],
 )
-@pytest.mark.parametrize("method", ["exact", "scann"])
+@pytest.mark.parametrize("method", METHODS)
 def test_errors_name_the_argument(method, call, words):
     index = evaluation.build_index(np.eye(3), method=method)
     with pytest.raises(ValueError, match=words):
@@ -191,6 +197,7 @@ def test_errors_name_the_argument(method, call, words):
     assert index.ids == ["0", "1", "2"]
 
 
+@needs_scann
 def test_folders_that_are_not_an_index_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="index"):
         evaluation.load_index(tmp_path)
@@ -216,6 +223,7 @@ class Payload:
         return (open, (str(self.path), "w"))
 
 
+@needs_scann
 def test_nothing_is_unpickled(tmp_path):
     evaluation.build_index(np.eye(3)).save(tmp_path / "index")
     (tmp_path / "index" / "scann" / "scann_docids.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "run")))
@@ -248,6 +256,7 @@ def test_an_interrupted_run_is_reported(tmp_path):
         evaluation.load_index(tmp_path)
 
 
+@needs_scann
 def test_more_neighbours_than_tuned_for(monkeypatch):
     of_kind("tree", monkeypatch)
     rows = clustered(3000, classes=300)

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import METHODS, needs_scann
 from PIL import Image
 
 import s2sd_tf
@@ -39,6 +40,7 @@ def made(tmp_path_factory):
     return root
 
 
+@needs_scann
 def test_from_images_to_a_search(call, made, tmp_path):
     images, encoder = made / "images", made / "encoder"
     output = call(
@@ -138,7 +140,7 @@ def test_evaluating_models_and_embeddings_gives_the_same(call, made, tmp_path):
     assert (tmp_path / "projector" / "vectors.tsv").exists()
     expected = evaluation.retrieval_metrics(rows[:], np.repeat(np.arange(4), 5), ks=(1, 3), map_ks=(2, 1000))
     for result in results.values():
-        for method in ("exact", "scann"):
+        for method in METHODS:
             assert result[method] == pytest.approx(expected, abs=1e-5)
         assert set(result["space"]["cosine"]) == {"intra", "inter", "ratio", "rho", "nmi", "ami", "f1"}
         low, high = result["intervals"]["recall@1"]

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import needs_scann
 from PIL import Image
 from processes import start_python
 
@@ -329,6 +330,7 @@ print(json.dumps({name: {key: decode(value) for key, value in f.items()} for nam
 """
 
 
+@needs_scann
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("kind", ["exact", "brute_force", "hashing", "tree"])
 def test_a_retrieval_saved_model_in_another_process(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from absl import flags
+from conftest import METHODS
 from PIL import Image
 
 import s2sd_tf
@@ -68,8 +69,8 @@ class TestARun:
             "validation": {"classes": 2, "images": 901 - results["counts"]["train"]["images"]},
             "test": {"classes": 5, "images": 896},
         }
-        assert set(results["test"]) == {"exact", "scann"}
-        assert results["test"]["exact"] == pytest.approx(results["test"]["scann"], abs=1e-4)
+        assert set(results["test"]) == set(METHODS)
+        assert results["test"]["exact"] == pytest.approx(results["test"][METHODS[-1]], abs=1e-4)
         assert f"{100 * results['test']['exact']['recall@1']:.1f}" in output
         for name in ("curves.png", "gallery.png"):
             assert np.array(Image.open(workdir / name)).std() > 1

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from conftest import METHODS
 from scipy.optimize import brentq
 from sklearn import metrics as sklearn_metrics
 from sklearn.isotonic import IsotonicRegression
@@ -309,7 +310,7 @@ def test_errors_name_the_argument(function, labels, arguments, words):
         getattr(evaluation, f"{function}_metrics")(np.eye(3), labels, **arguments)
 
 
-@pytest.mark.parametrize("method", ["exact", "scann"])
+@pytest.mark.parametrize("method", METHODS)
 def test_an_index_answers_no_match_below_its_threshold(method, tmp_path):
     rows, labels = classes_of_points(12, 5)
     rows = rows.astype(np.float32)
