@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -58,6 +59,19 @@ def test_only_small_galleries_are_searched_by_brute_force():
     assert scann_searcher.settings_for(20_000, True)["kind"] == "hashing"
     assert scann_searcher.settings_for(99_999, True)["kind"] == "hashing"
     assert scann_searcher.settings_for(1_000_000, True)["leaves"] == 2000
+
+
+@needs_scann
+def test_the_order_is_that_of_the_similarities_whatever_scann_returns(monkeypatch):
+    index = evaluation.build_index(np.eye(3), metric="euclidean", method="scann")
+
+    def search_batched_parallel(queries, **_):
+        return np.array([[2, 7, 0, 1]], np.uint32), np.array([[4.0, 1.0, np.nan, 0.25]], np.float32)
+
+    monkeypatch.setattr(index, "_searcher", types.SimpleNamespace(search_batched_parallel=search_batched_parallel))
+    found = index.search(np.eye(3)[:1], 4)
+    np.testing.assert_array_equal(found.indices, [[1, 2, -1, -1]])
+    np.testing.assert_array_equal(found.similarities, np.float32([[-0.5, -2.0, -np.inf, -np.inf]]))
 
 
 @needs_scann

@@ -132,11 +132,12 @@ class ScannIndex(Index):
         missing = ~np.isfinite(scores) | (indices >= len(self))
         if self.metric == "euclidean":
             scores = -np.sqrt(np.maximum(scores, 0.0))
-        # If the searched leaves have fewer than k items, the rest is not valid.
-        order = np.argsort(missing, axis=1, kind="stable")
-        missing = np.take_along_axis(missing, order, axis=1)
-        indices = np.where(missing, -1, np.take_along_axis(indices, order, axis=1))
-        return indices, np.where(missing, np.float32(-np.inf), np.take_along_axis(scores, order, axis=1))
+        scores = np.where(missing, np.float32(-np.inf), scores)
+        # If the searched leaves have fewer than k items, the rest is not valid. And ScaNN's order is not always that of
+        # its scores.
+        order = np.argsort(-scores, axis=1, kind="stable")
+        indices = np.take_along_axis(np.where(missing, -1, indices), order, axis=1)
+        return indices, np.take_along_axis(scores, order, axis=1)
 
     def _numbers(self, k):
         """ScaNN's arguments of a search for k neighbours: more leaves and candidates if k exceeds the tuned k."""

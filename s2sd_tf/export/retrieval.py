@@ -151,11 +151,14 @@ class _Retrieval(tf.Module):
             scores = -tf.sqrt(tf.maximum(scores, 0.0))
         if self._min_score is not None:
             there &= scores >= tf.constant(least_similarity(self._min_score))
-        found = tf.where(there, indices, 0)
+        # ScaNN's order is not always that of its scores.
+        scores, places = tf.math.top_k(tf.where(there, scores, float("-inf")), tf.shape(scores)[1])
+        there = tf.math.is_finite(scores)
+        found = tf.where(there, tf.gather(indices, places, batch_dims=1), 0)
         return {
             "ids": tf.where(there, tf.gather(self._ids, found), ""),
             "labels": tf.where(there, tf.gather(self._labels, found), ""),
-            "scores": tf.where(there, scores, float("-inf")),
+            "scores": scores,
         }
 
     def _ranked(self, embeddings, shortlists, scores):
