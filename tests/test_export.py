@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import tensorflow as tf
+from conftest import needs_scann
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -224,6 +225,7 @@ def with_value(value):
     return images
 
 
+@needs_scann
 class TestSignatures:
     @pytest.mark.parametrize("name", NO_INPUT)
     def test_an_empty_batch_gives_no_rows(self, encoder, retrieval, name):
@@ -320,6 +322,7 @@ class TestSignatures:
         np.testing.assert_allclose(found, np.reshape(expected, (batch, 4)), atol=1e-5)
 
 
+@needs_scann
 class TestPythonDoors:
     def test_encoder(self, saved):
         encoder = serving.Encoder(saved / "encoder")

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import needs_scann
 from PIL import Image
 from processes import start_python
 
@@ -27,6 +28,9 @@ from s2sd_tf.serving.batching import Batcher, QueueFull
 from s2sd_tf.serving.rest import read_predict
 from s2sd_tf.serving.servable import Servable, Signature
 from s2sd_tf.serving.server import Limits, create_app
+
+# One of the two models that are served is a retrieval SavedModel.
+pytestmark = needs_scann
 
 IMAGE = {"Content-Type": "image/png"}
 

@@ -371,6 +371,7 @@ def test_a_retrieval_saved_model_in_another_process(
     assert len(there["serving_default"]["ids"][0]) == 5
 
 
+@needs_scann
 def test_a_retrieval_saved_model_without_scann(encoder_path, tmp_path, run_python, monkeypatch):
     index = evaluation.build_index(np.eye(4, dtype=np.float32))
     path = tmp_path / "retrieval"

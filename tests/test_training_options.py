@@ -352,6 +352,7 @@ class TestShortRuns:
         assert log() == ([f"In the 6 steps of this run, {expected}"] if expected else [])
 
 
+@conftest.needs_scann
 def test_without_scann_search_is_exact_unless_scann_is_asked_for(tmp_path, monkeypatch, log):
     monkeypatch.setitem(sys.modules, "scann", None)
     items, encoder = [serving.Item("a", "a.png", "")], types.SimpleNamespace(dim=3)
