@@ -17,7 +17,7 @@ import processes
 import pytest
 import tensorflow as tf
 
-from s2sd_tf.evaluation.scann_searcher import import_scann
+from s2sd_tf.evaluation.scann_searcher import usable_methods
 
 
 def pytest_collection_finish():
@@ -27,16 +27,8 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 10, 10)
 
 
-def _has_scann():
-    try:
-        import_scann()
-    except ImportError:
-        return False
-    return True
-
-
 # How galleries can be searched here, and the mark of tests that need ScaNN.
-METHODS = ("exact", "scann") if _has_scann() else ("exact",)
+METHODS = usable_methods()
 needs_scann = pytest.mark.skipif("scann" not in METHODS, reason="needs ScaNN, which has wheels for Linux only")
 REPOSITORY = pathlib.Path(__file__).parent.parent
 DATA = pathlib.Path(__file__).parent / "data"

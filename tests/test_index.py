@@ -29,8 +29,8 @@ def of_kind(kind, monkeypatch):
     monkeypatch.setattr(scann_searcher, "TREE_SIZE", tree)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @needs_scann
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_scann_is_tuned_to_the_requested_recall(kind, metric, monkeypatch):
     of_kind(kind, monkeypatch)

@@ -144,15 +144,16 @@ class _Retrieval(tf.Module):
         queries = embeddings if self._prefix is None else truncate(embeddings, self._prefix)
         indices, scores = searcher.search_batched_parallel(queries, final_num_neighbors=self._found, **self._numbers)
         indices, scores = tf.cast(indices, tf.int64), tf.cast(scores, tf.float32)
-        if self._prefix is not None:
-            indices, scores = self._ranked(embeddings, indices, scores)
         there = tf.math.is_finite(scores) & (indices >= 0) & (indices < tf.size(self._ids, tf.int64))
+        if self._prefix is not None:
+            scores = self._whole_scores(embeddings, tf.where(there, indices, 0))
         if self._metric == "euclidean":
             scores = -tf.sqrt(tf.maximum(scores, 0.0))
         if self._min_score is not None:
             there &= scores >= tf.constant(least_similarity(self._min_score))
         # ScaNN's order is not always that of its scores.
-        scores, places = tf.math.top_k(tf.where(there, scores, float("-inf")), tf.shape(scores)[1])
+        scores = tf.where(there, scores, float("-inf"))
+        scores, places = tf.math.top_k(scores, tf.minimum(self._k, tf.shape(scores)[1]))
         there = tf.math.is_finite(scores)
         found = tf.where(there, tf.gather(indices, places, batch_dims=1), 0)
         return {
@@ -161,15 +162,11 @@ class _Retrieval(tf.Module):
             "scores": scores,
         }
 
-    def _ranked(self, embeddings, shortlists, scores):
-        """`(indices, scores)` of the nearest in shortlists `(batch, length)` by the whole embedding, `(batch, k)`."""
-        there = tf.math.is_finite(scores) & (shortlists >= 0) & (shortlists < tf.size(self._ids, tf.int64))
+    def _whole_scores(self, embeddings, shortlists):
+        """The similarities of shortlists `(batch, length)` by the whole embedding."""
         # A query at a time: the rows of all shortlists together may take gigabytes.
-        scores = tf.map_fn(
+        return tf.map_fn(
             lambda query: tf.linalg.matvec(tf.gather(self._rows, query[0]), query[1]),
-            (tf.where(there, shortlists, 0), embeddings),
+            (shortlists, embeddings),
             fn_output_signature=tf.float32,
         )
-        scores = tf.where(there, scores, float("-inf"))
-        scores, places = tf.math.top_k(scores, self._k)
-        return tf.gather(shortlists, places, batch_dims=1), scores
