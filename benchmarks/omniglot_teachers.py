@@ -29,13 +29,13 @@ _RESULTS = flags.DEFINE_string("results", RESULTS, "Folder for the tables.")
 _SEARCH = flags.DEFINE_bool("search", False, "Search for the teacher's weight on held-out training characters.")
 _DIM = flags.DEFINE_integer("dim", 16, "Embedding dimension.")
 _TEACHER_DIM = flags.DEFINE_integer("teacher_dim", 512, "The teacher's embedding dimension.")
-_WEIGHT = flags.DEFINE_float("weight", 50.0, "The weight of the teacher's divergence.")
+_WEIGHT = flags.DEFINE_float("weight", 5.0, "The weight of the teacher's divergence.")
 _EPOCHS = flags.DEFINE_integer("epochs", 30, "Epochs per run.", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds per kind.", lower_bound=1)
 _JOBS = flags.DEFINE_integer("jobs", 0, "Parallel runs, one thread each; 0: one per core.", lower_bound=0)
 
 _HELD_OUT = "--config.data.validation_classes=28"
-_WEIGHTS = (5.0, 20.0, 50.0, 100.0, 200.0)
+_WEIGHTS = (1.0, 5.0, 20.0, 50.0, 100.0, 200.0)
 _NAMES = {
     "plain": "plain objective",
     "plain_taught": "plain objective and the teacher",

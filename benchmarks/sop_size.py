@@ -1,4 +1,4 @@
-r"""Data and samplers at the size of Stanford Online Products: start-up, input, samplers, evaluation, and memory.
+r"""The size of Stanford Online Products: start-up, input, samplers, evaluation, all pairs, audit, and memory.
 
     python benchmarks/sop_size.py --output=benchmarks/results/sop_size.json
 
@@ -119,19 +119,55 @@ def samplers():
     return {"seconds": found, "steps": steps}
 
 
+def clustered(labels):
+    """Rows around a centre for each class."""
+    generator = np.random.default_rng(0)
+    centres = generator.standard_normal((labels.max() + 1, DIM), dtype=np.float32)
+    return centres[labels] + generator.standard_normal((len(labels), DIM), dtype=np.float32)
+
+
 def evaluate():
     from s2sd_tf import evaluation
 
     labels = load().test.labels
-    generator = np.random.default_rng(0)
-    centres = generator.standard_normal((labels.max() + 1, DIM), dtype=np.float32)
-    rows = centres[labels] + generator.standard_normal((len(labels), DIM), dtype=np.float32)
+    rows = clustered(labels)
     start = time.perf_counter()
     evaluation.evaluate_retrieval(rows, labels, ks=(1, 10, 100, 1000))
     return {"seconds": {"retrieval metrics of the test set": time.perf_counter() - start}}
 
 
-PARTS = {"startup": startup, "inputs": inputs, "samplers": samplers, "evaluate": evaluate}
+def verify():
+    from s2sd_tf import evaluation
+
+    labels = load().test.labels
+    rows = clustered(labels)
+    start = time.perf_counter()
+    found = evaluation.verification_metrics(rows, labels)
+    measured = time.perf_counter()
+    found.confidence_intervals()
+    seconds = {"verification metrics of all pairs": measured - start, "their intervals": time.perf_counter() - measured}
+    return {"seconds": seconds, "pairs": int(found.true_accepts[-1] + found.false_accepts[-1])}
+
+
+def audited():
+    from s2sd_tf import evaluation
+
+    split = load()
+    rows = clustered(np.concatenate([split.train.labels, split.test.labels]))
+    train, test = np.split(rows, [len(split.train)])
+    start = time.perf_counter()
+    evaluation.audit(train, split.train.labels, test)
+    return {"seconds": {"audit of the training set, with leaks": time.perf_counter() - start}}
+
+
+PARTS = {
+    "startup": startup,
+    "inputs": inputs,
+    "samplers": samplers,
+    "evaluate": evaluate,
+    "verify": verify,
+    "audit": audited,
+}
 
 
 def run_part(root, name):
@@ -156,6 +192,7 @@ def table(results):
             less = quarter[part]["seconds"][name]
             title = f"an epoch's positions: {name}" if part == "samplers" else name
             lines.append(f"| {title} | {seconds:.2f} | {less:.2f} | {seconds / less:.1f} |")
+    lines += ["", f"All pairs are {whole['verify']['pairs']:,}, with a quarter {quarter['verify']['pairs']:,}."]
     lines += ["", f"The input gives {whole['inputs']['images_per_second']:,.0f} images a second, with a quarter "]
     lines[-1] += f"{quarter['inputs']['images_per_second']:,.0f}. Peak memory of the processes in MiB: "
     lines[-1] += ", ".join(f"{part} {whole[part]['mib']:,.0f} ({quarter[part]['mib']:,.0f})" for part in PARTS) + "."

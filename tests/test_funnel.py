@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_info
 
 import s2sd_tf
 from s2sd_tf import data, evaluation, export
+from s2sd_tf.evaluation import funnel_index
 from s2sd_tf.evaluation import shortlist as shortlist_module
 from s2sd_tf.evaluation.shortlist import CODES, make_shortlist
 from s2sd_tf.files import read_json, write_json
@@ -69,8 +70,34 @@ def test_shortlists_are_those_of_all_products(rows, queries, codes, count, monke
     np.testing.assert_allclose(
         np.take_along_axis(products, found, axis=1), -np.sort(-products, axis=1)[:, :count], atol=1e-6
     )
-    # The last tile is padded with zeros to 512 items.
-    assert shortlist.bytes_per_item == {"float32": 20, "int8": 5, "bits": 5 / 8}[codes]
+    # The bits of a tile are padded to bytes.
+    assert shortlist.bytes_per_item == pytest.approx({"float32": 20, "int8": 5, "bits": 5 / 8}[codes], rel=0.01)
+
+
+@pytest.mark.parametrize("codes", ["float32", "int8"])
+@pytest.mark.parametrize("count", [1, 40, 1200])
+def test_shortlists_of_the_nearest_clusters(rows, queries, codes, count, monkeypatch):
+    monkeypatch.setattr(shortlist_module, "_QUERIES", 64)
+    monkeypatch.setattr(shortlist_module, "_ITEMS", 16)
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    centres = units[:30, :5] / np.linalg.norm(units[:30, :5], axis=1, keepdims=True)
+    whole = make_shortlist(units, 5, codes, 0.99, 10, 0)
+    # All clusters are all items.
+    every = make_shortlist(units, 5, codes, 0.99, 10, 0, centres, 30).find(queries, count)
+    np.testing.assert_array_equal(np.sort(every, axis=1), np.sort(whole.find(queries, count), axis=1))
+    # Of some, the nearest; others only if these have too few.
+    prefixes, wanted = s2sd_tf.truncate(units, 5), s2sd_tf.truncate(queries, 5)
+    clusters = np.argmax(prefixes @ centres.T, axis=1)
+    nearest = np.argsort(-(wanted @ centres.T), axis=1)
+    found = make_shortlist(units, 5, codes, 0.99, 10, 0, centres, 4).find(queries, count)
+    assert all(len(set(row)) == len(row) == count for row in found.tolist())
+    searched = max(4, int(np.ceil(2 * count * 30 / SIZE)))
+    of_them = 0
+    for row, items in enumerate(whole.find(queries, SIZE)):
+        there = items[np.isin(clusters[items], nearest[row, :searched])][:count]
+        of_them += set(found[row]) == set(there)
+        assert set(found[row]) in (set(there), set(items[:count]))
+    assert of_them > len(queries) / 2
 
 
 def test_equal_items_do_not_take_more_memory(monkeypatch):
@@ -117,6 +144,46 @@ def test_small_galleries(rows, queries, size):
     found = index.search(queries[:5], 4)
     np.testing.assert_array_equal(found.indices, evaluation.find_neighbors(queries[:5], rows[:size], 4).indices)
     assert index.search(queries[:0], 4).indices.shape == (0, 4)
+
+
+@pytest.mark.parametrize("codes", ["float32", "int8", "bits"])
+def test_clusters_of_a_large_gallery(rows, queries, codes, monkeypatch, tmp_path):
+    truth = evaluation.find_neighbors(queries, rows, 5).indices
+    monkeypatch.setattr(funnel_index, "_CLUSTERED", 1000)
+    index = evaluation.build_index(rows, method="funnel", dim=6, codes=codes, recall=0.95, k=5)
+    assert (index.settings["clusters"], index.tuned["size"]) == (38, SIZE)
+    assert 1 < index.settings["clusters_to_search"] < 19
+    assert index.tuned["measured"] > 0.93
+    found = index.search(queries, 5)
+    assert recall(found.indices, truth) > 0.92
+    # More neighbours than the clusters have.
+    many = index.search(queries, 400).indices
+    assert many.shape == (len(queries), 400)
+    assert (np.diff(np.sort(many, axis=1), axis=1) > 0).all()
+    index.save(tmp_path / "index")
+    loaded = evaluation.load_index(tmp_path / "index")
+    assert loaded.settings == index.settings
+    for one, other in zip(found, loaded.search(queries, 5)):
+        np.testing.assert_array_equal(one, other)
+    loaded.add(-rows[:2], ["new", "newer"])
+    assert [loaded.ids[at] for at in loaded.search(-rows[:2], 1).indices[:, 0]] == ["new", "newer"]
+    # A gallery that has grown is divided again.
+    loaded.add(np.tile(rows, (2, 1)) + 0.01, range(5000, 5000 + 2 * SIZE))
+    assert loaded.settings["clusters"] == 67
+    centres = tmp_path / "index" / "centres.npy"
+    np.save(centres, np.load(centres)[1:])
+    with pytest.raises(ValueError, match=r"centres\.npy: expected shape \(38, 6\)"):
+        evaluation.load_index(tmp_path / "index")
+    centres.unlink()
+    with pytest.raises(FileNotFoundError, match=r"centres\.npy"):
+        evaluation.load_index(tmp_path / "index")
+
+
+def test_no_clusters_if_neighbours_are_in_many_of_them(monkeypatch):
+    monkeypatch.setattr(funnel_index, "_CLUSTERED", 1000)
+    rows = np.random.default_rng(0).normal(size=(1200, 24)).astype(np.float32)
+    index = evaluation.build_index(rows, method="funnel", dim=20, recall=0.99)
+    assert index.settings.keys() == {"dim", "codes", "shortlist"}
 
 
 @pytest.mark.parametrize("codes", ["float32", "bits", pytest.param("scann", marks=needs_scann)])
@@ -180,7 +247,14 @@ def test_what_is_refused(rows, tmp_path):
     index = evaluation.build_index(rows[:50], method="funnel", dim=6)
     index.save(tmp_path / "index")
     about = read_json(tmp_path / "index" / "index.json")
-    for change in ({"dim": 13}, {"codes": "pickle"}, {"shortlist": -1}):
+    for change in (
+        {"dim": 13},
+        {"codes": "pickle"},
+        {"shortlist": -1},
+        {"clusters": 3},
+        {"clusters": 3, "clusters_to_search": 4},
+        {"clusters": "3", "clusters_to_search": 1},
+    ):
         write_json(tmp_path / "index" / "index.json", {**about, "settings": {**about["settings"], **change}})
         with pytest.raises(ValueError, match=r"index.json: expected what a funnel index writes"):
             evaluation.load_index(tmp_path / "index")

@@ -1,6 +1,7 @@
 """Clustering metrics: how well k-means clusters of the embeddings match the classes."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -51,8 +52,9 @@ def clustering_metrics(
     if num_clusters > len(rows):
         raise ValueError(f"num_clusters: expected at most the number of rows, {len(rows)}. Received: {num_clusters}")
     iterations, restarts = checked_int("iterations", iterations, 1), checked_int("restarts", restarts, 1)
-    clusters = _clusters(rows, num_clusters, metric, iterations, restarts, checked_int("seed", seed, 0))
-    return cluster_agreement(labels, clusters)
+    rows = normalized(rows) if metric == "cosine" else np.ascontiguousarray(scaled(rows, scale_of(rows)), np.float32)
+    search = kmeans(rows, num_clusters, metric == "cosine", iterations, restarts, checked_int("seed", seed, 0))
+    return cluster_agreement(labels, search.index.search(rows, 1)[1][:, 0].astype(np.int64))
 
 
 def cluster_agreement(labels: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
@@ -116,25 +118,26 @@ def _expected_information(of_class, of_cluster):
     return expected
 
 
-def _clusters(rows, num_clusters, metric, iterations, restarts, seed):
-    """The cluster of every row, int64 `(n,)`, by faiss's k-means; see `clustering_metrics`."""
+def kmeans(
+    rows: np.ndarray, num_clusters: int, spherical: bool, iterations: int = 20, restarts: int = 1, seed: int = 0
+) -> Any:
+    """Returns `faiss.Kmeans`, trained on all rows, float32 `(n, dim)`; `spherical`: with unit centroids."""
     # Otherwise faiss logs which of its libraries it loads.
     logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     try:
         import faiss
     except ImportError as error:
         raise ImportError("clustering needs faiss: `pip install faiss-cpu`") from error
-    rows = normalized(rows) if metric == "cosine" else np.ascontiguousarray(scaled(rows, scale_of(rows)), np.float32)
     search = faiss.Kmeans(
         rows.shape[1],
         num_clusters,
         niter=iterations,
         nredo=restarts,
         seed=seed,
-        spherical=metric == "cosine",
+        spherical=spherical,
         # Train on all rows, however few there are for each cluster.
         min_points_per_centroid=1,
         max_points_per_centroid=len(rows),
     )
     search.train(rows)
-    return search.index.search(rows, 1)[1][:, 0].astype(np.int64)
+    return search

@@ -9,22 +9,27 @@ import tensorflow as tf
 from absl import logging
 
 from s2sd_tf.checks import check_choice, checked_int
-from s2sd_tf.evaluation.embeddings import Rows, read_items, read_rows
+from s2sd_tf.evaluation.clustering import kmeans
+from s2sd_tf.evaluation.embeddings import Rows, read_items, read_rows, write_array
 from s2sd_tf.evaluation.exact import exact_neighbors
 from s2sd_tf.evaluation.index import GROWN, RowsIndex, checked_items
 from s2sd_tf.evaluation.neighbors import check_search
 from s2sd_tf.evaluation.rows import checked_rows, normalized
 from s2sd_tf.evaluation.scann_index import ScannIndex
-from s2sd_tf.evaluation.shortlist import CODES, ScannShortlist, make_shortlist
+from s2sd_tf.evaluation.shortlist import CODES, ScannShortlist, make_shortlist, nearest_centres
 from s2sd_tf.process_settings import workers
-from s2sd_tf.untrusted import read_json_object, reading
+from s2sd_tf.truncation import truncate
+from s2sd_tf.untrusted import read_array, read_json_object, reading
 
 # Number of queries to tune the shortlist on. Its recall is measured on as many others.
 _TUNING_QUERIES = 1000
 # Queries whose shortlists are ranked at a time, and about the largest number of values in these.
 _RANKED, _VALUES = 32, 2**23
-# Subfolder of an index with the ScaNN index of the prefixes.
-_SHORTLIST = "shortlist"
+# Galleries of at least so many items are divided into clusters, as many as the square root of the size. They are found
+# from so many items each.
+_CLUSTERED, _PER_CLUSTER = 100_000, 64
+# Subfolder of an index with the ScaNN index of the prefixes, and file with the clusters' centres.
+_SHORTLIST, _CENTRES = "shortlist", "centres.npy"
 
 
 class FunnelIndex(RowsIndex):
@@ -35,8 +40,12 @@ class FunnelIndex(RowsIndex):
     against exact search in the whole dimension. If a quarter of the gallery does not (of large ones 1/64), search is
     exact. The shortlist grows with the gallery. When that has half as many items again, the shortlist is tuned again.
 
+    A gallery of 100,000 items or more is divided into clusters by its prefixes, except with "scann". A query's
+    shortlist comes from the nearest clusters, the fewest that lose half of the neighbours that the recall may lose.
+
     Attributes:
-        settings: dict with "dim", "codes" and "shortlist", the tuned length; None: exact search.
+        settings: dict with "dim", "codes" and "shortlist", the tuned length; None: exact search. With clusters, also
+            "clusters", their number, and "clusters_to_search".
         tuned: dict with the requested "recall", "k", "size", the number of items then, and "measured", the recall on
             items that were not tuned on.
     """
@@ -50,8 +59,10 @@ class FunnelIndex(RowsIndex):
         labels: list[str] | None,
         settings: dict[str, Any],
         tuned: dict[str, Any],
+        centres: np.ndarray | None = None,
     ) -> None:
         super().__init__(rows, "cosine", ids, labels)
+        self._centres = centres
         self.settings = settings
         self.tuned = tuned
         self._shortlist: Any = None
@@ -108,7 +119,14 @@ class FunnelIndex(RowsIndex):
             # An approximate search of the prefixes may lose a tenth of what the whole funnel may.
             recall = 1.0 - (1.0 - tuned["recall"]) / 10
             self._shortlist = make_shortlist(
-                self._rows, self.settings["dim"], self.settings["codes"], recall, length, seed=0
+                self._rows,
+                self.settings["dim"],
+                self.settings["codes"],
+                recall,
+                length,
+                seed=0,
+                centres=self._centres,
+                clusters_to_search=self.settings.get("clusters_to_search", 1),
             )
         return self._shortlist
 
@@ -161,6 +179,8 @@ class FunnelIndex(RowsIndex):
         queries = self._rows[sample]
         nearest = exact_neighbors(queries, self._rows, k, keys=(sample, np.arange(size))).indices
         tuned_on, others = np.array_split(np.arange(len(sample)), 2)
+        if size >= _CLUSTERED and self.settings["codes"] != "scann":
+            self._divide(queries[tuned_on], nearest[tuned_on], seed)
         length, fewest = 8 * k, None
         longest = max(16 * k, min(size // 4, max(size // 64, 4096)))
         while fewest is None and length < longest:
@@ -174,11 +194,28 @@ class FunnelIndex(RowsIndex):
         self.settings["shortlist"] = min(max(fewest, k) + 1, size)
         self.tuned["measured"] = float(np.mean(places[others] < fewest))
 
+    def _divide(self, queries, nearest, seed):
+        """Divides the items into clusters, if queries find their `nearest` `(queries, k)` in less than half of them."""
+        prefixes = truncate(self._rows, self.settings["dim"])
+        count = int(np.sqrt(len(prefixes)))
+        sample = np.random.default_rng(seed).choice(
+            len(prefixes), min(_PER_CLUSTER * count, len(prefixes)), replace=False
+        )
+        centres = kmeans(prefixes[sample], count, spherical=True, iterations=10, seed=seed).centroids
+        wanted = nearest_centres(prefixes[nearest.reshape(-1)], centres).reshape(nearest.shape)
+        order = np.argsort(-(truncate(queries, self.settings["dim"]) @ centres.T), axis=1)
+        places = np.take_along_axis(np.argsort(order, axis=1), wanted, axis=1)
+        fewest = _fewest(places, (1 + self.tuned["recall"]) / 2)
+        if fewest is not None and fewest < count / 2:
+            self._centres = centres
+            self.settings.update(clusters=count, clusters_to_search=fewest)
+
     def _add(self, rows, ids):
         self._shortlist = None
         self.ids = super()._add(normalized(np.asarray(rows[:])), ids)
         if len(self) > GROWN * self.tuned["size"]:
-            self.settings["shortlist"] = None
+            self._centres = None
+            self.settings = {"dim": self.settings["dim"], "codes": self.settings["codes"], "shortlist": None}
             self.tuned.update(size=len(self), measured=1.0)
             self._tune(seed=0)
         return self.ids
@@ -191,6 +228,8 @@ class FunnelIndex(RowsIndex):
         super()._save(folder)
         if self.settings["codes"] == "scann":
             self.shortlist.index.save(os.path.join(folder, _SHORTLIST))
+        if self._centres is not None:
+            write_array(os.path.join(folder, _CENTRES), self._centres)
 
     def _about(self, folder):
         return {"settings": self.settings, "tuned": self.tuned}
@@ -212,7 +251,17 @@ class FunnelIndex(RowsIndex):
                 checked_int("shortlist", settings["shortlist"], 1)
             if not checked_int("dim", settings["dim"], 1) <= rows.shape[1] == about["dim"]:
                 raise ValueError(f"dimensions up to {rows.shape[1]}, not {settings['dim']} of {about['dim']}")
-        index = cls(normalized(np.asarray(rows[:])), ids, labels, settings, tuned)
+            if "clusters" in settings:
+                clusters = checked_int("clusters", settings["clusters"], 1)
+                if checked_int("clusters_to_search", settings["clusters_to_search"], 1) > clusters:
+                    raise ValueError(f"at most {clusters} clusters, not {settings['clusters_to_search']}")
+        centres = None
+        if "clusters" in settings:
+            path = os.path.join(folder, _CENTRES)
+            centres = np.asarray(checked_rows(path, read_array(path)), np.float32)
+            if centres.shape != (clusters, settings["dim"]):
+                raise ValueError(f"{path}: expected shape {(clusters, settings['dim'])}. Received: {centres.shape}")
+        index = cls(normalized(np.asarray(rows[:])), ids, labels, settings, tuned, centres)
         if settings["codes"] == "scann":
             index._shortlist = ScannShortlist(_load_scann(os.path.join(folder, _SHORTLIST), settings["dim"], len(ids)))
         return index

@@ -1,7 +1,7 @@
 """Shortlists: the items whose prefixes are nearest to that of a query, by products with all or with some of them."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,13 +12,24 @@ from s2sd_tf.truncation import truncate
 CODES = ("float32", "int8", "bits", "scann")
 # The product of so many queries with so many items stays in the cache.
 _QUERIES, _ITEMS = 1024, 512
-# Number of tiles that serve as a sample.
-_SAMPLED = 16
+# Number of items in the sample that thresholds come from.
+_SAMPLED = 8192
+# Rows whose centres are found at a time.
+_BLOCK = 2**14
 # About the largest number of candidates to look at together.
 _CANDIDATES = 2**24
 
 
-def make_shortlist(rows: np.ndarray, dim: int, codes: str, recall: float, k: int, seed: int) -> Any:
+def make_shortlist(
+    rows: np.ndarray,
+    dim: int,
+    codes: str,
+    recall: float,
+    k: int,
+    seed: int,
+    centres: np.ndarray | None = None,
+    clusters_to_search: int = 1,
+) -> Any:
     """Returns a shortlist of items.
 
     Args:
@@ -26,11 +37,20 @@ def make_shortlist(rows: np.ndarray, dim: int, codes: str, recall: float, k: int
         dim: dimension of the prefixes.
         codes: one of `CODES`, how the prefixes are stored.
         recall, k, seed: for "scann", of the prefixes; see `ScannIndex.build`.
+        centres, clusters_to_search: for the others, see `Shortlist`.
     """
     prefixes = truncate(rows, dim)
     if codes == "scann":
         return ScannShortlist(ScannIndex.build(prefixes, recall=recall, k=k, seed=seed))
-    return {"float32": Shortlist, "int8": Int8Shortlist, "bits": BitsShortlist}[codes](prefixes)
+    kinds = {"float32": Shortlist, "int8": Int8Shortlist, "bits": BitsShortlist}
+    return kinds[codes](prefixes, centres, clusters_to_search)
+
+
+def nearest_centres(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """The cluster of every row, int64 `(n,)`: the position of the centre with the largest product."""
+    starts = range(0, len(rows), _BLOCK)
+    found = [np.argmax(rows[start : start + _BLOCK] @ centres.T, axis=1) for start in starts]
+    return np.concatenate([np.empty(0, np.int64), *found])
 
 
 class ScannShortlist:
@@ -49,25 +69,46 @@ class ScannShortlist:
         return self.index.nearest(truncate(queries, self.dim), count).indices
 
 
+class _Tile(NamedTuple):
+    """Items of one cluster that lie one after the other, from `first` in the order of the tiles."""
+
+    cluster: int
+    first: int
+    items: int
+    codes: np.ndarray
+
+
 class Shortlist:
-    """A shortlist by products with all prefixes, in tiles that stay in the cache.
+    """A shortlist by products with the prefixes, in tiles that stay in the cache.
 
     Args:
         prefixes: unit rows, float32 `(n, dim)`.
+        centres: of clusters, unit rows, float32 `(clusters, dim)`; None: all prefixes are in one.
+        clusters_to_search: a query's products are with the items of so many clusters, those whose centres are nearest
+            to it; with all items if these are too few.
 
     Attributes:
         dim: dimension of the prefixes.
         bytes_per_item: what an item takes.
     """
 
-    def __init__(self, prefixes: np.ndarray) -> None:
+    def __init__(self, prefixes: np.ndarray, centres: np.ndarray | None = None, clusters_to_search: int = 1) -> None:
         self.size, self.dim = prefixes.shape
-        # Shuffled, so that the first tiles are a sample of the gallery.
-        self._order = np.random.default_rng(0).permutation(self.size)
-        codes = np.pad(self._encoded(prefixes)[self._order], ((0, -self.size % _ITEMS), (0, 0)))
-        tiles = codes.reshape(-1, _ITEMS, self.dim).transpose(0, 2, 1)
-        self._tiles = self._stored(np.ascontiguousarray(tiles))
-        self.bytes_per_item = self._tiles[0].nbytes / _ITEMS
+        self._centres = np.zeros((1, self.dim), np.float32) if centres is None else centres
+        self._searched = clusters_to_search
+        clusters = nearest_centres(prefixes, self._centres)
+        self._order = np.argsort(clusters, kind="stable")
+        codes = self._encoded(prefixes)
+        sampled = np.random.default_rng(0).choice(self.size, min(_SAMPLED, self.size), replace=False)
+        self._sample = self._tile(codes[sampled])
+        codes = codes[self._order]
+        ends = np.cumsum(np.bincount(clusters, minlength=len(self._centres))).tolist()
+        self._tiles = [
+            self._tile(codes[first : min(first + _ITEMS, end)], cluster, first)
+            for cluster, (start, end) in enumerate(zip([0, *ends], ends))
+            for first in range(start, end, _ITEMS)
+        ]
+        self.bytes_per_item = sum(tile.codes.nbytes for tile in self._tiles) / self.size
 
     def find(self, queries: np.ndarray, count: int) -> np.ndarray:
         """Finds the items with the nearest prefixes.
@@ -84,18 +125,26 @@ class Shortlist:
         # Every thread multiplies on its own; products of this size are too small to share.
         with workers(len(self._tiles)) as pool:
             for start in range(0, len(queries), _QUERIES):
-                factors = self._factors(truncate(queries[start : start + _QUERIES], self.dim))
-                found[start : start + _QUERIES] = self._order[self._nearest(factors, count, pool)]
+                prefixes = truncate(queries[start : start + _QUERIES], self.dim)
+                nearest = self._nearest(self._factors(prefixes), self._clusters_of(prefixes, count), count, pool)
+                found[start : start + _QUERIES] = self._order[nearest]
         return found
 
-    def _nearest(self, factors, count, pool):
-        """Positions in the tiles of the nearest items, nearest first, `(queries, count)`."""
+    def _clusters_of(self, prefixes, count):
+        """The clusters that each query searches, in no order, int64 `(queries, clusters_to_search or more)`."""
+        every = len(self._centres)
+        # More for more items than the search was tuned for: clusters that have twice as many.
+        searched = min(every, max(self._searched, -(-2 * count * every // self.size)))
+        if searched == every:
+            return np.tile(np.arange(every), (len(prefixes), 1))
+        return np.argpartition(-(prefixes @ self._centres.T), searched - 1, axis=1)[:, :searched]
+
+    def _nearest(self, factors, clusters, count, pool):
+        """Places in the order of the tiles of the nearest items, nearest first, `(queries, count)`."""
         # Items above a threshold are candidates. A sample gives the threshold: a similarity that a little more than
-        # `count` items exceed. The queries for which fewer do get a lower one.
+        # `count` items exceed. The queries for which fewer do get a lower one, and all clusters.
         parts = np.array_split(np.arange(len(self._tiles)), min(threads(), len(self._tiles)))
-        sampled = min(_SAMPLED, len(self._tiles))
-        sample = np.concatenate([factors @ self._decoded(tile) for tile in self._tiles[:sampled]], axis=1)
-        sample = sample[:, : self.size]
+        sample = factors @ self._decoded(self._sample)
         expected = count * sample.shape[1] / self.size
         place = int(expected + 3 * np.sqrt(expected) + 3)
         nearest, left = np.empty((len(factors), count), np.int64), np.arange(len(factors))
@@ -108,36 +157,51 @@ class Shortlist:
             step, missing = max(1, int(_CANDIDATES / candidates)), []
             for start in range(0, len(left), step):
                 chosen = left[start : start + step]
-                some = functools.partial(self._above, factors[chosen], thresholds[start : start + step])
+                queries = self._by_cluster(clusters[chosen])
+                some = functools.partial(self._above, factors[chosen], thresholds[start : start + step], queries)
                 full, nearest[chosen] = _best(pool.map(some, parts), len(chosen), count)
                 missing.append(chosen[~full])
             left, place = np.concatenate(missing), 4 * place
+            if len(left):
+                clusters = np.tile(np.arange(len(self._centres)), (len(factors), 1))
         return nearest
 
-    def _above(self, factors, thresholds, tiles):
-        """`(rows, items, scores)` of the items in some tiles that are not below the thresholds of the queries."""
-        scores = np.empty((len(factors), _ITEMS), np.float32)
-        above = np.empty(scores.shape, bool)
-        found = []
-        for tile in tiles:
-            np.matmul(factors, self._decoded(self._tiles[tile]), out=scores)
-            np.greater_equal(scores, thresholds[:, None], out=above)
-            if (tile + 1) * _ITEMS > self.size:
-                above[:, self.size - tile * _ITEMS :] = False
-            hits = np.flatnonzero(above)
-            found.append((hits // _ITEMS, tile * _ITEMS + hits % _ITEMS, scores.reshape(-1)[hits]))
+    def _by_cluster(self, clusters):
+        """The queries of every cluster, from the clusters of every query `(queries, searched)`."""
+        order = np.argsort(clusters, axis=None, kind="stable")
+        ends = np.cumsum(np.bincount(clusters.reshape(-1), minlength=len(self._centres)))
+        return np.split(order // clusters.shape[1], ends[:-1])
+
+    def _above(self, factors, thresholds, queries, tiles):
+        """`(rows, places, scores)` of the items in some tiles that are not below the thresholds of their queries."""
+        scores, above = np.empty(len(factors) * _ITEMS, np.float32), np.empty(len(factors) * _ITEMS, bool)
+        found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+        cluster = None
+        for tile in map(self._tiles.__getitem__, tiles):
+            if tile.cluster != cluster:
+                cluster, rows = tile.cluster, queries[tile.cluster]
+                some, least = factors[rows], thresholds[rows, None]
+            size, shape = len(rows) * tile.items, (len(rows), tile.items)
+            np.matmul(some, self._decoded(tile), out=scores[:size].reshape(shape))
+            np.greater_equal(scores[:size].reshape(shape), least, out=above[:size].reshape(shape))
+            hits = np.flatnonzero(above[:size])
+            found.append((rows[hits // tile.items], tile.first + hits % tile.items, scores[hits]))
         return [np.concatenate(values) for values in zip(*found)]
+
+    def _tile(self, codes, cluster=0, first=0):
+        """A tile of encoded prefixes `(items, dim)`."""
+        return _Tile(cluster, first, len(codes), self._stored(np.ascontiguousarray(codes.T)))
 
     def _encoded(self, prefixes):
         return prefixes
 
-    def _stored(self, tiles):
-        """The tiles `(tiles, dim, _ITEMS)` as they are kept."""
-        return tiles
+    def _stored(self, codes):
+        """The codes of a tile `(dim, items)` as they are kept."""
+        return codes
 
     def _decoded(self, tile):
-        """A tile as float32 `(dim, _ITEMS)`."""
-        return tile
+        """A tile as float32 `(dim, items)`."""
+        return tile.codes
 
     def _factors(self, queries):
         """What the products of queries with decoded items are taken of; they need only rank the items rightly."""
@@ -152,7 +216,7 @@ class Int8Shortlist(Shortlist):
         return np.round(prefixes / self._scales).astype(np.int8)
 
     def _decoded(self, tile):
-        return tile.astype(np.float32)
+        return tile.codes.astype(np.float32)
 
     def _factors(self, queries):
         return queries * self._scales
@@ -169,12 +233,12 @@ class BitsShortlist(Shortlist):
         self._rotation = np.linalg.qr(normal)[0].astype(np.float32)
         return prefixes @ self._rotation > 0
 
-    def _stored(self, tiles):
-        return np.packbits(tiles, axis=2)
+    def _stored(self, codes):
+        return np.packbits(codes, axis=1)
 
     def _decoded(self, tile):
         # 0 and 1 in place of -1 and 1 rank the items of a query in the same way.
-        return np.unpackbits(tile, axis=1).astype(np.float32)
+        return np.unpackbits(tile.codes, axis=1, count=tile.items).astype(np.float32)
 
     def _factors(self, queries):
         return queries @ self._rotation
