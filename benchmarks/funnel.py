@@ -119,8 +119,8 @@ def table(results):
         f"- the {results['k']} nearest of {results['queries']:,} queries among {results['size']:,} x {results['dim']}",
         "- medians; ratios are of times in the same turn",
         "",
-        "| search | clusters searched | shortlist | bytes per item for it | agreement@1 | recall@10 | seconds | CPU seconds | exact / it | "
-        "exact / it, CPU |",
+        "| search | clusters searched | shortlist | bytes per item for it | agreement@1 | recall@10 | seconds | CPU "
+        "seconds | exact / it | exact / it, CPU |",
         "|---" * 10 + "|",
     ]
     exact = results["methods"]["exact"]
