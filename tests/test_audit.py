@@ -73,23 +73,30 @@ def naive_scores(similarities, labels, k):
     """Label scores, suggested labels and mean similarities, and the shares of confused classes, in plain loops."""
     n = len(labels)
     scores, suggested, means, votes = [], [], [], {}
+    every = {}
     for item in range(n):
         order = [j for j in np.argsort(-similarities[item], kind="stable") if j != item][:k]
         size = {label: int(np.sum(labels == label)) for label in labels.tolist()}
         own = int(labels[item])
-        best, which = 0.0, own
         for other in dict.fromkeys(int(labels[j]) for j in order):
             near = order[: max(3, min(size[own] - 1, size[other]))]
             weights = {j: max(float(similarities[item, j]), 0.0) for j in near}
             share = sum(w for j, w in weights.items() if labels[j] == other) / (sum(weights.values()) or 1.0)
-            if other != own and size[own] > 1 and share > best + 1e-12:
-                best, which = share, other
-        scores.append(best)
-        suggested.append(which)
+            every[item, other] = share
         near = order[: max(3, size[own] - 1)]
         means.append(float(np.mean([similarities[item, j] for j in near])) if near else 0.0)
         for j in near:
             votes.setdefault(own, []).append(int(labels[j]))
+    for item in range(n):
+        best, which = 0.0, int(labels[item])
+        alike = [j for j in range(n) if labels[j] == labels[item] and j != item]
+        for other in [other for one, other in every if one == item and other != labels[item] and alike]:
+            usual = np.mean([every.get((j, other), 0.0) for j in alike])
+            score = round(every[item, other] - every.get((item, int(labels[item])), 0.0) - usual, 12)
+            if score > best:
+                best, which = score, other
+        scores.append(best)
+        suggested.append(which)
     shares = {}
     for one, found in votes.items():
         for other in set(found) - {one}:

@@ -84,18 +84,19 @@ def distinct_pairs(pairs: SimilarPairs, scores: np.ndarray) -> np.ndarray:
 
 
 def label_scores(found: Neighbors, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The share of the strongest other class among the neighbours of every item, and that class; see `audit`.
+    """The evidence among the neighbours of every item for one other class, and that class; see `audit`.
 
     Args:
         found: neighbours of the items among themselves, `(n, k)`.
         labels: int64 `(n,)`.
 
     Returns:
-        `(scores, suggested)`, float64 in [0, 1] and int64, `(n,)`; 0 and the own label where no other class has a
-        share, and for the only item of a class.
+        `(scores, suggested)`, float64 in [0, 1] and int64, `(n,)`; 0 and the own label where no other class has more
+        than the own and than is usual, and for the only item of a class.
     """
     _, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    scores, suggested = np.zeros(len(labels)), labels.copy()
+    # Of the class of each neighbour, and of the own class. A class counts where its nearest item is.
+    shares, of_own = np.zeros(found.indices.shape), np.zeros((len(labels), 1))
     places = np.arange(found.indices.shape[1])
     height = max(1, _PAIRS // len(places) ** 2)
     for start in range(0, len(labels), height):
@@ -108,14 +109,23 @@ def label_scores(found: Neighbors, labels: np.ndarray) -> tuple[np.ndarray, np.n
         counted = places < number[:, :, None]
         total = np.einsum("ij,icj->ic", weights, counted)
         votes = np.einsum("ij,icj->ic", weights, counted & (of_neighbors[:, None, :] == of_neighbors[:, :, None]))
-        shares = np.where(total > 0, votes / np.where(total > 0, total, 1.0), 0.0)
-        shares[(of_neighbors == own) | (there < 0) | (sizes[own] == 1)] = 0.0
-        # Of equally strong classes the nearest.
-        best = np.argmax(shares, axis=1)[:, None]
-        scores[block] = np.minimum(np.take_along_axis(shares, best, axis=1)[:, 0], 1.0)
-        nearest = labels[np.take_along_axis(there, best, axis=1)[:, 0]]
-        suggested[block] = np.where(scores[block] > 0, nearest, labels[block])
-    return scores, suggested
+        some = np.where((total > 0) & (there >= 0), votes / np.where(total > 0, total, 1.0), 0.0)
+        of_own[block] = np.max(some, axis=1, where=of_neighbors == own, initial=0.0, keepdims=True)
+        again = np.tril(of_neighbors[:, None, :] == of_neighbors[:, :, None], -1).any(axis=2)
+        shares[block] = np.where(again | (of_neighbors == own) | (sizes[own] == 1), 0.0, some)
+    items, place = np.nonzero(shares)
+    pairs = codes[items] * len(sizes) + codes[found.indices[items, place]]
+    _, pair = np.unique(pairs, return_inverse=True)
+    usual = np.zeros(shares.shape)
+    # Of the other items of the class.
+    given = shares[items, place]
+    usual[items, place] = (np.bincount(pair, given)[pair] - given) / (sizes[codes[items]] - 1)
+    # Rounded, so that of equally strong classes the nearest is the first.
+    evidence = np.round(np.where(shares > 0, shares - of_own - usual, 0.0), 12)
+    best = np.argmax(evidence, axis=1)[:, None]
+    scores = np.clip(np.take_along_axis(evidence, best, axis=1)[:, 0], 0.0, 1.0)
+    nearest = labels[np.take_along_axis(found.indices, best, axis=1)[:, 0]]
+    return scores, np.where(scores > 0, nearest, labels)
 
 
 def outlier_scores(found: Neighbors, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
