@@ -290,6 +290,19 @@ class TestCounts:
         assert "expected the published split, train 12 images of 4 classes; test 13 images" in caplog.text
         assert "Received: train 12 images of 4 classes; test 12 images" in caplog.text
 
+    def test_lists_of_another_data_set_have_no_published_counts(self, tmp_path, caplog):
+        layouts.write_lists(tmp_path)
+        lists = [str(tmp_path / "train.txt"), str(tmp_path / "test.txt")]
+        with caplog.at_level("INFO", logger="absl"):
+            data.load_lists(str(tmp_path), *lists)
+            assert "inaturalist: expected the published split" in caplog.text
+            caplog.clear()
+            for path in (tmp_path / "train.txt", tmp_path / "test.txt"):
+                path.write_text(path.read_text().replace("train_val2018", "mine"))
+            (tmp_path / "train_val2018").rename(tmp_path / "mine")
+            data.load_lists(str(tmp_path), *lists)
+        assert not caplog.records
+
     def test_counts_add_up(self):
         counts = {name: data.datasets.counts(name) for name in layouts.LAYOUTS}
         totals = {name: tuple(map(sum, zip(*parts.values()))) for name, parts in counts.items()}

@@ -14,6 +14,7 @@ from s2sd_tf.files import local_path
 
 # Brown et al., ECCV 2020, "Smooth-AP".
 _INATURALIST = {"train": (325_846, 5_690), "test": (136_093, 2_452)}
+_INATURALIST_FOLDER = "train_val2018"
 
 
 def load_image_list(
@@ -72,7 +73,9 @@ def load_lists(
     check_options(on_corrupt, check)
     split = RetrievalSplit(_read(root, train_list, "train_list"), _read(root, test_list, "test_list"))
     split = readable_split(split, root, on_corrupt, check)
-    report_unpublished_counts("inaturalist", _INATURALIST, split)
+    # Other lists are of other data sets.
+    if any(_INATURALIST_FOLDER in path for path in split.train.images[:1]):
+        report_unpublished_counts("inaturalist", _INATURALIST, split)
     return split
 
 
