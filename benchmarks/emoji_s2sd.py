@@ -156,9 +156,8 @@ def _studied():
             add(_DIM, variant, 0, f"--config.objective.name={objective}", *more, prefix=f"{objective}_")
     for variant in _VARIANTS:
         add(_DIM, variant, 0)
-    for variant in ("msdfa", "plain"):
-        for seed in range(min(_SEEDS[dim] for dim in _NESTED_DIMS)):
-            add(_NESTED_DIMS[-1], variant, seed, f"--config.s2sd.nested_dims={_NESTED_DIMS}", prefix=_NESTED)
+    for seed in range(min(_SEEDS[dim] for dim in _NESTED_DIMS)):
+        add(_NESTED_DIMS[-1], "msdfa", seed, f"--config.s2sd.nested_dims={_NESTED_DIMS}", prefix=_NESTED)
     return runs
 
 
@@ -233,20 +232,16 @@ def _table(runs):
 
 
 def _nested_table(runs):
-    """Recall@1 and MAP@R of nested models' prefixes, over the models of each dimension alone."""
-    lines = ["| dimension | training | seeds | recall@1 | MAP@R | recall@1 over a model each | over a plain one each |"]
-    lines.append("|---" * 7 + "|")
-    for dim in _NESTED_DIMS:
-        for variant in ("msdfa", "plain"):
-            found = [run["dims"][str(dim)] for name, run in runs.items() if name.startswith(f"{_NESTED}{variant}_")]
-            if not found:
-                continue
-            values = 100 * np.array([[metrics[metric] for metric in _METRICS[:2]] for metrics in found])
-            cells = [str(dim), f"one nested model, {variant}", str(len(values))]
-            cells += [f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in zip(*mean_and_deviation(values))]
-            for other in (variant, "plain"):
-                cells.append(_gain(values[:, 0], 100 * _group(runs, dim, other)[:, 0]))
-            lines.append(f"| {' | '.join(cells)} |")
+    """Recall@1 and MAP@R of nested models' prefixes, over the models of each dimension alone, with S2SD and plain."""
+    nested = [run["dims"] for name, run in runs.items() if name.startswith(_NESTED)]
+    lines = ["| prefix of one nested model | seeds | recall@1 | MAP@R | recall@1 over a model each | over plain |"]
+    lines.append("|---" * 6 + "|")
+    for dim in _NESTED_DIMS if nested else ():
+        values = 100 * np.array([[found[str(dim)][metric] for metric in _METRICS[:2]] for found in nested])
+        cells = [str(dim), str(len(values))]
+        cells += [f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in zip(*mean_and_deviation(values))]
+        cells += [_gain(values[:, 0], 100 * _group(runs, dim, other)[:, 0]) for other in ("msdfa", "plain")]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
