@@ -89,10 +89,10 @@ def naive_scores(similarities, labels, k):
             votes.setdefault(own, []).append(int(labels[j]))
     for item in range(n):
         best, which = 0.0, int(labels[item])
-        alike = [j for j in range(n) if labels[j] == labels[item] and j != item]
-        for other in [other for one, other in every if one == item and other != labels[item] and alike]:
-            usual = np.mean([every.get((j, other), 0.0) for j in alike])
-            score = round(every[item, other] - every.get((item, int(labels[item])), 0.0) - usual, 12)
+        alike = [j for j in range(n) if labels[j] == labels[item]]
+        for other in [other for one, other in every if one == item and other != labels[item] and len(alike) > 1]:
+            usual = np.median([every.get((j, other), 0.0) for j in alike])
+            score = round(every[item, other] - every.get((item, int(labels[item])), 0.0) - usual, 6)
             if score > best:
                 best, which = score, other
         scores.append(best)
@@ -148,6 +148,19 @@ def test_scores_are_those_of_plain_loops(items, classes, k, change):
     assert all(one in dropped or other in dropped for one, other in joined)
     kept = {item for pair in joined for item in pair} - dropped
     assert all(any({item, other} in map(set, joined) for other in kept) for item in dropped)
+
+
+def test_classes_that_are_alike_and_errors_in_one_direction():
+    rows, labels, generator = clusters(800, 20)
+    # Classes 0 and 1 are one.
+    both = np.flatnonzero(labels < 2)
+    labels[both] = generator.permutation(labels[both])
+    # A tenth of class 4 is named class 5.
+    wrong = np.flatnonzero(labels == 4)[:4]
+    labels[wrong] = 5
+    found = evaluation.audit(rows, labels)
+    assert set(found.label_errors().tolist()) == set(wrong.tolist())
+    assert set(found.suggested_labels[wrong].tolist()) == {4}
 
 
 def test_more_copies_than_neighbors_leave_one():

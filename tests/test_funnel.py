@@ -92,12 +92,10 @@ def test_shortlists_of_the_nearest_clusters(rows, queries, codes, count, monkeyp
     found = make_shortlist(units, 5, codes, 0.99, 10, 0, centres, 4).find(queries, count)
     assert all(len(set(row)) == len(row) == count for row in found.tolist())
     searched = max(4, int(np.ceil(2 * count * 30 / SIZE)))
-    of_them = 0
     for row, items in enumerate(whole.find(queries, SIZE)):
-        there = items[np.isin(clusters[items], nearest[row, :searched])][:count]
-        of_them += set(found[row]) == set(there)
-        assert set(found[row]) in (set(there), set(items[:count]))
-    assert of_them > len(queries) / 2
+        there = items[np.isin(clusters[items], nearest[row, :searched])]
+        wanted = there if searched <= 30 // 4 and len(there) >= count else items
+        assert set(found[row]) == set(wanted[:count])
 
 
 def test_equal_items_do_not_take_more_memory(monkeypatch):
@@ -152,11 +150,13 @@ def test_clusters_of_a_large_gallery(rows, queries, codes, monkeypatch, tmp_path
     monkeypatch.setattr(funnel_index, "_CLUSTERED", 1000)
     index = evaluation.build_index(rows, method="funnel", dim=6, codes=codes, recall=0.95, k=5)
     assert (index.settings["clusters"], index.tuned["size"]) == (38, SIZE)
-    assert 1 < index.settings["clusters_to_search"] < 19
+    assert 1 < index.settings["clusters_to_search"] <= 9
     assert index.tuned["measured"] > 0.93
     found = index.search(queries, 5)
     assert recall(found.indices, truth) > 0.92
-    # More neighbours than the clusters have.
+    # More neighbours than tuned for, and than the clusters have.
+    more = evaluation.find_neighbors(queries, rows, 10).indices
+    assert recall(index.search(queries, 10).indices, more) > 0.9
     many = index.search(queries, 400).indices
     assert many.shape == (len(queries), 400)
     assert (np.diff(np.sort(many, axis=1), axis=1) > 0).all()
@@ -179,11 +179,19 @@ def test_clusters_of_a_large_gallery(rows, queries, codes, monkeypatch, tmp_path
         evaluation.load_index(tmp_path / "index")
 
 
-def test_no_clusters_if_neighbours_are_in_many_of_them(monkeypatch):
+def test_no_clusters_if_neighbours_are_in_many_of_them(rows, monkeypatch):
     monkeypatch.setattr(funnel_index, "_CLUSTERED", 1000)
+    equal = evaluation.build_index(np.ones_like(rows), method="funnel", dim=6)
+    assert equal.settings == {"dim": 6, "codes": "float32", "shortlist": None}
     rows = np.random.default_rng(0).normal(size=(1200, 24)).astype(np.float32)
     index = evaluation.build_index(rows, method="funnel", dim=20, recall=0.99)
     assert index.settings.keys() == {"dim", "codes", "shortlist"}
+
+
+def test_tiles_do_not_keep_all_codes():
+    units = np.eye(5, dtype=np.float32)[np.arange(513) % 5]
+    shortlist = make_shortlist(units, 5, "float32", 0.99, 10, 0)
+    assert all(tile.codes.base is None for tile in shortlist._tiles)
 
 
 @pytest.mark.parametrize("codes", ["float32", "bits", pytest.param("scann", marks=needs_scann)])
@@ -254,6 +262,7 @@ def test_what_is_refused(rows, tmp_path):
         {"clusters": 3},
         {"clusters": 3, "clusters_to_search": 4},
         {"clusters": "3", "clusters_to_search": 1},
+        {"clusters_to_search": "x"},
     ):
         write_json(tmp_path / "index" / "index.json", {**about, "settings": {**about["settings"], **change}})
         with pytest.raises(ValueError, match=r"index.json: expected what a funnel index writes"):

@@ -71,6 +71,8 @@ class TestPlan:
         steps = config.train.epochs * steps_per_epoch(config, run_data)
         assert 400 <= steps <= 20_000
         assert (run_data.validation is None) == (name in ("6 of 3", "mostly single images"))
+        weights = {config.s2sd.distill_weight, config.s2sd.feature_distill_weight}
+        assert weights == {20.0 if installed else 50.0}
         ramps = ("distill_warmup_steps", "feature_distill_delay", "feature_distill_warmup_steps")
         assert {config.s2sd[key] for key in ramps} == {steps // 4}
 

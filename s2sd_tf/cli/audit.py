@@ -43,9 +43,9 @@ _DUPLICATES = flags.DEFINE_float(
 )
 _LABEL_SCORE = flags.DEFINE_float(
     "label_score",
-    0.6,
+    0.5,
     "Least score of a label error: the share of one other class among the neighbours, less that of the own class, and "
-    "less what is usual among the own class's other items.",
+    "less what is usual among the items of the own class.",
     lower_bound=0.0,
     upper_bound=1.0,
 )

@@ -54,7 +54,8 @@ def load_lists(
     """Loads a train and a test set from two lists of files, the format of iNaturalist's retrieval split.
 
     For iNaturalist 2018 (Van Horn et al., CVPR 2018) with the lists of Brown et al., ECCV 2020 ("Smooth-AP"), 325,846
-    images of 5,690 species train and 136,093 of 2,452 other species test. Other counts are logged.
+    images of 5,690 species train and 136,093 of 2,452 other species test. Other counts are logged, if the folder is
+    that of iNaturalist 2018.
 
     Args:
         root: folder that the listed paths (`train_val2018/<super-class>/<class>/<file>.jpg`) are relative to.

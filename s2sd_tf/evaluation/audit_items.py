@@ -95,11 +95,40 @@ def label_scores(found: Neighbors, labels: np.ndarray) -> tuple[np.ndarray, np.n
         than the own and than is usual, and for the only item of a class.
     """
     _, codes, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    # Of the class of each neighbour, and of the own class. A class counts where its nearest item is.
-    shares, of_own = np.zeros(found.indices.shape), np.zeros((len(labels), 1))
+    keys, given = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+    for _, pairs, shares, _ in _class_shares(found, codes, sizes):
+        keys.append(pairs[shares > 0])
+        given.append(shares[shares > 0].astype(np.float32))
+    known, usual = _medians(np.concatenate(keys), np.concatenate(given), sizes)
+    scores, suggested = np.zeros(len(labels)), labels.copy()
+    for block, pairs, shares, of_own in _class_shares(found, codes, sizes):
+        at = np.minimum(np.searchsorted(known, pairs), len(known) - 1)
+        expected = np.where(known[at] == pairs, usual[at], 0.0)
+        # Rounded, so that of equally strong classes the nearest is the first.
+        evidence = np.where(shares > 0, np.round(shares - of_own - expected, 6), 0.0)
+        best = np.argmax(evidence, axis=1)[:, None]
+        scores[block] = np.clip(np.take_along_axis(evidence, best, axis=1)[:, 0], 0.0, 1.0)
+        nearest = labels[np.take_along_axis(found.indices[block], best, axis=1)[:, 0]]
+        suggested[block] = np.where(scores[block] > 0, nearest, labels[block])
+    return scores, suggested
+
+
+def _class_shares(found, codes, sizes):
+    """The shares of classes among the neighbours, in blocks of items.
+
+    Args:
+        found: neighbours, `(n, k)`.
+        codes: the classes of the items, numbered from 0, int64 `(n,)`.
+        sizes: the number of items of each class.
+
+    Yields:
+        `(block, pairs, shares, of_own)`: the slice of the items; for each neighbour `(items, k)` the number of the pair
+        of the item's class and its own, and the share of its class if it is the first of another, else 0; and the share
+        of the item's class `(items, 1)`.
+    """
     places = np.arange(found.indices.shape[1])
     height = max(1, _PAIRS // len(places) ** 2)
-    for start in range(0, len(labels), height):
+    for start in range(0, len(codes), height):
         block = slice(start, start + height)
         there, own = found.indices[block], codes[block, None]
         of_neighbors = codes[there]
@@ -107,25 +136,38 @@ def label_scores(found: Neighbors, labels: np.ndarray) -> tuple[np.ndarray, np.n
         # For the class of each neighbour: how many neighbours count, their weight and that of the class, `(items, k)`.
         number = np.maximum(np.minimum(sizes[own] - 1, sizes[of_neighbors]), _LEAST)
         counted = places < number[:, :, None]
+        same = of_neighbors[:, None, :] == of_neighbors[:, :, None]
         total = np.einsum("ij,icj->ic", weights, counted)
-        votes = np.einsum("ij,icj->ic", weights, counted & (of_neighbors[:, None, :] == of_neighbors[:, :, None]))
-        some = np.where((total > 0) & (there >= 0), votes / np.where(total > 0, total, 1.0), 0.0)
-        of_own[block] = np.max(some, axis=1, where=of_neighbors == own, initial=0.0, keepdims=True)
-        again = np.tril(of_neighbors[:, None, :] == of_neighbors[:, :, None], -1).any(axis=2)
-        shares[block] = np.where(again | (of_neighbors == own) | (sizes[own] == 1), 0.0, some)
-    items, place = np.nonzero(shares)
-    pairs = codes[items] * len(sizes) + codes[found.indices[items, place]]
-    _, pair = np.unique(pairs, return_inverse=True)
-    usual = np.zeros(shares.shape)
-    # Of the other items of the class.
-    given = shares[items, place]
-    usual[items, place] = (np.bincount(pair, given)[pair] - given) / (sizes[codes[items]] - 1)
-    # Rounded, so that of equally strong classes the nearest is the first.
-    evidence = np.round(np.where(shares > 0, shares - of_own - usual, 0.0), 12)
-    best = np.argmax(evidence, axis=1)[:, None]
-    scores = np.clip(np.take_along_axis(evidence, best, axis=1)[:, 0], 0.0, 1.0)
-    nearest = labels[np.take_along_axis(found.indices, best, axis=1)[:, 0]]
-    return scores, np.where(scores > 0, nearest, labels)
+        votes = np.einsum("ij,icj->ic", weights, counted & same)
+        shares = np.where((total > 0) & (there >= 0), votes / np.where(total > 0, total, 1.0), 0.0)
+        of_own = np.max(shares, axis=1, where=of_neighbors == own, initial=0.0, keepdims=True)
+        again = np.tril(same, -1).any(axis=2)
+        shares = np.where(again | (of_neighbors == own) | (sizes[own] == 1), 0.0, shares)
+        yield block, own * len(sizes) + of_neighbors, shares, of_own
+
+
+def _medians(keys, given, sizes):
+    """The median share over all items of a class, for the pairs of classes where it is not 0.
+
+    Args:
+        keys: int64 `(m,)`, the pairs of the shares that are not 0, as in `_class_shares`.
+        given: these shares, `(m,)`.
+        sizes: the number of items of each class.
+
+    Returns:
+        `(keys, medians)`: the keys, ascending, and never none.
+    """
+    order = np.lexsort((given, keys))
+    pairs, starts, counts = np.unique(keys[order], return_index=True, return_counts=True)
+    given = given[order]
+    medians = np.zeros(len(pairs))
+    size = sizes[pairs // len(sizes)]
+    for middle in ((size - 1) // 2, size // 2):
+        # The others of the class have a share of 0.
+        place = middle - (size - counts)
+        medians += np.where(place >= 0, given[starts + np.maximum(place, 0)], 0.0) / 2 if len(given) else 0.0
+    some = medians > 0
+    return np.append(pairs[some], np.iinfo(np.int64).max), np.append(medians[some], 0.0)
 
 
 def outlier_scores(found: Neighbors, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:

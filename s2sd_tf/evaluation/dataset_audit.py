@@ -43,7 +43,7 @@ class Audit(NamedTuple):
     confusions: Confusions
     split_classes: list[SplitClass]
 
-    def label_errors(self, score: float = 0.6) -> np.ndarray:
+    def label_errors(self, score: float = 0.5) -> np.ndarray:
         """Positions of the probable label errors, int64: scores of at least `score` and above 0, the highest
         first.
         """
@@ -56,7 +56,7 @@ class Audit(NamedTuple):
         """
         return _worst(self.outlier_scores, score)
 
-    def to_exclude(self, label_score: float = 0.6) -> dict[str, np.ndarray]:
+    def to_exclude(self, label_score: float = 0.5) -> dict[str, np.ndarray]:
         """Positions to leave out of training, ascending int64, by reason; an item may have several.
 
         "duplicates" are the near duplicates of an item that is kept: the one with the most of them, or else the one
@@ -89,14 +89,15 @@ def audit(
     - near duplicates: pairs whose similarity reaches `duplicate_similarity`. Each item has at most k of them, which
       still connects all copies of one image, as equally similar items are found in the order of their positions;
     - leaks: the same, between the embeddings and the gallery;
-    - label scores: the share of one other class among the neighbours, less that of the own class, and less the mean
-      share of the other class among the neighbours of the own class's other items; the largest over classes, at least
-      0. So items of two classes that are alike do not look like label errors. Shares are weighted by similarity
-      (negative ones count 0): the vote of Dudani, "The Distance-Weighted k-Nearest-Neighbor Rule", 1976. Of a class
-      with fewer items than the item's own, only so many neighbours count (again at least 3), as it cannot supply more.
-      The shares estimate the probabilities of classes from other items only, so out of sample, as confident learning
-      demands of its classifier; it too compares with the own class and with what is usual (Northcutt et al., 2021). The
-      score is 0 for the only item of a class, whose label nothing can confirm;
+    - label scores: the share of one other class among the neighbours, less that of the own class, and less the median
+      share of the other class over all items of the own class; the largest over classes, at least 0. So items of two
+      classes that are alike do not look like label errors, and errors in the same direction stay visible unless they
+      are much of a class. Shares are weighted by similarity (negative ones count 0): the vote of Dudani, "The
+      Distance-Weighted k-Nearest-Neighbor Rule", 1976. Of a class with fewer items than the item's own, only so many
+      neighbours count (again at least 3), as it cannot supply more. The shares estimate the probabilities of classes
+      from other items only, so out of sample, as confident learning demands of its classifier; it too compares with the
+      own class and with what is usual (Northcutt et al., 2021). The score is 0 for the only item of a class, whose
+      label nothing can confirm;
     - outlier scores: the mean similarity to the neighbours that count, of any class, as a distance from the median of
       the items of its class (of all items, for a class of fewer than 5), in robust standard deviations (median absolute
       deviation). An item far from its own class but close to another is a label error, not an outlier;

@@ -145,7 +145,8 @@ class FunnelIndex(RowsIndex):
         if length is None:
             return exact_neighbors(queries, self._rows, k)
         queries = normalized(queries)
-        return self._ranked(queries, self.shortlist.find(queries, length), k)
+        shortlists = self.shortlist.find(queries, length, widen=max(1.0, k / self.tuned["k"]))
+        return self._ranked(queries, shortlists, k)
 
     def _ranked(self, queries, shortlists, k):
         """`(indices, similarities)` of the k nearest in shortlists `(queries, length)`, in which -1 is missing."""
@@ -189,24 +190,29 @@ class FunnelIndex(RowsIndex):
             fewest = _fewest(places[tuned_on], recall)
         if fewest is None:
             logging.info("No shortlist of up to %d items reaches the recall %g; search is exact.", length, recall)
+            self._forget()
             return
         # One more, because items that search among themselves find themselves.
         self.settings["shortlist"] = min(max(fewest, k) + 1, size)
-        self.tuned["measured"] = float(np.mean(places[others] < fewest))
+        found = self.shortlist.find(queries[others], self.settings["shortlist"])
+        self.tuned["measured"] = float(np.mean(np.isfinite(_places(found, nearest[others], sample[others]))))
+
+    def _forget(self):
+        """Makes search exact, without clusters."""
+        self._centres = self._shortlist = None
+        self.settings = {"dim": self.settings["dim"], "codes": self.settings["codes"], "shortlist": None}
 
     def _divide(self, queries, nearest, seed):
-        """Divides the items into clusters, if queries find their `nearest` `(queries, k)` in less than half of them."""
-        prefixes = truncate(self._rows, self.settings["dim"])
-        count = int(np.sqrt(len(prefixes)))
-        sample = np.random.default_rng(seed).choice(
-            len(prefixes), min(_PER_CLUSTER * count, len(prefixes)), replace=False
-        )
-        centres = kmeans(prefixes[sample], count, spherical=True, iterations=10, seed=seed).centroids
-        wanted = nearest_centres(prefixes[nearest.reshape(-1)], centres).reshape(nearest.shape)
-        order = np.argsort(-(truncate(queries, self.settings["dim"]) @ centres.T), axis=1)
+        """Divides the items into clusters, if queries find their `nearest` `(queries, k)` in a quarter of them."""
+        dim, count = self.settings["dim"], int(np.sqrt(len(self)))
+        sample = np.random.default_rng(seed).choice(len(self), min(_PER_CLUSTER * count, len(self)), replace=False)
+        found = kmeans(truncate(self._rows[sample], dim), count, spherical=True, iterations=10, seed=seed)
+        centres = found.centroids
+        wanted = nearest_centres(truncate(self._rows[nearest.reshape(-1)], dim), centres).reshape(nearest.shape)
+        order = np.argsort(-(truncate(queries, dim) @ centres.T), axis=1)
         places = np.take_along_axis(np.argsort(order, axis=1), wanted, axis=1)
         fewest = _fewest(places, (1 + self.tuned["recall"]) / 2)
-        if fewest is not None and fewest < count / 2:
+        if fewest is not None and fewest <= count // 4:
             self._centres = centres
             self.settings.update(clusters=count, clusters_to_search=fewest)
 
@@ -214,8 +220,7 @@ class FunnelIndex(RowsIndex):
         self._shortlist = None
         self.ids = super()._add(normalized(np.asarray(rows[:])), ids)
         if len(self) > GROWN * self.tuned["size"]:
-            self._centres = None
-            self.settings = {"dim": self.settings["dim"], "codes": self.settings["codes"], "shortlist": None}
+            self._forget()
             self.tuned.update(size=len(self), measured=1.0)
             self._tune(seed=0)
         return self.ids
@@ -251,7 +256,7 @@ class FunnelIndex(RowsIndex):
                 checked_int("shortlist", settings["shortlist"], 1)
             if not checked_int("dim", settings["dim"], 1) <= rows.shape[1] == about["dim"]:
                 raise ValueError(f"dimensions up to {rows.shape[1]}, not {settings['dim']} of {about['dim']}")
-            if "clusters" in settings:
+            if "clusters" in settings or "clusters_to_search" in settings:
                 clusters = checked_int("clusters", settings["clusters"], 1)
                 if checked_int("clusters_to_search", settings["clusters_to_search"], 1) > clusters:
                     raise ValueError(f"at most {clusters} clusters, not {settings['clusters_to_search']}")

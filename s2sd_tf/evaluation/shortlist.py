@@ -64,7 +64,7 @@ class ScannShortlist:
         self.index = index
         self.dim = index.dim
 
-    def find(self, queries: np.ndarray, count: int) -> np.ndarray:
+    def find(self, queries: np.ndarray, count: int, widen: float = 1.0) -> np.ndarray:
         """See `Shortlist.find`."""
         return self.index.nearest(truncate(queries, self.dim), count).indices
 
@@ -85,7 +85,7 @@ class Shortlist:
         prefixes: unit rows, float32 `(n, dim)`.
         centres: of clusters, unit rows, float32 `(clusters, dim)`; None: all prefixes are in one.
         clusters_to_search: a query's products are with the items of so many clusters, those whose centres are nearest
-            to it; with all items if these are too few.
+            to it; with all items if these are too few, or if these are more than a quarter.
 
     Attributes:
         dim: dimension of the prefixes.
@@ -108,14 +108,16 @@ class Shortlist:
             for cluster, (start, end) in enumerate(zip([0, *ends], ends))
             for first in range(start, end, _ITEMS)
         ]
+        self._clusters = np.array([tile.cluster for tile in self._tiles])
         self.bytes_per_item = sum(tile.codes.nbytes for tile in self._tiles) / self.size
 
-    def find(self, queries: np.ndarray, count: int) -> np.ndarray:
+    def find(self, queries: np.ndarray, count: int, widen: float = 1.0) -> np.ndarray:
         """Finds the items with the nearest prefixes.
 
         Args:
             queries: unit rows, float32 `(queries, embedding_dim)`.
             count: number of items to find.
+            widen: >= 1, how many times as many clusters to search.
 
         Returns:
             Positions, nearest first, int64 `(queries, min(count, n))`.
@@ -126,27 +128,27 @@ class Shortlist:
         with workers(len(self._tiles)) as pool:
             for start in range(0, len(queries), _QUERIES):
                 prefixes = truncate(queries[start : start + _QUERIES], self.dim)
-                nearest = self._nearest(self._factors(prefixes), self._clusters_of(prefixes, count), count, pool)
+                clusters = self._clusters_of(prefixes, count, widen)
+                nearest = self._nearest(self._factors(prefixes), clusters, count, pool)
                 found[start : start + _QUERIES] = self._order[nearest]
         return found
 
-    def _clusters_of(self, prefixes, count):
-        """The clusters that each query searches, in no order, int64 `(queries, clusters_to_search or more)`."""
+    def _clusters_of(self, prefixes, count, widen):
+        """The clusters that each query searches, in no order, int64 `(queries, searched)`; None: all."""
         every = len(self._centres)
-        # More for more items than the search was tuned for: clusters that have twice as many.
-        searched = min(every, max(self._searched, -(-2 * count * every // self.size)))
-        if searched == every:
-            return np.tile(np.arange(every), (len(prefixes), 1))
+        # At least those that have twice as many items.
+        searched = int(np.ceil(max(self._searched * widen, 2 * count * every / self.size)))
+        if searched > every // 4:
+            return None
         return np.argpartition(-(prefixes @ self._centres.T), searched - 1, axis=1)[:, :searched]
 
     def _nearest(self, factors, clusters, count, pool):
         """Places in the order of the tiles of the nearest items, nearest first, `(queries, count)`."""
         # Items above a threshold are candidates. A sample gives the threshold: a similarity that a little more than
-        # `count` items exceed. The queries for which fewer do get a lower one, and all clusters.
-        parts = np.array_split(np.arange(len(self._tiles)), min(threads(), len(self._tiles)))
+        # `count` items exceed. The queries for which fewer do get a lower one, and all clusters if theirs have too few.
         sample = factors @ self._decoded(self._sample)
         expected = count * sample.shape[1] / self.size
-        place = int(expected + 3 * np.sqrt(expected) + 3)
+        place = at_first = int(expected + 3 * np.sqrt(expected) + 3)
         nearest, left = np.empty((len(factors), count), np.int64), np.arange(len(factors))
         while len(left):
             thresholds = np.full(len(left), -np.inf, np.float32)
@@ -157,20 +159,27 @@ class Shortlist:
             step, missing = max(1, int(_CANDIDATES / candidates)), []
             for start in range(0, len(left), step):
                 chosen = left[start : start + step]
-                queries = self._by_cluster(clusters[chosen])
+                queries = self._by_cluster(clusters, chosen)
                 some = functools.partial(self._above, factors[chosen], thresholds[start : start + step], queries)
+                tiles = np.flatnonzero(np.isin(self._clusters, list(queries)))
+                parts = np.array_split(tiles, max(1, min(threads(), len(tiles))))
                 full, nearest[chosen] = _best(pool.map(some, parts), len(chosen), count)
                 missing.append(chosen[~full])
-            left, place = np.concatenate(missing), 4 * place
-            if len(left):
-                clusters = np.tile(np.arange(len(self._centres)), (len(factors), 1))
+            left = np.concatenate(missing)
+            if place < sample.shape[1]:
+                place *= 4
+            else:
+                clusters, place = None, at_first
         return nearest
 
-    def _by_cluster(self, clusters):
-        """The queries of every cluster, from the clusters of every query `(queries, searched)`."""
-        order = np.argsort(clusters, axis=None, kind="stable")
-        ends = np.cumsum(np.bincount(clusters.reshape(-1), minlength=len(self._centres)))
-        return np.split(order // clusters.shape[1], ends[:-1])
+    def _by_cluster(self, clusters, chosen):
+        """A dict from every cluster to those of the chosen queries that search it, positions in `chosen`."""
+        if clusters is None:
+            return dict.fromkeys(range(len(self._centres)), np.arange(len(chosen)))
+        wanted = clusters[chosen]
+        order = np.argsort(wanted, axis=None, kind="stable")
+        found, starts = np.unique(wanted.reshape(-1)[order], return_index=True)
+        return dict(zip(found.tolist(), np.split(order // wanted.shape[1], starts[1:])))
 
     def _above(self, factors, thresholds, queries, tiles):
         """`(rows, places, scores)` of the items in some tiles that are not below the thresholds of their queries."""
@@ -190,7 +199,8 @@ class Shortlist:
 
     def _tile(self, codes, cluster=0, first=0):
         """A tile of encoded prefixes `(items, dim)`."""
-        return _Tile(cluster, first, len(codes), self._stored(np.ascontiguousarray(codes.T)))
+        # A copy: a view would keep all codes.
+        return _Tile(cluster, first, len(codes), self._stored(np.array(codes.T, order="C")))
 
     def _encoded(self, prefixes):
         return prefixes

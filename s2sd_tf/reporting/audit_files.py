@@ -26,7 +26,7 @@ def save_audit(
     images: EmbeddedImages,
     gallery: EmbeddedImages | None = None,
     *,
-    label_score: float = 0.6,
+    label_score: float = 0.5,
     outlier_score: float = 3.5,
     about: str = "",
 ) -> dict[str, Any]:

@@ -49,6 +49,8 @@ AUTO: dict[str, Any] = {
     "model.weights": "auto",
     "model.frozen_bn": "auto",
     "model.learning_rate_multipliers.heads": -1.0,
+    "s2sd.distill_weight": -1.0,
+    "s2sd.feature_distill_weight": -1.0,
     "s2sd.distill_warmup_steps": -1,
     "s2sd.feature_distill_delay": -1,
     "s2sd.feature_distill_warmup_steps": -1,
