@@ -68,10 +68,11 @@ def test_they_add_their_weighted_mean_divergence(batch, teachers, others):
 
 def test_their_schedule(batch, teachers):
     loss = make(external_teachers=2, external_distill_delay=1, external_distill_warmup_steps=2, feature_distill=False)
+    # The default weight is 5.
     found = [loss(*batch, training=True, teachers=teachers) for _ in range(4)]
     rest = found[0]["loss"]
     extra = [float((terms["loss"] - rest) / tf.reduce_mean(terms["external_kls"])) for terms in found]
-    np.testing.assert_allclose(extra, [0.0, 25.0, 50.0, 50.0], rtol=1e-9)
+    np.testing.assert_allclose(extra, [0.0, 2.5, 5.0, 5.0], rtol=1e-9)
 
 
 def test_they_teach_every_prefix(batch, teachers):
