@@ -155,7 +155,7 @@ class TestImages:
 
 class TestModel:
     def test_training_and_saving(self, small_model, tmp_path):
-        model = small_model(external_teachers=1, external_distill_weight=5.0, log_per_target=True)
+        model = small_model(external_teachers=1, external_distill_weight=7.0, log_per_target=True)
         model.compile("sgd")
         generator = np.random.default_rng(0)
         images = generator.normal(size=(12, *model.backbone.input_shape[1:])).astype(np.float32)
@@ -164,7 +164,7 @@ class TestModel:
         assert logs["external_kl"][0] > 0
         model.save(tmp_path / "model.keras")
         loaded = tf.keras.models.load_model(tmp_path / "model.keras")
-        assert loaded.s2sd_loss.external_distill_weight == 5.0
+        assert loaded.s2sd_loss.external_distill_weight == 7.0
         expected = model.evaluate(images, given, batch_size=6, verbose=0, return_dict=True)
         found = loaded.evaluate(images, given, batch_size=6, verbose=0, return_dict=True)
         assert found == pytest.approx(expected, rel=1e-5)
