@@ -56,7 +56,7 @@ class S2SDLoss(keras.layers.Layer):
         feature_distill_delay: >= 0, steps before the features begin to teach.
         feature_distill_warmup_steps: >= 0, length of the ramp up to w_f after the delay.
         external_teachers: >= 0, the number of teachers that come with every batch.
-        external_distill_weight: >= 0, w_e, the weight of their divergences. The default is not published; larger weights
+        external_distill_weight: >= 0, w_e, the weight of their divergences. The default is not published; larger ones
             did harm in benchmarks/omniglot_teachers.py.
         external_distill_delay: >= 0, steps before they begin to teach.
         external_distill_warmup_steps: >= 0, length of the ramp up to w_e after the delay.
