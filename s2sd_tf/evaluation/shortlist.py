@@ -124,13 +124,22 @@ class Shortlist:
         """
         count = min(count, self.size)
         found = np.empty((len(queries), count), np.int64)
-        # Every thread multiplies on its own; products of this size are too small to share.
-        with workers(len(self._tiles)) as pool:
-            for start in range(0, len(queries), _QUERIES):
-                prefixes = truncate(queries[start : start + _QUERIES], self.dim)
-                clusters = self._clusters_of(prefixes, count, widen)
-                nearest = self._nearest(self._factors(prefixes), clusters, count, pool)
-                found[start : start + _QUERIES] = self._order[nearest]
+        starts = range(0, len(queries), _QUERIES)
+
+        def search(map_, start):
+            prefixes = truncate(queries[start : start + _QUERIES], self.dim)
+            clusters = self._clusters_of(prefixes, count, widen)
+            nearest = self._nearest(self._factors(prefixes), clusters, count, map_)
+            found[start : start + _QUERIES] = self._order[nearest]
+
+        # Every thread multiplies on its own; products of this size are too small to share. It has its own queries, or
+        # its own tiles if they are few.
+        with workers(max(len(starts), len(self._tiles))) as pool:
+            if len(starts) >= threads():
+                list(pool.map(functools.partial(search, map), starts))
+            else:
+                for start in starts:
+                    search(pool.map, start)
         return found
 
     def _clusters_of(self, prefixes, count, widen):
@@ -142,7 +151,7 @@ class Shortlist:
             return None
         return np.argpartition(-(prefixes @ self._centres.T), searched - 1, axis=1)[:, :searched]
 
-    def _nearest(self, factors, clusters, count, pool):
+    def _nearest(self, factors, clusters, count, map_):
         """Places in the order of the tiles of the nearest items, nearest first, `(queries, count)`."""
         # Items above a threshold are candidates. A sample gives the threshold: a similarity that a little more than
         # `count` items exceed. The queries for which fewer do get a lower one, and all clusters if theirs have too few.
@@ -156,14 +165,14 @@ class Shortlist:
                 thresholds = -np.partition(-sample[left], place - 1, axis=1)[:, place - 1]
             # Few queries at a time if there are many candidates, because many items are equal.
             candidates = np.count_nonzero(sample[left] >= thresholds[:, None]) / sample[left].size * self.size
-            step, missing = max(1, int(_CANDIDATES / candidates)), []
+            step, missing = max(1, int(_CANDIDATES / threads() / candidates)), []
             for start in range(0, len(left), step):
                 chosen = left[start : start + step]
                 queries = self._by_cluster(clusters, chosen)
                 some = functools.partial(self._above, factors[chosen], thresholds[start : start + step], queries)
                 tiles = np.flatnonzero(np.isin(self._clusters, list(queries)))
                 parts = np.array_split(tiles, max(1, min(threads(), len(tiles))))
-                full, nearest[chosen] = _best(pool.map(some, parts), len(chosen), count)
+                full, nearest[chosen] = _best(map_(some, parts), len(chosen), count)
                 missing.append(chosen[~full])
             left = np.concatenate(missing)
             if place < sample.shape[1]:
