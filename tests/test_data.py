@@ -399,3 +399,56 @@ def test_omniglot_archives(tmp_path):
     assert 0.02 < float(tf.reduce_mean(batch)) < 0.3  # ink is 1
     with pytest.raises(FileNotFoundError, match="images_background_small1"):
         data.load_omniglot(str(tmp_path / "nowhere"))
+
+
+# Reads images from shards, in a process of its own, as determinism cannot be ended.
+AHEAD = """
+import io, sys, time
+import numpy as np, tensorflow as tf
+from PIL import Image
+from s2sd_tf import data
+from s2sd_tf.data import batches
+from s2sd_tf.data.augmentation import preset
+
+tf.config.experimental.enable_op_determinism()
+tf.random.set_seed(0)
+def encoded(kind, seed):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+images = np.array([encoded(kind, k) for k in range(16) for kind in ("JPEG", "PNG", "BMP", "GIF")], object)
+train = data.ImageSet(images, np.arange(64) // 8, tuple("abcdefgh"))
+data.write_shards(data.RetrievalSplit(train, train), sys.argv[1])
+train = data.read_shards(sys.argv[1]).train
+
+count, read = 0, batches.read_slice
+def counted(*arguments):
+    global count
+    count += 1
+    return read(*arguments)
+batches.read_slice = counted
+preprocessing = data.Preprocessing(24, 24)
+sampler = data.samplers.get("class_balanced", classes_per_batch=2, samples_per_class=4)
+for name in ("adv", "rand"):
+    augmentation = data.Augmentation(**preset(name))
+    for dataset in (
+        data.EpochBatches(train, preprocessing, sampler, augmentation=augmentation)(0),
+        data.training_batches(train, preprocessing, sampler, augmentation=augmentation),
+        data.evaluation_batches(train, preprocessing, 8),
+        batches.batches_at(lambda: np.arange(64), train, preprocessing, 8),
+    ):
+        count, iterator = 0, iter(dataset)
+        next(iterator)
+        end = time.monotonic() + 60
+        while count <= 8 and time.monotonic() < end:
+            time.sleep(0.01)
+        print(name, count > 8)
+"""
+
+
+def test_deterministic_runs_load_images_ahead(run_python, tmp_path):
+    (tmp_path / "script.py").write_text(AHEAD)
+    output = run_python("script.py", str(tmp_path / "shards"), cwd=tmp_path, timeout=600).stdout
+    lines = [line for line in output.splitlines() if line.endswith(("True", "False"))]
+    assert lines == [f"{name} True" for name in ("adv", "rand") for _ in range(4)]

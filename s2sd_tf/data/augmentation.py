@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
-from s2sd_tf.data.decoding import decode_jpeg_window, decode_pixels, jpeg_reduction, jpeg_shape
+from s2sd_tf.data.decoding import decode_jpeg_window, decode_other, jpeg_reduction, jpeg_shape
 from s2sd_tf.data.preprocessing import (
     Preprocessing,
     checked_pixels,
@@ -126,7 +126,7 @@ class Augmentation:
         pixels, box = tf.cond(
             tf.io.is_jpeg(encoded),
             lambda: self._jpeg_crop(encoded, preprocessing, seed),
-            lambda: with_box(self._crop(decode_pixels(encoded), preprocessing, seed)),
+            lambda: with_box(self._crop(decode_other(encoded), preprocessing, seed)),
         )
         return self._finish(_resized(preprocessing, pixels, box), preprocessing, seed)
 

@@ -185,12 +185,12 @@ def training_batches(
     # TensorFlow never frees `next_epoch`. So it holds what it draws from, but not the images.
     epochs, draw = itertools.count(checked_int("start_epoch", start_epoch, 0)), batches._draw
 
-    def next_epoch():
+    def next_epoch(_):
         epoch, chosen = draw(next(epochs))
         return _rows(epoch, chosen, own)
 
-    def one_pass(_):
-        rows = tf.numpy_function(next_epoch, [], [tf.int64] * 3)
+    def one_pass(start):
+        rows = _called(next_epoch, start, [tf.int64] * 3)
         return tf.data.Dataset.from_tensor_slices(tuple(tf.ensure_shape(row, [None, size]) for row in rows))
 
     rows = tf.data.Dataset.range(1).flat_map(one_pass)
@@ -255,8 +255,9 @@ def batches_at(
         images, preprocessing, batch_size: see `evaluation_batches`.
     """
 
-    def one_pass(_):
-        return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(tf.numpy_function(positions, [], tf.int64), [None]))
+    def one_pass(start):
+        rows = _called(lambda _: positions(), start, tf.int64)
+        return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(rows, [None]))
 
     dataset = _map(tf.data.Dataset.range(1).flat_map(one_pass), _loader(images, preprocessing))
     return dataset.batch(batch_size).prefetch(_AHEAD)
@@ -353,6 +354,12 @@ def _map(indices, load):
     options.autotune.enabled = False
     # Images take different times, and the next ones go on while the first is awaited.
     return indices.map(load, num_parallel_calls=2 * threads(), deterministic=True).with_options(options)
+
+
+def _called(function, start, dtypes):
+    """What a function of NumPy returns, called once for every pass, with the pass's first element `start`."""
+    # Said to have no state: in deterministic runs tf.data would otherwise load one image at a time, and none ahead.
+    return tf.numpy_function(function, [start], dtypes, stateful=False)
 
 
 def _read_slice(source, index):

@@ -46,12 +46,7 @@ def decode_pixels(encoded: tf.Tensor | bytes) -> tf.Tensor:
     Raises:
         tf.errors.InvalidArgumentError: the image cannot be decoded, or has more than `MAX_PIXELS` pixels by its header.
     """
-    image = tf.cond(
-        tf.io.is_jpeg(encoded),
-        lambda: _decode_jpeg(encoded),
-        lambda: tf.cond(_starts(encoded, b"BM"), lambda: _decode_bmp(encoded), lambda: _decode_other(encoded)),
-    )
-    return tf.ensure_shape(image, [None, None, 3])
+    return tf.cond(tf.io.is_jpeg(encoded), lambda: _decode_jpeg(encoded), lambda: decode_other(encoded))
 
 
 @functools.lru_cache
@@ -76,8 +71,7 @@ def first_line(error: BaseException) -> str:
     message = re.sub(r"\{\{.*?\}\} ?| ?\[Op:.*", "", str(getattr(error, "message", error)))
     lines = [line.strip() for line in message.splitlines()]
     reason = next((line for line in lines if line and not line.startswith(where)), type(error).__name__)
-    asserted = re.fullmatch(r"assertion failed: \[(.*)\]", reason)
-    return (asserted[1] if asserted else reason)[:200]
+    return re.sub("^StringToNumberOp could not correctly convert string: ", "", reason)[:200]
 
 
 @tf.function(input_signature=_ENCODED, autograph=False)
@@ -88,8 +82,8 @@ def jpeg_shape(encoded: tf.Tensor | bytes) -> tuple[tf.Tensor, tf.Tensor, tf.Ten
         tf.errors.InvalidArgumentError: the header is broken, or says more than `MAX_PIXELS` pixels.
     """
     height, width, _ = tf.unstack(tf.image.extract_jpeg_shape(encoded))
-    with tf.control_dependencies([_check_size(height, width)]):
-        orientation = _orientation(encoded, _find(encoded, 2, _jpeg_segment))
+    encoded = _check_size(height, width, encoded)
+    orientation = _orientation(encoded, _find(encoded, 2, _jpeg_segment))
     turned = _is_one_of(orientation, _TRANSPOSED)
     return tf.where(turned, width, height), tf.where(turned, height, width), orientation
 
@@ -176,31 +170,29 @@ def _decode_upright(encoded, start, segment):
 
 
 @_rare(*_ENCODED)
-def _decode_other(encoded):
-    """Decodes a PNG, GIF or WebP, or fails with TensorFlow's own words."""
+def decode_other(encoded: tf.Tensor) -> tf.Tensor:
+    """`decode_pixels` of an image that is no JPEG. Of an unknown format, it fails with TensorFlow's own words."""
     head = _bytes(encoded, 0, 32)
     is_png, is_gif = _starts(encoded, b"\x89PNG"), _starts(encoded, b"GIF8")
     is_webp = _starts(encoded, b"RIFF") & tf.reduce_all(_is(head[8:12], b"WEBP"))
-    kinds = [is_png, is_gif, is_webp]
+    kinds = [is_png, is_gif, is_webp, _starts(encoded, b"BM")]
 
     def png():
-        size = _check_size(_number(head[20:24], True), _number(head[16:20], True))
-        with tf.control_dependencies([size]):
-            return _decode_upright(encoded, 8, _png_chunk)
+        return _decode_upright(
+            _check_size(_number(head[20:24], True), _number(head[16:20], True), encoded), 8, _png_chunk
+        )
 
     def gif():
-        with tf.control_dependencies([_check_size(_number(head[8:10]), _number(head[6:8]))]):
-            return _decode(_first_frame(encoded))
+        return _decode(_first_frame(_check_size(_number(head[8:10]), _number(head[6:8]), encoded)))
 
     def webp():
-        with tf.control_dependencies([_check_size(*_webp_size(head))]):
-            return _decode_upright(encoded, 12, _webp_chunk)
+        return _decode_upright(_check_size(*_webp_size(head), encoded), 12, _webp_chunk)
 
-    branches = [png, gif, webp, lambda: _decode(encoded)]
-    return tf.switch_case(tf.argmax(tf.cast([*kinds, True], tf.int32), output_type=tf.int32), branches)
+    branches = [png, gif, webp, lambda: _decode_bmp(encoded), lambda: _decode(encoded)]
+    image = tf.switch_case(tf.argmax(tf.cast([*kinds, True], tf.int32), output_type=tf.int32), branches)
+    return tf.ensure_shape(image, [None, None, 3])
 
 
-@_rare(*_ENCODED)
 def _decode_bmp(encoded):
     """Decodes a BMP. TensorFlow knows no palettes, takes compressed rows for pixels, and assumes the usual masks."""
     head = _bytes(encoded, 0, 66)
@@ -211,22 +203,17 @@ def _decode_bmp(encoded):
     bits, compression = _number(head[28:30]), _number(head[30:34])
     masks = tf.reduce_all(_is(head[54:66], bytes([0, 0, 255, 0, 0, 255, 0, 0, 255, 0, 0, 0])))
     plain = (header >= 40) & ((compression == 0) | ((compression == 3) & (bits >= 24) & masks))
-    with tf.control_dependencies(
-        [
-            _check_size(height, width),
-            _check(plain, lambda: "image: expected a BMP without compression. Received: another kind of BMP"),
-        ]
-    ):
-        has_palette = (bits == 1) | (bits == 4) | (bits == 8)
+    encoded = _check_size(height, width, encoded)
+    unsupported = "image: expected a BMP without compression. Received: another kind of BMP"
+    encoded = _check(plain, lambda: unsupported, encoded)
+    has_palette = (bits == 1) | (bits == 4) | (bits == 8)
 
     def palette():
         start, stride = _number(head[10:14]), (width * bits + 31) // 32 * 4
         length = tf.cast(tf.strings.length(encoded), tf.int64)
         whole = (width > 0) & (height > 0) & (start + stride * height <= length)
-        with tf.control_dependencies(
-            [_check(whole, lambda: "image: expected a whole BMP. Received: one that lacks pixels")]
-        ):
-            content = tf.io.decode_raw(tf.strings.substr(encoded, start, stride * height), tf.uint8)
+        checked = _check(whole, lambda: "image: expected a whole BMP. Received: one that lacks pixels", encoded)
+        content = tf.io.decode_raw(tf.strings.substr(checked, start, stride * height), tf.uint8)
         shifts = tf.range(8 - bits, -1, -bits)
         content = tf.cast(tf.reshape(content, [height, stride, 1]), tf.int32)
         mask = tf.bitwise.left_shift(1, tf.cast(bits, tf.int32)) - 1
@@ -237,12 +224,12 @@ def _decode_bmp(encoded):
         # Indices beyond the palette are black.
         colors = tf.where(tf.range(256, dtype=tf.int64)[:, None] < _where(used == 0, 256, used), colors, 0)
         image = tf.gather(tf.cast(colors, tf.uint8), indices)
-        return tf.cond(downwards, lambda: image, lambda: tf.reverse(image, [0]))
+        return tf.raw_ops.Reverse(tensor=image, dims=tf.stack([~downwards, False, False]))
 
     return tf.cond(has_palette, palette, lambda: _decode(encoded))
 
 
-def _check_size(height, width):
+def _check_size(height, width, value):
     height, width = tf.cast(height, tf.int64), tf.cast(width, tf.int64)
 
     def message():
@@ -250,23 +237,26 @@ def _check_size(height, width):
         return tf.strings.join([f"image: expected at most {MAX_PIXELS} pixels. Received: ", size])
 
     # Each alone first, because the product of two numbers of 32 bits may exceed 64 bits.
-    return _check((height <= MAX_PIXELS) & (width <= MAX_PIXELS) & (height * width <= MAX_PIXELS), message)
+    return _check((height <= MAX_PIXELS) & (width <= MAX_PIXELS) & (height * width <= MAX_PIXELS), message, value)
 
 
-def _check(holds, message):
-    """An operation that fails with `message()` unless `holds`."""
-    return tf.debugging.Assert(holds, [message()])
+def _check(holds, message, value):
+    """Returns `value`, or fails with `message()` unless `holds`. Only those that use the result wait for the check.
+
+    `tf.debugging.Assert` has a state: in deterministic runs tf.data would load one image at a time, and none ahead.
+    """
+
+    # A message is no number. Without branches: nested ones cost deterministic runs seconds at every start of a pass.
+    return tf.gather(value[None], tf.strings.to_number(tf.where(holds, "0", message()), tf.int32))
 
 
 def _upright(image, orientation):
     """Turns a stored image `(h, w, 3)` as its EXIF orientation says."""
 
     def turned():
-        transposed = tf.cond(
-            _is_one_of(orientation, _TRANSPOSED), lambda: tf.transpose(image, [1, 0, 2]), lambda: image
-        )
-        mirrored = tf.cond(_is_one_of(orientation, _MIRRORED), lambda: tf.reverse(transposed, [1]), lambda: transposed)
-        return tf.cond(_is_one_of(orientation, _FLIPPED), lambda: tf.reverse(mirrored, [0]), lambda: mirrored)
+        order = tf.where(_is_one_of(orientation, _TRANSPOSED), [1, 0, 2], [0, 1, 2])
+        backwards = tf.stack([_is_one_of(orientation, _FLIPPED), _is_one_of(orientation, _MIRRORED), False])
+        return tf.ensure_shape(tf.raw_ops.Reverse(tensor=tf.transpose(image, order), dims=backwards), [None, None, 3])
 
     return tf.cond(orientation > 1, turned, lambda: image)
 
@@ -399,10 +389,9 @@ def _first_frame(encoded):
     def step(position, inside, framed, blocks, _):
         head = _bytes(encoded, position, 10)
         is_frame, is_extension = ~inside & (head[0] == 0x2C), ~inside & (head[0] == 0x21)
-        checked = tf.cond(is_frame, lambda: _check_frame(_number(head[7:9]), _number(head[5:7])), lambda: True)
-        with tf.control_dependencies([checked]):
-            # A frame's descriptor, its palette and one byte; two bytes of an extension; or a block after its length.
-            size = _where(is_frame, 11 + palette(head[9]), _where(is_extension, 2, _where(inside, 1 + head[0], 1)))
+        # A frame's descriptor, its palette and one byte; two bytes of an extension; or a block after its length.
+        size = _where(is_frame, 11 + palette(head[9]), _where(is_extension, 2, _where(inside, 1 + head[0], 1)))
+        size = _check_size(*(_where(is_frame, _number(side), 0) for side in (head[7:9], head[5:7])), size)
         closes = inside & (head[0] == 0)
         done = (closes & framed) | ~(inside | is_frame | is_extension)
         return position + size, ~closes, framed | is_frame, blocks + 1, done
@@ -411,13 +400,8 @@ def _first_frame(encoded):
     stop, _, _, blocks, _ = tf.while_loop(
         lambda position, inside, framed, blocks, done: ~done & (position < end) & (blocks < _MAX_BLOCKS), step, start
     )
-    few = _check(blocks < _MAX_BLOCKS, lambda: f"image: expected a GIF of at most {_MAX_BLOCKS} blocks a frame")
-    with tf.control_dependencies([few]):
-        return tf.strings.join(
-            [tf.strings.substr(encoded, tf.constant(0, tf.int64), tf.minimum(stop, end)), tf.constant(b";")]
-        )
-
-
-def _check_frame(height, width):
-    with tf.control_dependencies([_check_size(height, width)]):
-        return tf.constant(True)
+    many = f"image: expected a GIF of at most {_MAX_BLOCKS} blocks a frame"
+    encoded = _check(blocks < _MAX_BLOCKS, lambda: many, encoded)
+    return tf.strings.join(
+        [tf.strings.substr(encoded, tf.constant(0, tf.int64), tf.minimum(stop, end)), tf.constant(b";")]
+    )

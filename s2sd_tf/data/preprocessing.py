@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
-from s2sd_tf.data.decoding import decode_jpeg_window, decode_pixels, jpeg_reduction, jpeg_shape
+from s2sd_tf.data.decoding import decode_jpeg_window, decode_other, decode_pixels, jpeg_reduction, jpeg_shape
 from s2sd_tf.files import local_path
 from s2sd_tf.graph_checks import checked_range
 from s2sd_tf.untrusted import read_json_object, reading
@@ -328,7 +328,7 @@ class Preprocessing:
         time and memory than `resize_pixels(decode_pixels(encoded))`, and differs from it by 1/255 on average.
         """
         pixels, box = tf.cond(
-            tf.io.is_jpeg(encoded), lambda: self._jpeg_pixels(encoded), lambda: with_box(decode_pixels(encoded))
+            tf.io.is_jpeg(encoded), lambda: self._jpeg_pixels(encoded), lambda: with_box(decode_other(encoded))
         )
         return self.resize_pixels(pixels, box)
 
