@@ -205,14 +205,14 @@ def _decode_bmp(encoded):
     plain = (header >= 40) & ((compression == 0) | ((compression == 3) & (bits >= 24) & masks))
     encoded = _check_size(height, width, encoded)
     unsupported = "image: expected a BMP without compression. Received: another kind of BMP"
-    encoded = _check(plain, lambda: unsupported, encoded)
+    encoded = _check(plain, unsupported, encoded)
     has_palette = (bits == 1) | (bits == 4) | (bits == 8)
 
     def palette():
         start, stride = _number(head[10:14]), (width * bits + 31) // 32 * 4
         length = tf.cast(tf.strings.length(encoded), tf.int64)
         whole = (width > 0) & (height > 0) & (start + stride * height <= length)
-        checked = _check(whole, lambda: "image: expected a whole BMP. Received: one that lacks pixels", encoded)
+        checked = _check(whole, "image: expected a whole BMP. Received: one that lacks pixels", encoded)
         content = tf.io.decode_raw(tf.strings.substr(checked, start, stride * height), tf.uint8)
         shifts = tf.range(8 - bits, -1, -bits)
         content = tf.cast(tf.reshape(content, [height, stride, 1]), tf.int32)
@@ -231,23 +231,19 @@ def _decode_bmp(encoded):
 
 def _check_size(height, width, value):
     height, width = tf.cast(height, tf.int64), tf.cast(width, tf.int64)
-
-    def message():
-        size = tf.strings.join([tf.strings.as_string(height), " x ", tf.strings.as_string(width)])
-        return tf.strings.join([f"image: expected at most {MAX_PIXELS} pixels. Received: ", size])
-
+    size = [tf.strings.as_string(height), " x ", tf.strings.as_string(width)]
+    message = tf.strings.join([f"image: expected at most {MAX_PIXELS} pixels. Received: ", *size])
     # Each alone first, because the product of two numbers of 32 bits may exceed 64 bits.
     return _check((height <= MAX_PIXELS) & (width <= MAX_PIXELS) & (height * width <= MAX_PIXELS), message, value)
 
 
 def _check(holds, message, value):
-    """Returns `value`, or fails with `message()` unless `holds`. Only those that use the result wait for the check.
+    """Returns `value`, or fails with the message, a string, unless `holds`. Only what uses the result is checked.
 
     `tf.debugging.Assert` has a state: in deterministic runs tf.data would load one image at a time, and none ahead.
     """
-
     # A message is no number. Without branches: nested ones cost deterministic runs seconds at every start of a pass.
-    return tf.gather(value[None], tf.strings.to_number(tf.where(holds, "0", message()), tf.int32))
+    return tf.gather(value[None], tf.strings.to_number(tf.where(holds, "0", message), tf.int32))
 
 
 def _upright(image, orientation):
@@ -401,7 +397,7 @@ def _first_frame(encoded):
         lambda position, inside, framed, blocks, done: ~done & (position < end) & (blocks < _MAX_BLOCKS), step, start
     )
     many = f"image: expected a GIF of at most {_MAX_BLOCKS} blocks a frame"
-    encoded = _check(blocks < _MAX_BLOCKS, lambda: many, encoded)
+    encoded = _check(blocks < _MAX_BLOCKS, many, encoded)
     return tf.strings.join(
         [tf.strings.substr(encoded, tf.constant(0, tf.int64), tf.minimum(stop, end)), tf.constant(b";")]
     )
