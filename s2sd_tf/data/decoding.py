@@ -71,7 +71,9 @@ def first_line(error: BaseException) -> str:
     message = re.sub(r"\{\{.*?\}\} ?| ?\[Op:.*", "", str(getattr(error, "message", error)))
     lines = [line.strip() for line in message.splitlines()]
     reason = next((line for line in lines if line and not line.startswith(where)), type(error).__name__)
-    return re.sub("^StringToNumberOp could not correctly convert string: ", "", reason)[:200]
+    # What `_check` says, and `tf.debugging.Assert`.
+    number = "^StringToNumberOp could not correctly convert string: "
+    return re.sub(r"^assertion failed: \[(.*)\]$", r"\1", re.sub(number, "", reason))[:200]
 
 
 @tf.function(input_signature=_ENCODED, autograph=False)
