@@ -188,7 +188,8 @@ def decode_other(encoded: tf.Tensor) -> tf.Tensor:
         return _decode(_first_frame(_check_size(_number(head[8:10]), _number(head[6:8]), encoded)))
 
     def webp():
-        return _decode_upright(_check_size(*_webp_size(head), encoded), 12, _webp_chunk)
+        height, width = _webp_size(head)
+        return _decode_upright(_check_size(height, width, encoded), 12, _webp_chunk)
 
     branches = [png, gif, webp, lambda: _decode_bmp(encoded), lambda: _decode(encoded)]
     image = tf.switch_case(tf.argmax(tf.cast([*kinds, True], tf.int32), output_type=tf.int32), branches)
@@ -389,7 +390,8 @@ def _first_frame(encoded):
         is_frame, is_extension = ~inside & (head[0] == 0x2C), ~inside & (head[0] == 0x21)
         # A frame's descriptor, its palette and one byte; two bytes of an extension; or a block after its length.
         size = _where(is_frame, 11 + palette(head[9]), _where(is_extension, 2, _where(inside, 1 + head[0], 1)))
-        size = _check_size(*(_where(is_frame, _number(side), 0) for side in (head[7:9], head[5:7])), size)
+        height, width = (_where(is_frame, _number(side), 0) for side in (head[7:9], head[5:7]))
+        size = _check_size(height, width, size)
         closes = inside & (head[0] == 0)
         done = (closes & framed) | ~(inside | is_frame | is_extension)
         return position + size, ~closes, framed | is_frame, blocks + 1, done
