@@ -113,7 +113,7 @@ def thresholds(validation, test):
 
 
 def far_interval(rows, labels, threshold, resamples=1000):
-    """The interval of the share of accepted pairs among those of different classes, when classes are drawn anew."""
+    """The 95% bootstrap interval of the false accept rate at a threshold, which draws classes with replacement."""
     order = np.argsort(labels, kind="stable")
     rows, labels = rows[order].astype(np.float64), labels[order]
     starts = np.flatnonzero(np.r_[True, np.diff(labels) > 0])
