@@ -16,13 +16,12 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
-from s2sd_tf.data.decoding import decode_jpeg_window, decode_other, jpeg_reduction, jpeg_shape
+from s2sd_tf.data.decoding import decode_jpeg_window, decode_other, jpeg_reduction, jpeg_shape, rare, with_box
 from s2sd_tf.data.preprocessing import (
     Preprocessing,
     checked_pixels,
     resize_antialiased,
     to_grayscale,
-    with_box,
     with_channels,
 )
 
@@ -123,10 +122,15 @@ class Augmentation:
         """
         if self.crop == "center":
             return self._finish(preprocessing.resize_bytes(encoded), preprocessing, seed)
+
+        @rare(tf.TensorSpec([], tf.string), tf.TensorSpec([2], tf.int64))
+        def other(encoded, seed):
+            return with_box(self._crop(decode_other(encoded), preprocessing, seed))
+
         pixels, box = tf.cond(
             tf.io.is_jpeg(encoded),
             lambda: self._jpeg_crop(encoded, preprocessing, seed),
-            lambda: with_box(self._crop(decode_other(encoded), preprocessing, seed)),
+            lambda: other(encoded, tf.cast(seed, tf.int64)),
         )
         return self._finish(_resized(preprocessing, pixels, box), preprocessing, seed)
 

@@ -6,7 +6,7 @@ images upright by their EXIF orientation; and it reads the palettes of BMPs.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
@@ -26,11 +26,12 @@ FORMATS = "PNG, JPEG, BMP, GIF or WebP"
 NO_WEBP = "WebP, which this version of TensorFlow does not decode"
 
 
-def _rare(*signature):
+def rare(*signature: tf.TensorSpec) -> Callable:
     """Decorator of a function that few images need.
 
     It is neither inlined nor optimised with its callers, as if it were a function of tf.data. So TensorFlow prepares it
-    when it first runs, and not at every start of a pass, which then takes half the time.
+    when it first runs, and not at every start of a pass, which then takes half the time; and other images do not pass
+    through its operations.
     """
     attributes = {"_noinline": True, "_tf_data_function": True}
     return tf.function(input_signature=signature, autograph=False, experimental_attributes=attributes)
@@ -85,14 +86,18 @@ def jpeg_shape(encoded: tf.Tensor | bytes) -> tuple[tf.Tensor, tf.Tensor, tf.Ten
     """
     height, width, _ = tf.unstack(tf.image.extract_jpeg_shape(encoded))
     encoded = _check_size(height, width, encoded)
-    orientation = _orientation(encoded, _find(encoded, 2, _jpeg_segment))
+    # Most files without EXIF data: a JFIF segment, then the tables.
+    begins = _has(encoded, 2, b"\xff\xe0\x00\x10") & _has(encoded, 20, b"\xff\xdb")
+    orientation = tf.cond(begins, lambda: 1, lambda: _jpeg_orientation(encoded))
     turned = _is_one_of(orientation, _TRANSPOSED)
     return tf.where(turned, width, height), tf.where(turned, height, width), orientation
 
 
-@tf.function(
-    input_signature=[*_ENCODED, tf.TensorSpec([4], tf.int32), *[tf.TensorSpec([], tf.int32)] * 4], autograph=False
-)
+def with_box(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """An image `(h, w, channels)` and its whole area, as `decode_jpeg_window` returns them."""
+    return image, tf.cast(tf.concat([[0, 0], tf.shape(image)[:2]], axis=0), tf.float64)
+
+
 def decode_jpeg_window(
     encoded: tf.Tensor,
     window: tf.Tensor,
@@ -113,6 +118,16 @@ def decode_jpeg_window(
         `(pixels, box)`: uint8 `(h, w, 3)`, and float64 `[top, left, height, width]`, the window in these pixels. If
         `reduction` is 1, they are the window. Otherwise they are the smaller image's pixels that the window touches.
     """
+    return tf.cond(
+        (orientation == 1) & (reduction == 1),
+        lambda: with_box(tf.image.decode_and_crop_jpeg(encoded, window, channels=3)),
+        lambda: _decode_any_jpeg_window(encoded, window, height, width, orientation, reduction),
+    )
+
+
+@rare(*_ENCODED, tf.TensorSpec([4], tf.int32), *[tf.TensorSpec([], tf.int32)] * 4)
+def _decode_any_jpeg_window(encoded, window, height, width, orientation, reduction):
+    """`decode_jpeg_window` of a JPEG that is stored turned, or is decoded smaller."""
     top, left, rows, columns = tf.unstack(window)
     left = tf.where(_is_one_of(orientation, _MIRRORED), width - left - columns, left)
     top = tf.where(_is_one_of(orientation, _FLIPPED), height - top - rows, top)
@@ -152,6 +167,11 @@ def jpeg_reduction(size: Sequence[tf.Tensor], scaled: Sequence[tf.Tensor]) -> tf
     return tf.reduce_max(tf.where(times >= [2.0 * ratio for ratio in _REDUCTIONS], _REDUCTIONS, 1))
 
 
+@rare(*_ENCODED)
+def _jpeg_orientation(encoded):
+    return _orientation(encoded, _find(encoded, 2, _jpeg_segment))
+
+
 def _decode_jpeg(encoded):
     _, _, orientation = jpeg_shape(encoded)
     with tf.control_dependencies([orientation]):
@@ -171,13 +191,13 @@ def _decode_upright(encoded, start, segment):
         return _upright(image, _orientation(encoded, _find(encoded, start, segment)))
 
 
-@_rare(*_ENCODED)
+@rare(*_ENCODED)
 def decode_other(encoded: tf.Tensor) -> tf.Tensor:
     """`decode_pixels` of an image that is no JPEG. Of an unknown format, it fails with TensorFlow's own words."""
     head = _bytes(encoded, 0, 32)
-    is_png, is_gif = _starts(encoded, b"\x89PNG"), _starts(encoded, b"GIF8")
-    is_webp = _starts(encoded, b"RIFF") & tf.reduce_all(_is(head[8:12], b"WEBP"))
-    kinds = [is_png, is_gif, is_webp, _starts(encoded, b"BM")]
+    is_png, is_gif = _has(encoded, 0, b"\x89PNG"), _has(encoded, 0, b"GIF8")
+    is_webp = _has(encoded, 0, b"RIFF") & tf.reduce_all(_is(head[8:12], b"WEBP"))
+    kinds = [is_png, is_gif, is_webp, _has(encoded, 0, b"BM")]
 
     def png():
         return _decode_upright(
@@ -268,8 +288,8 @@ def _is_one_of(value, values):
     return tf.reduce_any(value == tf.constant(values))
 
 
-def _starts(encoded, prefix):
-    return tf.strings.substr(encoded, 0, len(prefix)) == prefix
+def _has(encoded, start, content):
+    return tf.strings.substr(encoded, start, len(content)) == content
 
 
 def _is(values, expected):
@@ -356,7 +376,7 @@ def _orientation(encoded, start):
     return tf.cond(start > 0, lambda: _read_orientation(encoded, start), lambda: 1)
 
 
-@_rare(*_ENCODED, tf.TensorSpec([], tf.int64))
+@rare(*_ENCODED, tf.TensorSpec([], tf.int64))
 def _read_orientation(encoded, start):
     head = _bytes(encoded, start, 8)
     big_endian = head[0] == ord("M")

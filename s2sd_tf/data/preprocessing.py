@@ -11,7 +11,14 @@ import numpy as np
 import tensorflow as tf
 
 from s2sd_tf.checks import checked_int
-from s2sd_tf.data.decoding import decode_jpeg_window, decode_other, decode_pixels, jpeg_reduction, jpeg_shape
+from s2sd_tf.data.decoding import (
+    decode_jpeg_window,
+    decode_other,
+    decode_pixels,
+    jpeg_reduction,
+    jpeg_shape,
+    with_box,
+)
 from s2sd_tf.files import local_path
 from s2sd_tf.graph_checks import checked_range
 from s2sd_tf.untrusted import read_json_object, reading
@@ -75,68 +82,65 @@ def resize_antialiased(
     return _resized_window(images, [height, width], [0, 0], [height, width], box)
 
 
-def with_box(image: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """An image `(h, w, channels)` and its whole area as the `box` of `resize_antialiased`."""
-    return image, tf.cast(tf.stack([0, 0, *_sizes(image)[:2]]), tf.float64)
-
-
 def _resized_window(images, size, corner, window, box=None):
     """The window `(height, width)` at `corner` of the box of images, resized to `size`; all are ints or int scalars.
 
     Only the part of the images that the window needs is resized. So neither time nor memory depends on `size`.
     """
-    lengths = _sizes(images)[-3:-1]
-    offsets, extents = ([0.0, 0.0], lengths) if box is None else (tf.unstack(box[:2]), tf.unstack(box[2:]))
-    sides = zip(lengths, offsets, extents, size, corner, window)
-    starts, spans, scales, shifts = zip(*[_needed(*side) for side in sides])
-    images = images[..., starts[0] : starts[0] + spans[0], starts[1] : starts[1] + spans[1], :]
-    scale_rows = functools.partial(_scale_axis, axis=-3, size=window[0], scale=scales[0], shift=shifts[0])
-    scale_columns = functools.partial(_scale_axis, axis=-2, size=window[1], scale=scales[1], shift=shifts[1])
+    *batch, channels = [*images.shape[:-3], images.shape[-1]]
+    start, span, scale, shift = _needed(tf.shape(images)[-3:-1], box, size, corner, window)
+    sides = [[len(batch), 1]]
+    images = tf.slice(images, tf.pad(start, sides), tf.pad(span, sides, constant_values=-1))
+    images.set_shape([*batch, None, None, channels])
+    rows, columns = [
+        functools.partial(_scale_axis, *side) for side in zip((-3, -2), *map(tf.unstack, (span, scale, shift)), window)
+    ]
     # Long strips would need much memory between the two steps in the usual order.
-    between = tf.cast(window[0], tf.int64) * tf.cast(spans[1], tf.int64)
-    return tf.cond(
-        between <= _MOST_BETWEEN,
-        lambda: scale_columns(scale_rows(images)),
-        lambda: scale_rows(scale_columns(images)),
-    )
+    between = tf.cast(window[0], tf.int64) * tf.cast(span[1], tf.int64)
+    return tf.cond(between <= _MOST_BETWEEN, lambda: columns(rows(images)), lambda: rows(columns(images)))
 
 
-def _needed(length, offset, extent, new, begin, count):
-    """What `count` pixels from `begin` on need of `extent` of the `length` pixels of a side, scaled to `new` pixels.
+def _needed(lengths, box, new, begin, count):
+    """What `count` pixels from `begin` on need of the sides of an image, of which the box is scaled to `new` pixels.
 
     Args:
-        offset: where the extent begins, a float as the extent itself.
+        lengths: int32 `(2,)`, height and width of the image; `new`, `begin` and `count` are pairs of ints or int
+            scalars, too.
+        box: see `resize_antialiased`.
 
     Returns:
-        `(start, span, scale, shift)`: the part of the side, the factor that scales it, and where it then begins.
+        `(start, span, scale, shift)`: the part of the sides, the factors that scale it, and where it then begins.
     """
+    offset, extent = (tf.zeros([2], tf.float64), lengths) if box is None else (box[:2], box[2:])
     scale = tf.cast(new, tf.float32) / tf.cast(extent, tf.float32)
-    begin, offset = tf.cast(begin, tf.float64), tf.cast(offset, tf.float64)
+    begin = tf.cast(begin, tf.float64)
     # The triangle of the antialiasing reaches as far as one pixel of the smaller image.
     step = 1.0 / tf.cast(scale, tf.float64)
     reach = tf.maximum(step, 1.0) + 1.0
     start = tf.maximum(tf.floor((begin + 0.5) * step + offset - reach), 0.0)
     end = tf.math.ceil((begin + tf.cast(count, tf.float64) - 0.5) * step + offset + reach)
-    span = tf.minimum(end, tf.cast(length, tf.float64)) - start
+    span = tf.minimum(end, tf.cast(lengths, tf.float64)) - start
     shift = tf.cast((start - offset) * tf.cast(scale, tf.float64) - begin, tf.float32)
     return tf.cast(start, tf.int32), tf.cast(span, tf.int32), scale, shift
 
 
-def _scale_axis(images, axis, size, scale, shift):
-    """Scales the height (axis -3) or width (-2) of images by `scale`; returns `size` pixels from `-shift` on."""
-    *batch, height, width, channels = _sizes(images)
+def _scale_axis(axis, length, scale, shift, size, images):
+    """Scales the height (axis -3) or width (-2) of images, `length` pixels, by `scale`; returns `size` pixels from
+    `-shift` on.
+    """
+    *batch, channels = [*_sizes(images)[:-3], images.shape[-1]]
     swap = [*range(len(batch)), len(batch) + 1, len(batch), len(batch) + 2]
     if axis == -2:
-        images, height, width = tf.transpose(images, swap), width, height
+        images = tf.transpose(images, swap)
     images = tf.raw_ops.ScaleAndTranslate(
-        images=tf.reshape(images, [math.prod(batch), height, 1, width * channels]),
+        images=tf.reshape(images, [math.prod(batch), length, 1, -1]),
         size=tf.stack([size, 1]),
         scale=tf.stack([scale, 1.0]),
         translation=tf.stack([shift, 0.0]),
         kernel_type="triangle",
         antialias=True,
     )
-    images = tf.reshape(images, [*batch, size, width, channels])
+    images = tf.reshape(images, [*batch, size, -1, channels])
     return tf.transpose(images, swap) if axis == -2 else images
 
 
@@ -262,7 +266,7 @@ class Preprocessing:
         # As rows of width * channels: TensorFlow is five times slower if it broadcasts over the channels only.
         rows = tf.reshape(images, [*_sizes(images)[:-2], self.width * self.channels])
         mean, std = (
-            tf.tile(tf.broadcast_to(tf.constant(value, images.dtype), [self.channels]), [self.width])
+            tf.constant(np.tile(np.broadcast_to(value, self.channels), self.width), images.dtype)
             for value in (self.mean, self.std)
         )
         return tf.reshape((rows - mean) / std, _sizes(images))
