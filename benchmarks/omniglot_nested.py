@@ -10,6 +10,9 @@ others, have the settings of `omniglot_s2sd.py` and are taken from its results a
 
 Every finished run is added to `omniglot_nested.json` in `--results`, and not trained again. At the end, the table (.md)
 and the plot (.png) are written beside it.
+
+`--search` shows how the weights of the prefixes were chosen: it holds out 28 of the 136 training characters, and writes
+`omniglot_nested_search.md`, from the held-out characters only.
 """
 
 import os
@@ -36,12 +39,15 @@ _SEPARATE = flags.DEFINE_string(
     "separate", os.path.join(RESULTS, "omniglot_s2sd.json"), "Results of the models for each dimension."
 )
 _TRAIN_SEPARATE = flags.DEFINE_bool("train_separate", False, "Train the models for each dimension, too.")
+_SEARCH = flags.DEFINE_bool("search", False, "Search for `nested_weights` on held-out training characters.")
 _JOBS = flags.DEFINE_integer("jobs", 2, "Parallel runs, one thread each.", lower_bound=1)
 _FLAGS = flags.DEFINE_multi_string("config_flags", [], "A flag for every run: --config_flags=--config.train.epochs=1")
 
 DIMS = (8, 16, 32, 64)
 PREFIXES = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 SEEDS = {8: 5, 16: 5, 32: 3, 64: 3}
+# What was searched: weights of the prefixes, () for equal ones.
+SEARCHED = ((), (2, 1, 1, 1), (4, 1, 1, 1), (4, 2, 1, 1))
 NESTED, SEPARATE = "nested", "separate"
 NAMES = {
     (NESTED, "s2sd"): "one nested model with S2SD",
@@ -52,6 +58,9 @@ NAMES = {
 
 
 def main(_):
+    if _SEARCH.value:
+        _search()
+        return
     path = os.path.join(_RESULTS.value, "omniglot_nested.json")
     content = read_json(path) if os.path.exists(path) else {"config_flags": _FLAGS.value, "runs": {}}
     if content["config_flags"] != _FLAGS.value:
@@ -71,6 +80,42 @@ def main(_):
     with replacing(os.path.join(_RESULTS.value, "omniglot_nested.md")) as temporary, open(temporary, "w") as file:
         file.write("\n".join(lines) + "\n")
     _draw(content, os.path.join(_RESULTS.value, "omniglot_nested.png"))
+
+
+def _search(seeds=3):
+    """Writes the metrics of every prefix on held-out characters, by the weights of the prefixes."""
+    runs = {
+        weights: [os.path.join(_WORKDIR.value, f"search_{'_'.join(map(str, weights))}_{seed}") for seed in range(seeds)]
+        for weights in SEARCHED
+    }
+    given = {
+        workdir: [
+            *_arguments(_name(NESTED, "s2sd", 64, seed)),
+            f"--config.s2sd.nested_weights={weights}",
+            "--config.data.validation_classes=28",
+        ]
+        for weights, workdirs in runs.items()
+        for seed, workdir in enumerate(workdirs)
+    }
+    # All weights with the first seed, then with the next.
+    run_all({workdir: given[workdir] for group in zip(*runs.values()) for workdir in group}, _JOBS.value)
+    lines = [
+        f"Recall@1 / MAP@R of the prefixes in percent on 28 held-out training characters, mean over {seeds} seeds.",
+        "",
+        f"| weights | {' | '.join(map(str, DIMS))} | mean |",
+        "|---" * (len(DIMS) + 2) + "|",
+    ]
+    for weights, workdirs in runs.items():
+        found = [_prefixes(workdir, "validation") for workdir in workdirs]
+        means = np.mean([[[one[str(dim)][name] for name in ("recall@1", "map@r")] for dim in DIMS] for one in found], 0)
+        cells = [f"{100 * recall:.1f} / {100 * precision:.1f}" for recall, precision in [*means, means.mean(0)]]
+        lines.append(f"| {weights or 'equal'} | {' | '.join(cells)} |")
+    print("\n".join(lines))
+    with (
+        replacing(os.path.join(_RESULTS.value, "omniglot_nested_search.md")) as temporary,
+        open(temporary, "w") as file,
+    ):
+        file.write("\n".join(lines) + "\n")
 
 
 def _planned(separate):
@@ -94,13 +139,13 @@ def _arguments(name):
     return [*flags_, *nested, *_FLAGS.value]
 
 
-def _prefixes(workdir):
-    """The metrics of a run's test images by dimension, of all prefixes that the model has."""
+def _prefixes(workdir, part="test"):
+    """The metrics of a run's images by dimension, of all prefixes that the model has."""
     model, config, preprocessing = load_run(workdir)
-    test = load_data(config).test
-    rows = embed(model, test, preprocessing)
+    images = getattr(load_data(config), part)
+    rows = embed(model, images, preprocessing)
     return {
-        str(dim): evaluation.retrieval_metrics(truncate(rows, dim), test.labels, ks=config.eval.ks)
+        str(dim): evaluation.retrieval_metrics(truncate(rows, dim), images.labels, ks=config.eval.ks)
         for dim in PREFIXES
         if dim <= rows.shape[1]
     }
