@@ -1,7 +1,9 @@
 """Funnel search: shortlists by prefixes, tuned to a recall; saved, loaded, changed, and in the retrieval SavedModel."""
 
 import concurrent.futures
+import gc
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -188,10 +190,17 @@ def test_no_clusters_if_neighbours_are_in_many_of_them(rows, monkeypatch):
     assert index.settings.keys() == {"dim", "codes", "shortlist"}
 
 
-def test_tiles_do_not_keep_all_codes():
-    units = np.eye(5, dtype=np.float32)[np.arange(513) % 5]
-    shortlist = make_shortlist(units, 5, "float32", 0.99, 10, 0)
-    assert all(tile.codes.base is None for tile in shortlist._tiles)
+def test_codes_are_held_once():
+    # The last tile has one item.
+    units = np.eye(32, dtype=np.float32)[np.arange(2**16 + 1) % 32]
+    tracemalloc.start()
+    try:
+        shortlist = make_shortlist(units, 32, "float32", 0.99, 10, 0)
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert units.nbytes == shortlist.bytes_per_item * len(units) <= held < 1.5 * units.nbytes
 
 
 @pytest.mark.parametrize("codes", ["float32", "bits", pytest.param("scann", marks=needs_scann)])
