@@ -2,8 +2,8 @@ r"""One nested model against a model for each dimension: Omniglot, plain objecti
 
     python benchmarks/omniglot_nested.py --workdir=runs/omniglot_nested
 
-Trains `configs/omniglot.py` (50 epochs) with a base embedding of 64 dimensions and `nested_dims=(8, 16, 32, 64)`, with
-S2SD and with the plain objective, 5 seeds each; and, with S2SD and without prefixes, one of 64 dimensions, 3 seeds.
+Trains `configs/omniglot.py` (50 epochs) with a base embedding of 64 dimensions, `nested_dims=(8, 16, 32, 64)` and
+`nested_weights=(4, 1, 1, 1)`, with S2SD and with the plain objective, 5 seeds each; and, with S2SD and without prefixes, one of 64 dimensions, 3 seeds.
 Evaluates the prefixes of all of them from 4 to 64. The models for each dimension, 5 seeds at 8 and 16 and 3 at the
 others, have the settings of `omniglot_s2sd.py` and are taken from its results as far as they are there;
 --train_separate trains all of them. Each dimension is compared over the seeds of its models.
@@ -46,7 +46,8 @@ _FLAGS = flags.DEFINE_multi_string("config_flags", [], "A flag for every run: --
 DIMS = (8, 16, 32, 64)
 PREFIXES = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 SEEDS = {8: 5, 16: 5, 32: 3, 64: 3}
-# What was searched: weights of the prefixes, () for equal ones.
+# The weights of the prefixes, and those that were searched, () for equal ones.
+WEIGHTS = (4, 1, 1, 1)
 SEARCHED = ((), (2, 1, 1, 1), (4, 1, 1, 1), (4, 2, 1, 1))
 NESTED, SEPARATE = "nested", "separate"
 NAMES = {
@@ -135,8 +136,8 @@ def _name(way, kind, dim, seed):
 def _arguments(name):
     way, kind, dim, seed = name.split("_")
     flags_ = arguments(_DATA_DIR.value, int(dim.removeprefix("dim")), kind, int(seed.removeprefix("seed")))
-    nested = [f"--config.s2sd.nested_dims={DIMS}"] if way == NESTED else []
-    return [*flags_, *nested, *_FLAGS.value]
+    nested = [f"--config.s2sd.nested_dims={DIMS}", f"--config.s2sd.nested_weights={WEIGHTS}"]
+    return [*flags_, *(nested if way == NESTED else []), *_FLAGS.value]
 
 
 def _prefixes(workdir, part="test"):
