@@ -3,8 +3,9 @@ r"""One nested model against a model for each dimension: Omniglot, plain objecti
     python benchmarks/omniglot_nested.py --workdir=runs/omniglot_nested
 
 Trains `configs/omniglot.py` (50 epochs) with a base embedding of 64 dimensions, `nested_dims=(8, 16, 32, 64)` and
-`nested_weights=(4, 1, 1, 1)`, with S2SD and with the plain objective, 5 seeds each; and, with S2SD and without prefixes, one of 64 dimensions, 3 seeds.
-Evaluates the prefixes of all of them from 4 to 64. The models for each dimension, 5 seeds at 8 and 16 and 3 at the
+`nested_weights=(4, 1, 1, 1)`, with S2SD and with the plain objective, 5 seeds each; and, with S2SD and without
+prefixes, one of 64 dimensions, 3 seeds. Evaluates the prefixes of all of them from 4 to 64.
+The models for each dimension, 5 seeds at 8 and 16 and 3 at the
 others, have the settings of `omniglot_s2sd.py` and are taken from its results as far as they are there;
 --train_separate trains all of them. Each dimension is compared over the seeds of its models.
 
