@@ -4,10 +4,9 @@ r"""One nested model against a model for each dimension: Omniglot, plain objecti
 
 Trains `configs/omniglot.py` (50 epochs) with a base embedding of 64 dimensions, `nested_dims=(8, 16, 32, 64)` and
 `nested_weights=(4, 1, 1, 1)`, with S2SD and with the plain objective, 5 seeds each; and, with S2SD and without
-prefixes, one of 64 dimensions, 3 seeds. Evaluates the prefixes of all of them from 4 to 64.
-The models for each dimension, 5 seeds at 8 and 16 and 3 at the
-others, have the settings of `omniglot_s2sd.py` and are taken from its results as far as they are there;
---train_separate trains all of them. Each dimension is compared over the seeds of its models.
+prefixes, one of 64 dimensions. Evaluates the prefixes of all of them from 4 to 64. The models for each dimension have
+the settings of `omniglot_s2sd.py` and are taken from its results as far as they are there; --train_separate trains all
+of them.
 
 Every finished run is added to `omniglot_nested.json` in `--results`, and not trained again. At the end, the table (.md)
 and the plot (.png) are written beside it.
@@ -46,7 +45,7 @@ _FLAGS = flags.DEFINE_multi_string("config_flags", [], "A flag for every run: --
 
 DIMS = (8, 16, 32, 64)
 PREFIXES = (4, 6, 8, 12, 16, 24, 32, 48, 64)
-SEEDS = {8: 5, 16: 5, 32: 3, 64: 3}
+SEEDS = 5
 # The weights of the prefixes, and those that were searched, () for equal ones.
 WEIGHTS = (4, 1, 1, 1)
 SEARCHED = ((), (2, 1, 1, 1), (4, 1, 1, 1), (4, 2, 1, 1))
@@ -123,10 +122,10 @@ def _search(seeds=3):
 def _planned(separate):
     """Names of the runs, those that decide first. Of the models for each dimension, those not in `separate`."""
     kinds = ("s2sd", "plain")
-    names = [_name(NESTED, kind, 64, seed) for seed in range(max(SEEDS.values())) for kind in kinds]
+    names = [_name(NESTED, kind, 64, seed) for seed in range(SEEDS) for kind in kinds]
     # Of these, the prefixes too.
-    names += [_name(SEPARATE, "s2sd", 64, seed) for seed in range(SEEDS[64])]
-    others = [_name(SEPARATE, kind, dim, seed) for dim in DIMS for seed in range(SEEDS[dim]) for kind in kinds]
+    names += [_name(SEPARATE, "s2sd", 64, seed) for seed in range(SEEDS)]
+    others = [_name(SEPARATE, kind, dim, seed) for dim in DIMS for seed in range(SEEDS) for kind in kinds]
     return list(dict.fromkeys(names + [name for name in others if name not in separate]))
 
 
@@ -166,7 +165,7 @@ def _rows(runs):
     """A row for each dimension and way of training: the metrics, and recall@1 less that of the separate models."""
     rows = []
     for dim in DIMS:
-        seeds = range(SEEDS[dim])
+        seeds = range(SEEDS)
         found = {}
         for way, kind in NAMES:
             names = [_name(way, kind, 64 if way == NESTED else dim, seed) for seed in seeds]
@@ -214,7 +213,7 @@ def _draw(content, path):
         "S2SD of 64 dimensions, its prefixes": ((SEPARATE, "s2sd"), "#d1701f", ":"),
     }
     for label, ((way, kind), color, style) in curves.items():
-        runs = [content["runs"][name] for name in (_name(way, kind, 64, seed) for seed in range(SEEDS[64]))]
+        runs = [content["runs"][name] for name in (_name(way, kind, 64, seed) for seed in range(SEEDS))]
         means = [100 * np.mean([run["dims"][str(dim)]["recall@1"] for run in runs]) for dim in PREFIXES]
         axes.plot(PREFIXES, means, style, color=color, label=label)
     for kind in ("s2sd", "plain"):
