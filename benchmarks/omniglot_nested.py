@@ -2,17 +2,17 @@ r"""One nested model against a model for each dimension: Omniglot, plain objecti
 
     python benchmarks/omniglot_nested.py --workdir=runs/omniglot_nested
 
-Trains `configs/omniglot.py` (50 epochs) with a base embedding of 64 dimensions, `nested_dims=(8, 16, 32, 64)` and
-`nested_weights=(4, 1, 1, 1)`, with S2SD and with the plain objective, 5 seeds each; and, with S2SD and without
-prefixes, one of 64 dimensions. Evaluates the prefixes of all of them from 4 to 64. The models for each dimension have
+Trains `configs/omniglot.py` (50 epochs) with a base embedding of 64 dimensions and `nested_dims=(8, 16, 32, 64)`, with
+S2SD and with the plain objective, 5 seeds each, with several `nested_weights`; and, with S2SD and without prefixes, one
+of 64 dimensions. Evaluates the prefixes of all of them from 4 to 64. The models for each dimension have
 the settings of `omniglot_s2sd.py` and are taken from its results as far as they are there; --train_separate trains all
 of them.
 
 Every finished run is added to `omniglot_nested.json` in `--results`, and not trained again. At the end, the table (.md)
 and the plot (.png) are written beside it.
 
-`--search` shows how the weights of the prefixes were chosen: it holds out 28 of the 136 training characters, and writes
-`omniglot_nested_search.md`, from the held-out characters only.
+`--search` compares the weights of the prefixes without the test characters: it holds out 28 of the 136 training
+characters, and writes `omniglot_nested_search.md`, from these only.
 """
 
 import os
@@ -46,14 +46,17 @@ _FLAGS = flags.DEFINE_multi_string("config_flags", [], "A flag for every run: --
 DIMS = (8, 16, 32, 64)
 PREFIXES = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 SEEDS = 5
-# The weights of the prefixes, and those that were searched, () for equal ones.
-WEIGHTS = (4, 1, 1, 1)
-SEARCHED = ((), (2, 1, 1, 1), (4, 1, 1, 1), (4, 2, 1, 1))
-NESTED, SEPARATE = "nested", "separate"
+# The weights of the prefixes of the nested models, () for equal ones; and one more that was searched.
+NESTED = {"nested": (), "nested2": (2, 1, 1, 1), "nested4": (4, 1, 1, 1)}
+SEARCHED = (*NESTED.values(), (4, 2, 1, 1))
+SEPARATE = "separate"
 NAMES = {
-    (NESTED, "s2sd"): "one nested model with S2SD",
+    ("nested", "s2sd"): "one nested model with S2SD",
+    ("nested2", "s2sd"): "the same, weights 2, 1, 1, 1",
+    ("nested4", "s2sd"): "the same, weights 4, 1, 1, 1",
     (SEPARATE, "s2sd"): "a model for each dimension, with S2SD",
-    (NESTED, "plain"): "one nested model, plain objective",
+    ("nested", "plain"): "one nested model, plain objective",
+    ("nested4", "plain"): "the same, weights 4, 1, 1, 1",
     (SEPARATE, "plain"): "a model for each dimension, plain objective",
 }
 
@@ -91,7 +94,7 @@ def _search(seeds=3):
     }
     given = {
         workdir: [
-            *_arguments(_name(NESTED, "s2sd", 64, seed)),
+            *_arguments(_name("nested", "s2sd", 64, seed)),
             f"--config.s2sd.nested_weights={weights}",
             "--config.data.validation_classes=28",
         ]
@@ -121,11 +124,11 @@ def _search(seeds=3):
 
 def _planned(separate):
     """Names of the runs, those that decide first. Of the models for each dimension, those not in `separate`."""
-    kinds = ("s2sd", "plain")
-    names = [_name(NESTED, kind, 64, seed) for seed in range(SEEDS) for kind in kinds]
+    seeds = range(SEEDS)
+    names = [_name(way, kind, 64, seed) for seed in seeds for way, kind in NAMES if way in NESTED]
     # Of these, the prefixes too.
-    names += [_name(SEPARATE, "s2sd", 64, seed) for seed in range(SEEDS)]
-    others = [_name(SEPARATE, kind, dim, seed) for dim in DIMS for seed in range(SEEDS) for kind in kinds]
+    names += [_name(SEPARATE, "s2sd", 64, seed) for seed in seeds]
+    others = [_name(SEPARATE, kind, dim, seed) for dim in DIMS for seed in seeds for kind in ("s2sd", "plain")]
     return list(dict.fromkeys(names + [name for name in others if name not in separate]))
 
 
@@ -136,8 +139,9 @@ def _name(way, kind, dim, seed):
 def _arguments(name):
     way, kind, dim, seed = name.split("_")
     flags_ = arguments(_DATA_DIR.value, int(dim.removeprefix("dim")), kind, int(seed.removeprefix("seed")))
-    nested = [f"--config.s2sd.nested_dims={DIMS}", f"--config.s2sd.nested_weights={WEIGHTS}"]
-    return [*flags_, *(nested if way == NESTED else []), *_FLAGS.value]
+    if way in NESTED:
+        flags_ += [f"--config.s2sd.nested_dims={DIMS}", f"--config.s2sd.nested_weights={NESTED[way]}"]
+    return [*flags_, *_FLAGS.value]
 
 
 def _prefixes(workdir, part="test"):
@@ -168,7 +172,7 @@ def _rows(runs):
         seeds = range(SEEDS)
         found = {}
         for way, kind in NAMES:
-            names = [_name(way, kind, 64 if way == NESTED else dim, seed) for seed in seeds]
+            names = [_name(way, kind, 64 if way in NESTED else dim, seed) for seed in seeds]
             found[way, kind] = [runs[name]["dims"][str(dim)] for name in names]
         for (way, kind), metrics in found.items():
             row = {"dim": dim, "way": way, "kind": kind, "seeds": len(seeds)}
@@ -187,29 +191,36 @@ def _table(rows):
     for row in rows:
         cells = [f"{100 * row[name][0]:.1f} ± {100 * row[name][1]:.1f}" for name in ("recall@1", "recall@2", "map@r")]
         gains = [
-            f"{100 * row['over_separate']:+.1f}" if row["way"] == NESTED else "",
+            f"{100 * row['over_separate']:+.1f}" if row["way"] in NESTED else "",
             f"{100 * row['over_plain']:+.1f}" if row["kind"] == "s2sd" else "",
         ]
         names = [str(row["dim"]), NAMES[row["way"], row["kind"]], str(row["seeds"])]
         lines.append(f"| {' | '.join([*names, *cells, *gains])} |")
-    nested = [row for row in rows if row["way"] == NESTED and row["kind"] == "s2sd"]
-    mean = 100 * float(np.mean([row["over_separate"] for row in nested]))
-    least = 100 * min(row["over_plain"] for row in nested)
-    return [
-        *lines,
+    lines += [
         "",
         "Gains are of recall@1 in percentage points, over the models for each dimension with the same objective, and "
-        f"over the plain ones. One nested model with S2SD against a model for each dimension, mean over {list(DIMS)}: "
-        f"{mean:+.1f}; against plain, at least {least:+.1f}.",
+        f"over the plain ones. Nested models with S2SD over {list(DIMS)}, by their weights:",
+        "",
     ]
+    for way, weights in NESTED.items():
+        nested = [row for row in rows if (row["way"], row["kind"]) == (way, "s2sd")]
+        over = [100 * row["over_separate"] for row in nested]
+        least = 100 * min(row["over_plain"] for row in nested)
+        lines.append(
+            f"- {weights or 'equal'}: over a model each {np.mean(over):+.1f} on average, {min(over):+.1f} at least; "
+            f"over plain {least:+.1f} at least"
+        )
+    return lines
 
 
 def _draw(content, path):
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.add_subplot()
     curves = {
-        "one nested model with S2SD, its prefixes": ((NESTED, "s2sd"), COLORS["s2sd"], "-"),
-        "one nested model, plain objective, its prefixes": ((NESTED, "plain"), COLORS["plain"], "-"),
+        "one nested model with S2SD, its prefixes": (("nested", "s2sd"), COLORS["s2sd"], "-"),
+        "the same, weights 2, 1, 1, 1": (("nested2", "s2sd"), COLORS["s2sd"], "--"),
+        "the same, weights 4, 1, 1, 1": (("nested4", "s2sd"), COLORS["s2sd"], "-."),
+        "one nested model, plain objective, its prefixes": (("nested", "plain"), COLORS["plain"], "-"),
         "S2SD of 64 dimensions, its prefixes": ((SEPARATE, "s2sd"), "#d1701f", ":"),
     }
     for label, ((way, kind), color, style) in curves.items():
