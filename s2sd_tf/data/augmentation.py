@@ -123,10 +123,12 @@ class Augmentation:
         if self.crop == "center":
             return self._finish(preprocessing.resize_bytes(encoded), preprocessing, seed)
 
-        @rare(tf.TensorSpec([], tf.string), tf.TensorSpec([2], tf.int64))
         def other(encoded, seed):
             return with_box(self._crop(decode_other(encoded), preprocessing, seed))
 
+        # Eagerly it would be traced for every image.
+        if not tf.executing_eagerly():
+            other = rare(tf.TensorSpec([], tf.string), tf.TensorSpec([2], tf.int64))(other)
         pixels, box = tf.cond(
             tf.io.is_jpeg(encoded),
             lambda: self._jpeg_crop(encoded, preprocessing, seed),

@@ -87,16 +87,16 @@ def _resized_window(images, size, corner, window, box=None):
 
     Only the part of the images that the window needs is resized. So neither time nor memory depends on `size`.
     """
-    *batch, channels = [*images.shape[:-3], images.shape[-1]]
     start, span, scale, shift = _needed(tf.shape(images)[-3:-1], box, size, corner, window)
+    *batch, _, _, channels = images.shape.as_list()
     sides = [[len(batch), 1]]
     images = tf.slice(images, tf.pad(start, sides), tf.pad(span, sides, constant_values=-1))
     images.set_shape([*batch, None, None, channels])
-    rows, columns = [
-        functools.partial(_scale_axis, *side) for side in zip((-3, -2), *map(tf.unstack, (span, scale, shift)), window)
-    ]
+    spans, scales, shifts = (tf.unstack(pair) for pair in (span, scale, shift))
+    rows = functools.partial(_scale_axis, axis=-3, length=spans[0], size=window[0], scale=scales[0], shift=shifts[0])
+    columns = functools.partial(_scale_axis, axis=-2, length=spans[1], size=window[1], scale=scales[1], shift=shifts[1])
     # Long strips would need much memory between the two steps in the usual order.
-    between = tf.cast(window[0], tf.int64) * tf.cast(span[1], tf.int64)
+    between = tf.cast(window[0], tf.int64) * tf.cast(spans[1], tf.int64)
     return tf.cond(between <= _MOST_BETWEEN, lambda: columns(rows(images)), lambda: rows(columns(images)))
 
 
@@ -124,11 +124,11 @@ def _needed(lengths, box, new, begin, count):
     return tf.cast(start, tf.int32), tf.cast(span, tf.int32), scale, shift
 
 
-def _scale_axis(axis, length, scale, shift, size, images):
+def _scale_axis(images, axis, length, size, scale, shift):
     """Scales the height (axis -3) or width (-2) of images, `length` pixels, by `scale`; returns `size` pixels from
     `-shift` on.
     """
-    *batch, channels = [*_sizes(images)[:-3], images.shape[-1]]
+    *batch, _, _, channels = _sizes(images)
     swap = [*range(len(batch)), len(batch) + 1, len(batch), len(batch) + 2]
     if axis == -2:
         images = tf.transpose(images, swap)
