@@ -4,9 +4,8 @@ r"""One nested model against a model for each dimension: Omniglot, plain objecti
 
 Trains `configs/omniglot.py` (50 epochs) with a base embedding of 64 dimensions and `nested_dims=(8, 16, 32, 64)`, with
 S2SD and with the plain objective, 5 seeds each, with several `nested_weights`; and, with S2SD and without prefixes, one
-of 64 dimensions. Evaluates the prefixes of all of them from 4 to 64. The models for each dimension have
-the settings of `omniglot_s2sd.py` and are taken from its results as far as they are there; --train_separate trains all
-of them.
+of 64 dimensions. Evaluates the prefixes of all of them from 4 to 64. The models for each dimension have the settings of
+`omniglot_s2sd.py` and are taken from its results as far as they are there; --train_separate trains all of them.
 
 Every finished run is added to `omniglot_nested.json` in `--results`, and not trained again. At the end, the table (.md)
 and the plot (.png) are written beside it.
@@ -79,10 +78,7 @@ def main(_):
             write_json(path, content)
     content["rows"] = _rows({**content["runs"], **separate})
     write_json(path, content)
-    lines = _table(content["rows"])
-    print("\n".join(lines))
-    with replacing(os.path.join(_RESULTS.value, "omniglot_nested.md")) as temporary, open(temporary, "w") as file:
-        file.write("\n".join(lines) + "\n")
+    _write(_table(content["rows"]), "omniglot_nested.md")
     _draw(content, os.path.join(_RESULTS.value, "omniglot_nested.png"))
 
 
@@ -114,12 +110,15 @@ def _search(seeds=3):
         means = np.mean([[[one[str(dim)][name] for name in ("recall@1", "map@r")] for dim in DIMS] for one in found], 0)
         cells = [f"{100 * recall:.1f} / {100 * precision:.1f}" for recall, precision in [*means, means.mean(0)]]
         lines.append(f"| {weights or 'equal'} | {' | '.join(cells)} |")
-    print("\n".join(lines))
-    with (
-        replacing(os.path.join(_RESULTS.value, "omniglot_nested_search.md")) as temporary,
-        open(temporary, "w") as file,
-    ):
-        file.write("\n".join(lines) + "\n")
+    _write(lines, "omniglot_nested_search.md")
+
+
+def _write(lines, name):
+    """Prints a table and writes it into `--results`."""
+    text = "\n".join(lines) + "\n"
+    print(text)
+    with replacing(os.path.join(_RESULTS.value, name)) as temporary, open(temporary, "w") as file:
+        file.write(text)
 
 
 def _planned(separate):
