@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -169,6 +170,26 @@ class TestSizes:
                 decode_pixels(with_size(kind, width, height))
             expected = f"image: expected at most {MAX_PIXELS} pixels. Received: {height} x {width}"
             assert data.decoding.first_line(refused.value) == expected
+
+    @pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "JPEG"])
+    @pytest.mark.parametrize("use", ["pixels", "evaluation", "training"])
+    def test_nothing_is_decoded_beside_the_check(self, kind, use):
+        """The check of the header comes first whichever operations TensorFlow begins with; it begins with any."""
+        preprocessing, augment = data.Preprocessing(8, 8), data.Augmentation()
+        evaluate = tf.function(preprocessing.from_bytes)
+        train = tf.function(lambda encoded: augment.from_bytes(encoded, preprocessing, tf.constant([1, 2])))
+        decode = {"pixels": decode_pixels, "evaluation": evaluate, "training": train}[use]
+        content = tf.constant(with_size(kind, 13_000, 14_000))
+
+        def reason(_):
+            with pytest.raises(tf.errors.InvalidArgumentError) as refused:
+                decode(content)
+            return data.decoding.first_line(refused.value)
+
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(reason, range(60))) == {
+                f"image: expected at most {MAX_PIXELS} pixels. Received: 14000 x 13000"
+            }
 
     @pytest.mark.parametrize("shape", [(1500, 1), (1, 1500), (30_000, 1), (1, 30_000), (1, 1)])
     @pytest.mark.parametrize("resize_size", [256, None])

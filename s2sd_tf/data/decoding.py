@@ -173,9 +173,10 @@ def _jpeg_orientation(encoded):
 
 
 def _decode_jpeg(encoded):
-    _, _, orientation = jpeg_shape(encoded)
-    with tf.control_dependencies([orientation]):
-        return _upright(_decode(encoded), orientation)
+    # All of it, as a window: its size comes from the checked header. A control dependency on a function, such as
+    # `jpeg_shape`, waits only for its operations that have a state, so pixels would be allocated beside the check.
+    height, width, orientation = jpeg_shape(encoded)
+    return decode_jpeg_window(encoded, tf.stack([0, 0, height, width]), height, width, orientation, tf.constant(1))[0]
 
 
 def _decode(encoded):
