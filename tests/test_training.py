@@ -25,7 +25,7 @@ from s2sd_tf.keras_compat import keras
 from s2sd_tf.models import backbones
 from s2sd_tf.training import Interrupted, default_config, preset_config, resolve, train
 from s2sd_tf.training.build import build_model
-from s2sd_tf.training.compare import run_all, summarize
+from s2sd_tf.training.compare import RunFailed, run_all, summarize
 from s2sd_tf.training.config_help import explain
 from s2sd_tf.training.datasets import load_data
 
@@ -206,6 +206,19 @@ def test_compare_that_is_terminated_stops_its_runs(tmp_path, monkeypatch, of_all
     with pytest.raises(ProcessLookupError):
         os.kill(int(first), 0)
     assert not (tmp_path / "b.log.txt").exists()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_compare_begins_no_run_after_one_failed(tmp_path, monkeypatch, jobs):
+    """With a program in place of `s2sd-train` that fails."""
+    (tmp_path / "train").write_text("#!/bin/sh\necho train: error: no luck\nexit 1\n")
+    (tmp_path / "train").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "train"))
+    names = [f"run{number}" for number in range(6)]
+    with pytest.raises(RunFailed, match=r"run[01] failed with status 1.*\n.*no luck"):
+        run_all({str(tmp_path / name): [] for name in names}, jobs)
+    begun = {path.name for path in tmp_path.glob("*.log.txt")}
+    assert begun <= {f"{name}.log.txt" for name in names[:jobs]}
 
 
 def test_summarize():

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,12 +51,19 @@ def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[
         disable=None,
     )
     failed: RunFailed | None = None
+    stopping = threading.Event()
     with Interruption() as interruption, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
 
         def run(workdir):
-            # A run that ended by the signal that this process got makes room for another, which is not wanted any more.
-            if not interruption.requested:
+            # Where a run failed, or ended by a signal that this process got too, the others do not begin.
+            if stopping.is_set() or interruption.requested:
+                return False
+            try:
                 _run(workdir, runs[workdir], processes, interruption)
+            except BaseException:
+                stopping.set()
+                raise
+            return True
 
         futures = {pool.submit(run, workdir): workdir for workdir in runs}
         running = set(futures)
@@ -65,12 +73,10 @@ def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[
                 interruption.check()
                 for future in finished:
                     try:
-                        future.result()
+                        if not future.result():
+                            continue
                     except RunFailed as error:
-                        # Those that have begun end, the others do not begin.
                         failed = failed or error
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        running = {other for other in running if not other.cancelled()}
                         continue
                     found = summarize([_results(futures[future])])
                     line = ", ".join(
@@ -82,7 +88,7 @@ def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[
                 bar.n = len(futures) - len(running) + sum(_fraction(futures[future]) for future in running)
                 bar.refresh()
         except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stopping.set()
             if isinstance(error, Interrupted):
                 # Not all have received the signal: Ctrl-C goes to all processes of a terminal, SIGTERM to one.
                 for process in list(processes):
