@@ -369,6 +369,22 @@ def test_without_scann_search_is_exact_unless_scann_is_asked_for(tmp_path, monke
     assert len([line for line in log() if "Search is exact only" in line and "pip install scann" in line]) == 1
 
 
+WITHOUT_AUTOGRAPH = """
+import sys
+import tensorflow as tf
+tf.autograph.set_verbosity(1, alsologtostdout=True)
+from s2sd_tf.training import default_config
+from s2sd_tf.training.dry_run import dry_run
+
+config = default_config()
+config.data.name, config.data.root, config.data.validation_classes = "cub200", sys.argv[1], 0
+config.data.image_size, config.data.augmentation = 16, "adv"
+config.data.classes_per_batch, config.data.samples_per_class = 3, 2
+config.model.filters = (8, 8)
+dry_run(config)
+"""
+
+
 class TestDryRun:
     def test_an_epoch_of_one_step(self, log):
         sections = dry_run(small_config(**{"train.steps_per_epoch": 1, "s2sd.distill_warmup_steps": 4}))
@@ -442,6 +458,14 @@ class TestDryRun:
         )  # fmt: skip
         assert "4 classes, 16 images (paths)" in done.stdout
         assert "augmentation         adv" in done.stdout
+
+    @pytest.mark.skipif(not IS_KERAS_3, reason="Keras 2 itself passes layers through AutoGraph")
+    def test_autograph_is_not_used(self, tmp_path, run_python):
+        """It reads and rewrites the source of all that is traced, which takes longer than the tracing."""
+        write_cub200(tmp_path, classes=8, images_per_class=4)
+        output = run_python("-c", WITHOUT_AUTOGRAPH, str(tmp_path)).stdout
+        assert "Converted call: " in output  # it says what it does
+        assert not [line for line in output.splitlines() if "is not cached for subkey" in line]
 
     def test_bad_data_is_reported(self, tmp_path):
         config = small_config(**{"data.name": "sop", "data.root": str(tmp_path)})

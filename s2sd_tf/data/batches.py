@@ -20,6 +20,9 @@ from s2sd_tf.process_settings import threads
 CACHE_BYTES = 512 * 2**20
 # Batches that are made while the model takes one.
 _AHEAD = 2
+# Otherwise tf.data passes every function it calls through AutoGraph, for seconds; none here has Python's branches on
+# tensors.
+_unconverted = tf.autograph.experimental.do_not_convert
 
 # The tensors that datasets read images from, by `ImageSet`, as long as a dataset uses them.
 _sources: weakref.WeakValueDictionary[ImageSet, tf.Tensor] = weakref.WeakValueDictionary()
@@ -97,7 +100,7 @@ class EpochBatches:
             load = _loader(images, preprocessing, augmentation, seed)
         self._load = _with_labels(load, labels, images.teachers)
         # A graph, so that the reading of images is traced once and not for every epoch.
-        self._dataset_of = tf.function(self._read_slices, reduce_retracing=True)
+        self._dataset_of = tf.function(self._read_slices, reduce_retracing=True, autograph=False)
 
     def __call__(
         self, epoch: int, first_step: int = 0, input_context: tf.distribute.InputContext | None = None
@@ -134,7 +137,7 @@ class EpochBatches:
     def _read(self, rows, size, count):
         """Turns a dataset of the rows of `_rows` into `count` batches."""
         if self._is_cached:
-            dataset = rows.map(self._load)
+            dataset = rows.map(_unconverted(self._load))
         else:
             dataset = _map(rows.unbatch(), self._load).batch(size, drop_remainder=True)
         return dataset.apply(tf.data.experimental.assert_cardinality(count)).prefetch(_AHEAD)
@@ -193,7 +196,7 @@ def training_batches(
         rows = _called(next_epoch, start, [tf.int64] * 3)
         return tf.data.Dataset.from_tensor_slices(tuple(tf.ensure_shape(row, [None, size]) for row in rows))
 
-    rows = tf.data.Dataset.range(1).flat_map(one_pass)
+    rows = tf.data.Dataset.range(1).flat_map(_unconverted(one_pass))
     return batches._read(rows, size, len(own(np.zeros([batches.steps, sampler.batch_size]))))
 
 
@@ -259,7 +262,7 @@ def batches_at(
         rows = _called(lambda _: positions(), start, tf.int64)
         return tf.data.Dataset.from_tensor_slices(tf.ensure_shape(rows, [None]))
 
-    dataset = _map(tf.data.Dataset.range(1).flat_map(one_pass), _loader(images, preprocessing))
+    dataset = _map(tf.data.Dataset.range(1).flat_map(_unconverted(one_pass)), _loader(images, preprocessing))
     return dataset.batch(batch_size).prefetch(_AHEAD)
 
 
@@ -353,7 +356,7 @@ def _map(indices, load):
     # Nor is the number of calls tuned: a pass then waited at its end, often half a second, until its tuner was done.
     options.autotune.enabled = False
     # Images take different times, and the next ones go on while the first is awaited.
-    return indices.map(load, num_parallel_calls=2 * threads(), deterministic=True).with_options(options)
+    return indices.map(_unconverted(load), num_parallel_calls=2 * threads(), deterministic=True).with_options(options)
 
 
 def _called(function, start, dtypes):

@@ -109,6 +109,10 @@ class RefreshStorage(keras.callbacks.Callback):
         """A graph of `model`, traced once per model and not at every epoch."""
         if self._embedder[0] is not model:
             signature = [tf.TensorSpec([None, *self.preprocessing.output_shape], tf.float32)]
-            function = tf.function(lambda images: tf.cast(model(images, training=False), tf.float32), signature)
-            self._embedder = model, function
+
+            @tf.function(input_signature=signature, autograph=False)
+            def embed(images):
+                return tf.cast(model(images, training=False), tf.float32)
+
+            self._embedder = model, embed
         return self._embedder[1]

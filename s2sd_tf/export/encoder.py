@@ -155,15 +155,15 @@ class _Encoder(tf.Module):
         def embedded(images, preprocess):
             return {"embedding": for_any_batch(lambda batch: embed(preprocess(batch)), images, [1, 1, channels])}
 
-        @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32, "images")])
+        @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32, "images")], autograph=False)
         def from_images(images):
             return embedded(checked_images("images", images), preprocessing)
 
-        @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8, "pixels")])
+        @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8, "pixels")], autograph=False)
         def from_pixels(pixels):
             return embedded(checked_images("pixels", pixels), preprocessing.from_pixels)
 
-        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "encoded_images")])
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "encoded_images")], autograph=False)
         def from_encoded_images(encoded_images):
             images = tf.map_fn(
                 preprocessing.from_bytes,
@@ -202,7 +202,7 @@ def _nested_dims(model, whitening):
 def _truncated(function, dim):
     """`function`, a signature, with embeddings of the dimension `dim`."""
 
-    @tf.function(input_signature=function.input_signature)
+    @tf.function(input_signature=function.input_signature, autograph=False)
     def prefix(images):
         return {"embedding": truncate(function(images)["embedding"], dim)}
 
@@ -222,7 +222,7 @@ def _traced(model, preprocessing, whitening):
     if size is None or not hasattr(preprocessing, "from_pixels"):
         raise ValueError(f"preprocessing: expected a Preprocessing. Received: {preprocessing!r}")
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *size], tf.float32)])
+    @tf.function(input_signature=[tf.TensorSpec([None, *size], tf.float32)], autograph=False)
     def embed(images):
         rows = model(images, training=False)
         return tf.cast(rows, tf.float32) if tf.is_tensor(rows) and rows.dtype.is_floating else rows
@@ -242,4 +242,9 @@ def _traced(model, preprocessing, whitening):
         return embed
     if len(whitening.mean) != rows.shape[-1]:
         raise ValueError(f"whitening: expected one of {rows.shape[-1]} dimensions. Received: {len(whitening.mean)}")
-    return tf.function(lambda images: whitening.in_graph(embed(images)), input_signature=embed.input_signature)
+
+    @tf.function(input_signature=embed.input_signature, autograph=False)
+    def whitened(images):
+        return whitening.in_graph(embed(images))
+
+    return whitened

@@ -40,7 +40,7 @@ def export_file(
     check_file_to_write("path", path)
     shape = [None, None, None, preprocessing.channels]
 
-    @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32, "images")])
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.float32, "images")], autograph=False)
     def encode(images):
         whole = embed(preprocessing.portable(images))
         # Not by `truncate`, which computes in float64, which LiteRT lacks.

@@ -118,13 +118,13 @@ class _Retrieval(tf.Module):
         def through(encode):
             (spec,) = encode.structured_input_signature[1].values()
 
-            @tf.function(input_signature=[spec])
+            @tf.function(input_signature=[spec], autograph=False)
             def search(images):
                 return self._search(encode(**{spec.name: images})["embedding"])
 
             return search
 
-        @tf.function(input_signature=[tf.TensorSpec([None, self._dim], tf.float32, "embeddings")])
+        @tf.function(input_signature=[tf.TensorSpec([None, self._dim], tf.float32, "embeddings")], autograph=False)
         def embeddings(embeddings):
             expected = f"embeddings: expected shape (batch, {self._dim})"
             return self._search(checked_shape(embeddings, [None, self._dim], expected))

@@ -26,7 +26,7 @@ def predict(model: keras.Model, batches: tf.data.Dataset) -> np.ndarray:
         if model.distribute_strategy.num_replicas_in_sync == 1:
             update = keras.callbacks.LambdaCallback(on_predict_batch_end=lambda batch, logs=None: bar.update())
             return model.predict(batches, verbose=0, callbacks=[update])
-        compute = tf.function(lambda images: model(images, training=False), reduce_retracing=True)
+        compute = tf.function(lambda images: model(images, training=False), reduce_retracing=True, autograph=False)
         parts = []
         for images in batches:
             parts.append(compute(images).numpy())

@@ -23,7 +23,7 @@ def make_train_step(model: S2SDModel, strategy: tf.distribute.Strategy) -> Calla
     # Keras 3 cannot create variables in a graph of several replicas.
     build_optimizer(model)
 
-    @tf.function(jit_compile=model.jit_compile, reduce_retracing=True)
+    @tf.function(jit_compile=model.jit_compile, reduce_retracing=True, autograph=False)
     def step_of_all(batch):
         return strategy.run(model.train_step, args=(batch,))
 
@@ -36,7 +36,7 @@ def make_train_step(model: S2SDModel, strategy: tf.distribute.Strategy) -> Calla
 
 def make_means_reader(model: S2SDModel) -> Callable[[], dict[str, float]]:
     """Returns a function that reads the running means over all replicas, by name. All workers must call it together."""
-    results = tf.function(lambda: {metric.name: metric.result() for metric in model.metrics})
+    results = tf.function(lambda: {metric.name: metric.result() for metric in model.metrics}, autograph=False)
 
     def read_means():
         with model.distribute_strategy.scope():

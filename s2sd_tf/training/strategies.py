@@ -107,7 +107,7 @@ def _collector(strategy):
         # `all_gather` needs a tensor on a device; an argument of a graph has none.
         return tf.distribute.get_replica_context().all_gather(tf.identity(values), axis=0)
 
-    return tf.function(lambda values: strategy.run(gather, args=(values,)), reduce_retracing=True)
+    return tf.function(lambda values: strategy.run(gather, args=(values,)), reduce_retracing=True, autograph=False)
 
 
 def _checked_cluster():
