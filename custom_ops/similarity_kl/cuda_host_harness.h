@@ -127,7 +127,7 @@ struct Block {
   char* shared_start;
   Barrier barrier;
   std::vector<Warp> warps;
-  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Fiber*> fibers;
 };
 
 struct PendingCopy {
@@ -136,14 +136,15 @@ struct PendingCopy {
   int bytes;
 };
 
+// Runs one thread, then others of later blocks.
 struct Fiber {
   Block* block;
   unsigned thread;  // in the block, row by row
   jmp_buf context;
   char* stack;
   bool started = false;
-  bool finished = false;
-  std::deque<std::vector<PendingCopy>> copies = {{}};
+  bool finished;
+  std::deque<std::vector<PendingCopy>> copies;
 };
 
 constexpr size_t kStackBytes = 256 << 10;
@@ -160,7 +161,7 @@ struct Emulator {
   Fiber* current = nullptr;
   jmp_buf scheduler;
   Barrier grid;
-  std::vector<char*> free_stacks;
+  std::vector<Fiber*> free_fibers;
 };
 
 inline Emulator emulator;
@@ -174,10 +175,16 @@ inline Warp& CurrentWarp() { return Current().block->warps[Current().thread / 32
 
 inline dim3 ThreadIndex(unsigned thread) { return dim3(thread % blockDim.x, thread / blockDim.x); }
 
-inline void Enter() {
-  emulator.kernel();
-  Current().finished = true;
-  _longjmp(emulator.scheduler, 1);
+inline void Suspend() {
+  if (_setjmp(Current().context) == 0) _longjmp(emulator.scheduler, 1);
+}
+
+inline void RunThreads() {
+  for (;;) {
+    emulator.kernel();
+    Current().finished = true;
+    Suspend();
+  }
 }
 
 inline void Resume(Fiber* fiber) {
@@ -192,12 +199,8 @@ inline void Resume(Fiber* fiber) {
   context.uc_stack.ss_sp = fiber->stack;
   context.uc_stack.ss_size = kStackBytes;
   context.uc_link = nullptr;
-  makecontext(&context, Enter, 0);
+  makecontext(&context, RunThreads, 0);
   setcontext(&context);
-}
-
-inline void Suspend() {
-  if (_setjmp(Current().context) == 0) _longjmp(emulator.scheduler, 1);
 }
 
 // The last thread to arrive runs `complete` and releases the others.
@@ -236,18 +239,20 @@ inline void RunBlocks(const std::vector<dim3>& indices, int threads, int shared_
     block.warps.resize(threads / 32);
     for (Warp& warp : block.warps) warp.barrier.expected = 32;
     for (int t = 0; t < threads; ++t) {
-      block.fibers.push_back(std::make_unique<Fiber>());
-      Fiber& fiber = *block.fibers.back();
-      fiber.block = &block;
-      fiber.thread = t;
-      if (emulator.free_stacks.empty()) {
+      if (emulator.free_fibers.empty()) {
         void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (stack == MAP_FAILED) Fail("no memory for stacks");
-        emulator.free_stacks.push_back(static_cast<char*>(stack));
+        emulator.free_fibers.push_back(new Fiber);
+        emulator.free_fibers.back()->stack = static_cast<char*>(stack);
       }
-      fiber.stack = emulator.free_stacks.back();
-      emulator.free_stacks.pop_back();
-      emulator.ready.push_back(&fiber);
+      Fiber* fiber = emulator.free_fibers.back();
+      emulator.free_fibers.pop_back();
+      fiber->block = &block;
+      fiber->thread = t;
+      fiber->finished = false;
+      fiber->copies.assign(1, {});
+      block.fibers.push_back(fiber);
+      emulator.ready.push_back(fiber);
     }
   }
   while (!emulator.ready.empty()) {
@@ -260,13 +265,13 @@ inline void RunBlocks(const std::vector<dim3>& indices, int threads, int shared_
     Resume(fiber);
   }
   for (const auto& block : blocks) {
-    for (const auto& fiber : block->fibers) {
+    for (Fiber* fiber : block->fibers) {
       if (!fiber->finished) {
         blockIdx = block->index;
         threadIdx = ThreadIndex(fiber->thread);
         Fail("a barrier that not all threads reach");
       }
-      emulator.free_stacks.push_back(fiber->stack);
+      emulator.free_fibers.push_back(fiber);
     }
   }
 }
@@ -343,8 +348,8 @@ void Mma(const char* name, float* c, const unsigned* a, unsigned b0, unsigned b1
   MmaOperands mine = {c, a, {b0, b1}};
   WarpWide(name, &mine, [&](void** lanes) {
     constexpr int kDepth = 8 * kPerWord;
-    float a_matrix[16][kDepth];
-    float b_matrix[8][kDepth];
+    double a_matrix[16][kDepth];
+    double b_matrix[kDepth][8];
     for (int lane = 0; lane < 32; ++lane) {
       const MmaOperands& from = *static_cast<MmaOperands*>(lanes[lane]);
       const int g = lane / 4;
@@ -355,19 +360,22 @@ void Mma(const char* name, float* c, const unsigned* a, unsigned b0, unsigned b1
         a_matrix[g + 8][k] = unpack(from.a[1], n);
         a_matrix[g][k + 4 * kPerWord] = unpack(from.a[2], n);
         a_matrix[g + 8][k + 4 * kPerWord] = unpack(from.a[3], n);
-        b_matrix[g][k] = unpack(from.b[0], n);
-        b_matrix[g][k + 4 * kPerWord] = unpack(from.b[1], n);
+        b_matrix[k][g] = unpack(from.b[0], n);
+        b_matrix[k + 4 * kPerWord][g] = unpack(from.b[1], n);
       }
     }
-    for (int lane = 0; lane < 32; ++lane) {
-      float* out = static_cast<MmaOperands*>(lanes[lane])->c;
-      for (int n = 0; n < 4; ++n) {
-        const float* row = a_matrix[lane / 4 + n / 2 * 8];
-        const float* column = b_matrix[lane % 4 * 2 + n % 2];
-        double sum = out[n];
-        for (int k = 0; k < kDepth; ++k) sum += static_cast<double>(row[k]) * static_cast<double>(column[k]);
-        out[n] = Truncate(sum);
+    for (int row = 0; row < 16; ++row) {
+      const auto out = [&](int column) -> float& {
+        return static_cast<MmaOperands*>(lanes[row % 8 * 4 + column / 2])->c[row / 8 * 2 + column % 2];
+      };
+      double sums[8];
+      for (int column = 0; column < 8; ++column) sums[column] = out(column);
+#pragma GCC unroll 16
+      for (int k = 0; k < kDepth; ++k) {
+#pragma GCC unroll 8
+        for (int column = 0; column < 8; ++column) sums[column] += a_matrix[row][k] * b_matrix[k][column];
       }
+      for (int column = 0; column < 8; ++column) out(column) = Truncate(sums[column]);
     }
   });
 }
