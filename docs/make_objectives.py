@@ -78,8 +78,8 @@ class SoftMarginTriplet(s2sd_tf.objectives.TupleObjective):
         return {{**super().get_config(), "scale": self.scale}}
 ```
 
-Compute with TensorFlow operations, and choose with `tf.where` or `tf.cond`: Python's `if` on a tensor fails, because
-neither Keras 3 nor the programs use AutoGraph.
+Compute with TensorFlow operations, and choose with `tf.where` or `tf.cond`: Python's `if` on a tensor fails with
+Keras 3, which does not use AutoGraph.
 
 Now `S2SDModel(backbone, 64, objective="soft_margin_triplet")` works. For `s2sd-train`, define the class in the config
 file: its settings are then `config.objective.soft_margin_triplet`. `s2sd-evaluate` and `s2sd-export` take the file by

@@ -17,6 +17,10 @@ from tensorflow import keras
 # `keras.version` came with Keras 3; `tf.keras.__version__` is missing in the classic stack.
 IS_KERAS_3 = hasattr(keras, "version")
 
+# `autograph` of a `tf.function` that calls a model. Keras 2 passes layers through AutoGraph if their caller passes, as
+# in `fit`; Keras 3 never does. Elsewhere AutoGraph only costs seconds at every start.
+LAYERS_NEED_AUTOGRAPH = not IS_KERAS_3
+
 
 def keras_version() -> str:
     """Version of the Keras behind `tf.keras`."""

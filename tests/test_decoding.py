@@ -161,7 +161,7 @@ class TestOrientation:
         np.testing.assert_array_equal(decode_pixels(broken), decode_pixels(content))
 
 
-# Whatever did not wait for the check of the header would have run when it ends.
+# The check of the header takes long. The images cannot be decoded: where that did not wait, its error would come first.
 SLOW_CHECK = """
 import sys, time
 import tensorflow as tf

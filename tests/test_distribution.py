@@ -163,7 +163,7 @@ TILED = {
 }  # fmt: skip
 
 
-# On four devices, the others on two, which take half the time. These test the order of gathering, and the means.
+# On four devices, which take twice as long as two: these test the order of gathering, and the means. Others are on two.
 ON_FOUR = ["margin, a batch that does not divide", "tiled"]
 
 

@@ -17,7 +17,9 @@ from test_fuzz import examples
 import s2sd_tf
 from s2sd_tf import data, evaluation, export, serving
 from s2sd_tf.files import check_replaceable, replacing
-from s2sd_tf.keras_compat import keras
+from s2sd_tf.keras_compat import IS_KERAS_3, keras
+from s2sd_tf.training.embedding import embed
+from s2sd_tf.training.steps import make_train_step
 
 LOADER = """
 import sys, json
@@ -47,6 +49,34 @@ def encode(pixels, kind):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, **({"quality": 95} if kind == "JPEG" else {}))
     return buffer.getvalue()
+
+
+@pytest.mark.skipif(IS_KERAS_3, reason="Keras 3 does not use AutoGraph")
+def test_layers_may_branch_on_tensors(tmp_path):
+    """By Python's `if`: Keras 2 passes layers through AutoGraph in `fit`, and so does all else that calls them."""
+
+    class Backbone(keras.Model):
+        def call(self, images):
+            if tf.reduce_sum(images) > 0.0:
+                images = 2.0 * images
+            return images[:, :4, :4]
+
+    train, test, preprocessing = data.load_digits()
+    backbone = Backbone()
+    backbone(tf.zeros([1, *preprocessing.output_shape]))
+    model = s2sd_tf.S2SDModel(backbone, 4, target_dims=(8,), feature_distill_delay=0)
+    model.compile(optimizer="adam")
+    sampler = data.samplers.get("class_balanced", classes_per_batch=3, samples_per_class=2)
+    batches = data.training_batches(train, preprocessing, sampler, 2)
+    model.fit(batches, verbose=0)
+    make_train_step(model, tf.distribute.get_strategy())(next(iter(batches)))
+    images = data.evaluation_batches(test, preprocessing)
+    expected = np.concatenate([model(batch, training=False) for batch in images])
+    np.testing.assert_allclose(embed(model, test, preprocessing), expected, atol=1e-6)
+    export.export_encoder(model, preprocessing, tmp_path / "encoder")
+    encoder = tf.saved_model.load(str(tmp_path / "encoder")).signatures["pixels"]
+    found = encoder(pixels=tf.constant(test.images))["embedding"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_float_images_and_bytes_give_the_models_embeddings(small_model, tmp_path, run_python):

@@ -1,4 +1,4 @@
-// Runs CUDA kernel source as plain C++17 on the CPU. Every CUDA thread is a fiber, which runs from one barrier or
+// Runs CUDA kernel source as plain C++17 on the CPU. Every CUDA thread has a fiber, which runs it from one barrier or
 // warp-wide instruction to the next. Strict where a GPU is silent:
 //
 //   - shared memory, and the target of an asynchronous copy from its issue until its wait, hold NaNs;
@@ -136,7 +136,7 @@ struct PendingCopy {
   int bytes;
 };
 
-// Runs one thread, then others of later blocks.
+// Runs a thread to its end, then one of a later block.
 struct Fiber {
   Block* block;
   unsigned thread;  // in the block, row by row

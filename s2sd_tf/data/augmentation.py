@@ -336,8 +336,9 @@ def _rand_augment_operations(magnitude, deviation=0.15):
     layers = keras_cv.layers
     pixels = (0, 255)
     auto_contrast = layers.AutoContrast(pixels)
-    # Its branches are Python's, for AutoGraph, which the datasets do without.
-    equalized = tf.function(layers.Equalization(pixels).augment_images)
+    equalization = layers.Equalization(pixels)
+    # It has Python's `and` and `if` on tensors, so it needs AutoGraph, which the datasets switch off.
+    equalize = tf.autograph.to_graph(equalization.augment_images)
     solarization = layers.Solarization(pixels)
     # The factors are not used: `augment_images` gets the strength.
     colors = layers.RandomColorDegeneration(0.5)
@@ -375,7 +376,7 @@ def _rand_augment_operations(magnitude, deviation=0.15):
 
     return [
         lambda images, draws: auto_contrast.augment_images(images, transformations=None),
-        lambda images, draws: equalized(images, transformations=None),
+        lambda images, draws: equalize(equalization, images, transformations=None),
         pixelwise(
             solarization,
             lambda draws: {"additions": 110.0 * strength(draws), "thresholds": 255.0 * (1.0 - strength(draws))},

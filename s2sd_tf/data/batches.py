@@ -20,8 +20,8 @@ from s2sd_tf.process_settings import threads
 CACHE_BYTES = 512 * 2**20
 # Batches that are made while the model takes one.
 _AHEAD = 2
-# Otherwise tf.data passes every function it calls through AutoGraph, for seconds; none here has Python's branches on
-# tensors.
+# tf.data passes functions through AutoGraph by default, which takes seconds. Subclasses of `Preprocessing` and
+# `Augmentation` have to do without it, too.
 _unconverted = tf.autograph.experimental.do_not_convert
 
 # The tensors that datasets read images from, by `ImageSet`, as long as a dataset uses them.

@@ -13,7 +13,7 @@ from s2sd_tf.data.batches import batches_at
 from s2sd_tf.data.image_set import ImageSet
 from s2sd_tf.data.preprocessing import Preprocessing
 from s2sd_tf.data.samplers import StorageSampler
-from s2sd_tf.keras_compat import keras
+from s2sd_tf.keras_compat import LAYERS_NEED_AUTOGRAPH, keras
 
 
 class RefreshStorage(keras.callbacks.Callback):
@@ -110,7 +110,7 @@ class RefreshStorage(keras.callbacks.Callback):
         if self._embedder[0] is not model:
             signature = [tf.TensorSpec([None, *self.preprocessing.output_shape], tf.float32)]
 
-            @tf.function(input_signature=signature, autograph=False)
+            @tf.function(input_signature=signature, autograph=LAYERS_NEED_AUTOGRAPH)
             def embed(images):
                 return tf.cast(model(images, training=False), tf.float32)
 

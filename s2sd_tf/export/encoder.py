@@ -13,7 +13,7 @@ from s2sd_tf.export.files import export_file
 from s2sd_tf.export.saved_model import load_saved_model
 from s2sd_tf.files import check_replaceable, local_path, replacing
 from s2sd_tf.graph_checks import checked_shape, for_any_batch
-from s2sd_tf.keras_compat import keras, raw_variable
+from s2sd_tf.keras_compat import LAYERS_NEED_AUTOGRAPH, keras, raw_variable
 from s2sd_tf.truncation import truncate
 
 FORMATS = ("savedmodel", "onnx", "litert")
@@ -222,7 +222,7 @@ def _traced(model, preprocessing, whitening):
     if size is None or not hasattr(preprocessing, "from_pixels"):
         raise ValueError(f"preprocessing: expected a Preprocessing. Received: {preprocessing!r}")
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *size], tf.float32)], autograph=False)
+    @tf.function(input_signature=[tf.TensorSpec([None, *size], tf.float32)], autograph=LAYERS_NEED_AUTOGRAPH)
     def embed(images):
         rows = model(images, training=False)
         return tf.cast(rows, tf.float32) if tf.is_tensor(rows) and rows.dtype.is_floating else rows
@@ -231,6 +231,8 @@ def _traced(model, preprocessing, whitening):
         rows = embed.get_concrete_function().structured_outputs
     except (ValueError, TypeError, tf.errors.OpError) as error:
         wanted = getattr(getattr(model, "backbone", model), "input_shape", None)
+        if isinstance(wanted, tuple) and tf.TensorShape(wanted[1:]).is_compatible_with(size):
+            raise
         raise ValueError(
             f"preprocessing: expected images that the model accepts{f', {wanted[1:]}' if wanted else ''}. "
             f"Received: images {size}"

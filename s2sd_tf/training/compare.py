@@ -39,7 +39,7 @@ def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[
         The content of `results.json` by work directory.
 
     Raises:
-        RunFailed: a run failed.
+        RunFailed: a run failed. Those that had begun have ended, the others have not begun.
         Interrupted: this process was asked to stop. The runs were too, and have saved what they resume from.
     """
     jobs = jobs or os.cpu_count() or 1
@@ -55,7 +55,7 @@ def run_all(runs: Mapping[str, Sequence[str]], jobs: int | None = None) -> dict[
     with Interruption() as interruption, concurrent.futures.ThreadPoolExecutor(jobs) as pool:
 
         def run(workdir):
-            # Where a run failed, or ended by a signal that this process got too, the others do not begin.
+            # After a failure or a signal no other run begins; those that have begun end.
             if stopping.is_set() or interruption.requested:
                 return False
             try:

@@ -6,7 +6,7 @@ import tensorflow as tf
 from s2sd_tf import progress
 from s2sd_tf.data import ImageSet, Preprocessing, evaluation_batches
 from s2sd_tf.data.image_files import naming_unreadable
-from s2sd_tf.keras_compat import keras
+from s2sd_tf.keras_compat import LAYERS_NEED_AUTOGRAPH, keras
 
 
 def embed(model: keras.Model, images: ImageSet, preprocessing: Preprocessing) -> np.ndarray:
@@ -26,7 +26,11 @@ def predict(model: keras.Model, batches: tf.data.Dataset) -> np.ndarray:
         if model.distribute_strategy.num_replicas_in_sync == 1:
             update = keras.callbacks.LambdaCallback(on_predict_batch_end=lambda batch, logs=None: bar.update())
             return model.predict(batches, verbose=0, callbacks=[update])
-        compute = tf.function(lambda images: model(images, training=False), reduce_retracing=True, autograph=False)
+
+        @tf.function(reduce_retracing=True, autograph=LAYERS_NEED_AUTOGRAPH)
+        def compute(images):
+            return model(images, training=False)
+
         parts = []
         for images in batches:
             parts.append(compute(images).numpy())

@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from s2sd_tf.keras_compat import build_optimizer
+from s2sd_tf.keras_compat import LAYERS_NEED_AUTOGRAPH, build_optimizer
 from s2sd_tf.models import S2SDModel
 
 
@@ -23,7 +23,7 @@ def make_train_step(model: S2SDModel, strategy: tf.distribute.Strategy) -> Calla
     # Keras 3 cannot create variables in a graph of several replicas.
     build_optimizer(model)
 
-    @tf.function(jit_compile=model.jit_compile, reduce_retracing=True, autograph=False)
+    @tf.function(jit_compile=model.jit_compile, reduce_retracing=True, autograph=LAYERS_NEED_AUTOGRAPH)
     def step_of_all(batch):
         return strategy.run(model.train_step, args=(batch,))
 
